@@ -1,0 +1,504 @@
+"""Step 2 of 6: build the corpus that is trained on.
+
+In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form).
+Out:  data/corpus/
+        tokenizer.tiktoken, tokenizer.json, tokenizer_config.json   one byte-level BPE tokenizer, for tiktoken and Hugging Face
+        <domain>.<split>.bin, .idx                                  token ids and document starts; split is train or heldout
+        instruction.<split>.mask                                    1 where a token is learned in tuning
+        heldout_apis.json, heldout.jsonl                            APIs no training document mentions; their conversations
+        manifest.json, rejected.jsonl                               counts and hashes of all this; a sample of what was dropped
+
+Laptop:         python build_corpus.py
+Larger models:  python build_corpus.py --vocab-size 32768
+Own data:       python build_corpus.py --raw my/records --out my/corpus
+
+Exact duplicates are dropped. APIs are held out by a hash of their name, so the same API falls on the same side in every
+corpus. A finished build is not redone; a changed input or option is noticed by its hash.
+"""
+import argparse
+import base64
+import hashlib
+import heapq
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+import unicodedata
+from collections import Counter, defaultdict
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from tqdm import tqdm
+
+from collect import DOMAINS, HelpFormatter, Record, fail, unit_hash
+
+SPLITS = ("train", "heldout")
+MAX_REJECTED = 100  # examples kept of each reason
+
+
+def main():
+    args = parse_args()
+    started = time.time()
+    out = Path(args.out)
+    shards = sorted(Path(args.raw).glob("*.jsonl"))
+    if not shards:
+        fail(f"{args.raw}: no *.jsonl files. Run `python collect.py` first, or name the directory with --raw")
+    options = {"vocab_size": args.vocab_size, "heldout": args.heldout, "inputs": {s.name: sha256(s) for s in shards}}
+    if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text())["options"] == options:
+        print(f"{out} is up to date")
+        return report(json.loads((out / "manifest.json").read_text()), time.time() - started)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "manifest.json").unlink(missing_ok=True)  # from here until it is written again the corpus is not valid
+
+    records, rejected = read_records(shards)
+    records = drop_duplicates(records, rejected)
+    heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if unit_hash(a) < args.heldout})
+    splits = split(records, heldout_apis, args.heldout, rejected)
+    tokenizer = Tokenizer.train(training_texts(splits), args.vocab_size)
+    tokenizer.save(out)
+
+    files, shares = {}, {}
+    for domain in DOMAINS:
+        for name in SPLITS:
+            kept = sorted(splits.get((domain, name), []), key=lambda r: hashlib.sha256(r.id.encode()).digest())
+            files |= write_bin(out, domain, name, kept, tokenizer, args.workers)
+        shares[domain] = files[f"{domain}.train.bin"]["tokens"]
+    write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
+    write(out / "heldout.jsonl", "".join(r.to_json() + "\n" for r in splits.get(("instruction", "heldout"), [])))
+    write(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected.sample))
+    total = max(1, sum(shares.values()))
+    manifest = {
+        "options": options, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.tiktoken"), "files": files,
+        "heldout_apis": len(heldout_apis), "dropped": dict(rejected.reasons), "shares": {d: n / total for d, n in shares.items()}}
+    write(out / "manifest.json", json.dumps(manifest, indent=1))
+    report(manifest, time.time() - started)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("--raw", default="data/raw", help="directory of records")
+    parser.add_argument("--out", default="data/corpus", help="directory for the corpus")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
+    parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs (and of code and text files) kept from training")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize; the result is the same for any number")
+    args = parser.parse_args()
+    if not 0 < args.heldout < 1:
+        fail(f"--heldout {args.heldout}: must be between 0 and 1")
+    if args.vocab_size < 256 + len(SPECIAL_TOKENS):
+        fail(f"--vocab-size {args.vocab_size}: must be at least {256 + len(SPECIAL_TOKENS)}, the bytes and the special tokens")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records in, duplicates out
+
+
+class Rejected:
+    """Counts what is dropped by reason, and keeps some examples of each."""
+
+    def __init__(self):
+        self.reasons, self.sample = Counter(), []
+
+    def add(self, reason, record_id):
+        self.reasons[reason] += 1
+        if self.reasons[reason] <= MAX_REJECTED:
+            self.sample.append({"reason": reason, "id": record_id})
+
+
+def read_records(shards):
+    rejected, records = Rejected(), []
+    for shard in tqdm(shards, desc="read", disable=None):
+        with open(shard, encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    records.append(Record.from_json(line))
+                except ValueError as error:
+                    print(f"{shard}:{number}: left out: {error}", file=sys.stderr)
+                    rejected.add("not a record", f"{shard.name}:{number}")
+    return records, rejected
+
+
+def drop_duplicates(records, rejected):
+    """Keep one of the records whose content is equal up to case and white space: the one with the first id."""
+    kept, seen = [], set()
+    for record in sorted(records, key=lambda r: (r.domain, r.id)):
+        content = record.text if record.text is not None else json.dumps([record.messages, record.tools])
+        digest = hashlib.sha256(" ".join(content.lower().split()).encode("utf-8", "replace")).digest()
+        if digest in seen:
+            rejected.add("duplicate", record.id)
+        else:
+            seen.add(digest)
+            kept.append(record)
+    return kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Split: what a model is tested on is never in what it learned from
+
+
+def split(records, heldout_apis, fraction, rejected):
+    """{(domain, split): records}.
+
+    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and one that
+    only mentions such an API by its qualified name is dropped. Code and text, which every compared model learns alike,
+    are split by a hash of their id.
+    """
+    heldout, mentions = set(heldout_apis), mention_finder(heldout_apis)
+    splits = defaultdict(list)
+    for record in tqdm(records, desc="split", disable=None):
+        if record.domain in ("code", "text"):
+            side = "heldout" if unit_hash(record.id) < fraction else "train"
+        elif heldout.intersection(record.apis):
+            side = "heldout"
+        elif mentions(record.text if record.text is not None else json.dumps([record.messages, record.tools], ensure_ascii=False)):
+            rejected.add(f"{record.domain} mentions a held-out API", record.id)
+            continue
+        else:
+            side = "train"
+        splits[record.domain, side].append(record)
+    return splits
+
+
+def mention_finder(names):
+    """A function that tells whether a text holds any of the names, be it inside a longer name.
+
+    >>> mentions = mention_finder(["numpy.add"])
+    >>> mentions("see numpy.add.reduce"), mentions("see numpy.ad")
+    (True, False)
+    """
+    names = set(names)
+    lengths = sorted({len(n) for n in names})
+    # A name can only start where its first component does, and ends before the next character that is no word or dot.
+    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(sorted({re.escape(n.split(".")[0]) for n in names}))) if names else None
+
+    @lru_cache(1_000_000)
+    def in_run(run):
+        return any(run[m.start():m.start() + n] in names for m in starts.finditer(run) for n in lengths)
+
+    return lambda text: bool(names) and any(in_run(run) for run in set(re.findall(r"[\w.]*\w\.[\w.]+", text)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizer
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tools>", "</tools>", "<tool_call>", "</tool_call>",
+                  "<tool_response>", "</tool_response>")
+# Words with the space before them, numbers of up to three digits, runs of punctuation, white space. A name in quotes is
+# so cut alike wherever it stands, which is what a model needs in order to copy it.
+PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """Byte-level BPE over tiktoken, with the chat format. Special ids come only from `render`, never from text.
+
+    >>> tokenizer = Tokenizer.train(["low lower lowest"] * 9, 270)
+    >>> tokenizer.decode(tokenizer.encode("lower <|im_end|>"))
+    'lower <|im_end|>'
+    """
+
+    def __init__(self, ranks):
+        self.ranks = ranks  # {bytes: id}
+        self.special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
+        self.end_of_text, self.im_end = self.special["<|endoftext|>"], self.special["<|im_end|>"]
+        self.encoding = tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
+
+    @classmethod
+    def load(cls, directory):
+        """From the tokenizer.tiktoken in a directory: lines of base64 token and rank."""
+        path = Path(directory) / "tokenizer.tiktoken"
+        if not path.exists():
+            fail(f"{path}: no such file; a directory made by these scripts has one")
+        pairs = (line.split() for line in path.read_bytes().splitlines())
+        return cls({base64.b64decode(token): int(rank) for token, rank in pairs})
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) until there are vocab_size tokens."""
+        splitter = re.compile(python_pattern(PATTERN))
+        words = Counter(word for text in texts for word in splitter.findall(text))
+        return cls(train_bpe({w.encode("utf-8", "replace"): n for w, n in words.items()}, vocab_size - len(SPECIAL_TOKENS)))
+
+    def encode(self, text):
+        """Ids of a text. What looks like a special token in it is ordinary text."""
+        return self.encoding.encode_ordinary(text)
+
+    def decode(self, ids):
+        return self.encoding.decode(ids)
+
+    def render(self, messages, tools=None, answer=False):
+        """A conversation as (ids, mask): mask is 1 on what the assistant writes, its end of turn included.
+
+        ChatML with Hermes tool calls, put together piece by piece, so that no text in the data can pass for a special
+        token. With answer=True it ends where the assistant's next answer begins.
+        """
+        ids, mask = [], []
+
+        def add(text, learned=0):
+            pieces = [self.special[text]] if text in self.special else self.encode(text)
+            ids.extend(pieces)
+            mask.extend([learned] * len(pieces))
+
+        def add_text(text, learned=0):  # text from data, which may be equal to a special token
+            ids.extend(pieces := self.encode(text))
+            mask.extend([learned] * len(pieces))
+
+        if tools:
+            system = messages[0]["content"] + "\n" if messages and messages[0]["role"] == "system" else ""
+            add("<|im_start|>"), add("system\n"), add_text(system), add("<tools>"), add("\n")
+            for tool in tools:
+                add_text(json.dumps(tool["function"], ensure_ascii=False) + "\n")
+            add("</tools>"), add("<|im_end|>"), add("\n")
+        for message in messages:
+            role, content = message["role"], message.get("content") or ""
+            if role == "system" and tools:
+                continue  # stands above the tools
+            learned = int(role == "assistant")
+            add("<|im_start|>"), add(role + "\n")
+            if role == "tool":
+                add("<tool_response>"), add_text("\n" + content + "\n"), add("</tool_response>")
+            else:
+                add_text(content, learned)
+            for i, call in enumerate(message.get("tool_calls") or []):
+                name, arguments = json.dumps(call["function"]["name"], ensure_ascii=False), call["function"]["arguments"]
+                if i or content:
+                    add("\n", learned)
+                add("<tool_call>", learned)
+                add_text(f'\n{{"name": {name}, "arguments": {arguments}}}\n', learned)
+                add("</tool_call>", learned)
+            add("<|im_end|>", learned), add("\n")
+        if answer:
+            add("<|im_start|>"), add("assistant\n")
+        return ids, mask
+
+    def save(self, directory):
+        """Write tokenizer.tiktoken, and tokenizer.json and tokenizer_config.json for Hugging Face from the same ranks."""
+        directory = Path(directory)
+        by_rank = sorted(self.ranks, key=self.ranks.get)
+        write(directory / "tokenizer.tiktoken", "".join(f"{base64.b64encode(t).decode()} {r}\n" for r, t in enumerate(by_rank)))
+        symbol = byte_symbols()
+        written = ["".join(symbol[b] for b in token) for token in by_rank]
+        merges = [[written[self.ranks[half]] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
+        specials = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                     "special": t.startswith("<|")} for t, i in self.special.items()]
+        write(directory / "tokenizer.json", json.dumps({
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials, "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
+            "post_processor": None, "decoder": {"type": "ByteLevel"},
+            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
+                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+                      "vocab": {w: i for i, w in enumerate(written)}, "merges": merges}}, ensure_ascii=False))
+        write(directory / "tokenizer_config.json", json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
+
+
+# What Tokenizer.render writes, as a template for servers.
+CHAT_TEMPLATE = """\
+{%- if tools %}<|im_start|>system
+{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}<tools>
+{% for tool in tools %}{{ tool.function | tojson }}
+{% endfor %}</tools><|im_end|>
+{% endif %}{%- for message in messages %}{% if not (message.role == 'system' and tools) %}<|im_start|>{{ message.role }}
+{% if message.role == 'tool' %}<tool_response>
+{{ message.content }}
+</tool_response>{% else %}{{ message.content or '' }}{% endif %}{% for call in message.tool_calls or [] %}{% if not loop.first or message.content %}
+{% endif %}<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}}
+</tool_call>{% endfor %}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def python_pattern(pattern):
+    r"""The pattern for Python's `re`, which knows no \p{L}: the classes written out as ranges of characters."""
+    for category in "LN":
+        members = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c))[0] == category]
+        breaks = [i for i in range(1, len(members)) if members[i] != members[i - 1] + 1]
+        ranges = "".join(f"\\U{members[a]:08x}-\\U{members[b - 1]:08x}" for a, b in zip([0, *breaks], [*breaks, len(members)]))
+        # inside brackets the ranges stand as they are, elsewhere they need brackets of their own
+        pattern = re.sub(r"(\[[^\]]*)\\p\{%s\}" % category, lambda m: m[1] + ranges, pattern)
+        pattern = pattern.replace(rf"\p{{{category}}}", f"[{ranges}]")
+    return pattern
+
+
+def train_bpe(words, vocab_size):
+    """Ranks {token: id} after merging the most frequent pair of neighbouring tokens again and again.
+
+    words: {bytes: count}. Ties go to the pair of lower ids. Only the words that hold the merged pair are touched, and a
+    heap holds the pairs; its entries may be stale, so the count is checked when one comes up.
+    """
+    tokens = [bytes([b]) for b in range(256)]
+    pieces, counts = [list(w) for w in words], list(words.values())
+    pair_counts, pair_words = Counter(), defaultdict(set)
+    for i, word in enumerate(pieces):
+        for pair in zip(word, word[1:]):
+            pair_counts[pair] += counts[i]
+            pair_words[pair].add(i)
+    heap = [(-n, pair) for pair, n in pair_counts.items()]
+    heapq.heapify(heap)
+    while len(tokens) < vocab_size and heap:
+        count, pair = heapq.heappop(heap)
+        if -count != pair_counts[pair]:
+            continue
+        new = len(tokens)
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        changed = set()
+        for i in pair_words.pop(pair):
+            word, merged, j = pieces[i], [], 0
+            while j < len(word):
+                hit = tuple(word[j:j + 2]) == pair
+                merged.append(new if hit else word[j])
+                j += 1 + hit
+            for p in zip(word, word[1:]):
+                pair_counts[p] -= counts[i]
+                changed.add(p)
+            for p in zip(merged, merged[1:]):
+                pair_counts[p] += counts[i]
+                pair_words[p].add(i)
+                changed.add(p)
+            pieces[i] = merged
+        for p in changed:
+            if pair_counts[p] > 0:
+                heapq.heappush(heap, (-pair_counts[p], p))
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def halves(token, ranks):
+    """The two tokens whose merge made this one: merge its bytes by rank until two parts are left."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def byte_symbols():
+    """GPT-2's printable character for every byte, in which Hugging Face writes byte-level vocabularies."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = iter(range(256, 512))
+    return [chr(b if b in printable else next(others)) for b in range(256)]
+
+
+def training_texts(splits, limit=12_000_000):
+    """A fair share of each domain's training text, for the tokenizer; conversations as their messages and tools."""
+    for domain in DOMAINS:
+        budget = limit // len(DOMAINS)
+        for record in sorted(splits.get((domain, "train"), []), key=lambda r: unit_hash(r.id)):
+            text = record.text if record.text is not None else json.dumps([record.tools, record.messages], ensure_ascii=False)
+            budget -= len(text)
+            if budget < 0:
+                break
+            yield text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bins
+
+
+def encode_record(record):
+    """(ids, mask) of a record, a special token at its end. Runs in worker processes, which inherit the tokenizer."""
+    tokenizer = encode_record.tokenizer
+    if record.text is not None:
+        ids = tokenizer.encode(record.text)
+        mask = [1] * len(ids)
+    else:
+        ids, mask = tokenizer.render(record.messages, record.tools)
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    return np.array([*ids, tokenizer.end_of_text], dtype), np.array([*mask, 0], np.uint8)
+
+
+def write_bin(out, domain, name, records, tokenizer, workers):
+    """Tokenize records into <domain>.<split>.bin and .idx, and .mask for instructions. Returns their manifest entries."""
+    encode_record.tokenizer = tokenizer
+    context = multiprocessing.get_context("fork")
+    with context.Pool(workers) if len(records) > 500 and workers > 1 else NoPool() as pool:
+        encoded = list(tqdm(pool.imap(encode_record, records, chunksize=64), total=len(records), desc=f"{domain}.{name}", disable=None))
+    ids = np.concatenate([np.zeros(0, np.uint16), *(e[0] for e in encoded)])
+    starts = np.cumsum([0] + [len(e[0]) for e in encoded], dtype=np.uint64)
+    arrays = {"bin": ids, "idx": starts}
+    if domain == "instruction":
+        arrays["mask"] = np.concatenate([np.zeros(0, np.uint8), *(e[1] for e in encoded)])
+    entries = {}
+    for suffix, array in arrays.items():
+        path = out / f"{domain}.{name}.{suffix}"
+        write(path, array.tobytes())
+        entries[path.name] = {"dtype": str(array.dtype), "count": len(array), "sha256": sha256(path)}
+    entries[f"{domain}.{name}.bin"] |= {"tokens": len(ids), "documents": len(records)}
+    return entries
+
+
+class NoPool:
+    """Stands in for a process pool where one would cost more than it saves."""
+    imap = staticmethod(lambda function, items, chunksize: map(function, items))
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *exc: None
+
+
+class Corpus:
+    """Opens a corpus directory read-only, memory-mapped, and refuses one that does not match its manifest.
+
+    Raises ValueError naming the file that differs.
+    """
+
+    def __init__(self, directory):
+        self.directory = Path(directory)
+        if not (self.directory / "manifest.json").exists():
+            raise ValueError(f"{self.directory}: no manifest.json. Run `python build_corpus.py` to its end first")
+        self.manifest = json.loads((self.directory / "manifest.json").read_text())
+        self.sha256 = sha256(self.directory / "manifest.json")
+        for name, entry in self.manifest["files"].items():
+            if not (self.directory / name).exists() or sha256(self.directory / name) != entry["sha256"]:
+                raise ValueError(f"{self.directory / name}: missing or not what the manifest says. Run `python build_corpus.py` again")
+        if sha256(self.directory / "tokenizer.tiktoken") != self.manifest["tokenizer_sha256"]:
+            raise ValueError(f"{self.directory / 'tokenizer.tiktoken'}: not the tokenizer this corpus was made with")
+        self.tokenizer = Tokenizer.load(self.directory)
+
+    def read(self, domain, split, suffix="bin"):
+        """Token ids ("bin"), document starts and the end ("idx") or learned-token mask ("mask"), as a memory map."""
+        name = f"{domain}.{split}.{suffix}"
+        entry = self.manifest["files"][name]
+        if not entry["count"]:
+            return np.zeros(0, entry["dtype"])
+        return np.memmap(self.directory / name, entry["dtype"], "r")
+
+    def documents(self, domain, split):
+        """Each document's token ids."""
+        ids, starts = self.read(domain, split), self.read(domain, split, "idx").astype(np.int64)
+        return [ids[a:b] for a, b in zip(starts, starts[1:])]
+
+
+def write(path, content):
+    """Write text or bytes; the file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def report(manifest, seconds):
+    print(f"{'domain':<12} {'documents':>20} {'tokens':>22} {'share':>7}\n{'':<12} {'train':>10} {'held out':>9} {'train':>12} {'held out':>9}")
+    for domain in DOMAINS:
+        train, heldout = (manifest["files"][f"{domain}.{s}.bin"] for s in SPLITS)
+        print(f"{domain:<12} {train['documents']:>10,} {heldout['documents']:>9,} {train['tokens']:>12,} {heldout['tokens']:>9,} "
+              f"{manifest['shares'][domain]:>7.1%}")
+    for reason, count in manifest["dropped"].items():
+        print(f"dropped {count:,}: {reason}")
+    print(f"{manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
