@@ -71,7 +71,8 @@ def main():
     shards = [out / p.filename for p in sorted(packages, key=lambda p: p.name)]
     conversations = out / f"python.instructions-{fingerprint(shards, args.seed)}.jsonl"
     if not conversations.exists():
-        write_records(conversations, synthesise([api for shard in shards for api in read_apis(shard)], args.seed))
+        apis = [api for shard in shards for api in read_apis(shard)]
+        write_records(conversations, [*indexes(apis, args.seed), *synthesise(apis, args.seed)])
     for old in set(out.glob("python.*.jsonl")) - {*shards, conversations}:  # of a package since removed or upgraded
         old.unlink()
     report([*shards, conversations], out, time.time() - started)
@@ -598,7 +599,7 @@ def summarise(doc):
     paragraphs = [p for p in paragraphs if p and not re.match(r"[\w.]+\(.*\)", p) and not re.match(r"[.=~*-]{2,}", p)]
     first = re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
     first = re.sub(r":\w+:`~?([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
-    return textwrap.shorten(first, 160, placeholder=" ...")
+    return textwrap.shorten(first, 120, placeholder=" ...")
 
 
 def api_documents(apis, package):
@@ -694,8 +695,23 @@ def read_apis(shard):
     with open(shard, encoding="utf-8") as lines:
         for line in lines:
             record = Record.from_json(line)
-            if record.domain == "api_doc":
+            if record.domain == "api_doc" and len(record.apis) == 1:
                 yield json.loads(record.text.rsplit("\n\n", 2)[-2]) | {"source": record.source, "license": record.license}
+
+
+def indexes(apis, seed, size=5):
+    """Reference cards: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
+
+    Neighbours in hash order share a card, so that held-out APIs, which are neighbours too, spoil few others.
+    """
+    apis = sorted((a for a in apis if not a["description"].startswith("See ")), key=lambda a: unit_hash(a["name"]))
+    for i in range(0, len(apis), size):
+        card = list({a["description"]: a for a in apis[i:i + size]}.values())
+        rng = random.Random(f"{seed} {card[0]['name']}")
+        listed = [json.dumps({"name": a["name"], "description": a["description"]}, ensure_ascii=False) for a in card]
+        asked = [f"{a['description']}\n" + json.dumps({"name": a["name"]}) for a in rng.sample(card, len(card))]
+        yield Record(f"api_doc:index:{card[0]['name']}", "api_doc", "python:index", " AND ".join(sorted({a["license"] for a in card})),
+                     sorted(a["name"] for a in card), "APIs by name\n" + "\n".join(listed) + "\n\nAPIs by purpose\n" + "\n".join(asked))
 
 
 def synthesise(apis, seed):
@@ -728,7 +744,7 @@ def synthesise(apis, seed):
 def can_call(api):
     """Whether it is described in itself, short enough for a small model's window, and every required type is known."""
     properties, required = api["parameters"]["properties"], api["parameters"]["required"]
-    return not api["description"].startswith("See ") and len(properties) <= 6 and all("type" in properties[p] for p in required)
+    return not api["description"].startswith("See ") and len(properties) <= 4 and all("type" in properties[p] for p in required)
 
 
 def ask(description, arguments, rng):
