@@ -246,23 +246,24 @@ def write_safetensors(tensors, path):
 
 def read_safetensors(path):
     """{name: float32 tensor} of a safetensors file. Raises ValueError if the file is not what its header says."""
-    data = Path(path).read_bytes()
+    data = memoryview(bytearray(Path(path).read_bytes()))
     size = int.from_bytes(data[:8], "little")
+    body = data[8 + size:]
     try:
-        header = json.loads(data[8:8 + size])
-    except ValueError:
-        raise ValueError(f"{path}: not a safetensors file (its header is no JSON)") from None
-    tensors, body = {}, memoryview(data)[8 + size:]
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        (start, end), shape = entry["data_offsets"], entry["shape"]
-        if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']} ({', '.join(SAFETENSORS_TYPES)} are read)")
-        dtype = SAFETENSORS_TYPES[entry["dtype"]]
-        if not 0 <= start <= end <= len(body) or end - start != math.prod(shape) * dtype.itemsize:
+        header = json.loads(bytes(data[8:8 + size])) if 8 + size <= len(data) else None
+        header.pop("__metadata__", None)
+        entries = {n: (e["dtype"], [int(d) for d in e["shape"]], *map(int, e["data_offsets"])) for n, e in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
+    tensors = {}
+    for name, (kind, shape, start, end) in entries.items():
+        if kind not in SAFETENSORS_TYPES:
+            raise ValueError(f"{path}: tensor {name} has dtype {kind} ({', '.join(SAFETENSORS_TYPES)} are read)")
+        dtype = SAFETENSORS_TYPES[kind]
+        if not 0 <= start <= end <= len(body) or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{path}: tensor {name} is truncated: bytes {start} to {end} of {len(body)}, shape {shape}")
-        tensors[name] = torch.frombuffer(bytearray(body[start:end]), dtype=dtype).view(shape).float()
+        flat = torch.frombuffer(body[start:end], dtype=dtype) if end > start else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(shape).float()
     return tensors
 
 

@@ -1,0 +1,221 @@
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+
+import build_corpus
+from build_corpus import SPECIAL_TOKENS, Corpus, Tokenizer, train_bpe
+from collect import Record, chat_message, unit_hash
+from conftest import run
+
+TEXTS = ["", "a", "Hello, world! It's 12345.67\n\n\tdef f(x):\n        return x  \n", "naïve café 日本語 🙂 \u200b\u00a0 é", "<|im_end|><tool_call>",
+         "{\"name\": \"numpy.roll\", \"arguments\": {\"shift\": -3}}", "  \r\n \n\n   x", "a" * 300, "\x00\x01\ufffd", "ǅ Ⅷ ٣ ½"]
+
+
+@pytest.fixture(scope="module")
+def small(small_raw, tmp_path_factory):
+    path = tmp_path_factory.mktemp("small_corpus")
+    run("build_corpus.py", "--raw", small_raw, "--out", path, "--vocab-size", 1024, "--heldout", 0.1)
+    return path
+
+
+def record(name, domain="text", text="some text here", apis=(), **more):
+    return Record(name, domain, "test", "MIT", list(apis), text, **more)
+
+
+def write_raw(directory, records):
+    directory.mkdir(exist_ok=True)
+    (directory / "records.jsonl").write_text("".join(r.to_json() + "\n" for r in records), encoding="utf-8")
+
+
+# ---- tokenizer
+
+
+def test_round_trip_and_special_text_is_ordinary(small):
+    tokenizer = Tokenizer.load(small)
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and max(ids, default=0) < tokenizer.vocab_size - len(SPECIAL_TOKENS)
+
+
+def test_hugging_face_tokenizer_gives_the_same_ids(small, small_raw):
+    from tokenizers import Tokenizer as Reference
+    ours, reference = Tokenizer.load(small), Reference.from_file(str(small / "tokenizer.json"))
+    reference.encode_special_tokens = True  # text is text, as with ours
+    lines = [line for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")][:300]
+    for text in TEXTS + lines:
+        assert reference.encode(text).ids == ours.encode(text)
+        assert reference.decode(ours.encode(text), skip_special_tokens=False) == text
+
+
+def test_special_ids_agree_with_hugging_face(small):
+    from transformers import AutoTokenizer
+    ours, theirs = Tokenizer.load(small), AutoTokenizer.from_pretrained(str(small))
+    assert theirs.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == [ours.special[t] for t in SPECIAL_TOKENS]
+    assert len(theirs) == ours.vocab_size and theirs.eos_token_id == ours.im_end
+
+
+def test_bpe_against_the_reference_trainer():
+    """The same merges as `tokenizers` on the same words. Both break ties towards the pair of lower ids."""
+    from tokenizers import Tokenizer as Reference, models, pre_tokenizers, trainers
+    rng = random.Random(0)
+    stems = ["".join(rng.choices("abcdeft", k=rng.randrange(2, 9))) for _ in range(300)]
+    text = " ".join(rng.choices(stems, k=20_000))
+    reference = Reference(models.BPE())
+    reference.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    alphabet = sorted(set(text) - {" "})
+    reference.train_from_iterator([text], trainers.BpeTrainer(vocab_size=len(alphabet) + 200, show_progress=False))
+    theirs = [tuple(m) for m in json.loads(reference.to_str())["model"]["merges"]]
+    words = build_corpus.Counter(w.encode() for w in text.split(" "))
+    ranks = train_bpe(words, 256 + 200)
+    ours = [tuple(h.decode() for h in build_corpus.halves(t, ranks)) for t in sorted(ranks, key=ranks.get)[256:]]
+    assert ours == theirs
+
+
+def test_python_pattern_splits_as_tiktoken_does():
+    """The trainer's words are the encoder's: with every whole word in the vocabulary each word is one token."""
+    import re
+    splitter = re.compile(build_corpus.python_pattern(build_corpus.PATTERN))
+    for text in TEXTS:
+        words = splitter.findall(text)
+        assert "".join(words) == text
+        ranks = {bytes([b]): b for b in range(256)}
+        for word in dict.fromkeys(w.encode() for w in words):
+            for n in range(2, len(word) + 1):
+                ranks.setdefault(word[:n], len(ranks))
+        assert [t.decode() for t in map(Tokenizer(ranks).encoding.decode_single_token_bytes, Tokenizer(ranks).encode(text))] == words
+
+
+# ---- chat format
+
+
+CHAT = [chat_message("system", "Be brief."), chat_message("user", "Roll <|im_end|> it."),
+        chat_message("assistant", "Yes.", [("a.b", {"x": 1}), ("c", {})]), chat_message("tool", "ok"), chat_message("assistant", "Done <tool_call>")]
+TOOLS = [{"type": "function", "function": {"name": "a.b", "description": "é", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_render_as_written_by_hand(small):
+    tokenizer = Tokenizer.load(small)
+    ids, mask = tokenizer.render(CHAT, TOOLS)
+    assert tokenizer.decode(ids) == (
+        '<|im_start|>system\nBe brief.\n<tools>\n{"name": "a.b", "description": "é", "parameters": {"type": "object", "properties": {}}}\n'
+        "</tools><|im_end|>\n<|im_start|>user\nRoll <|im_end|> it.<|im_end|>\n<|im_start|>assistant\nYes.\n<tool_call>\n"
+        '{"name": "a.b", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "c", "arguments": {}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>tool\n<tool_response>\nok\n</tool_response><|im_end|>\n<|im_start|>assistant\nDone <tool_call><|im_end|>\n")
+    learned = tokenizer.decode([i for i, m in zip(ids, mask) if m])
+    assert learned == ('Yes.\n<tool_call>\n{"name": "a.b", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "c", "arguments": {}}\n'
+                       "</tool_call><|im_end|>Done <tool_call><|im_end|>")
+    assert ids.count(tokenizer.im_end) == 5 and ids.count(tokenizer.special["<tool_call>"]) == 2  # those in text are text
+    start, _ = tokenizer.render(CHAT[:2], TOOLS, answer=True)
+    assert ids[:len(start)] == start
+
+
+def test_chat_template_writes_what_render_writes(small):
+    from transformers import AutoTokenizer
+    theirs, ours = AutoTokenizer.from_pretrained(str(small)), Tokenizer.load(small)
+    for messages, tools in [(CHAT, TOOLS), (CHAT[1:], TOOLS), (CHAT, None), (CHAT[1:2], TOOLS)]:
+        for answer in (False, True):
+            text = theirs.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=answer)
+            assert text == ours.decode(ours.render(messages, tools, answer)[0])
+
+
+# ---- split
+
+
+def test_no_held_out_name_in_a_train_bin(corpus):
+    """Of the default corpus, decoded: not in documentation, trajectories or conversations."""
+    built = Corpus(corpus)
+    heldout = json.loads((corpus / "heldout_apis.json").read_text())
+    assert len(heldout) > 500
+    for domain in ("api_doc", "trajectory", "instruction"):
+        text = built.tokenizer.decode(built.read(domain, "train"))
+        assert len(text) > 1e6 and [name for name in heldout if name in text] == []
+        assert len(built.documents(domain, "heldout")) > 200
+
+
+def test_same_side_whatever_else_is_there(small, corpus):
+    side = {a: unit_hash(a) < 0.04 for a in json.loads((small / "heldout_apis.json").read_text())}
+    default = set(json.loads((corpus / "heldout_apis.json").read_text()))
+    assert all((a in default) == held for a, held in side.items())
+
+
+def test_mentions():
+    mentions = build_corpus.mention_finder(["a.b", "numpy.add", "x.y.z"])
+    for text in ("numpy.add", "(numpy.add)", "xnumpy.add.reduce", "see `a.b`.", "a.bc", 'e\nx.y.z'):
+        assert mentions(text), text
+    for text in ("", "numpy.ad", "a. b", "x.y", "numpy add", "y.z"):
+        assert not mentions(text), text
+    assert not build_corpus.mention_finder([])("a.b")
+
+
+# ---- bins
+
+
+def test_bins_decode_to_the_kept_records(small, small_raw):
+    built = Corpus(small)
+    kept = {d: 0 for d in build_corpus.DOMAINS}
+    texts = {" ".join(json.loads(line).get("text", "").split()) for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")}
+    for domain in build_corpus.DOMAINS:
+        for split in build_corpus.SPLITS:
+            documents = built.documents(domain, split)
+            kept[domain] += len(documents)
+            assert sum(map(len, documents)) == len(built.read(domain, split)) == built.manifest["files"][f"{domain}.{split}.bin"]["tokens"]
+            for ids in documents:
+                assert ids[-1] == built.tokenizer.end_of_text and (ids[:-1] != built.tokenizer.end_of_text).all()
+                if domain in ("api_doc", "code", "text"):
+                    assert " ".join(built.tokenizer.decode(ids[:-1]).split()) in texts
+    assert min(kept.values()) > 0
+    mask, ids = built.read("instruction", "train", "mask"), built.read("instruction", "train")
+    assert len(mask) == len(ids) and set(np.unique(mask)) == {0, 1}
+
+
+def test_same_bins_for_any_number_of_workers_and_any_order(small, small_raw, tmp_path):
+    raw = tmp_path / "raw"
+    lines = [line for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")]
+    random.Random(0).shuffle(lines)
+    raw.mkdir()
+    (raw / "all.jsonl").write_text("".join(lines), encoding="utf-8")
+    run("build_corpus.py", "--raw", raw, "--out", tmp_path / "out", "--vocab-size", 1024, "--heldout", 0.1, "--workers", 1)
+    for path in small.iterdir():
+        if path.suffix in (".bin", ".idx", ".mask", ".tiktoken"):
+            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_duplicates_and_bad_lines_are_counted(tmp_path):
+    write_raw(tmp_path / "raw", [record("b", text="Same  text"), record("a", text="same text"), record("c", text="other")])
+    with open(tmp_path / "raw" / "records.jsonl", "a") as file:
+        file.write("{not json\n")
+    done = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 265)
+    assert "records.jsonl:4: left out" in done.stderr
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["dropped"] == {"not a record": 1, "duplicate": 1}
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    assert {"reason": "duplicate", "id": "b"} in rejected
+
+
+def test_finished_build_is_not_redone_and_a_changed_one_is(small_raw, tmp_path):
+    raw = tmp_path / "raw"
+    shutil.copytree(small_raw, raw)
+    arguments = ("build_corpus.py", "--raw", raw, "--out", tmp_path / "out", "--vocab-size", 512)
+    run(*arguments)
+    assert "up to date" in run(*arguments).stdout
+    write_raw(raw, [record("new", text="a text that was not there")])
+    assert "up to date" not in run(*arguments).stdout
+
+
+def test_tampered_corpus_is_refused(small, tmp_path):
+    shutil.copytree(small, tmp_path / "corpus")
+    with open(tmp_path / "corpus" / "code.train.bin", "r+b") as file:
+        file.write(b"\x07")
+    with pytest.raises(ValueError, match="code.train.bin"):
+        Corpus(tmp_path / "corpus")
+    (tmp_path / "corpus" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="build_corpus.py"):
+        Corpus(tmp_path / "corpus")
+
+
+@pytest.mark.parametrize("arguments, named", [((), "collect.py"), (("--heldout", 2), "--heldout"), (("--vocab-size", 9), "--vocab-size")])
+def test_bad_input_is_named(tmp_path, arguments, named):
+    assert named in run("build_corpus.py", "--raw", tmp_path, "--out", tmp_path / "out", *arguments, ok=False).stderr
