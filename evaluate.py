@@ -258,7 +258,9 @@ class Constraint:
 
     def __init__(self, tokenizer, tools):
         self.tokenizer = tokenizer
-        self.tools = [{t["function"]["name"]: t["function"]["parameters"] for t in row} for row in tools]
+        # A token may end within a character, so bytes are compared, each written as one character (Latin-1).
+        self.tools = [{latin1(t["function"]["name"]): json.loads(latin1(json.dumps(t["function"]["parameters"], ensure_ascii=False)))
+                       for t in row} for row in tools]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
@@ -266,7 +268,7 @@ class Constraint:
             ids = [*new_ids, token]
             if start not in ids:
                 return token
-            text = self.tokenizer.encoding.decode_bytes([i for i in ids if i != end]).decode("utf-8", "ignore")
+            text = self.tokenizer.encoding.decode_bytes([i for i in ids if i != end]).decode("latin-1")
             if self.legal(text[text.index("<tool_call>"):], self.tools[row], finished=token == end):
                 return token
         return end
@@ -285,6 +287,10 @@ class Constraint:
             return not finished
         except ValueError:
             return False
+
+
+def latin1(text):
+    return text.encode("utf-8").decode("latin-1")
 
 
 class Incomplete(Exception):
@@ -317,9 +323,10 @@ def scan_call(text, at, tools):
         first = False
 
 
-SCALARS = {"integer": r"-?\d+", "number": r"-?\d+(\.\d+)?([eE][+-]?\d+)?", "string": r'"([^"\\\x00-\x1f]|\\(["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'}
-PARTIAL = {"integer": r"-?\d*", "number": r"-?(\d+(\.\d*)?([eE][+-]?\d*)?)?",
-           "string": r'"([^"\\\x00-\x1f]|\\(["\\/bfnrt]|u[0-9a-fA-F]{4}))*(\\(u[0-9a-fA-F]{0,3})?)?'}
+INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
+WHOLE = {"integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"'}
+BEGUN = {"integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
+         "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
 
 
 def scan_value(text, at, schema):
@@ -333,13 +340,13 @@ def scan_value(text, at, schema):
         kind = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}.get(text[at], "number")
     if kind in ("boolean", "null"):
         return scan(text, at, ["true", "false"] if kind == "boolean" else ["null"])
-    if kind in SCALARS:
-        whole = re.compile(SCALARS[kind]).match(text, at)
-        if whole and whole.end() < len(text):
-            return whole.end()
-        if re.compile(PARTIAL[kind]).fullmatch(text, at):
+    if kind in WHOLE:
+        if re.compile(BEGUN[kind]).fullmatch(text, at):  # a number at the end of the text may go on, too
             raise Incomplete
-        raise ValueError
+        whole = re.compile(WHOLE[kind]).match(text, at)
+        if not whole:
+            raise ValueError
+        return whole.end()
     close = "]" if kind == "array" else "}"
     at = scan(text, at, ["[" if kind == "array" else "{"])
     if at < len(text) and text[at] == close:

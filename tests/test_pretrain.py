@@ -1,0 +1,167 @@
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import pretrain
+from build_corpus import Corpus
+from conftest import ROOT, run
+from model import load, read_safetensors
+
+SMALL = ["--seq-len", 64, "--batch-tokens", 512, "--micro-batch", 4, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
+SHORT = ["--base-tokens", 5120, "--stage1-tokens", 5120, "--stage2-tokens", 5120, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def trained(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT)
+    return out
+
+
+def weights(run_directory):
+    return read_safetensors(run_directory / "model.safetensors")
+
+
+def equal(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_runs_metrics_and_checkpoints(trained, corpus):
+    for name in ("base", "stage1", "stage2", "control-stage1", "control-stage2"):
+        lines = [json.loads(line) for line in (trained / name / "metrics.jsonl").open()]
+        assert lines[0]["step"] == 0 and {f"loss/{d}" for d in pretrain.VALIDATED} <= lines[0].keys()
+        assert lines[-1]["step"] == 10 and lines[-2]["tokens"] == 5120 and {"loss", "lr", "grad_norm", "tokens_per_second"} <= lines[-2].keys()
+        assert load(trained / name).config.vocab_size == Corpus(corpus).tokenizer.vocab_size
+        assert (trained / name / "tokenizer.json").exists() and (trained / name / "generation_config.json").exists()
+    first, last = ([json.loads(line) for line in (trained / "base" / "metrics.jsonl").open()][i]["loss/code"] for i in (0, -1))
+    assert last < first  # it learns
+    ours, control = ([json.loads(line) for line in (trained / d / "metrics.jsonl").open()][-1]["loss/api_doc"] for d in ("stage2", "control-stage2"))
+    assert ours < control
+
+
+def test_transformers_loads_a_run(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained(str(trained / "stage2"), dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(str(trained / "stage2"))("import numpy").input_ids])
+    torch.testing.assert_close(model(ids).logits, load(trained / "stage2")(ids), atol=1e-4, rtol=1e-4)
+
+
+def test_killed_run_goes_on_bit_for_bit(trained, corpus, tmp_path):
+    """kill -9 in the middle of a stage, twice; then weights and losses are those of the unbroken run."""
+    command = [sys.executable, str(ROOT / "pretrain.py"), "--corpus", str(corpus), "--out", str(tmp_path), "--save-every", "1", *map(str, SHORT)]
+    for stage in ("base", "stage2"):
+        state = tmp_path / stage / "train_state" / "state.pt"
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 120
+        while not state.exists() and time.time() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert state.exists() and not (tmp_path / stage / "model.safetensors").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    for name in ("base", "stage1", "stage2", "control-stage1", "control-stage2"):
+        assert equal(trained / name, tmp_path / name), name
+        ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "data_wait")}
+                         for line in (d / name / "metrics.jsonl").open()] for d in (trained, tmp_path))
+        assert ours == theirs, name
+
+
+def test_two_processes_train_what_one_trains(trained, corpus, tmp_path):
+    command = ["torchrun", "--nproc_per_node=2", "--master-port=29517", str(ROOT / "pretrain.py"), "--corpus", str(corpus), "--out", str(tmp_path),
+               "--no-control", *map(str, SHORT)]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:]], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "control-stage1").exists()
+    one, two = weights(trained / "stage2"), weights(tmp_path / "stage2")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=2e-3, msg=name)
+
+
+def test_other_options_are_refused_by_name(trained, corpus):
+    message = run("pretrain.py", "--corpus", corpus, "--out", trained, *SHORT, "--lr", 0.5, ok=False).stderr
+    assert "lr was 0.003, now 0.5" in message
+
+
+def test_init_takes_a_checkpoint_and_trains_no_base(trained, corpus, tmp_path):
+    shutil.copytree(trained / "base", tmp_path / "downloaded", ignore=shutil.ignore_patterns("train_state", "metrics.jsonl"))
+    run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out", "--init", tmp_path / "downloaded", *SHORT, "--no-control")
+    assert not (tmp_path / "out" / "base").exists()
+    assert equal(trained / "stage2", tmp_path / "out" / "stage2")
+
+
+def test_seed_preset_mix_and_decay_matter(trained, corpus, tmp_path):
+    for option in (["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"]):
+        out = tmp_path / option[0]
+        run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *option)
+        assert not equal(trained / "base", out / "base")
+    done = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "124m", *SHORT, "--preset", "124m", "--base-tokens", 1, "--stage1-tokens", 1,
+               "--stage2-tokens", 1, "--no-control")
+    assert load(tmp_path / "124m" / "base").config.n_layers == 12 and "stage2" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, named", [
+    (["--corpus", "nowhere"], "nowhere"), (["--init", "nowhere"], "nowhere"), (["--mix", "1:2"], "--mix"), (["--seq-len", 10**6], "no window"),
+    (["--preset", "huge"], "huge")])
+def test_bad_input_is_named(corpus, tmp_path, arguments, named):
+    assert named in run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, *arguments, ok=False).stderr
+
+
+# ---- data order
+
+
+class FakeCorpus:
+    """Domains of unique tokens: token i of a domain is i."""
+    directory = "fake"
+    sizes = {"code": 1001, "text": 10_001}
+
+    def read(self, domain, split, suffix="bin"):
+        return np.arange(self.sizes[domain], dtype=np.uint32) + 10**6 * (domain == "text")
+
+
+def test_windows_without_replacement_and_exact_shares():
+    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 0.5, "text": 0.5}, 200, 10, 10, 0)
+    starts = [row[0] for step in range(20) for row in get_batch(step)[0]]
+    code, text = [s for s in starts if s < 10**6], [s for s in starts if s >= 10**6]
+    assert sorted(code) == list(range(0, 1000, 10)) and len(text) == len(set(text)) == 100  # code: one epoch, each window once
+    assert epochs == {"code": 1.0, "text": 0.1}
+    ids, targets = get_batch(3)
+    assert (targets[:, :-1] == ids[:, 1:]).all() and (targets[:, -1] == ids[:, -1] + 1).all()
+
+
+def test_second_epoch_is_whole_and_in_another_order():
+    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 1.0, "text": 0.0}, 200, 10, 100, 0)
+    first, second = ([row[0] for row in get_batch(step)[0]] for step in (0, 1))
+    assert sorted(first) == sorted(second) and first != second and epochs == {"code": 2.0}
+
+
+def test_a_batch_is_a_function_of_seed_and_step():
+    batches = [pretrain.window_batches(FakeCorpus(), {"code": 1, "text": 2}, 100, 10, 10, seed)[0] for seed in (0, 0, 1)]
+    batches[0](1)  # history does not matter
+    assert all(np.array_equal(a, b) for a, b in zip(batches[0](7), batches[1](7)))
+    assert not np.array_equal(batches[0](7)[0], batches[2](7)[0])
+
+
+def test_learning_rate():
+    rates = [pretrain.learning_rate(s, 100, 1.0) for s in range(100)]
+    assert rates[0] == 0.2 and rates[4] == 1.0 == max(rates) and 0.1 < rates[-1] < 0.102 and rates[5:] == sorted(rates[5:], reverse=True)
+
+
+def test_bfloat16_and_compile_run(corpus, tmp_path):
+    run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, "--base-tokens", 512, "--stage1-tokens", 512, "--stage2-tokens", 512,
+        "--no-control", "--dtype", "bfloat16", "--compile", "auto")
+    args = argparse.Namespace(device="cpu", dtype="auto", compile="auto")
+    pretrain.setup(args)
+    assert args.dtype in ("float32", "bfloat16") and args.compile in ("yes", "no")
+    assert re.fullmatch(r"(yes|no)", args.compile)
