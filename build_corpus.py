@@ -37,7 +37,8 @@ from tqdm import tqdm
 from collect import DOMAINS, HelpFormatter, Record, fail, unit_hash
 
 SPLITS = ("train", "heldout")
-MAX_REJECTED = 100  # examples kept of each reason
+FILES_HELDOUT = 0.1  # share of code and text documents kept from training
+MAX_REJECTED = 100   # examples kept of each reason
 
 
 def main():
@@ -57,7 +58,7 @@ def main():
     records, rejected = read_records(shards)
     records = drop_duplicates(records, rejected)
     heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if unit_hash(a) < args.heldout})
-    splits = split(records, heldout_apis, args.heldout, rejected)
+    splits = split(records, heldout_apis, rejected)
     tokenizer = Tokenizer.train(training_texts(splits), args.vocab_size)
     tokenizer.save(out)
 
@@ -83,7 +84,7 @@ def parse_args():
     parser.add_argument("--raw", default="data/raw", help="directory of records")
     parser.add_argument("--out", default="data/corpus", help="directory for the corpus")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
-    parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs (and of code and text files) kept from training")
+    parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs kept from training")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize; the result is the same for any number")
     args = parser.parse_args()
     if not 0 < args.heldout < 1:
@@ -140,18 +141,18 @@ def drop_duplicates(records, rejected):
 # Split: what a model is tested on is never in what it learned from
 
 
-def split(records, heldout_apis, fraction, rejected):
+def split(records, heldout_apis, rejected):
     """{(domain, split): records}.
 
     Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and one that
     only mentions such an API by its qualified name is dropped. Code and text, which every compared model learns alike,
-    are split by a hash of their id.
+    are split by a hash of their id; they have fewer documents, so a larger share is held out.
     """
     heldout, mentions = set(heldout_apis), mention_finder(heldout_apis)
     splits = defaultdict(list)
     for record in tqdm(records, desc="split", disable=None):
         if record.domain in ("code", "text"):
-            side = "heldout" if unit_hash(record.id) < fraction else "train"
+            side = "heldout" if unit_hash(record.id) < FILES_HELDOUT else "train"
         elif heldout.intersection(record.apis):
             side = "heldout"
         elif mentions(record.text if record.text is not None else json.dumps([record.messages, record.tools], ensure_ascii=False)):

@@ -178,7 +178,7 @@ class Package:
     version: str
     license: str
     description: str
-    files: list         # source files, as (path, importable module name or None)
+    files: list         # source files, as (path, dotted name, whether public)
     modules: list       # public modules to import
     size: int           # bytes of source
 
@@ -226,10 +226,10 @@ def describe_package(name, version, license, description, top_level, roots, buil
                     parts.pop()
                 public = all(p.isidentifier() and not re.match(r"_|tests?$|test_|.*_tests?$|conftest$|setup$", p) for p in parts)
                 if path.suffix == ".py":
-                    files.append((path, ".".join(parts) if public else None))
+                    files.append((path, ".".join(parts), public))
                 if public:
                     modules.add(".".join(parts))
-    size = sum(path.stat().st_size for path, _ in files)
+    size = sum(path.stat().st_size for path, *_ in files)
     return Package(name, version, license, description, files, sorted(modules), size)
 
 
@@ -652,8 +652,8 @@ def last_paragraph(text, summary):
 def code_files(package, limit_mb):
     """Source files, chosen by a hash of their path until the limit is reached. Generated and test files are left out."""
     budget = limit_mb * 1e6
-    for path, module in sorted(package.files, key=lambda f: unit_hash(f[0].as_posix().rpartition("site-packages")[2])):
-        if not module or budget <= 0 or not 200 < path.stat().st_size < 100_000:
+    for path, module, public in sorted(package.files, key=lambda f: unit_hash(f[1])):
+        if not public or budget <= 0 or not 200 < path.stat().st_size < 100_000:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
         if max(map(len, text.split("\n"))) > 1000:
@@ -663,18 +663,19 @@ def code_files(package, limit_mb):
 
 
 def prose(package):
-    """Package description, module documentation and, with the standard library, the language reference topics."""
+    """Package description, module documentation, long comments and, in the standard library, the language reference's topics."""
     texts = {f"text:{package.name}": package.description}
     if package.name == "stdlib":
         topics = importlib.import_module("pydoc_data.topics").topics
         texts |= {f"text:topic:{name}": topic for name, topic in topics.items()}
-    for path, module in package.files:
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) if module else None
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        texts[f"text:{module}"] = docstring or ""
+    for path, module, _ in package.files:
+        source = path.read_text(encoding="utf-8", errors="replace")
+        docstring = re.match(r'(?:[ \t]*(?:#[^\n]*)?\n)*[rRuU]?"""(.*?)"""', source, re.S)
+        texts[f"text:{module}"] = inspect.cleandoc(docstring[1]) if docstring else ""
+        for found in re.finditer(r"(?:^[ \t]*#.*\n){6,}", source, re.M):
+            comment = re.sub(r"^[ \t]*#+ ?", "", found[0], flags=re.M)
+            if len(re.findall(r"[^\w\s.,;:'\"`()-]", comment)) < 0.02 * len(comment):  # prose, not code switched off
+                texts[f"text:{module}:{found.start()}"] = comment
     for name, text in sorted(texts.items()):
         if len(text) >= 200:
             yield Record(name, "text", f"python:{package.name}", package.license, [], text)
@@ -699,18 +700,19 @@ def read_apis(shard):
                 yield json.loads(record.text.rsplit("\n\n", 2)[-2]) | {"source": record.source, "license": record.license}
 
 
-def indexes(apis, seed, size=5):
+def indexes(apis, seed, sizes=(4, 5, 6)):
     """Reference cards: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
 
-    Neighbours in hash order share a card, so that held-out APIs, which are neighbours too, spoil few others.
+    Every API is on one card of each size. Neighbours in hash order share a card, so that held-out APIs, which are
+    neighbours too, spoil few others.
     """
     apis = sorted((a for a in apis if not a["description"].startswith("See ")), key=lambda a: unit_hash(a["name"]))
-    for i in range(0, len(apis), size):
+    for size, i in ((size, i) for size in sizes for i in range(0, len(apis), size)):
         card = list({a["description"]: a for a in apis[i:i + size]}.values())
-        rng = random.Random(f"{seed} {card[0]['name']}")
+        rng = random.Random(f"{seed} {size} {card[0]['name']}")
         listed = [json.dumps({"name": a["name"], "description": a["description"]}, ensure_ascii=False) for a in card]
         asked = [f"{a['description']}\n" + json.dumps({"name": a["name"]}) for a in rng.sample(card, len(card))]
-        yield Record(f"api_doc:index:{card[0]['name']}", "api_doc", "python:index", " AND ".join(sorted({a["license"] for a in card})),
+        yield Record(f"api_doc:index:{size}:{card[0]['name']}", "api_doc", "python:index", " AND ".join(sorted({a["license"] for a in card})),
                      sorted(a["name"] for a in card), "APIs by name\n" + "\n".join(listed) + "\n\nAPIs by purpose\n" + "\n".join(asked))
 
 
@@ -793,12 +795,13 @@ def fingerprint(shards, seed):
 
 
 def report(shards, out, seconds):
-    records, characters, steps = Counter(), Counter(), 0
+    records, characters, steps, documented = Counter(), Counter(), 0, 0
     for shard in shards:
         with open(shard, encoding="utf-8") as lines:
             for line in lines:
                 record = json.loads(line)
                 records[record["domain"]] += 1
+                documented += record["domain"] == "api_doc" and len(record["apis"]) == 1
                 characters[record["domain"]] += len(line)
                 if record["domain"] == "trajectory":
                     steps += sum(m["role"] == "tool" for m in record["messages"])
@@ -807,7 +810,7 @@ def report(shards, out, seconds):
     print(f"{'domain':<12} {'records':>8} {'MB':>7}")
     for domain in DOMAINS:
         print(f"{domain:<12} {records[domain]:>8,} {characters[domain] / 1e6:>7.1f}")
-    print(f"{records['api_doc']:,} APIs documented, {steps:,} tool calls with their real outputs, from {len(shards) - 1} packages "
+    print(f"{documented:,} APIs documented, {steps:,} tool calls with their real outputs, from {len(shards) - 1} packages "
           f"in {seconds:.0f} s; {rejected} modules could not be read (reasons in {log})")
 
 

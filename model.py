@@ -25,12 +25,12 @@ class Config:
     vocab_size: int = 2048
     dim: int = 192
     n_layers: int = 4
-    n_heads: int = 6
-    n_kv_heads: int = 6
-    head_dim: int = 32
+    n_heads: int = 3
+    n_kv_heads: int = 3
+    head_dim: int = 64
     hidden_dim: int = 512           # of the feed-forward layer
     max_seq_len: int = 2048
-    rope_theta: float = 10000.0
+    rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     qkv_bias: bool = True           # as in Qwen2; without it the model is a Llama
     tie_embeddings: bool = True
@@ -46,11 +46,19 @@ class Config:
         kind = config.get("model_type")
         if kind not in ("llama", "qwen2"):
             raise ValueError(f"config.json: model_type {kind!r} is not supported (llama and qwen2 are)")
-        if config.get("rope_scaling") or config.get("hidden_act", "silu") != "silu":
-            raise ValueError("config.json: rope_scaling and hidden_act other than silu are not supported")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
+        unsupported = {"rope_scaling": rope.get("rope_type", "default") != "default", "hidden_act": config.get("hidden_act", "silu") != "silu",
+                       "attention_bias": bool(config.get("attention_bias")), "use_sliding_window": bool(config.get("use_sliding_window"))}
+        for key, found in unsupported.items():
+            if found:
+                raise ValueError(f"config.json: {key} {config.get(key, rope)!r} is not supported")
         known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
-        known.setdefault("head_dim", known["dim"] // known["n_heads"])
-        known.setdefault("tie_embeddings", False)
+        absent = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_embeddings": False, "n_kv_heads": known.get("n_heads"), "norm_eps": 1e-6,
+                  "head_dim": known.get("dim", 0) // known.get("n_heads", 1)}  # what Hugging Face takes where a key is absent
+        known = absent | known
+        missing = [HF_NAMES[name] for name in HF_NAMES if name not in known]
+        if missing:
+            raise ValueError(f"config.json: {', '.join(missing)} missing")
         return cls(**known, qkv_bias=kind == "qwen2")
 
 
@@ -132,13 +140,41 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal with deviation 0.02; what writes to the residual stream smaller by the root of the number of writers (GPT-2)."""
+        """Normal with deviation 1/sqrt(dim); what writes to the residual stream starts at zero, so every block does nothing."""
         for name, p in self.named_parameters():
-            if p.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=0.02 / (math.sqrt(2 * self.config.n_layers) if residual else 1))
-            elif name.endswith("bias"):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 nn.init.zeros_(p)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=self.config.dim ** -0.5)
+        c = self.config
+        if c.qkv_bias and c.n_layers > 1 and c.dim >= 2 * c.head_dim and not self.cos.is_meta:
+            self.wire_induction_head()
+
+    def wire_induction_head(self):
+        """Set one head in each of the first two layers so that together they copy: after ... a b ... a they say b.
+
+        Such pairs, induction heads (Olsson et al. 2022, arXiv 2209.11895), are how a transformer uses what stands in its
+        context, such as the name of a tool it has never seen. Training finds them by itself, but only after hundreds of
+        millions of tokens; a model of minutes must start with one (as in mimetic initialisation, arXiv 2305.09828).
+        """
+        D, C, std = self.config.head_dim, self.config.dim, self.config.dim ** -0.5
+        first, second = (self.model["layers"][i].self_attn for i in (0, 1))
+        directions = torch.linalg.qr(torch.randn(C, C))[0]
+        token, previous = directions[:D], directions[D:2 * D]  # (D, C): where to read a token, where to write the one before it
+        # Layer 0: attend to the previous position. With q and k constant, rotary scores depend on the distance alone, and
+        # turning k by one position moves their peak from 0 to 1. The fastest frequencies make it sharp.
+        fast, strength = min(6, D // 2), 35.0
+        turn = self.config.rope_theta ** (-torch.arange(fast) * 2 / D)
+        size = (strength * D ** 0.5 / fast) ** 0.5
+        first.q_proj.weight[:D] = first.k_proj.weight[:D] = 0
+        first.q_proj.bias[:fast] = size
+        first.k_proj.bias[:fast] = size * turn.cos()
+        first.k_proj.bias[D // 2:D // 2 + fast] = size * turn.sin()
+        first.v_proj.weight[:D], first.o_proj.weight[:, :D] = token, std * previous.T
+        # Layer 1: attend to where the previous token is the current one, and raise the likelihood of the token there.
+        second.q_proj.weight[:D], second.k_proj.weight[:D] = 8 * token, previous
+        copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
+        second.v_proj.weight[:D], second.o_proj.weight[:, :D] = copied, 8 * std * copied.T
 
     def forward(self, ids, targets=None, segments=None, caches=None, positions=None, mask=None):
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where target >= 0.

@@ -161,3 +161,14 @@ def test_flops_count_the_weights():
     model = tiny(tie_embeddings=False, qkv_bias=False)
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - 97 * 32
     assert model.flops_per_token(10) == 6 * weights + 12 * 2 * 4 * 8 * 10
+
+
+def test_an_untrained_model_copies():
+    """The wired induction head: on random tokens that repeat at random distances it is right most of the time, and not without."""
+    def right(bias):
+        torch.manual_seed(0)
+        model = Transformer(Config(qkv_bias=bias))
+        rows = [torch.randint(2048, (int(n),)).repeat(49)[:385] for n in torch.randint(8, 192, (16,))]
+        ids = torch.stack(rows)
+        return (model(ids[:, :-1]).argmax(-1) == ids[:, 1:])[:, 192:].float().mean().item()
+    assert right(True) > 0.7 and right(False) < 0.05
