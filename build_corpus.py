@@ -34,7 +34,7 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from collect import DOMAINS, HelpFormatter, Record, fail, unit_hash
+from collect import DOMAINS, HelpFormatter, Record, fail, run_main, unit_hash
 
 SPLITS = ("train", "heldout")
 FILES_HELDOUT = 0.1  # share of code and text documents kept from training
@@ -501,4 +501,4 @@ def report(manifest, seconds):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -2,7 +2,8 @@
 
 In:   the Python environment this script runs in. It holds real API documentation (every public callable's docstring
       and signature), real tool use (doctest examples with their real outputs), source code, and prose.
-Out:  data/raw/python.<package>-<version>.jsonl, one record a line (class Record), of five domains:
+Out:  data/raw/python.<package>-<version>.jsonl, one record a line (class Record), of five domains (and data/raw/rejected,
+      the modules that could not be read, with the reason):
         api_doc      one API: qualified name, signature, JSON Schema of its parameters, documentation
         trajectory   one docstring's examples as a conversation: request, call, real output, next call ...
         code, text   source files; language reference topics, package descriptions, module documentation
@@ -93,6 +94,14 @@ def parse_args():
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The module docstring as it stands, and every default beside its flag."""
+
+
+def run_main(main):
+    """Run a script's main; Ctrl-C ends it with a line instead of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(print("\nstopped; the same command goes on from here", file=sys.stderr) or 130)
 
 
 def fail(message):
@@ -513,8 +522,9 @@ def collect_package(package, out, args, bar):
     apis = name_apis(objects, package)
     records = [*api_documents(apis, package), *trajectories(apis, package), *code_files(package, args.code_mb),
                *prose(package)]
-    with open(out / "rejected.log", "a") as log:  # one write, so that threads and runs do not mix lines
-        log.write("".join(json.dumps({"package": package.name, "module": m, "reason": r}) + "\n" for m, r in rejected))
+    log = out / "rejected" / f"{package.name}.jsonl"
+    log.parent.mkdir(exist_ok=True)
+    log.write_text("".join(json.dumps({"module": module, "reason": reason}) + "\n" for module, reason in rejected))
     write_records(out / package.filename, records)
 
 
@@ -805,14 +815,13 @@ def report(shards, out, seconds):
                 characters[record["domain"]] += len(line)
                 if record["domain"] == "trajectory":
                     steps += sum(m["role"] == "tool" for m in record["messages"])
-    log = out / "rejected.log"
-    rejected = len(log.read_text().splitlines()) if log.exists() else 0
+    rejected = sum(len(log.read_text().splitlines()) for log in (out / "rejected").glob("*.jsonl"))
     print(f"{'domain':<12} {'records':>8} {'MB':>7}")
     for domain in DOMAINS:
         print(f"{domain:<12} {records[domain]:>8,} {characters[domain] / 1e6:>7.1f}")
     print(f"{documented:,} APIs documented, {steps:,} tool calls with their real outputs, from {len(shards) - 1} packages "
-          f"in {seconds:.0f} s; {rejected} modules could not be read (reasons in {log})")
+          f"in {seconds:.0f} s; {rejected} modules could not be read (reasons in {out}/rejected)")
 
 
 if __name__ == "__main__":
-    child() if sys.argv[1:] == ["--child"] else main()
+    child() if sys.argv[1:] == ["--child"] else run_main(main)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import sha256, write
-from collect import HelpFormatter, Record, fail, unit_hash
+from collect import HelpFormatter, Record, fail, run_main, unit_hash
 from pretrain import VALIDATED, load_checkpoint, open_corpus
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -406,4 +406,4 @@ def print_table(results, names):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

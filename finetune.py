@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from collect import HelpFormatter, fail
+from collect import HelpFormatter, fail, run_main
 from pretrain import add_training_flags, is_main, load_checkpoint, number, open_corpus, report, setup, train
 
 
@@ -44,7 +44,7 @@ def parse_args():
     add("--name", default="tuned", help="name of the run, with --init")
     add("--tokens", type=number, default=1_200_000, help="tokens trained on, whatever their number in the corpus")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add_training_flags(parser, lr=2e-3)
+    add_training_flags(parser, lr=1.5e-3)
     return parser.parse_args()
 
 
@@ -54,7 +54,7 @@ def tune(run, init, corpus, args):
     steps = max(1, args.tokens // (batch_size * args.seq_len))
     get_batch = packed_batches(corpus, windows, steps, batch_size, args.seq_len, args.seed)
     options = {"init": str(init), "steps": steps, "corpus": corpus.sha256,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "weight_decay", "seed", "dtype", "compile")}}
+               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "attention_lr", "weight_decay", "seed", "dtype", "compile")}}
     train(run, lambda: load_checkpoint(init, corpus, args.device), get_batch, steps, options, corpus, args)
     if is_main():
         count, used = sum(map(len, windows)), sum(b - a for w in windows for a, b in w) / (len(windows) * args.seq_len)
@@ -113,4 +113,4 @@ def packed_batches(corpus, windows, steps, batch_size, seq_len, seed):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -33,7 +33,7 @@ class Config:
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     qkv_bias: bool = True           # as in Qwen2; without it the model is a Llama
-    tie_embeddings: bool = True
+    tie_embeddings: bool = False
 
     def to_hf(self):
         """The config.json that Hugging Face reads."""
@@ -70,9 +70,9 @@ HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_h
 PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
     "tiny": dict(),
     "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, rope_theta=500000.0),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True),
     "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192,
-               rope_theta=500000.0, tie_embeddings=False, qkv_bias=False),
+               qkv_bias=False),
 }
 
 
@@ -140,27 +140,33 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal with deviation 1/sqrt(dim); what writes to the residual stream starts at zero, so every block does nothing."""
+        """Normal with deviation 1/sqrt(dim); what writes to the residual stream starts at zero, so every block does nothing.
+
+        Embeddings of deviation 1 keep their differences while training moves them. An untied head begins as a faint copy.
+        """
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=self.config.dim ** -0.5)
-        c = self.config
-        if c.qkv_bias and c.n_layers > 1 and c.dim >= 2 * c.head_dim and not self.cos.is_meta:
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.model["embed_tokens"].weight)
+            self.lm_head.weight.copy_(0.03 * self.model["embed_tokens"].weight)
+        if self.config.qkv_bias and self.config.n_layers > 1 and self.config.dim >= 2 * self.config.head_dim:
             self.wire_induction_head()
 
     def wire_induction_head(self):
         """Set one head in each of the first two layers so that together they copy: after ... a b ... a they say b.
 
         Such pairs, induction heads (Olsson et al. 2022, arXiv 2209.11895), are how a transformer uses what stands in its
-        context, such as the name of a tool it has never seen. Training finds them by itself, but only after hundreds of
-        millions of tokens; a model of minutes must start with one (as in mimetic initialisation, arXiv 2305.09828).
+        context, such as the name of a tool it has never seen. Training finds them by itself, but needs far more tokens than
+        minutes on a CPU allow; so a small base starts with one (in the spirit of mimetic initialisation, arXiv 2305.09828).
         """
-        D, C, std = self.config.head_dim, self.config.dim, self.config.dim ** -0.5
+        D, C = self.config.head_dim, self.config.dim
         first, second = (self.model["layers"][i].self_attn for i in (0, 1))
+        scale = self.model["embed_tokens"].weight.std()  # of what is written beside the embeddings
         directions = torch.linalg.qr(torch.randn(C, C))[0]
-        token, previous = directions[:D], directions[D:2 * D]  # (D, C): where to read a token, where to write the one before it
+        token, previous = directions[:D], directions[D:2 * D]  # (D, C): where a token is read, where the one before is written
         # Layer 0: attend to the previous position. With q and k constant, rotary scores depend on the distance alone, and
         # turning k by one position moves their peak from 0 to 1. The fastest frequencies make it sharp.
         fast, strength = min(6, D // 2), 35.0
@@ -170,11 +176,11 @@ class Transformer(nn.Module):
         first.q_proj.bias[:fast] = size
         first.k_proj.bias[:fast] = size * turn.cos()
         first.k_proj.bias[D // 2:D // 2 + fast] = size * turn.sin()
-        first.v_proj.weight[:D], first.o_proj.weight[:, :D] = token, std * previous.T
+        first.v_proj.weight[:D], first.o_proj.weight[:, :D] = token, scale * previous.T
         # Layer 1: attend to where the previous token is the current one, and raise the likelihood of the token there.
         second.q_proj.weight[:D], second.k_proj.weight[:D] = 8 * token, previous
         copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
-        second.v_proj.weight[:D], second.o_proj.weight[:, :D] = copied, 8 * std * copied.T
+        second.v_proj.weight[:D], second.o_proj.weight[:, :D] = copied, 6 * scale * copied.T
 
     def forward(self, ids, targets=None, segments=None, caches=None, positions=None, mask=None):
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where target >= 0.

@@ -33,9 +33,9 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import Corpus, write
-from collect import HelpFormatter, fail
+from collect import HelpFormatter, fail, run_main
 
-AGENT = {"api_doc": 0.5, "trajectory": 0.5}  # what the agent share consists of
+AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, from the makers' datasheets
 
@@ -74,14 +74,14 @@ def parse_args():
     add("--init", default=None, metavar="DIR", help="continue from this checkpoint directory instead of training a base; its "
         "tokenizer must be the corpus's")
     add("--preset", default="tiny", choices=transformer.PRESETS, help="shape of the model, where there is no --init")
-    add("--base-tokens", type=number, default=2_000_000, help="tokens the base is trained on (1e9 is understood)")
-    add("--stage1-tokens", type=number, default=1_500_000, help="tokens of stage 1")
-    add("--stage2-tokens", type=number, default=1_000_000, help="tokens of stage 2")
+    add("--base-tokens", type=number, default=1_200_000, help="tokens the base is trained on (1e9 is understood)")
+    add("--stage1-tokens", type=number, default=1_600_000, help="tokens of stage 1")
+    add("--stage2-tokens", type=number, default=1_600_000, help="tokens of stage 2")
     add("--mix", type=ratio, default="1:1:1", help="agent : code : text in stage 1, by tokens")
     add("--replay", type=float, default=0.25, help="share of code and text in stage 2, in the ratio of --mix")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the control without agent data")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add_training_flags(parser, lr=3e-3)
+    add_training_flags(parser, lr=1.5e-3)
     return parser.parse_args()
 
 
@@ -89,9 +89,11 @@ def add_training_flags(parser, lr):
     """Flags that pre-training and tuning share."""
     add = parser.add_argument
     add("--seq-len", type=int, default=384, help="tokens of a window")
-    add("--batch-tokens", type=number, default=6144, help="tokens of an optimizer step, over all processes")
+    add("--batch-tokens", type=number, default=1536, help="tokens of an optimizer step, over all processes")
     add("--micro-batch", type=int, default=16, help="windows of one forward pass; gradients of several add up to a step")
     add("--lr", type=float, default=lr, help="peak learning rate; linear warm-up over 5%% of the steps, cosine decay to a tenth")
+    add("--attention-lr", type=float, default=0.3, help="rate of the attention weights, as a share of --lr: below 1, copying heads "
+        "outlive a short training from scratch; with a base from elsewhere take 1")
     add("--weight-decay", type=float, default=0.1, help="decoupled decay of the matrices")
     add("--seed", type=int, default=0, help="seed of weights and data order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -223,7 +225,7 @@ def pretrain(name, init, weights, tokens, corpus, args):
     get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size, [args.seed, sum(name.encode())])
     run = Path(args.out) / name
     options = {"init": str(init), "weights": weights, "steps": steps, "corpus": corpus.sha256, "preset": args.preset,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "weight_decay", "seed", "dtype", "compile")}}
+               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "attention_lr", "weight_decay", "seed", "dtype", "compile")}}
 
     def make_model():
         if init:
@@ -238,7 +240,7 @@ def pretrain(name, init, weights, tokens, corpus, args):
     return run
 
 
-def train(run, make_model, get_batch, steps, options, corpus, args, validate=None):
+def train(run, make_model, get_batch, steps, options, corpus, args):
     """Train for `steps` optimizer steps and leave a checkpoint directory in `run`; go on where an earlier run stopped.
 
     get_batch(step) gives ids, targets (and segments) of the whole step; each process takes its rows. The loss is the sum over the
@@ -260,10 +262,7 @@ def train(run, make_model, get_batch, steps, options, corpus, args, validate=Non
         fail(f"a step of {batch_size} windows cannot be divided among {world} processes: change --batch-tokens")
     if args.seq_len > model.config.max_seq_len:
         fail(f"--seq-len {args.seq_len}: the model has {model.config.max_seq_len} positions")
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.95), fused=True)
     start = 0
     if state:
         start = state["step"]
@@ -293,7 +292,7 @@ def train(run, make_model, get_batch, steps, options, corpus, args, validate=Non
         waited += time.perf_counter() - fetched
         lr = learning_rate(step, steps, args.lr)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         total = torch.zeros((), device=args.device)
         for i in range(0, len(rows[0]), args.micro_batch):
             last = i + args.micro_batch >= len(rows[0])
@@ -323,6 +322,16 @@ def train(run, make_model, get_batch, steps, options, corpus, args, validate=Non
         corpus.tokenizer.save(run)
     if world > 1:
         dist.barrier()
+
+
+def parameter_groups(model, args):
+    """Matrices decay, vectors do not; attention learns at its own rate."""
+    groups = {}
+    for name, p in model.named_parameters():
+        attention, matrix = "self_attn" in name, p.dim() >= 2
+        groups.setdefault((attention, matrix), []).append(p)
+    return [{"params": parameters, "weight_decay": args.weight_decay if matrix else 0.0,
+             "lr_scale": args.attention_lr if attention else 1.0} for (attention, matrix), parameters in groups.items()]
 
 
 def learning_rate(step, steps, peak):
@@ -389,4 +398,4 @@ def report(runs):
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

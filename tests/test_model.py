@@ -7,7 +7,7 @@ import torch
 import model as transformer
 from model import Config, Transformer, generate, load, read_safetensors, save, write_safetensors
 
-TINY = dict(vocab_size=97, dim=32, n_layers=2, n_heads=4, head_dim=8, hidden_dim=48, max_seq_len=64)
+TINY = dict(tie_embeddings=True, vocab_size=97, dim=32, n_layers=2, n_heads=4, head_dim=8, hidden_dim=48, max_seq_len=64)
 
 
 def tiny(**options):

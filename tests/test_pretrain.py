@@ -91,7 +91,7 @@ def test_two_processes_train_what_one_trains(trained, corpus, tmp_path):
 
 def test_other_options_are_refused_by_name(trained, corpus):
     message = run("pretrain.py", "--corpus", corpus, "--out", trained, *SHORT, "--lr", 0.5, ok=False).stderr
-    assert "lr was 0.003, now 0.5" in message
+    assert "lr was 0.0015, now 0.5" in message
 
 
 def test_init_takes_a_checkpoint_and_trains_no_base(trained, corpus, tmp_path):
@@ -102,7 +102,7 @@ def test_init_takes_a_checkpoint_and_trains_no_base(trained, corpus, tmp_path):
 
 
 def test_seed_preset_mix_and_decay_matter(trained, corpus, tmp_path):
-    for option in (["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"]):
+    for option in (["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"], ["--attention-lr", 1]):
         out = tmp_path / option[0]
         run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *option)
         assert not equal(trained / "base", out / "base")

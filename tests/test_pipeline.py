@@ -1,0 +1,92 @@
+"""The whole, as a user runs it: six scripts one after the other, and the same again with every stage killed once."""
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT, run
+
+TRAIN = ["--batch-tokens", 1536, "--compile", "no", "--dtype", "float32", "--device", "cpu", "--save-every", 2]
+STAGES = {  # script: (flags, directory that stands in the run's directory)
+    "pretrain.py": ["--base-tokens", 9216, "--stage1-tokens", 9216, "--stage2-tokens", 9216, *TRAIN],
+    "finetune.py": ["--tokens", 9216, *TRAIN],
+    "evaluate.py": ["--limit", 12, "--device", "cpu", "--batch-size", 8]}
+
+
+def flags(script, corpus, out):
+    return [*map(str, STAGES[script]), "--corpus", str(corpus), "--out", str(out)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return out, {script: run(script, *flags(script, corpus, out)).stdout for script in STAGES}
+
+
+def test_table_and_results(unbroken):
+    out, printed = unbroken
+    results = json.loads((out / "eval" / "results.json").read_text())
+    table = printed["evaluate.py"]
+    for suite in ("loss", "choice", "calls", "calls-constrained"):
+        assert any(line.startswith(suite + " ") for line in table.splitlines())
+    for r in results:
+        assert {"model", "suite", "metric", "n", "score", "low", "high"} <= r.keys() and r["n"] > 0 and r["low"] <= r["score"] <= r["high"]
+        assert ("baseline" in r) == (r["model"] == "ours")
+    assert {r["model"] for r in results} == {"base", "control", "ours"}
+    assert {r["baseline"] for r in results if "baseline" in r} == {"base", "control"}
+    for name in ("base", "control", "ours"):
+        lines = (out / "eval" / "items" / name / "calls.jsonl").read_text(encoding="utf-8").splitlines()
+        items = [json.loads(line) for line in lines[1:]]
+        assert len(items) == 12 and all({"prompt", "output", "calls", "gold", "verdict"} <= i.keys() for i in items)
+    assert table.count("a conversation about an API it has never seen") == 3
+    constrained = [json.loads(line) for line in (out / "eval" / "items" / "ours" / "calls-constrained.jsonl").open(encoding="utf-8")][1:]
+    assert all(name in item["prompt"] for item in constrained for name, _ in item["calls"] or [])
+
+
+def test_only_the_models_named(unbroken, corpus):
+    out, _ = unbroken
+    table = run("evaluate.py", *flags("evaluate.py", corpus, out), "--model", out / "ours", "--seq-len", 256).stdout
+    assert "control" not in table
+    assert "nowhere" in run("evaluate.py", "--corpus", corpus, "--model", "nowhere", ok=False).stderr
+    run("evaluate.py", *flags("evaluate.py", corpus, out))  # so that results.json is again that of the default models
+
+
+def test_killed_in_every_stage_the_table_is_the_same(unbroken, corpus, tmp_path):
+    """kill -9 after 6 and 8 seconds in each stage, then the same command to its end."""
+    out, _ = unbroken
+    for script in STAGES:
+        command = [sys.executable, str(ROOT / script), *flags(script, corpus, tmp_path)]
+        for seconds in (6, 8):
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            time.sleep(seconds)
+            process.kill()
+            process.wait()
+        subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((out / "eval" / "results.json").read_text()) == json.loads((tmp_path / "eval" / "results.json").read_text())
+    for path in (out / "eval" / "items").rglob("*.jsonl"):
+        assert path.read_bytes() == (tmp_path / "eval" / "items" / path.relative_to(out / "eval" / "items")).read_bytes()
+
+
+@pytest.mark.parametrize("script", ["collect.py", "build_corpus.py", "pretrain.py", "finetune.py", "evaluate.py"])
+def test_help_is_a_good_page(script):
+    page = run(script, "--help").stdout
+    for word in ("In:", "Out:", "Laptop:", f"python {script}", "(default:"):
+        assert word in page, word
+    options = page.split("options:")[1]
+    for paragraph in options.split("\n  --")[1:]:
+        assert len(paragraph.split()) > 3, paragraph  # each flag says what it does
+
+
+def test_run_time_imports_are_the_required_packages():
+    import ast
+    allowed = set(sys.stdlib_module_names) | {"torch", "tiktoken", "numpy", "requests", "tqdm"}
+    order = ["collect", "build_corpus", "model", "pretrain", "finetune", "evaluate"]
+    for i, name in enumerate(order):
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        imported |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        project = {m for m in imported if m in order}
+        assert {m.split(".")[0] for m in imported} <= allowed | project
+        assert project <= set(order[:i]) and (name != "model" or not project)  # only from stages above
