@@ -188,9 +188,10 @@ def mention_finder(names):
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tools>", "</tools>", "<tool_call>", "</tool_call>",
                   "<tool_response>", "</tool_response>")
-# Words with the space before them, numbers of up to three digits, runs of punctuation, white space. A name in quotes is
-# so cut alike wherever it stands, which is what a model needs in order to copy it.
-PATTERN = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# What a call begins with; words with the space, dot or underscore before them; numbers of up to three digits; punctuation;
+# white space. A qualified name so follows one token that nothing else follows, and is cut alike wherever it stands: to copy
+# it a model need only look for what came after the same token before.
+PATTERN = r'\{"name": "|[ ._]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 
 
 class Tokenizer:

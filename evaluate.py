@@ -140,10 +140,10 @@ def tool_choices(model, tokenizer, conversations, args):
         if len(record.tools) != 4 or len(calls) != 1 or len(items) == args.limit:
             continue
         prompt, _ = tokenizer.render(record.messages[:-1], record.tools, answer=True)
-        prompt = prompt + [tokenizer.special["<tool_call>"]] + tokenizer.encode('\n{"name":')
+        prompt = prompt + [tokenizer.special["<tool_call>"]] + tokenizer.encode('\n{"name": "')
         names = [t["function"]["name"] for t in record.tools]
         for name in names:
-            ids = tokenizer.encode(f' "{name}",')
+            ids = tokenizer.encode(f'{name}",')
             sequences.append(prompt + ids)
             spans.append(len(ids))
         items.append({"id": record.id, "tools": names, "gold": calls[0]["function"]["name"]})
