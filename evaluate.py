@@ -8,7 +8,8 @@ Others:   python evaluate.py --model out/stage2 out/ours
 
 Suites, all on held-out documents and APIs
   loss     mean loss of each document, in nats a token, by domain (so what was forgotten shows too); lower is better
-  choice   four tools, one fits: is the likelihood of its name in a call the highest? Chance is 25%
+  choice   four tools, one fits; chance is 25%. Chosen by likelihood in two ways: which name is likeliest in a call after the
+           request (direct), and which tool, given alone, makes the request likeliest (channel, arXiv 2108.04106)
   calls    the model answers the request: right function name, and right name with exactly the right arguments, decoded
            freely (calls) and within the names and schemas of the tools at hand (calls-constrained)
 
@@ -133,25 +134,27 @@ def sequence_losses(model, sequences, args):
 
 
 def tool_choices(model, tokenizer, conversations, args):
-    """Which of four tools a model would call, by the likelihood of the name after the request."""
+    """Which of four tools a model takes for the right one, by likelihood, in both directions."""
     items, sequences, spans = [], [], []
     for record in conversations:
         calls = record.messages[-1].get("tool_calls") or []
         if len(record.tools) != 4 or len(calls) != 1 or len(items) == args.limit:
             continue
-        prompt, _ = tokenizer.render(record.messages[:-1], record.tools, answer=True)
+        request, names = record.messages[:-1], [t["function"]["name"] for t in record.tools]
+        prompt, _ = tokenizer.render(request, record.tools, answer=True)
         prompt = prompt + [tokenizer.special["<tool_call>"]] + tokenizer.encode('\n{"name": "')
-        names = [t["function"]["name"] for t in record.tools]
-        for name in names:
-            ids = tokenizer.encode(f'{name}",')
-            sequences.append(prompt + ids)
-            spans.append(len(ids))
-        items.append({"id": record.id, "tools": names, "gold": calls[0]["function"]["name"]})
+        for tool, name in zip(record.tools, names):
+            name_ids, request_ids = tokenizer.encode(f'{name}",'), tokenizer.encode(request[0]["content"])
+            before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]] + tokenizer.encode("user\n")
+            sequences += [prompt + name_ids, before + request_ids]
+            spans += [len(name_ids), len(request_ids)]
+        items.append({"id": record.id, "tools": names, "gold": names.index(calls[0]["function"]["name"])})
     losses = sequence_losses(model, sequences, args)
-    likelihood = [-loss[-n:].sum().item() for loss, n in zip(losses, spans)]
-    for i, item in enumerate(items):
-        item["log_likelihoods"] = likelihood[4 * i:4 * i + 4]
-        item["scores"] = {"choice of 4": float(item["tools"][int(np.argmax(item["log_likelihoods"]))] == item["gold"])}
+    likelihood = np.array([-loss[-n:].sum().item() for loss, n in zip(losses, spans)]).reshape(-1, 4, 2)
+    for item, scores in zip(items, likelihood):
+        item["log_likelihoods"] = scores.tolist()  # of each tool: [name after the request, request after the tool]
+        direct, channel = scores.argmax(0) == item["gold"]
+        item["scores"] = {"direct": float(direct), "channel": float(channel)}
     return items
 
 
@@ -392,11 +395,11 @@ def bootstrap(values, resamples=2000):
 def print_table(results, names):
     baseline = names[-2] if len(names) > 1 else None
     head = "".join(f"{n:>9}" for n in names)
-    print(f"{'suite':<18} {'metric':<26} {'n':>4} {head}   {f'{names[-1]} - {baseline}, 95% interval' if baseline else ''}")
+    print(f"{'suite':<18} {'metric':<24} {'n':>4} {head}   {f'{names[-1]} - {baseline}, 95% interval' if baseline else ''}")
     for suite, metric in dict.fromkeys((r["suite"], r["metric"]) for r in results):
         rows = {(r["model"], r.get("baseline")): r for r in results if (r["suite"], r["metric"]) == (suite, metric)}
         cells = "".join(f"{next(r['score'] for (m, _), r in rows.items() if m == n):>9.3f}" for n in names)
-        line = f"{suite:<18} {metric:<26} {next(iter(rows.values()))['n']:>4} {cells}"
+        line = f"{suite:<18} {metric:<24} {next(iter(rows.values()))['n']:>4} {cells}"
         if baseline:
             r = rows[names[-1], baseline]
             mark = "  *" if r["difference_low"] > 0 or r["difference_high"] < 0 else ""

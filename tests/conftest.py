@@ -24,15 +24,15 @@ def run(script, *args, ok=True, timeout=300):
 
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
-    """data/raw of this environment, as `python collect.py` writes it."""
+    """data/raw as `python collect.py` writes it where nothing but our requirements is installed, the small packages left out."""
     path = tmp_path_factory.mktemp("raw")
-    run("collect.py", "--out", path)
+    run("collect.py", "--out", path, "--packages", "stdlib,torch,numpy,sympy,networkx,mpmath")
     return path
 
 
 @pytest.fixture(scope="session")
 def corpus(raw, tmp_path_factory):
-    """data/corpus of this environment, as `python build_corpus.py` writes it."""
+    """data/corpus of those records, as `python build_corpus.py` writes it."""
     path = tmp_path_factory.mktemp("corpus")
     run("build_corpus.py", "--raw", raw, "--out", path)
     return path
