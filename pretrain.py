@@ -95,6 +95,7 @@ def add_training_flags(parser, lr):
     add("--attention-lr", type=float, default=0.3, help="rate of the attention weights, as a share of --lr: below 1, copying heads "
         "outlive a short training from scratch; with a base from elsewhere take 1")
     add("--weight-decay", type=float, default=0.1, help="decoupled decay of the matrices")
+    add("--val-windows", type=int, default=32, help="held-out windows of each domain in a validation, before the first step and after the last")
     add("--seed", type=int, default=0, help="seed of weights and data order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; auto: bfloat16 where this "
@@ -277,7 +278,7 @@ def train(run, make_model, get_batch, steps, options, corpus, args):
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
     clock, logged, waited = time.perf_counter(), start, 0.0
     for step in range(start, steps + 1):
-        if step == 0 or step == steps:
+        if step == 0 or step == steps > start:
             losses = validation(forward, corpus, args, autocast)
             log(metrics, rank, step=step, **{f"loss/{d}": v for d, v in losses.items()})
         if step == steps or (step > start and step % args.save_every == 0):
@@ -344,13 +345,12 @@ def learning_rate(step, steps, peak):
 
 
 @torch.no_grad()
-def validation(forward, corpus, args, autocast, windows=64):
+def validation(forward, corpus, args, autocast):
     """Mean loss (nats a token) on the first held-out windows of each domain, which no step trains on."""
-    rank, world = rank_and_world()
     losses = {}
     for domain in VALIDATED:
         ids = corpus.read(domain, "heldout")
-        count = min(windows, (len(ids) - 1) // args.seq_len)
+        count = min(args.val_windows, (len(ids) - 1) // args.seq_len)
         if count == 0:
             continue
         rows = torch.from_numpy(np.stack([ids[i * args.seq_len:][:args.seq_len + 1] for i in range(count)]).astype(np.int64)).to(args.device)

@@ -10,7 +10,7 @@ from build_corpus import Corpus
 from conftest import run
 from model import Config, Transformer, load, save
 
-SMALL = ["--seq-len", 256, "--batch-tokens", 1024, "--micro-batch", 2, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
+SMALL = ["--seq-len", 256, "--batch-tokens", 1024, "--micro-batch", 2, "--val-windows", 4, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import ROOT, run
 
-TRAIN = ["--batch-tokens", 1536, "--compile", "no", "--dtype", "float32", "--device", "cpu", "--save-every", 2]
+TRAIN = ["--batch-tokens", 1536, "--compile", "no", "--dtype", "float32", "--device", "cpu", "--save-every", 2, "--val-windows", 4]
 STAGES = {  # script: (flags, directory that stands in the run's directory)
     "pretrain.py": ["--base-tokens", 9216, "--stage1-tokens", 9216, "--stage2-tokens", 9216, *TRAIN],
     "finetune.py": ["--tokens", 9216, *TRAIN],

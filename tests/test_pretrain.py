@@ -17,7 +17,7 @@ from build_corpus import Corpus
 from conftest import ROOT, run
 from model import load, read_safetensors
 
-SMALL = ["--seq-len", 64, "--batch-tokens", 512, "--micro-batch", 4, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
+SMALL = ["--seq-len", 64, "--batch-tokens", 512, "--micro-batch", 4, "--val-windows", 8, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
 SHORT = ["--base-tokens", 5120, "--stage1-tokens", 5120, "--stage2-tokens", 5120, *SMALL]
 
 
