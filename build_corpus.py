@@ -278,7 +278,7 @@ class Tokenizer:
         return ids, mask
 
     def save(self, directory):
-        """Write tokenizer.tiktoken, and tokenizer.json and tokenizer_config.json for Hugging Face from the same ranks."""
+        """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop tokens."""
         directory = Path(directory)
         by_rank = sorted(self.ranks, key=self.ranks.get)
         write(directory / "tokenizer.tiktoken", "".join(f"{base64.b64encode(t).decode()} {r}\n" for r, t in enumerate(by_rank)))
@@ -299,6 +299,8 @@ class Tokenizer:
         write(directory / "tokenizer_config.json", json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
             "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
+        write(directory / "generation_config.json", json.dumps({
+            "eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}))
 
 
 # What Tokenizer.render writes, as a template for servers.

@@ -232,7 +232,7 @@ def rotate(x, cos, sin):
 
 
 def save(model, directory):
-    """Write config.json, generation_config.json and model.safetensors (float32). Weights appear last, whole or not at all."""
+    """Write config.json and model.safetensors (float32). Weights appear last, whole or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     config = model.config.to_hf()

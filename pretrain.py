@@ -125,6 +125,8 @@ def normalise(weights, total=1.0):
 
 def setup(args):
     """Join the process group that torchrun made, if any, and settle what 'auto' means on this machine."""
+    if args.batch_tokens < args.seq_len:
+        fail(f"--batch-tokens {args.batch_tokens} is less than one window of --seq-len {args.seq_len}")
     if "RANK" in os.environ:
         dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":

@@ -84,9 +84,14 @@ def test_two_processes_train_what_one_trains(trained, corpus, tmp_path):
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "control-stage1").exists()
+    for stage in ("base", "stage1", "stage2"):
+        one, two = ([json.loads(line) for line in (d / stage / "metrics.jsonl").open()] for d in (trained, tmp_path))
+        for a, b in zip(one, two, strict=True):
+            for key in ("loss", "grad_norm", "loss/code", "loss/api_doc"):  # the norm shows a wrong scale, which Adam would hide
+                assert a.get(key) == pytest.approx(b.get(key), rel=2e-3), (stage, a["step"], key)
     one, two = weights(trained / "stage2"), weights(tmp_path / "stage2")
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=2e-3, msg=name)
+    for name in one:  # Adam's first steps turn rounding in vanishing gradients into whole steps, so tensors are compared by norm
+        assert (two[name] - one[name]).norm() <= 0.02 * one[name].norm() + 1e-3, name
 
 
 def test_other_options_are_refused_by_name(trained, corpus):
@@ -112,7 +117,8 @@ def test_seed_preset_mix_and_decay_matter(trained, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--corpus", "nowhere"], "nowhere"), (["--init", "nowhere"], "nowhere"), (["--mix", "1:2"], "--mix"), (["--seq-len", 10**6], "no window"),
+    (["--corpus", "nowhere"], "nowhere"), (["--init", "nowhere"], "nowhere"), (["--mix", "1:2"], "--mix"), (["--seq-len", 1024], "--batch-tokens"),
+    (["--seq-len", 10**7, "--batch-tokens", 10**7], "no window"),
     (["--preset", "huge"], "huge")])
 def test_bad_input_is_named(corpus, tmp_path, arguments, named):
     assert named in run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, *arguments, ok=False).stderr
@@ -161,7 +167,7 @@ def test_learning_rate():
 def test_bfloat16_and_compile_run(corpus, tmp_path):
     run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, "--base-tokens", 512, "--stage1-tokens", 512, "--stage2-tokens", 512,
         "--no-control", "--dtype", "bfloat16", "--compile", "auto")
-    args = argparse.Namespace(device="cpu", dtype="auto", compile="auto")
+    args = argparse.Namespace(device="cpu", dtype="auto", compile="auto", batch_tokens=2, seq_len=1)
     pretrain.setup(args)
     assert args.dtype in ("float32", "bfloat16") and args.compile in ("yes", "no")
     assert re.fullmatch(r"(yes|no)", args.compile)
