@@ -77,21 +77,25 @@ def test_killed_run_goes_on_bit_for_bit(trained, corpus, tmp_path):
         assert ours == theirs, name
 
 
-def test_two_processes_train_what_one_trains(trained, corpus, tmp_path):
-    command = ["torchrun", "--nproc_per_node=2", "--master-port=29517", str(ROOT / "pretrain.py"), "--corpus", str(corpus), "--out", str(tmp_path),
-               "--no-control", *map(str, SHORT)]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command[1:]], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+def test_two_processes_train_what_one_trains(corpus, tmp_path):
+    """With accumulation; three steps, since Adam turns the rounding in vanishing gradients into whole steps, which then grow."""
+    arguments = ["--corpus", str(corpus), "--no-control", *map(str, SMALL), "--micro-batch", "2", "--base-tokens", "1536", "--stage1-tokens", "512",
+                 "--stage2-tokens", "512"]
+    run("pretrain.py", *arguments, "--out", tmp_path / "one")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29517", str(ROOT / "pretrain.py"), *arguments,
+               "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "control-stage1").exists()
+    assert not (tmp_path / "two" / "control-stage1").exists()
+    one, two = weights(tmp_path / "one" / "base"), weights(tmp_path / "two" / "base")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-3, msg=name)
+        assert (two[name] - one[name]).norm() <= 2e-3 * one[name].norm() + 1e-4, name
     for stage in ("base", "stage1", "stage2"):
-        one, two = ([json.loads(line) for line in (d / stage / "metrics.jsonl").open()] for d in (trained, tmp_path))
+        one, two = ([json.loads(line) for line in (tmp_path / d / stage / "metrics.jsonl").open()] for d in ("one", "two"))
         for a, b in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "loss/code", "loss/api_doc"):  # the norm shows a wrong scale, which Adam would hide
                 assert a.get(key) == pytest.approx(b.get(key), rel=2e-3), (stage, a["step"], key)
-    one, two = weights(trained / "stage2"), weights(tmp_path / "stage2")
-    for name in one:  # Adam's first steps turn rounding in vanishing gradients into whole steps, so tensors are compared by norm
-        assert (two[name] - one[name]).norm() <= 0.02 * one[name].norm() + 1e-3, name
 
 
 def test_other_options_are_refused_by_name(trained, corpus):
