@@ -168,16 +168,20 @@ def calls(model, tokenizer, conversations, args, constrained):
         longest = max(len(tokenizer.render(r.messages[-1:])[0]) for r in batch)
         outputs = transformer.generate(model, prompts, longest + 32, [tokenizer.im_end], choose=choose)
         for record, prompt, output in zip(batch, prompts, outputs):
-            items.append(judge(record, tokenizer.decode(prompt), tokenizer.decode(output)))
+            ended = len(output) < longest + 32 and len(prompt) + len(output) < model.config.max_seq_len
+            items.append(judge(record, tokenizer.decode(prompt), tokenizer.decode(output), ended))
     return items
 
 
-def judge(record, prompt, output):
-    """One item: the output's calls against the recorded ones, as a verdict of VERDICTS and scores."""
+def judge(record, prompt, output, ended=True):
+    """One item: the output's calls against the recorded ones, as a verdict of VERDICTS and scores.
+
+    Without a call it is a refusal only if it is words and ended by itself; garbage must not look like wisdom.
+    """
     tools = [t["function"] for t in record.tools]
     gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in record.messages[-1].get("tool_calls") or []]
     calls = parse_calls(output)
-    if calls is None or (not calls and not re.fullmatch(r"[^<>]*\w[^<>]*", output)):
+    if calls is None or (not calls and not (ended and re.fullmatch(r"[^<>]*\w[^<>]*", output))):
         verdict = "unparseable"
     elif not calls:
         verdict = "abstained" if gold else "right"

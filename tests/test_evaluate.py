@@ -77,6 +77,10 @@ ILLEGAL = ['<tool_call>\n{"name": "rol"', '<tool_call>\n{"name": "roll", "argume
            LEGAL[0] + " and", LEGAL[0] + "\n\n"]
 
 
+def test_an_answer_cut_off_is_no_refusal():
+    assert evaluate.judge(record(None), "prompt", "No tool fits.", ended=False)["verdict"] == "unparseable"
+
+
 @pytest.mark.parametrize("text", LEGAL)
 def test_every_beginning_of_a_legal_call_is_legal(text):
     for n in range(len("<tool_call>"), len(text)):
