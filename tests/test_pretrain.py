@@ -89,7 +89,6 @@ def test_two_processes_train_what_one_trains(corpus, tmp_path):
     assert not (tmp_path / "two" / "control-stage1").exists()
     one, two = weights(tmp_path / "one" / "base"), weights(tmp_path / "two" / "base")
     for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-3, rtol=1e-3, msg=name)
         assert (two[name] - one[name]).norm() <= 2e-3 * one[name].norm() + 1e-4, name
     for stage in ("base", "stage1", "stage2"):
         one, two = ([json.loads(line) for line in (tmp_path / d / stage / "metrics.jsonl").open()] for d in ("one", "two"))
