@@ -89,7 +89,7 @@ def test_two_processes_train_what_one_trains(corpus, tmp_path):
     assert not (tmp_path / "two" / "control-stage1").exists()
     one, two = weights(tmp_path / "one" / "base"), weights(tmp_path / "two" / "base")
     for name in one:
-        assert (two[name] - one[name]).norm() <= 2e-3 * one[name].norm() + 1e-4, name
+        assert (two[name] - one[name]).norm() <= 1e-2 * one[name].norm() + 1e-4, name
     for stage in ("base", "stage1", "stage2"):
         one, two = ([json.loads(line) for line in (tmp_path / d / stage / "metrics.jsonl").open()] for d in ("one", "two"))
         for a, b in zip(one, two, strict=True):
