@@ -257,7 +257,7 @@ def child():
     seen = set()
     for line in requests:
         answer = describe_module(line.strip(), seen)
-        reply.write(json.dumps(answer) + "\n")
+        reply.write(stable(json.dumps(answer)) + "\n")
         reply.flush()
 
 
@@ -317,12 +317,14 @@ def describe_callable(obj, key, doc, module, bound=False):
     if bound and parameters and parameters[0].name in ("self", "cls"):
         parameters = parameters[1:]
     return {"key": key, "doc": doc, "home": key.split(":")[0],
-            "signature": stable(str(signature.replace(parameters=parameters))) if signature else "(...)",
+            "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
             "parameters": json_schema(parameters, doc), "sessions": sessions(doc, obj, module)}
 
 
 def stable(text):
-    """Without the memory addresses that differ from run to run."""
+    """Without what differs from run to run and from user to user: memory addresses, and where Python is installed."""
+    for place in (sys.prefix, sys.base_prefix, os.getcwd()):
+        text = text.replace(place, "/usr") if len(place) > 4 else text
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
@@ -531,9 +533,12 @@ def collect_package(package, out, args, bar):
 def introspect(package, timeout, bar):
     """Ask child processes about each module. A child that dies or is too slow is replaced; its module is lost."""
     objects, rejected, process = [], [], None
-    environment = os.environ | {"PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "BROWSER": "true", "DISPLAY": "",
-                                "QT_QPA_PLATFORM": "offscreen", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    # Little of the user's environment goes along: some modules have defaults that show it, and it may hold secrets.
+    environment = {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")} | {
+        "PATH": os.defpath, "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "BROWSER": "true", "QT_QPA_PLATFORM": "offscreen",
+        "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as scratch:
+        environment["HOME"] = scratch
         for module in package.modules:
             if process is None or process.poll() is not None:
                 process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--child"], stdin=subprocess.PIPE,
@@ -616,7 +621,7 @@ def api_documents(apis, package):
     """One document an API: how it is called, what it does, and the tool definition an agent would be given."""
     for api in distinct(apis):
         tool = json.dumps(api["tool"]["function"], ensure_ascii=False)
-        text = f"{api['name']}{api['signature']}\n\n{stable(api['doc'])}\n\n{tool}\n\nPackage: {package.name} {package.version}, license: {package.license}"
+        text = f"{api['name']}{api['signature']}\n\n{api['doc']}\n\n{tool}\n\nPackage: {package.name} {package.version}, license: {package.license}"
         yield Record(f"api_doc:{api['name']}", "api_doc", f"python:{package.name}", package.license, [api["name"]], text)
 
 

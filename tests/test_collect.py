@@ -64,6 +64,18 @@ def test_one_api_once_under_its_public_name(tmp_path, monkeypatch):
         ["pkg.api.Runner", "pkg.api.Runner.go", "pkg.api.Walker", "pkg.double"]
 
 
+def test_environment_and_paths_stay_private(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("SOME_API_KEY", "sk-secret")
+    package = package_of(tmp_path, m="import os, sys\ndef run(env=dict(os.environ), python=sys.executable, home=os.path.expanduser('~')):\n"
+                         '    """Run something somewhere."""\n')
+    objects, _ = collect.introspect(package, 5.0, Bar)
+    [document] = collect.api_documents(collect.name_apis(objects, package), package)
+    assert "PYTHONHASHSEED" in document.text and "/usr" in document.text
+    for private in ("sk-secret", sys.prefix, str(ROOT)):
+        assert private not in document.text
+
+
 def test_documents_and_trajectories(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     source = '''
