@@ -111,6 +111,7 @@ class Rejected:
 
 
 def read_records(shards):
+    """The records of all shards, and the Rejected that counts lines which are none."""
     rejected, records = Rejected(), []
     for shard in tqdm(shards, desc="read", disable=None):
         with open(shard, encoding="utf-8", errors="replace") as lines:
@@ -421,7 +422,7 @@ def write_bin(out, domain, name, records, tokenizer, workers):
     """Tokenize records into <domain>.<split>.bin and .idx, and .mask for instructions. Returns their manifest entries."""
     encode_record.tokenizer = tokenizer
     context = multiprocessing.get_context("fork")
-    with context.Pool(workers) if len(records) > 500 and workers > 1 else NoPool() as pool:
+    with context.Pool(workers) as pool:
         encoded = list(tqdm(pool.imap(encode_record, records, chunksize=64), total=len(records), desc=f"{domain}.{name}", disable=None))
     ids = np.concatenate([np.zeros(0, np.uint16), *(e[0] for e in encoded)])
     starts = np.cumsum([0] + [len(e[0]) for e in encoded], dtype=np.uint64)
@@ -435,13 +436,6 @@ def write_bin(out, domain, name, records, tokenizer, workers):
         entries[path.name] = {"dtype": str(array.dtype), "count": len(array), "sha256": sha256(path)}
     entries[f"{domain}.{name}.bin"] |= {"tokens": len(ids), "documents": len(records)}
     return entries
-
-
-class NoPool:
-    """Stands in for a process pool where one would cost more than it saves."""
-    imap = staticmethod(lambda function, items, chunksize: map(function, items))
-    __enter__ = lambda self: self
-    __exit__ = lambda self, *exc: None
 
 
 class Corpus:
@@ -488,6 +482,7 @@ def write(path, content):
 
 
 def sha256(path):
+    """A file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

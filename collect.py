@@ -62,10 +62,10 @@ def main():
         packages = [p for p in packages if p.name in wanted]
 
     # Largest first, so that the last worker does not end alone with torch.
-    todo = sorted((p for p in packages if not (out / p.filename).exists()), key=lambda p: (-p.size, p.name))
-    bar = tqdm(total=sum(len(p.modules) for p in todo), desc="modules", disable=None)
+    pending = sorted((p for p in packages if not (out / p.filename).exists()), key=lambda p: (-p.size, p.name))
+    bar = tqdm(total=sum(len(p.modules) for p in pending), desc="modules", disable=None)
     with ThreadPoolExecutor(args.workers) as pool:
-        for package in [pool.submit(collect_package, p, out, args, bar) for p in todo]:
+        for package in [pool.submit(collect_package, p, out, args, bar) for p in pending]:
             package.result()
     bar.close()
 
@@ -183,6 +183,7 @@ def chat_message(role, content="", calls=None):
 
 @dataclasses.dataclass
 class Package:
+    """What find_packages() knows of a distribution before anything of it is imported."""
     name: str           # of the distribution; "stdlib" for the standard library
     version: str
     license: str
@@ -222,6 +223,7 @@ def license_of(metadata):
 
 
 def describe_package(name, version, license, description, top_level, roots, builtin_modules):
+    """List the source files and public modules that lie under the top-level names in the roots."""
     files, modules = [], set(builtin_modules)
     for root in roots:
         for module in top_level:
@@ -311,6 +313,7 @@ def belongs(home, module_name):
 
 
 def describe_callable(obj, key, doc, module, bound=False):
+    """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
     doc = inspect.cleandoc(doc).strip() if isinstance(doc, str) else ""
     signature = find_signature(obj, doc)
     parameters = list(signature.parameters.values()) if signature else []
@@ -496,6 +499,7 @@ def look_up(text, names, obj, module):
 
 
 def api_key(obj):
+    """Where an object was defined, which identifies it under whatever name it is reached."""
     return f"{getattr(obj, '__module__', None)}:{getattr(obj, '__qualname__', None) or obj.__name__}"
 
 
@@ -601,6 +605,7 @@ def name_apis(objects, package):
 
 
 def distinct(apis):
+    """Each API once, by name: several keys may stand for the same one."""
     return sorted({api["name"]: api for api in apis.values()}.values(), key=lambda a: a["name"])
 
 
@@ -778,6 +783,7 @@ def random_arguments(schema, rng, words):
 
 
 def random_value(entry, rng, words):
+    """A value of the type that a JSON Schema entry states, one of its enum if it has one."""
     if entry.get("enum"):
         return rng.choice(entry["enum"])
     match entry["type"]:

@@ -16,7 +16,6 @@ Suites, all on held-out documents and APIs
 The last model is compared with each other one by a paired bootstrap over items.
 """
 import argparse
-import hashlib
 import json
 import re
 import time
@@ -297,6 +296,7 @@ class Constraint:
 
 
 def latin1(text):
+    """The bytes of a text in UTF-8, each as one character."""
     return text.encode("utf-8").decode("latin-1")
 
 
@@ -315,6 +315,7 @@ def scan(text, at, options):
 
 
 def scan_call(text, at, tools):
+    """The position after the call at `at`: a tool's name, then its parameters, each at most once and all required ones."""
     start = scan(text, at, ['<tool_call>\n{"name": "'])
     at = scan(text, start, [f'{name}", "arguments": {{' for name in tools])
     name = next(n for n in tools if text.startswith(f'{n}", "arguments": {{', start))

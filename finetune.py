@@ -49,6 +49,7 @@ def parse_args():
 
 
 def tune(run, init, corpus, args):
+    """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
     windows, too_long = pack(corpus, args.seq_len)
     batch_size = args.batch_tokens // args.seq_len
     steps = max(1, args.tokens // (batch_size * args.seq_len))

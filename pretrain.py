@@ -9,7 +9,7 @@ Out:  out/base             trained on code and text alone (not with --init)
 
 Laptop:      python pretrain.py
 One GPU:     python pretrain.py --preset 124m --seq-len 1024 --batch-tokens 262144 --base-tokens 2e9 --stage1-tokens 2e9 --stage2-tokens 5e8
-One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --stage1-tokens 1e10 ...
+One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --attention-lr 1 --stage1-tokens 1e10 ...
 Many nodes:  torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --init DIR ...
 
 Killed or stopped, the same command goes on from the last saved step, bit for bit on a CPU. A batch is a function of (seed,
@@ -21,7 +21,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -104,6 +103,7 @@ def add_training_flags(parser, lr):
 
 
 def number(text):
+    """An integer that may be written as 1e9."""
     return int(float(text))
 
 
@@ -116,6 +116,7 @@ def ratio(text):
 
 
 def normalise(weights, total=1.0):
+    """The weights, scaled to add up to `total`."""
     return {name: total * w / sum(weights.values()) for name, w in weights.items()}
 
 
@@ -152,6 +153,7 @@ def bfloat16_pays():
 
 
 def rank_and_world():
+    """This process's number and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -160,6 +162,7 @@ def is_main():
 
 
 def open_corpus(directory):
+    """The Corpus, or exit with what is wrong with it."""
     try:
         return Corpus(directory)
     except ValueError as error:
@@ -383,6 +386,7 @@ def keep_metrics(run, step):
 
 
 def log(path, rank, **values):
+    """Append one line to the metrics, without the values that are None."""
     if rank == 0:
         with open(path, "a") as file:
             file.write(json.dumps({k: v for k, v in values.items() if v is not None}) + "\n")
