@@ -598,7 +598,7 @@ def name_apis(objects, package):
         # One API under several classes (torch.Tensor.abs, torch.IntTensor.abs, ...) has one documentation: keep the first.
         api = taken.setdefault((name.rpartition(".")[2], o["doc"], o["signature"]), o)
         if api is o:
-            tool = {"name": name, "description": summary, "parameters": o["parameters"]}
+            tool = {"description": summary, "name": name, "parameters": o["parameters"]}
             api |= {"name": name, "summary": summary, "tool": {"type": "function", "function": tool}}
         apis[key] = api
     return apis
@@ -631,7 +631,7 @@ def api_documents(apis, package):
 
 
 PYTHON_TOOL = {"type": "function", "function": {
-    "name": "python", "description": "Run Python code and return what it prints.",
+    "description": "Run Python code and return what it prints.", "name": "python",
     "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}}}
 
 
@@ -730,7 +730,7 @@ def indexes(apis, seed, sizes=(4, 5, 6)):
     for size, i in ((size, i) for size in sizes for i in range(0, len(apis), size)):
         card = list({a["description"]: a for a in apis[i:i + size]}.values())
         rng = random.Random(f"{seed} {size} {card[0]['name']}")
-        listed = [json.dumps({"name": a["name"], "description": a["description"]}, ensure_ascii=False) for a in card]
+        listed = [json.dumps({"description": a["description"], "name": a["name"]}, ensure_ascii=False) for a in card]
         asked = [f"{a['description']}\n" + json.dumps({"name": a["name"]}) for a in rng.sample(card, len(card))]
         yield Record(f"api_doc:index:{size}:{card[0]['name']}", "api_doc", "python:index", " AND ".join(sorted({a["license"] for a in card})),
                      sorted(a["name"] for a in card), "APIs by name\n" + "\n".join(listed) + "\n\nAPIs by purpose\n" + "\n".join(asked))
@@ -757,7 +757,7 @@ def synthesise(apis, seed):
             asked = " Also: ".join(ask(t["description"], arguments, rng) for t, (_, arguments) in zip(targets, calls))
             answer = chat_message("assistant", calls=calls) if kind != "irrelevant" else \
                 chat_message("assistant", rng.choice(REFUSALS))
-            definitions = [{"type": "function", "function": {k: t[k] for k in ("name", "description", "parameters")}} for t in tools]
+            definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")}} for t in tools]
             yield Record(f"instruction:{kind}:{api['name']}", "instruction", api["source"], api["license"],
                          sorted({t["name"] for t in [api, *targets]}), messages=[chat_message("user", asked), answer],
                          tools=definitions)

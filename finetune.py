@@ -44,7 +44,7 @@ def parse_args():
     add("--name", default="tuned", help="name of the run, with --init")
     add("--tokens", type=number, default=1_200_000, help="tokens trained on, whatever their number in the corpus")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
-    add_training_flags(parser, lr=1.5e-3)
+    add_training_flags(parser, lr=5e-4)
     return parser.parse_args()
 
 

@@ -152,35 +152,53 @@ class Transformer(nn.Module):
         if not self.config.tie_embeddings:
             nn.init.normal_(self.model["embed_tokens"].weight)
             self.lm_head.weight.copy_(0.03 * self.model["embed_tokens"].weight)
-        if self.config.qkv_bias and self.config.n_layers > 1 and self.config.dim >= 2 * self.config.head_dim:
-            self.wire_induction_head()
+        c = self.config
+        if c.qkv_bias and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3:
+            self.wire_copying_heads()
 
-    def wire_induction_head(self):
-        """Set one head in each of the first two layers so that together they copy: after ... a b ... a they say b.
+    def wire_copying_heads(self):
+        """Begin with five heads that together copy from the context, as minutes on a CPU would not teach a model to.
 
-        Such pairs, induction heads (Olsson et al. 2022, arXiv 2209.11895), are how a transformer uses what stands in its
-        context, such as the name of a tool it has never seen. Training finds them by itself, but needs far more tokens than
-        minutes on a CPU allow; so a small base starts with one (in the spirit of mimetic initialisation, arXiv 2305.09828).
+        In layer 0, three heads note at each position the token before it, the one before that, and the mean of the two dozen
+        before. In layer 1, two heads look for an earlier place that came after the token we are at, and raise the likelihood
+        of what stands there: after ... a b ... a they say b (induction heads, Olsson et al. 2022, arXiv 2209.11895). The one
+        prefers places where the second token before agrees too, the other places in a similar context. Large models learn
+        such heads by themselves; to start from them is in the spirit of mimetic initialisation (arXiv 2305.09828).
         """
-        D, C = self.config.head_dim, self.config.dim
+        C, D, theta = self.config.dim, self.config.head_dim, self.config.rope_theta
+        embedding = self.model["embed_tokens"].weight
         first, second = (self.model["layers"][i].self_attn for i in (0, 1))
-        scale = self.model["embed_tokens"].weight.std()  # of what is written beside the embeddings
-        directions = torch.linalg.qr(torch.randn(C, C))[0]
-        token, previous = directions[:D], directions[D:2 * D]  # (D, C): where a token is read, where the one before is written
-        # Layer 0: attend to the previous position. With q and k constant, rotary scores depend on the distance alone, and
-        # turning k by one position moves their peak from 0 to 1. The fastest frequencies make it sharp.
-        fast, strength = min(6, D // 2), 35.0
-        turn = self.config.rope_theta ** (-torch.arange(fast) * 2 / D)
-        size = (strength * D ** 0.5 / fast) ** 0.5
-        first.q_proj.weight[:D] = first.k_proj.weight[:D] = 0
-        first.q_proj.bias[:fast] = size
-        first.k_proj.bias[:fast] = size * turn.cos()
-        first.k_proj.bias[D // 2:D // 2 + fast] = size * turn.sin()
-        first.v_proj.weight[:D], first.o_proj.weight[:, :D] = token, scale * previous.T
-        # Layer 1: attend to where the previous token is the current one, and raise the likelihood of the token there.
-        second.q_proj.weight[:D], second.k_proj.weight[:D] = 8 * token, previous
+        # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle ones a dozen
+        # positions from another dozen, and slow ones, which hardly turn within a window, compare what stands in them.
+        pair, frequency = torch.arange(D // 2), theta ** (-torch.arange(D // 2) * 2 / D)
+        fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
+        middle = pair[(0.03 < frequency) & (frequency < 0.1)]
+        W = len(slow) // 2 * 2
+        if not len(middle) or C < 4 * W:
+            return  # too small a head or model
+        # The residual stream's last coordinates are kept free for the notes, W for each; a note is a short code of a token.
+        embedding[:, -3 * W:] = 0
+        self.lm_head.weight[:, -3 * W:] = 0
+        token = F.pad(torch.linalg.qr(torch.randn(C - 3 * W, C - 3 * W))[0][:W], (0, 3 * W))  # (W, C): reads the code
+        notes = previous, second_previous, context = torch.eye(C)[-3 * W:].view(3, W, C)      # (W, C) each: read a note
+        for h, (pairs, distance, sharpness, size) in enumerate([(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 14, 12, 4)]):
+            for projection in (first.q_proj, first.k_proj, first.v_proj):
+                projection.weight[h * D:(h + 1) * D] = 0
+            amplitude = (sharpness * D ** 0.5 / len(pairs)) ** 0.5  # constant q and k: k is turned so that they agree at the distance
+            first.q_proj.bias[h * D + pairs] = amplitude
+            first.k_proj.bias[h * D + pairs] = amplitude * (frequency[pairs] * distance).cos()
+            first.k_proj.bias[h * D + D // 2 + pairs] = amplitude * (frequency[pairs] * distance).sin()
+            first.v_proj.weight[h * D:h * D + W] = token
+            first.o_proj.weight[:, h * D:h * D + W] = size * notes[h].T
         copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
-        second.v_proj.weight[:D], second.o_proj.weight[:, :D] = copied, 6 * scale * copied.T
+        for h, match in enumerate([[(16, token, previous), (11, previous, second_previous)],
+                                   [(48, token, previous), (12, context, context)]]):
+            here = slice(h * D, (h + 1) * D)
+            second.q_proj.weight[here] = second.k_proj.weight[here] = 0
+            for pairs, (weight, query, key) in zip((slow[0:W:2], slow[1:W:2]), match):
+                rows = h * D + torch.cat([pairs, pairs + D // 2])
+                second.q_proj.weight[rows], second.k_proj.weight[rows] = weight * query, key
+            second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T
 
     def forward(self, ids, targets=None, segments=None, caches=None, positions=None, mask=None):
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where target >= 0.

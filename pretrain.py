@@ -78,6 +78,8 @@ def parse_args():
     add("--stage2-tokens", type=number, default=1_600_000, help="tokens of stage 2")
     add("--mix", type=ratio, default="1:1:1", help="agent : code : text in stage 1, by tokens")
     add("--replay", type=float, default=0.25, help="share of code and text in stage 2, in the ratio of --mix")
+    add("--practice", type=float, default=0.1, help="share of all windows turned into copying practice, which a base that was trained at "
+        "length does not need")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the control without agent data")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add_training_flags(parser, lr=1.5e-3)
@@ -207,14 +209,35 @@ def plan_windows(corpus, weights, n_windows, seq_len, seed):
     return names, order, windows, epochs
 
 
-def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed):
-    """get_batch(step) -> ids, targets (batch_size, T) of a whole optimizer step, and the epochs of each domain."""
+def copying_practice(window, rng):
+    """The tokens of a window (T + 1,) in random order, with spans of them written again further on.
+
+    Nothing but copying foretells such a span, and as distances differ, only copying by content does.
+    """
+    window = rng.permutation(window)
+    at = rng.integers(8, 40)
+    while at < len(window) - 2:
+        start = rng.integers(at - 2)
+        length = min(rng.integers(3, 25), at - start, len(window) - at)
+        window[at:at + length] = window[start:start + length]
+        at += length + rng.integers(12)
+    return window
+
+
+def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practice=0.0):
+    """get_batch(step) -> ids, targets (batch_size, T) of a whole optimizer step, and the epochs of each domain.
+
+    seed: a list of integers. practice: the share of windows turned into copying practice.
+    """
     names, order, windows, epochs = plan_windows(corpus, weights, n_windows, seq_len, seed)
     bins = [corpus.read(name, "train") for name in names]
 
     def get_batch(step):
         chosen = range(step * batch_size, (step + 1) * batch_size)
         rows = np.stack([bins[order[i]][windows[i] * seq_len:][:seq_len + 1] for i in chosen]).astype(np.int64)
+        rng = np.random.default_rng([*seed, step])
+        for row in np.flatnonzero(rng.random(batch_size) < practice):
+            rows[row] = copying_practice(rows[row], rng)
         return rows[:, :-1], rows[:, 1:]
 
     return get_batch, epochs
@@ -228,10 +251,11 @@ def pretrain(name, init, weights, tokens, corpus, args):
     """One stage: from a checkpoint directory (or fresh weights) to the run directory out/<name>, which is returned."""
     batch_size = args.batch_tokens // args.seq_len
     steps = max(1, tokens // (batch_size * args.seq_len))
-    get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size, [args.seed, sum(name.encode())])
+    get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size,
+                                       [args.seed, sum(name.encode())], args.practice)
     run = Path(args.out) / name
     options = {"init": str(init), "weights": weights, "steps": steps, "corpus": corpus.sha256, "preset": args.preset,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "attention_lr", "weight_decay", "seed", "dtype", "compile")}}
+               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "practice", "lr", "attention_lr", "weight_decay", "seed", "dtype", "compile")}}
 
     def make_model():
         if init:

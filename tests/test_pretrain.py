@@ -140,7 +140,7 @@ class FakeCorpus:
 
 
 def test_windows_without_replacement_and_exact_shares():
-    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 0.5, "text": 0.5}, 200, 10, 10, 0)
+    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 0.5, "text": 0.5}, 200, 10, 10, [0])
     starts = [row[0] for step in range(20) for row in get_batch(step)[0]]
     code, text = [s for s in starts if s < 10**6], [s for s in starts if s >= 10**6]
     assert sorted(code) == list(range(0, 1000, 10)) and len(text) == len(set(text)) == 100  # code: one epoch, each window once
@@ -150,13 +150,13 @@ def test_windows_without_replacement_and_exact_shares():
 
 
 def test_second_epoch_is_whole_and_in_another_order():
-    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 1.0, "text": 0.0}, 200, 10, 100, 0)
+    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 1.0, "text": 0.0}, 200, 10, 100, [0])
     first, second = ([row[0] for row in get_batch(step)[0]] for step in (0, 1))
     assert sorted(first) == sorted(second) and first != second and epochs == {"code": 2.0}
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    batches = [pretrain.window_batches(FakeCorpus(), {"code": 1, "text": 2}, 100, 10, 10, seed)[0] for seed in (0, 0, 1)]
+    batches = [pretrain.window_batches(FakeCorpus(), {"code": 1, "text": 2}, 100, 10, 10, [seed])[0] for seed in (0, 0, 1)]
     batches[0](1)  # history does not matter
     assert all(np.array_equal(a, b) for a, b in zip(batches[0](7), batches[1](7)))
     assert not np.array_equal(batches[0](7)[0], batches[2](7)[0])
