@@ -136,7 +136,8 @@ class Transformer(nn.Module):
         cos, sin = rope_table(config)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
+        if not self.lm_head.weight.is_meta:  # else load() puts the weights in
+            self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
