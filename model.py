@@ -11,6 +11,7 @@ Shapes: B sequences, T tokens, C = dim, H query heads, K key-value heads, D = he
 import dataclasses
 import json
 import math
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+
+FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclasses.dataclass
@@ -28,38 +33,55 @@ class Config:
     n_heads: int = 3
     n_kv_heads: int = 3
     head_dim: int = 64
-    hidden_dim: int = 512           # of the feed-forward layer
+    hidden_dim: int = 512               # of the feed-forward layer
     max_seq_len: int = 2048
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
-    qkv_bias: bool = True           # as in Qwen2; without it the model is a Llama
     tie_embeddings: bool = False
+    model_type: str = "qwen2"           # one of FAMILIES: qwen2 has biases on q, k and v, qwen3 norms on q and k
+    rope_scaling: dict | None = None    # {"rope_type": "linear", "factor"} or Llama 3.1's, as config.json has it
+    sliding_window: int | None = None   # of mistral: how many tokens one sees, itself included
 
-    def to_hf(self):
+    def to_hf(self, dtype="float32"):
         """The config.json that Hugging Face reads."""
-        kind = "qwen2" if self.qkv_bias else "llama"
-        return {"architectures": [{"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM"}[kind]], "model_type": kind,
-                "hidden_act": "silu", "torch_dtype": "float32", **{hf: getattr(self, name) for name, hf in HF_NAMES.items()}}
+        config = {"architectures": [FAMILIES[self.model_type]], "model_type": self.model_type, "hidden_act": "silu", "torch_dtype": dtype,
+                  **{hf: getattr(self, name) for name, hf in HF_NAMES.items()}}
+        if self.rope_scaling:
+            config["rope_scaling"] = self.rope_scaling
+        if self.model_type == "mistral":
+            config["sliding_window"] = self.sliding_window
+        return config
 
     @classmethod
     def from_hf(cls, config):
+        """From the contents of a config.json. Raises ValueError naming the key and value that this model cannot represent."""
         kind = config.get("model_type")
-        if kind not in ("llama", "qwen2"):
-            raise ValueError(f"config.json: model_type {kind!r} is not supported (llama and qwen2 are)")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
-        unsupported = {"rope_scaling": rope.get("rope_type", "default") != "default", "hidden_act": config.get("hidden_act", "silu") != "silu",
-                       "attention_bias": bool(config.get("attention_bias")), "use_sliding_window": bool(config.get("use_sliding_window"))}
-        for key, found in unsupported.items():
-            if found:
-                raise ValueError(f"config.json: {key} {config.get(key, rope)!r} is not supported")
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        accepted = {"model_type": tuple(FAMILIES), "hidden_act": ("silu", None), "attention_bias": (False, None), "mlp_bias": (False, None),
+                    "use_sliding_window": (False, None), "partial_rotary_factor": (1, None), "quantization_config": (None,)}
+        for key, values in accepted.items():
+            if config.get(key) not in values:
+                raise ValueError(f"config.json: {key} {config.get(key)!r} is not supported; {' or '.join(repr(v) for v in values if v is not None) or 'none'} is")
+        if rope_type not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
+            raise ValueError(f"config.json: rope scaling {rope!r} is not supported; linear and llama3 are")
         known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
-        absent = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_embeddings": False, "n_kv_heads": known.get("n_heads"), "norm_eps": 1e-6,
-                  "head_dim": known.get("dim", 0) // known.get("n_heads", 1)}  # what Hugging Face takes where a key is absent
+        heads = known.get("n_heads", 1)
+        absent = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_embeddings": False, "norm_eps": 1e-6,  # what Hugging Face takes
+                  "head_dim": 128 if kind == "qwen3" else known.get("dim", 0) // heads}                     # where a key is absent
+        if kind == "llama":
+            absent["n_kv_heads"] = heads
         known = absent | known
-        missing = [HF_NAMES[name] for name in HF_NAMES if name not in known]
-        if missing:
+        if missing := [hf for name, hf in HF_NAMES.items() if name not in known]:
             raise ValueError(f"config.json: {', '.join(missing)} missing")
-        return cls(**known, qkv_bias=kind == "qwen2")
+        scaling = None
+        if rope_type != "default":
+            wanted = ("factor",) if rope_type == "linear" else ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            if missing := [key for key in wanted if key not in rope]:
+                raise ValueError(f"config.json: {', '.join(missing)} of the rope scaling missing")
+            scaling = {"rope_type": rope_type, **{key: rope[key] for key in wanted}}
+        window = config.get("sliding_window", 4096) if kind == "mistral" else None
+        return cls(**known, model_type=kind, rope_scaling=scaling, sliding_window=window)
 
 
 HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -67,12 +89,14 @@ HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_h
             "max_seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
             "tie_embeddings": "tie_word_embeddings"}
 
+SHORT = 512  # windows up to this are packed by a mask, longer ones document by document: measured on a CPU, where a mask lets
+             # torch.compile keep a layer in one piece (1.6 times faster at 384), and from 1,024 on loses (tests/bench.py)
+
 PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
     "tiny": dict(),
     "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
     "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True),
-    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192,
-               qkv_bias=False),
+    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192, model_type="llama"),
 }
 
 
@@ -80,22 +104,62 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
-        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.qkv_bias)
+        bias = c.model_type == "qwen2"
+        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
         self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        if c.model_type == "qwen3":
+            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, rope, cache=None, mask=None):
+    def forward(self, x, rope, segments=None, cache=None, mask=None):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k, v = cache.append(k, v)                                            # (B, K, S, D)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                           enable_gqa=q.shape[1] != k.shape[1])
+        c = self.config
+        q = self.q_proj(x).view(B, T, -1, c.head_dim)                            # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, c.head_dim)                            # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)            # (B, K, T, D)
+        if c.model_type == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)  # (B, H, T, D), (B, K, T, D)
+        if mask is not None:
+            y = attend(q, *(cache.append(k, v) if cache else (k, v)), mask)
+        elif segments is not None:
+            y = packed_attention(q, k, v, segments, c.sliding_window)
+        else:
+            y = causal_attention(q, k, v, c.sliding_window)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """Fused attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def causal_attention(q, k, v, window=None):
+    """Each token sees itself and those before it, or the last `window` of them. Without a mask of T x T in either case."""
+    T = q.shape[2]
+    if window is None or T <= window:
+        return attend(q, k, v, causal=True)
+    # By blocks of as many queries as the window has tokens: a block sees its own keys and those of the block before it.
+    query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device) - window
+    seen = (key <= query) & (key > query - window)                               # (W, 2W)
+    blocks = []
+    for start in range(0, T, window):
+        first, end = max(0, start - window), min(T, start + window)
+        mask = seen[:end - start, first - start + window:end - start + window]
+        blocks.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
+    return torch.cat(blocks, 2)
+
+
+@torch.compiler.disable  # the number of documents differs from batch to batch
+def packed_attention(q, k, v, segments, window=None):
+    """Causal attention within each document of packed windows: none sees another. segments (B, T) number a row's documents."""
+    B, H, T, D = q.shape
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
+    bounds = [*first.nonzero()[:, 0].tolist(), B * T]
+    q, k, v = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))    # the rows one after another
+    y = torch.cat([causal_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], window) for a, b in zip(bounds, bounds[1:])], 2)
+    return y.view(H, B, T, D).transpose(0, 1)
 
 
 class MLP(nn.Module):
@@ -117,8 +181,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, cache=None, mask=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, mask)
+    def forward(self, x, *context):
+        x = x + self.self_attn(self.input_layernorm(x), *context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -133,9 +197,8 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
-        cos, sin = rope_table(config)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.checkpointing = False  # recompute each layer's activations in the backward pass instead of keeping them
+        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
         if not self.lm_head.weight.is_meta:  # else load() puts the weights in
             self.init_weights()
 
@@ -153,53 +216,6 @@ class Transformer(nn.Module):
         if not self.config.tie_embeddings:
             nn.init.normal_(self.model["embed_tokens"].weight)
             self.lm_head.weight.copy_(0.03 * self.model["embed_tokens"].weight)
-        c = self.config
-        if c.qkv_bias and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3:
-            self.wire_copying_heads()
-
-    def wire_copying_heads(self):
-        """Begin with five heads that together copy from the context, as minutes on a CPU would not teach a model to.
-
-        In layer 0, three heads note at each position the token before it, the one before that, and the mean of the two dozen
-        before. In layer 1, two heads look for an earlier place that came after the token we are at, and raise the likelihood
-        of what stands there: after ... a b ... a they say b (induction heads, Olsson et al. 2022, arXiv 2209.11895). The one
-        prefers places where the second token before agrees too, the other places in a similar context. Large models learn
-        such heads by themselves; to start from them is in the spirit of mimetic initialisation (arXiv 2305.09828).
-        """
-        C, D, theta = self.config.dim, self.config.head_dim, self.config.rope_theta
-        embedding = self.model["embed_tokens"].weight
-        first, second = (self.model["layers"][i].self_attn for i in (0, 1))
-        # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle ones a dozen
-        # positions from another dozen, and slow ones, which hardly turn within a window, compare what stands in them.
-        pair, frequency = torch.arange(D // 2), theta ** (-torch.arange(D // 2) * 2 / D)
-        fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
-        middle = pair[(0.03 < frequency) & (frequency < 0.1)]
-        W = len(slow) // 2 * 2
-        if not len(middle) or C < 4 * W:
-            return  # too small a head or model
-        # The residual stream's last coordinates are kept free for the notes, W for each; a note is a short code of a token.
-        embedding[:, -3 * W:] = 0
-        self.lm_head.weight[:, -3 * W:] = 0
-        token = F.pad(torch.linalg.qr(torch.randn(C - 3 * W, C - 3 * W))[0][:W], (0, 3 * W))  # (W, C): reads the code
-        notes = previous, second_previous, context = torch.eye(C)[-3 * W:].view(3, W, C)      # (W, C) each: read a note
-        for h, (pairs, distance, sharpness, size) in enumerate([(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 14, 12, 4)]):
-            for projection in (first.q_proj, first.k_proj, first.v_proj):
-                projection.weight[h * D:(h + 1) * D] = 0
-            amplitude = (sharpness * D ** 0.5 / len(pairs)) ** 0.5  # constant q and k: k is turned so that they agree at the distance
-            first.q_proj.bias[h * D + pairs] = amplitude
-            first.k_proj.bias[h * D + pairs] = amplitude * (frequency[pairs] * distance).cos()
-            first.k_proj.bias[h * D + D // 2 + pairs] = amplitude * (frequency[pairs] * distance).sin()
-            first.v_proj.weight[h * D:h * D + W] = token
-            first.o_proj.weight[:, h * D:h * D + W] = size * notes[h].T
-        copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
-        for h, match in enumerate([[(16, token, previous), (11, previous, second_previous)],
-                                   [(48, token, previous), (12, context, context)]]):
-            here = slice(h * D, (h + 1) * D)
-            second.q_proj.weight[here] = second.k_proj.weight[here] = 0
-            for pairs, (weight, query, key) in zip((slow[0:W:2], slow[1:W:2]), match):
-                rows = h * D + torch.cat([pairs, pairs + D // 2])
-                second.q_proj.weight[rows], second.k_proj.weight[rows] = weight * query, key
-            second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T
 
     def forward(self, ids, targets=None, segments=None, caches=None, positions=None, mask=None):
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where target >= 0.
@@ -208,21 +224,22 @@ class Transformer(nn.Module):
         since rotary attention depends on their differences alone. caches, positions (B, T) and mask (B, 1, T, S) serve
         `generate`; without any of these attention is causal.
         """
-        if segments is not None:
-            T = ids.shape[1]
-            causal = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
-            mask = (causal & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
         if positions is None:
-            rope = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]              # (T, D)
-        else:
-            rope = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)  # (B, 1, T, D)
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]      # (1, T)
+            if segments is not None and ids.shape[1] <= SHORT:
+                distance = positions.mT - positions                              # (T, T)
+                near = (distance >= 0) & (distance < (self.config.sliding_window or SHORT))
+                mask = (near & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
+        angles = (positions[..., None].float() * self.frequencies)[:, None]      # (B, 1, T, D/2)
+        rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                      # (B, T, C)
         for i, layer in enumerate(self.model["layers"]):
-            x = layer(x, rope, caches[i] if caches else None, mask)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, segments, use_reentrant=False)
+            else:
+                x = layer(x, rope, segments, caches[i] if caches else None, mask)
         x = self.model["norm"](x)
-        if targets is None:
-            return self.lm_head(x)
-        return F.cross_entropy(self.lm_head(x).float().flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+        return self.lm_head(x) if targets is None else head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     def flops_per_token(self, seq_len):
         """Of a training step: 6 per weight that multiplies, and 12·layers·heads·head_dim·T for attention (arXiv 2204.02311)."""
@@ -232,58 +249,144 @@ class Transformer(nn.Module):
         return 6 * weights + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
 
 
-def rope_table(config):
-    """cos and sin (max_seq_len, D) of the rotary angles, in Hugging Face's layout: the two halves of D turn together."""
-    frequencies = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), frequencies)  # (max_seq_len, D/2)
-    angles = torch.cat([angles, angles], -1)
-    return angles.cos(), angles.sin()
+def head_loss(x, weight, targets, chunk=2**26):
+    """Sum of the cross-entropies of x (N, C) times weight (V, C) against targets (N,), -100 where nothing is learned.
+
+    The logits are made for a few tokens at a time, `chunk` numbers at most, and again in the backward pass, so that never all
+    of them are held. (F.linear_cross_entropy does this too, but not under torch.compile.)
+    """
+    def loss(x, targets):
+        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100, reduction="sum")
+
+    size = max(1, chunk // len(weight))
+    if len(x) <= size:
+        return loss(x, targets)
+    return sum(checkpoint(loss, a, b, use_reentrant=False) for a, b in zip(x.split(size), targets.split(size)))
+
+
+def rope_frequencies(config):
+    """Angles (D/2,) by which a step of one position turns each pair of coordinates, scaled as the config says."""
+    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    if scaling := config.rope_scaling:
+        slow = f / scaling["factor"]  # stretches the context: position interpolation (arXiv 2306.15595)
+        if scaling["rope_type"] == "linear":
+            return slow
+        # Llama 3.1: only what turns slowly over the original context is stretched, with a ramp between.
+        turns = f * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        return torch.lerp(slow, f, ((turns - low) / (high - low)).clamp(0, 1))
+    return f
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, H, T, D)."""
-    left, right = x.chunk(2, -1)
-    return (x * cos + torch.cat([-right, left], -1) * sin).to(x.dtype)
+    """Rotary position embedding of x (B, H, T, D), in Hugging Face's layout: coordinate i turns with coordinate i + D/2."""
+    left, right = x.float().chunk(2, -1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face directory
 
 
-def save(model, directory):
-    """Write config.json and model.safetensors (float32). Weights appear last, whole or not at all."""
+def save(model, directory, shard_bytes=5 * 10**9):
+    """Write config.json and the weights, in the type they have: model.safetensors, or several such files and their index.
+
+    The file that makes the directory valid appears last, whole or not at all.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    config = model.config.to_hf()
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
-    tensors = {n: p.detach().float().cpu().contiguous() for n, p in model.named_parameters()}  # a tied head is listed once
-    write_safetensors(tensors, directory / "model.safetensors")
+    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}  # a tied head is listed once
+    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    write(directory / "config.json", [json.dumps(model.config.to_hf(dtype), indent=1).encode()])
+    shards, size = [{}], 0
+    for name, t in tensors.items():
+        if size and size + t.nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = t
+        size += t.nbytes
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if len(shards) == 1:
+        write_safetensors(tensors, single)
+        index.unlink(missing_ok=True)
+        return
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for file, shard in zip(files, shards):
+        write_safetensors(shard, directory / file)
+    weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+    write(index, [json.dumps({"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}).encode()])
+    single.unlink(missing_ok=True)
 
 
-def load(directory, device="cpu"):
-    """The Transformer in a checkpoint directory. Raises ValueError naming the tensor or key that does not fit."""
+def load(directory, device="cpu", dtype=torch.float32):
+    """The Transformer in a checkpoint directory, its weights as `dtype` (None: as they are in the file).
+
+    Raises ValueError naming the file, key or tensor that is missing, unknown, misshapen or not supported.
+    """
     directory = Path(directory)
-    for name in ("config.json", "model.safetensors"):
-        if not (directory / name).exists():
-            raise ValueError(f"{directory / name}: no such file; a checkpoint directory has one")
-    config = Config.from_hf(json.loads((directory / "config.json").read_text()))
+    config = Config.from_hf(read_json(directory / "config.json"))
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    weight_map = read_json(index).get("weight_map") if index.exists() and not single.exists() else None
+    if not single.exists() and not (isinstance(weight_map, dict) and all(isinstance(f, str) and Path(f).name == f for f in weight_map.values())):
+        raise ValueError(f"{index if index.exists() else single}: no such file, or no index of safetensors files; a checkpoint directory has one")
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = read_safetensors(directory / "model.safetensors")
-    expected = dict(model.named_parameters())
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors or name not in expected:
-            raise ValueError(f"{directory}: tensor {name} is {'missing' if name not in tensors else 'unknown to this model'}")
-        if tensors[name].shape != expected[name].shape:
-            raise ValueError(f"{directory}: tensor {name} has shape {tuple(tensors[name].shape)}, not {tuple(expected[name].shape)}")
+    expected, tensors = dict(model.named_parameters()), {}
+    for file in sorted(set(weight_map.values())) if weight_map else [single.name]:
+        for name, tensor in read_safetensors(directory / file):
+            if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings:
+                continue  # of old checkpoints; follows from the config
+            if name not in expected:
+                raise ValueError(f"{directory / file}: tensor {name} is unknown to this model")
+            if tensor.shape != expected[name].shape:
+                raise ValueError(f"{directory / file}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+            tensors[name] = tensor.to(device, dtype or tensor.dtype)
+    if missing := sorted(expected.keys() - tensors.keys()):
+        raise ValueError(f"{directory}: tensor {missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1))
     model.load_state_dict(tensors, assign=True, strict=False)
     if config.tie_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
-    model.cos, model.sin = rope_table(config)
-    return model.to(device)
+    model.requires_grad_()
+    model.frequencies = rope_frequencies(config).to(device)
+    return model
+
+
+@torch.no_grad()
+def grow_vocabulary(model, size):
+    """Make room for tokens that were added to the tokenizer. New rows are the mean of the others, so that they begin unremarkable."""
+    layers = [model.model["embed_tokens"]] + [model.lm_head] * (not model.config.tie_embeddings)
+    for layer in layers:
+        old = layer.weight
+        layer.weight = nn.Parameter(torch.cat([old, old.mean(0, keepdim=True).expand(size - len(old), -1)]))
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.model["embed_tokens"].weight
+    model.config.vocab_size = size
 
 
 SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def write(path, pieces):
+    """Write pieces of bytes to a file, which appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; a checkpoint directory has one") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return content
 
 
 def write_safetensors(tensors, path):
@@ -295,37 +398,45 @@ def write_safetensors(tensors, path):
         offset += t.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for t in tensors.values():
-            file.write(t.view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write(path, [len(text).to_bytes(8, "little"), text, *(t.view(-1).view(torch.uint8).numpy().data for t in tensors.values())])
 
 
 def read_safetensors(path):
-    """{name: float32 tensor} of a safetensors file. Raises ValueError if the file is not what its header says."""
-    data = memoryview(bytearray(Path(path).read_bytes()))
-    size = int.from_bytes(data[:8], "little")
-    body = data[8 + size:]
+    """Yields the name and tensor of each entry of a safetensors file, mapped into memory: its bytes are read when first used.
+
+    Raises ValueError if the file is not what its header says: entries must follow each other and fill it.
+    """
     try:
-        header = json.loads(bytes(data[8:8 + size])) if 8 + size <= len(data) else None
-        header.pop("__metadata__", None)
-        entries = {n: (e["dtype"], [int(d) for d in e["shape"]], *map(int, e["data_offsets"])) for n, e in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
-    tensors = {}
-    for name, (kind, shape, start, end) in entries.items():
-        if kind not in SAFETENSORS_TYPES:
-            raise ValueError(f"{path}: tensor {name} has dtype {kind} ({', '.join(SAFETENSORS_TYPES)} are read)")
-        dtype = SAFETENSORS_TYPES[kind]
-        if not 0 <= start <= end <= len(body) or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name} is truncated: bytes {start} to {end} of {len(body)}, shape {shape}")
-        flat = torch.frombuffer(body[start:end], dtype=dtype) if end > start else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.view(shape).float()
-    return tensors
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; the index names it") from None
+    with file:
+        total = os.fstat(file.fileno()).st_size
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size)) if 8 + size <= total else None
+            header.pop("__metadata__", None)
+            entries = sorted((*map(int, e["data_offsets"]), n, e["dtype"], [int(d) for d in e["shape"]]) for n, e in header.items())
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
+        at = 0
+        for start, end, name, kind, shape in entries:
+            if kind not in SAFETENSORS_TYPES:
+                raise ValueError(f"{path}: tensor {name} has dtype {kind} ({', '.join(SAFETENSORS_TYPES)} are read)")
+            dtype = SAFETENSORS_TYPES[kind]
+            if start != at or end > total - 8 - size or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{path}: tensor {name} is truncated or misplaced: bytes {start} to {end} of {total - 8 - size}, shape {shape}")
+            at = end
+        if at != total - 8 - size:
+            raise ValueError(f"{path}: {total - 8 - size - at} bytes belong to no tensor")
+        for start, end, name, kind, shape in entries:
+            if start == end:
+                yield name, torch.empty(shape, dtype=SAFETENSORS_TYPES[kind])
+                continue
+            start, end = start + 8 + size, end + 8 + size
+            page = start - start % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)  # what is written to stays private
+            yield name, torch.frombuffer(mapped, dtype=SAFETENSORS_TYPES[kind], count=math.prod(shape), offset=start - page).view(shape)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,42 +458,50 @@ class KVCache:
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, stop_ids=(), temperature=0.0, seed=0, choose=None):
-    """Continue each prompt (a list of ids) until a stop id, which is not returned, or max_new_tokens. Returns lists of ids.
+def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, seed=0, choose=None):
+    """Continue each prompt (a list of ids) by max_new_tokens, or until a stop: an id or a list of ids. Returns lists of ids,
+    without the stop.
 
-    Prompts are aligned at their right ends, what pads them is masked. Temperature 0 takes the likeliest token.
-    choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
+    Temperature 0 takes the likeliest token; else one is drawn from the fewest tokens that have probability top_p together
+    (arXiv 1904.09751). choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
+    Prompts are aligned at their right ends and what pads them is masked: each is continued as it would be alone.
     """
-    device = model.lm_head.weight.device
+    device, c = model.lm_head.weight.device, model.config
     B, T = len(prompts), max(map(len, prompts))
-    length = min(T + max_new_tokens, model.config.max_seq_len)
-    if T > length:
-        raise ValueError(f"a prompt of {T} tokens does not fit the model's {length} positions")
-    generator = torch.Generator(device).manual_seed(seed)
-    padding = torch.tensor([T - len(p) for p in prompts], device=device)                      # (B,)
+    length = min(T + max_new_tokens, c.max_seq_len)
+    if T > length or not min(map(len, prompts)):
+        raise ValueError(f"a prompt of {T} tokens does not fit the model's {length} positions" if T > length else "a prompt is empty")
+    stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
+    chances = torch.rand(B, length - T + 1, generator=torch.Generator().manual_seed(seed)).to(device)
+    padding = torch.tensor([T - len(p) for p in prompts], device=device)[:, None]             # (B, 1)
     ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)        # (B, T)
-    caches = [KVCache(model.config, B, length, device, model.lm_head.weight.dtype) for _ in range(model.config.n_layers)]
+    caches = [KVCache(c, B, length, device, model.lm_head.weight.dtype) for _ in range(c.n_layers)]
     keys = torch.arange(length, device=device)
-    output, running, start = [[] for _ in prompts], [True] * B, 0
-    while start + ids.shape[1] <= length:
-        queries = keys[start:start + ids.shape[1]]                                            # (T,)
-        visible = (keys[:queries[-1] + 1] <= queries[:, None]) & (keys[:queries[-1] + 1] >= padding[:, None, None])  # (B, T, S)
-        visible |= keys[:queries[-1] + 1] == queries[:, None]  # what pads sees itself, for a softmax over nothing is NaN
-        positions = (queries - padding[:, None]).clamp(min=0)                                 # (B, T)
-        logits = model(ids, caches=caches, positions=positions, mask=visible[:, None])[:, -1].float()  # (B, V)
-        start += ids.shape[1]
+    output, running = [[] for _ in prompts], [True] * B
+    for start in [0, *range(T, length + 1)]:
+        end = start + ids.shape[1]
+        query, key = keys[start:end, None], keys[:end]
+        seen = (key <= query) & (key >= padding[:, :, None]) | (key == query)  # (B, T, S); padding sees itself: a softmax over nothing is NaN
+        if c.sliding_window:
+            seen &= key > query - c.sliding_window
+        logits = model(ids, caches=caches, positions=(keys[start:end] - padding).clamp(min=0), mask=seen[:, None])[:, -1].float()  # (B, V)
         if temperature:
-            chosen = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)[:, 0].tolist()
+            p, order = (logits / temperature).softmax(-1).sort(descending=True)
+            total = p.cumsum(-1)
+            kept = (total - p < top_p).sum(-1, keepdim=True)                                  # (B, 1): at least one
+            chance = chances[:, end - T, None] * total.gather(1, kept - 1)
+            chosen = order.gather(1, torch.minimum((total <= chance).sum(-1, keepdim=True), kept - 1))[:, 0].tolist()
         else:
             chosen = logits.argmax(-1).tolist()
         for row in range(B):
-            if running[row] and choose:
-                chosen[row] = choose(row, output[row], logits[row])
-            running[row] = running[row] and chosen[row] not in stop_ids
             if running[row]:
+                if choose:
+                    chosen[row] = choose(row, output[row], logits[row])
                 output[row].append(chosen[row])
-                running[row] = len(output[row]) < max_new_tokens
-        if not any(running):
+                ended = next((s for s in stops if output[row][-len(s):] == s), [])
+                running[row] = not ended and len(output[row]) < max_new_tokens
+                del output[row][len(output[row]) - len(ended):]
+        if not any(running) or end == length:
             break
         ids = torch.tensor(chosen, device=device)[:, None]                                    # (B, 1)
     return output

@@ -9,7 +9,7 @@ Out:  out/base             trained on code and text alone (not with --init)
 
 Laptop:      python pretrain.py
 One GPU:     python pretrain.py --preset 124m --seq-len 1024 --batch-tokens 262144 --base-tokens 2e9 --stage1-tokens 2e9 --stage2-tokens 5e8
-One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --attention-lr 1 --stage1-tokens 1e10 ...
+One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --attention-lr 1 --practice 0 --stage1-tokens 1e10 ...
 Many nodes:  torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --init DIR ...
 
 Killed or stopped, the same command goes on from the last saved step, bit for bit on a CPU. A batch is a function of (seed,
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -247,6 +248,53 @@ def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practi
 # Training
 
 
+@torch.no_grad()
+def wire_copying_heads(model):
+    """Set five heads of a fresh model so that together they copy from the context, as minutes on a CPU would not teach it to.
+
+    In layer 0, three heads note at each position the token before it, the one before that, and the mean of the two dozen
+    before. In layer 1, two heads look for an earlier place that came after the token we are at, and raise the likelihood of
+    what stands there: after ... a b ... a they say b (induction heads, Olsson et al. 2022, arXiv 2209.11895). The one prefers
+    places where the second token before agrees too, the other places in a similar context. Large models learn such heads by
+    themselves; to start from them is in the spirit of mimetic initialisation (arXiv 2305.09828). Needs biases, an untied head
+    and three heads of enough width, as `tiny` and `124m` have; another model is left as it is.
+    """
+    c = model.config
+    C, D, theta = c.dim, c.head_dim, c.rope_theta
+    # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle ones a dozen
+    # positions from another dozen, and slow ones, which hardly turn within a window, compare what stands in them.
+    pair, frequency = torch.arange(D // 2), theta ** (-torch.arange(D // 2) * 2 / D)
+    fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
+    middle = pair[(0.03 < frequency) & (frequency < 0.1)]
+    W = len(slow) // 2 * 2
+    if not (c.model_type == "qwen2" and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3 and len(middle) and C >= 4 * W):
+        return
+    first, second = (model.model["layers"][i].self_attn for i in (0, 1))
+    # The residual stream's last coordinates are kept free for the notes, W for each; a note is a short code of a token.
+    model.model["embed_tokens"].weight[:, -3 * W:] = 0
+    model.lm_head.weight[:, -3 * W:] = 0
+    token = F.pad(torch.linalg.qr(torch.randn(C - 3 * W, C - 3 * W))[0][:W], (0, 3 * W))  # (W, C): reads the code
+    notes = previous, second_previous, context = torch.eye(C)[-3 * W:].view(3, W, C)      # (W, C) each: read a note
+    for h, (pairs, distance, sharpness, size) in enumerate([(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 14, 12, 4)]):
+        for projection in (first.q_proj, first.k_proj, first.v_proj):
+            projection.weight[h * D:(h + 1) * D] = 0
+        amplitude = (sharpness * D ** 0.5 / len(pairs)) ** 0.5  # constant q and k: k is turned so that they agree at the distance
+        first.q_proj.bias[h * D + pairs] = amplitude
+        first.k_proj.bias[h * D + pairs] = amplitude * (frequency[pairs] * distance).cos()
+        first.k_proj.bias[h * D + D // 2 + pairs] = amplitude * (frequency[pairs] * distance).sin()
+        first.v_proj.weight[h * D:h * D + W] = token
+        first.o_proj.weight[:, h * D:h * D + W] = size * notes[h].T
+    copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
+    for h, match in enumerate([[(16, token, previous), (11, previous, second_previous)],
+                               [(48, token, previous), (12, context, context)]]):
+        here = slice(h * D, (h + 1) * D)
+        second.q_proj.weight[here] = second.k_proj.weight[here] = 0
+        for pairs, (weight, query, key) in zip((slow[0:W:2], slow[1:W:2]), match):
+            rows = h * D + torch.cat([pairs, pairs + D // 2])
+            second.q_proj.weight[rows], second.k_proj.weight[rows] = weight * query, key
+        second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T
+
+
 def pretrain(name, init, weights, tokens, corpus, args):
     """One stage: from a checkpoint directory (or fresh weights) to the run directory out/<name>, which is returned."""
     batch_size = args.batch_tokens // args.seq_len
@@ -262,7 +310,9 @@ def pretrain(name, init, weights, tokens, corpus, args):
             return load_checkpoint(init, corpus, args.device)
         torch.manual_seed(args.seed)
         config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **transformer.PRESETS[args.preset])
-        return transformer.Transformer(config).to(args.device)
+        model = transformer.Transformer(config)
+        wire_copying_heads(model)
+        return model.to(args.device)
 
     train(run, make_model, get_batch, steps, options, corpus, args)
     if is_main() and epochs:

@@ -7,7 +7,7 @@ import pytest
 
 import build_corpus
 from build_corpus import SPECIAL_TOKENS, Corpus, Tokenizer, train_bpe
-from collect import Record, chat_message, unit_hash
+from collect import Record, chat_message
 from conftest import run
 
 TEXTS = ["", "a", "Hello, world! It's 12345.67\n\n\tdef f(x):\n        return x  \n", "naïve café 日本語 🙂 \u200b\u00a0 é", "<|im_end|><tool_call>",
@@ -17,7 +17,7 @@ TEXTS = ["", "a", "Hello, world! It's 12345.67\n\n\tdef f(x):\n        return x 
 @pytest.fixture(scope="module")
 def small(small_raw, tmp_path_factory):
     path = tmp_path_factory.mktemp("small_corpus")
-    run("build_corpus.py", "--raw", small_raw, "--out", path, "--vocab-size", 1024, "--heldout", 0.1)
+    run("build_corpus.py", "--raw", small_raw, "--out", path, "--vocab-size", 1024, "--heldout", 0.1, "--fold", 0)
     return path
 
 
@@ -90,6 +90,16 @@ def test_python_pattern_splits_as_tiktoken_does():
         assert [t.decode() for t in map(Tokenizer(ranks).encoding.decode_single_token_bytes, Tokenizer(ranks).encode(text))] == words
 
 
+def test_names_are_cut_alike_in_definitions_and_calls(small):
+    tokenizer = Tokenizer.load(small)
+    name = tokenizer.encode('"name": "')
+    assert len(name) == 1
+    for text in ('{"description": "Ends so.", "name": "mpmath.zeta", "parameters": {', '<tool_call>\n{"name": "mpmath.zeta", "arguments": {'):
+        ids = tokenizer.encode(text)
+        at = ids.index(name[0]) + 1
+        assert ids[at:at + len(tokenizer.encode("mpmath.zeta"))] == tokenizer.encode("mpmath.zeta")
+
+
 # ---- chat format
 
 
@@ -138,9 +148,22 @@ def test_no_held_out_name_in_a_train_bin(corpus):
 
 
 def test_same_side_whatever_else_is_there(small, corpus):
-    side = {a: unit_hash(a) < 0.04 for a in json.loads((small / "heldout_apis.json").read_text()) if a.startswith("mpmath.")}
+    side = {a: build_corpus.in_fold(a, 0.04, 1) for a in json.loads((small / "heldout_apis.json").read_text()) if a.startswith("mpmath.")}
     default = set(json.loads((corpus / "heldout_apis.json").read_text()))
     assert len(side) > 20 and all((a in default) == held for a, held in side.items())
+
+
+def test_folds_share_out_all_names():
+    names = [f"pkg.f{i}" for i in range(2000)]
+    folds = [{n for n in names if build_corpus.in_fold(n, 0.1, fold)} for fold in range(10)]
+    assert set.union(*folds) == set(names) and sum(map(len, folds)) == len(names) and min(map(len, folds)) > 150
+    assert folds[3] == {n for n in names if build_corpus.in_fold(n, 0.1, 13)}
+
+
+def test_another_fold_holds_out_other_apis(small, small_raw, tmp_path):
+    run("build_corpus.py", "--raw", small_raw, "--out", tmp_path, "--heldout", 0.1, "--fold", 1)
+    first, second = (set(json.loads((d / "heldout_apis.json").read_text())) for d in (tmp_path, small))
+    assert len(first) > 20 and len(second) > 20 and not first & second
 
 
 def test_mentions():

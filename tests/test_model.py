@@ -23,13 +23,40 @@ def reference(directory):
     return AutoModelForCausalLM.from_pretrained(str(directory), dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("options", [dict(qkv_bias=False), dict(qkv_bias=True), dict(n_kv_heads=4), dict(n_kv_heads=1, tie_embeddings=False),
-                                     dict(qkv_bias=False, rope_theta=500000.0, tie_embeddings=False)], ids=str)
-def test_transformers_gives_the_same_logits_gradients_and_text(options, tmp_path):
-    model = tiny(**options)
-    save(model, tmp_path)
-    theirs = reference(tmp_path)
-    ids = torch.randint(97, (3, 20))
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32, rope_theta=10000.0)
+MODELS = {  # name: (configuration class, its options)
+    "llama": ("LlamaConfig", dict()),
+    "llama, every head its own keys, tied": ("LlamaConfig", dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    "llama 3.1": ("LlamaConfig", dict(rope_parameters=LLAMA3)),
+    "llama 3.2, tied": ("LlamaConfig", dict(rope_parameters=LLAMA3 | {"factor": 32.0, "rope_theta": 500000.0}, tie_word_embeddings=True, head_dim=16)),
+    "llama, linear scaling": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
+    "mistral 0.1": ("MistralConfig", dict(sliding_window=11)),
+    "mistral 0.3": ("MistralConfig", dict(sliding_window=None, head_dim=16, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=1)),
+    "qwen2.5, tied": ("Qwen2Config", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e6))),
+    "qwen3": ("Qwen3Config", dict(head_dim=16)),
+    "qwen3, tied": ("Qwen3Config", dict(head_dim=16, tie_word_embeddings=True)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def theirs(request):
+    """A tiny random model of transformers, every parameter of which matters."""
+    import transformers
+    name, options = MODELS[request.param]
+    config = getattr(transformers, name)(**{**dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                   num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=False), **options})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
+    return model
+
+
+def test_logits_gradients_and_text_are_those_of_transformers(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    ids = torch.randint(97, (3, 90))  # past the window and the context before scaling
     torch.testing.assert_close(model(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
     targets = ids.roll(-1, 1)
     model(ids, targets).backward()
@@ -37,18 +64,49 @@ def test_transformers_gives_the_same_logits_gradients_and_text(options, tmp_path
     expected = dict(theirs.named_parameters())
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-4, atol=1e-4 * p.grad.abs().max().item(), msg=name)
-    prompt = ids[:1, :5]
-    text = theirs.generate(prompt, max_new_tokens=32, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 5:].tolist()
-    assert generate(model, [prompt[0].tolist()], 32) == [text]
+    prompts = [ids[0, :5].tolist(), ids[1, :40].tolist()]
+    texts = [theirs.generate(torch.tensor([p]), attention_mask=torch.ones(1, len(p)), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, len(p):].tolist() for p in prompts]
+    assert generate(model, prompts, 64) == texts
 
 
-def test_saved_by_transformers_loads_here(tmp_path):
-    from transformers import LlamaConfig, LlamaForCausalLM
-    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                          num_key_value_heads=2, max_position_embeddings=64)).eval()
-    theirs.save_pretrained(tmp_path)
-    ids = torch.randint(97, (2, 9))
-    torch.testing.assert_close(load(tmp_path)(ids), theirs(ids).logits, atol=1e-4, rtol=1e-4)
+def test_what_we_save_transformers_loads(theirs, tmp_path, caplog):
+    import warnings
+    from transformers.utils import logging
+    logging.enable_propagation()
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    save(ours, tmp_path / "ours", shard_bytes=20_000)  # in several files
+    assert len(list((tmp_path / "ours").glob("model-*-of-*.safetensors"))) > 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = reference(tmp_path / "ours")
+    assert not caplog.records, caplog.text
+    assert type(again) is type(theirs)
+    ids = torch.randint(97, (2, 60))
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits)
+    again.save_pretrained(tmp_path / "again")
+    for (name, p), (_, q) in zip(ours.named_parameters(), load(tmp_path / "again").named_parameters()):
+        assert torch.equal(p, q), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types_are_kept_or_converted(dtype, tmp_path):
+    model = tiny().to(dtype)
+    save(model, tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == str(dtype)[6:]
+    kept, converted = load(tmp_path, dtype=None), load(tmp_path)
+    for p, q, r in zip(model.parameters(), kept.parameters(), converted.parameters()):
+        assert torch.equal(p, q) and r.dtype == torch.float32 and torch.equal(p.float(), r) and r.requires_grad
+
+
+def test_a_loaded_model_trains_and_its_file_stays(tmp_path):
+    save(tiny(), tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    model = load(tmp_path)
+    model(torch.arange(9)[None], torch.arange(9)[None]).backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not torch.equal(model.model["norm"].weight, load(tmp_path).model["norm"].weight)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -67,7 +125,8 @@ def test_safetensors_both_ways(tmp_path):
     write_safetensors(tensors, tmp_path / "ours")
     assert all(torch.equal(t, load_file(tmp_path / "ours")[n]) for n, t in tensors.items())
     save_file(tensors, tmp_path / "theirs")
-    assert all(torch.equal(t.float(), read_safetensors(tmp_path / "theirs")[n]) for n, t in tensors.items())
+    read = dict(read_safetensors(tmp_path / "theirs"))
+    assert all(torch.equal(t, read[n]) and t.dtype == read[n].dtype for n, t in tensors.items())
 
 
 def broken(tmp_path, change):
@@ -80,7 +139,7 @@ def broken(tmp_path, change):
 
 def test_what_does_not_fit_is_named(tmp_path):
     def drop(path, names=("model.norm.weight",), add=None):
-        tensors = read_safetensors(path / "model.safetensors")
+        tensors = dict(read_safetensors(path / "model.safetensors"))
         write_safetensors({n: t for n, t in tensors.items() if n not in names} | (add or {}), path / "model.safetensors")
     assert "model.norm.weight is missing" in broken(tmp_path, drop)
     assert "extra is unknown" in broken(tmp_path, lambda p: drop(p, (), {"extra": torch.zeros(2)}))
@@ -90,21 +149,33 @@ def test_what_does_not_fit_is_named(tmp_path):
 
 
 def test_hostile_headers(tmp_path):
-    def header(text):
-        (tmp_path / "x").write_bytes(struct.pack("<Q", len(text)) + text + b"\0" * 8)
-        with pytest.raises(ValueError):
-            read_safetensors(tmp_path / "x")
-    header(b"{")
-    header(b"\xff\xfe")
-    for offsets in ([0, 16], [-4, 4], [4, 0], [0, 2**63]):
-        header(json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode())
-    header(json.dumps({"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}).encode())
-    (tmp_path / "x").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    def refused(text, size=None, body=8):
+        (tmp_path / "x").write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + b"\0" * body)
+        with pytest.raises(ValueError, match="x: "):
+            list(read_safetensors(tmp_path / "x"))
+
+    def entry(*offsets, dtype="F32", shape=(2,)):
+        return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+    for text in (b"{", b"\xff\xfe", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}', b"[" * 10**5):
+        refused(text)
+    for offsets in ([0, 16], [-4, 4], [4, 0], [0, 2**63], [8, 16]):
+        refused(json.dumps({"a": entry(*offsets)}).encode())
+    refused(json.dumps({"a": entry(0, 8, dtype="F64", shape=[1])}).encode())
+    refused(json.dumps({"a": entry(0, 8, shape=[-1, -2])}).encode())
+    refused(json.dumps({"a": entry(0, 8), "b": entry(4, 12)}).encode(), body=12)  # overlapping
+    refused(json.dumps({"a": entry(0, 8)}).encode(), body=9)  # bytes of no tensor
+    refused(b"{}", size=2**60)
+    refused(b"{}", size=2**64 - 1)
+    (tmp_path / "x").write_bytes(b"")
     with pytest.raises(ValueError):
-        read_safetensors(tmp_path / "x")
+        list(read_safetensors(tmp_path / "x"))
 
 
-@pytest.mark.parametrize("change", [{"model_type": "mamba"}, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize("change", [
+    {"model_type": "mamba"}, {"rope scaling": 0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"hidden_act": "gelu"}, {"attention_bias": True},
+    {"use_sliding_window": True}, {"partial_rotary_factor": 0.5}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True},
+    {"low_freq_factor": 0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, {"num_key_value_heads": None}], ids=str)
 def test_what_it_cannot_represent_is_refused(change, tmp_path):
     save(tiny(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -113,17 +184,62 @@ def test_what_it_cannot_represent_is_refused(change, tmp_path):
         load(tmp_path)
 
 
-def test_packed_documents_do_not_see_each_other():
-    model = tiny()
-    ids, segments = torch.randint(97, (1, 20)), torch.tensor([[0] * 8 + [1] * 12])
+@pytest.mark.parametrize("short", [0, 512])
+@pytest.mark.parametrize("options", [{}, {"model_type": "mistral", "sliding_window": 5}, {"model_type": "qwen3", "n_kv_heads": 4}], ids=str)
+def test_packed_documents_do_not_see_each_other(options, short, monkeypatch):
+    monkeypatch.setattr(transformer, "SHORT", short)
+    model = tiny(**options)
+    ids, segments = torch.randint(97, (2, 20)), torch.tensor([[0] * 8 + [1] * 12, [0] * 3 + [1] * 10 + [-1] * 7])
     changed = ids.clone()
     changed[0, :8] = torch.randint(97, (8,))
-    assert torch.equal(model(ids, segments=segments)[0, 8:], model(changed, segments=segments)[0, 8:])
-    assert not torch.equal(model(ids)[0, 8:], model(changed)[0, 8:])  # without segments they do
-    torch.testing.assert_close(model(ids, segments=segments)[0, 8:], model(ids[:, 8:])[0], atol=1e-5, rtol=1e-5)
+    before, after = model(ids, segments=segments), model(changed, segments=segments)
+    assert torch.equal(before[0, 8:], after[0, 8:]) and torch.equal(before[1], after[1])
+    assert not torch.equal(model(ids)[0, 8:13], model(changed)[0, 8:13])  # without segments they do
+    torch.testing.assert_close(before[0, 8:], model(ids[:1, 8:])[0], atol=1e-5, rtol=1e-5)
     targets = ids.roll(-1, 1)
-    apart = model(ids[:, :8], targets[:, :8]) + model(ids[:, 8:], targets[:, 8:])
-    torch.testing.assert_close(model(ids, targets, segments), apart)
+    assert model(ids, targets) != model(ids, targets, segments)
+    apart = [model(ids[row:row + 1, a:b], targets[row:row + 1, a:b]) for row, a, b in ((0, 0, 8), (0, 8, 20), (1, 0, 3), (1, 3, 13), (1, 13, 20))]
+    torch.testing.assert_close(model(ids, targets, segments), sum(apart))
+
+
+def test_attention_in_blocks_equals_a_banded_mask():
+    q, k, v = (torch.randn(2, heads, 37, 8) for heads in (4, 2, 2))
+    position = torch.arange(37)
+    for window in (1, 5, 8, 36, 37, 50):
+        band = (position[None] <= position[:, None]) & (position[None] > position[:, None] - window)
+        torch.testing.assert_close(transformer.causal_attention(q, k, v, window), transformer.attend(q, k, v, band))
+
+
+@pytest.mark.parametrize("chunk", [97 * 8, 97 * 7, 50])
+def test_loss_in_chunks(chunk):
+    x, weight, targets = torch.randn(24, 16, requires_grad=True), torch.randn(97, 16, requires_grad=True), torch.randint(97, (24,))
+    targets[::3] = -100
+    whole = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum"), (x, weight))
+    parts = torch.autograd.grad(transformer.head_loss(x, weight, targets, chunk), (x, weight))
+    for a, b in zip(whole, parts):
+        torch.testing.assert_close(a, b)
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    model, ids = tiny(), torch.randint(97, (2, 20))
+    grads = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model(ids, ids).backward()
+        grads.append([p.grad.clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_grown_vocabulary(tie, tmp_path):
+    model, ids = tiny(tie_embeddings=tie), torch.randint(97, (1, 9))
+    before = model(ids)
+    transformer.grow_vocabulary(model, 100)
+    save(model, tmp_path)
+    logits = load(tmp_path)(ids)
+    assert logits.shape == (1, 9, 100) and json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 100
+    torch.testing.assert_close(logits[..., :97], before)
+    torch.testing.assert_close(logits[..., 99], before.mean(-1))
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone():
@@ -139,9 +255,30 @@ def test_sampling_is_seeded_and_bounded():
     model = tiny()
     one, two, three = (generate(model, [[1, 2, 3]], 20, temperature=5.0, seed=s) for s in (1, 1, 2))
     assert one == two != three
+    assert generate(model, [[1, 2, 3]], 20, temperature=5.0, top_p=1e-6) == generate(model, [[1, 2, 3]], 20)
     assert len(generate(model, [[1] * 60], 20)[0]) == 5  # 64 positions: four more tokens fit, and the one after them needs none
     with pytest.raises(ValueError, match="positions"):
         generate(model, [[1] * 65], 1)
+
+
+def test_samples_follow_the_nucleus():
+    model = tiny()
+    p, order = (model(torch.tensor([[1, 2, 3]]))[0, -1] / 4).softmax(-1).sort(descending=True)
+    kept = int((p.cumsum(-1) < 0.6).sum()) + 1
+    drawn = torch.tensor(generate(model, [[1, 2, 3]] * 4000, 1, temperature=4.0, top_p=0.6))[:, 0]
+    share = torch.bincount(drawn, minlength=97)[order] / 4000
+    assert 3 <= kept < 60 and share[kept:].sum() == 0
+    torch.testing.assert_close(share[:kept], p[:kept] / p[:kept].sum(), atol=0.035, rtol=0)
+
+
+def test_stop_sequences():
+    model = tiny()
+    text = generate(model, [[1, 2, 3]], 24)[0]
+    stop = text[7:9]
+    first = next(i for i in range(23) if text[i:i + 2] == stop)
+    assert generate(model, [[1, 2, 3]], 24, [stop, 999]) == [text[:first]]
+    with pytest.raises(ValueError, match="empty"):
+        generate(model, [[1], []], 2)
 
 
 def test_choose_may_pick():
@@ -158,17 +295,6 @@ def test_presets_have_the_sizes_of_their_names():
 
 
 def test_flops_count_the_weights():
-    model = tiny(tie_embeddings=False, qkv_bias=False)
+    model = tiny(tie_embeddings=False, model_type="llama")
     weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - 97 * 32
     assert model.flops_per_token(10) == 6 * weights + 12 * 2 * 4 * 8 * 10
-
-
-def test_an_untrained_model_copies():
-    """The wired copying heads: on random tokens that repeat at random distances it is right most of the time, and not without."""
-    def right(bias):
-        torch.manual_seed(0)
-        model = Transformer(Config(qkv_bias=bias))
-        rows = [torch.randint(2048, (int(n),)).repeat(49)[:385] for n in torch.randint(8, 192, (16,))]
-        ids = torch.stack(rows)
-        return (model(ids[:, :-1]).argmax(-1) == ids[:, 1:])[:, 192:].float().mean().item()
-    assert right(True) > 0.9 and right(False) < 0.05

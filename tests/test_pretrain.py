@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import model as transformer
 import pretrain
 from build_corpus import Corpus
 from conftest import ROOT, run
@@ -160,6 +161,31 @@ def test_a_batch_is_a_function_of_seed_and_step():
     batches[0](1)  # history does not matter
     assert all(np.array_equal(a, b) for a, b in zip(batches[0](7), batches[1](7)))
     assert not np.array_equal(batches[0](7)[0], batches[2](7)[0])
+
+
+def test_copying_practice():
+    plain, practised = (pretrain.window_batches(FakeCorpus(), {"text": 1}, 100, 100, 100, [0], share)[0](0)[0] for share in (0, 0.3))
+    changed = [row for row, (a, b) in enumerate(zip(plain, practised)) if not np.array_equal(a, b)]
+    assert 15 <= len(changed) <= 45
+    for row in changed:  # of the window's own tokens, many more than once, and where one stands again what follows is often the same
+        ids = practised[row].tolist()
+        assert set(ids) <= {*plain[row].tolist(), plain[row][-1] + 1}
+        again = [ids[:i].index(x) for i, x in enumerate(ids) if x in ids[:i] and i + 1 < len(ids)]
+        follows = [ids[ids.index(x) + 1] == ids[i + 1] for i, x in enumerate(ids[:-1]) if x in ids[:i]]
+        assert len(again) > 20 and np.mean(follows) > 0.5
+
+
+@pytest.mark.parametrize("preset, copies", [({}, True), ({"tie_embeddings": True}, False), ({"n_layers": 1}, False), ({"model_type": "llama"}, False),
+                                            ({"n_heads": 6, "n_kv_heads": 3}, False)])
+def test_an_untrained_model_copies(preset, copies):
+    """On random tokens that repeat at random distances it is nearly always right, and a model of another shape is left as it was."""
+    torch.manual_seed(0)
+    model = transformer.Transformer(transformer.Config(**preset))
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    pretrain.wire_copying_heads(model)
+    ids = torch.stack([torch.randint(2048, (int(n),)).repeat(49)[:385] for n in torch.randint(8, 192, (16,))])
+    right = (model(ids[:, :-1]).argmax(-1) == ids[:, 1:])[:, 192:].float().mean().item()
+    assert right > 0.95 if copies else right < 0.05 and all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
 def test_learning_rate():
