@@ -10,6 +10,7 @@ Out:  data/corpus/
 
 Laptop:         python build_corpus.py
 Larger models:  python build_corpus.py --vocab-size 32768
+A base's own:   python build_corpus.py --tokenizer path/to/Qwen3-8B-Base
 Own data:       python build_corpus.py --raw my/records --out my/corpus
 
 Exact duplicates are dropped. APIs are held out by a hash of their name, so the same API falls on the same side in every
@@ -48,7 +49,8 @@ def main():
     shards = sorted(Path(args.raw).glob("*.jsonl"))
     if not shards:
         fail(f"{args.raw}: no *.jsonl files. Run `python collect.py` first, or name the directory with --raw")
-    options = {"vocab_size": args.vocab_size, "heldout": args.heldout, "fold": args.fold, "inputs": {s.name: sha256(s) for s in shards}}
+    named = sha256(Path(args.tokenizer) / "tokenizer.json") if args.tokenizer and (Path(args.tokenizer) / "tokenizer.json").exists() else args.tokenizer
+    options = {"tokenizer": named, "vocab_size": args.vocab_size, "heldout": args.heldout, "fold": args.fold, "inputs": {s.name: sha256(s) for s in shards}}
     if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text())["options"] == options:
         print(f"{out} is up to date")
         return report(json.loads((out / "manifest.json").read_text()), time.time() - started)
@@ -59,7 +61,7 @@ def main():
     records = drop_duplicates(records, rejected)
     heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if in_fold(a, args.heldout, args.fold)})
     splits = split(records, heldout_apis, args.fold, rejected)
-    tokenizer = Tokenizer.train(training_texts(splits), args.vocab_size)
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.train(training_texts(splits), args.vocab_size)
     tokenizer.save(out)
 
     files, shares = {}, {}
@@ -73,7 +75,7 @@ def main():
     write(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected.sample))
     total = max(1, sum(shares.values()))
     manifest = {
-        "options": options, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.tiktoken"), "files": files,
+        "options": options, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files,
         "heldout_apis": len(heldout_apis), "dropped": dict(rejected.reasons), "shares": {d: n / total for d, n in shares.items()}}
     write(out / "manifest.json", json.dumps(manifest, indent=1))
     report(manifest, time.time() - started)
@@ -83,6 +85,8 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--raw", default="data/raw", help="directory of records")
     parser.add_argument("--out", default="data/corpus", help="directory for the corpus")
+    parser.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer of this model (byte-level BPE: Llama 3, Qwen, GPT-2, ...) "
+                        "instead of training one; for pretrain.py --init DIR")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
     parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs kept from training")
     parser.add_argument("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
@@ -194,12 +198,16 @@ def mention_finder(names):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tools>", "</tools>", "<tool_call>", "</tool_call>",
-                  "<tool_response>", "</tool_response>")
+TOOL_TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOOL_TAGS)
 # What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore before them; numbers
 # of up to three digits; punctuation; white space. A qualified name so follows one token that nothing else follows, and is cut
 # alike wherever it stands: to copy it a model need only look for what came after the same token before.
 PATTERN = r'[ {](?="name": ")|"name": "|[ ._]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
+
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # GPT-2's, between single digits
 
 
 class Tokenizer:
@@ -210,21 +218,42 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks):
+    def __init__(self, ranks, special=None, pattern=PATTERN, normal_form=None):
         self.ranks = ranks  # {bytes: id}
-        self.special = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
-        self.vocab_size = len(ranks) + len(SPECIAL_TOKENS)
-        self.end_of_text, self.im_end = self.special["<|endoftext|>"], self.special["<|im_end|>"]
-        self.encoding = tiktoken.Encoding("corpus", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.special)
+        self.special = special or {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.pattern, self.normal_form = pattern, normal_form
+        self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
+        self.end_of_text = next(self.special[t] for t in ("<|endoftext|>", "<|end_of_text|>") if t in self.special)
+        self.im_end = self.special["<|im_end|>"]
+        self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
 
     @classmethod
     def load(cls, directory):
-        """From the tokenizer.tiktoken in a directory: lines of base64 token and rank."""
-        path = Path(directory) / "tokenizer.tiktoken"
-        if not path.exists():
-            fail(f"{path}: no such file; a directory made by these scripts has one")
-        pairs = (line.split() for line in path.read_bytes().splitlines())
-        return cls({base64.b64decode(token): int(rank) for token, rank in pairs})
+        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as GPT-2, Llama 3 and Qwen.
+
+        Where the chat format's tokens are missing they take the places of reserved ones, or new ones at the end.
+        """
+        path = Path(directory) / "tokenizer.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
+            pattern, normal_form = read_pattern(content["pre_tokenizer"]), read_normal_form(content["normalizer"])
+            byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
+            ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
+            merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
+            if model["type"] != "BPE" or merged != sorted(merged) or any(bytes([i]) not in ranks for i in range(256)):
+                raise ValueError("not a BPE over all bytes whose ids follow the order of its merges")
+        except FileNotFoundError:
+            fail(f"{path}: no such file; a directory with a tokenizer has one")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r})")
+        missing = [t for t in SPECIAL_TOKENS if t not in added and not (t == "<|endoftext|>" and "<|end_of_text|>" in added)]
+        reserved = sorted((t for t in added if re.search(r"reserved|unused|extra", t)), key=added.get)
+        end = max(*ranks.values(), *added.values(), -1) + 1
+        for token in missing:
+            added[token] = added.pop(reserved.pop(0)) if reserved else end
+            end = max(end, added[token] + 1)
+        return cls(ranks, added, pattern, normal_form)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -235,7 +264,7 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text. What looks like a special token in it is ordinary text."""
-        return self.encoding.encode_ordinary(text)
+        return self.encoding.encode_ordinary(unicodedata.normalize(self.normal_form, text) if self.normal_form else text)
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -289,23 +318,24 @@ class Tokenizer:
         """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop tokens."""
         directory = Path(directory)
         by_rank = sorted(self.ranks, key=self.ranks.get)
-        write(directory / "tokenizer.tiktoken", "".join(f"{base64.b64encode(t).decode()} {r}\n" for r, t in enumerate(by_rank)))
+        write(directory / "tokenizer.tiktoken", "".join(f"{base64.b64encode(t).decode()} {self.ranks[t]}\n" for t in by_rank))
         symbol = byte_symbols()
-        written = ["".join(symbol[b] for b in token) for token in by_rank]
-        merges = [[written[self.ranks[half]] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
+        written = {token: "".join(symbol[b] for b in token) for token in by_rank}
+        merges = [[written[half] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
         specials = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                     "special": t.startswith("<|")} for t, i in self.special.items()]
+                     "special": t not in TOOL_TAGS} for t, i in sorted(self.special.items(), key=lambda entry: entry[1])]
         write(directory / "tokenizer.json", json.dumps({
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials, "normalizer": None,
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
+            "normalizer": {"type": self.normal_form} if self.normal_form else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
                 {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
             "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
             "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                      "vocab": {w: i for i, w in enumerate(written)}, "merges": merges}}, ensure_ascii=False))
+                      "vocab": {written[t]: self.ranks[t] for t in by_rank}, "merges": merges}}, ensure_ascii=False))
         write(directory / "tokenizer_config.json", json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>" if "<|endoftext|>" in self.special else "<|end_of_text|>",
             "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
         write(directory / "generation_config.json", json.dumps({
             "eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}))
@@ -390,6 +420,28 @@ def halves(token, ranks):
     return parts
 
 
+def read_pattern(pre_tokenizer):
+    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for others than byte-level ones."""
+    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
+    *cuts, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        raise ValueError(f"pre_tokenizer {last}")
+    match [cut["type"] for cut in cuts], last.get("use_regex", True):
+        case [], True:
+            return GPT2_PATTERN
+        case ["Digits"], True if cuts[0]["individual_digits"]:
+            return DIGITS_PATTERN
+        case ["Split"], False if cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
+            return cuts[0]["pattern"]["Regex"]
+    raise ValueError(f"pre_tokenizer {steps}")
+
+
+def read_normal_form(normalizer):
+    if normalizer and normalizer["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
+        raise ValueError(f"normalizer {normalizer}")
+    return normalizer and normalizer["type"]
+
+
 def byte_symbols():
     """GPT-2's printable character for every byte, in which Hugging Face writes byte-level vocabularies."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -460,8 +512,8 @@ class Corpus:
         for name, entry in self.manifest["files"].items():
             if not (self.directory / name).exists() or sha256(self.directory / name) != entry["sha256"]:
                 raise ValueError(f"{self.directory / name}: missing or not what the manifest says. Run `python build_corpus.py` again")
-        if sha256(self.directory / "tokenizer.tiktoken") != self.manifest["tokenizer_sha256"]:
-            raise ValueError(f"{self.directory / 'tokenizer.tiktoken'}: not the tokenizer this corpus was made with")
+        if sha256(self.directory / "tokenizer.json") != self.manifest["tokenizer_sha256"]:
+            raise ValueError(f"{self.directory / 'tokenizer.json'}: not the tokenizer this corpus was made with")
         self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):

@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import Corpus, write
+from build_corpus import Corpus, Tokenizer, write
 from collect import HelpFormatter, fail, run_main
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
@@ -102,6 +102,8 @@ def add_training_flags(parser, lr):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; auto: bfloat16 where this "
         "machine multiplies it faster")
+    add("--activation-checkpointing", action="store_true", help="keep no layer's activations but compute them again in the backward pass: "
+        "less memory, a quarter slower")
     add("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: where there is a C++ compiler")
 
 
@@ -173,13 +175,17 @@ def open_corpus(directory):
 
 
 def load_checkpoint(directory, corpus, device):
-    """The model in a checkpoint directory, or an error if it cannot read this corpus."""
+    """The model in a checkpoint directory, with room for every token of the corpus, or an error if their tokenizers differ."""
     try:
         model = transformer.load(directory, device)
     except ValueError as error:
         fail(error)
-    if model.config.vocab_size != corpus.tokenizer.vocab_size:
+    if (Path(directory) / "tokenizer.json").exists() and Tokenizer.load(directory).ranks != corpus.tokenizer.ranks:
+        fail(f"{directory}: its tokenizer is not the corpus's; build one with `python build_corpus.py --tokenizer {directory}`")
+    if model.config.vocab_size < min(corpus.tokenizer.vocab_size, len(corpus.tokenizer.ranks)):
         fail(f"{directory}: vocabulary of {model.config.vocab_size}, but the corpus has {corpus.tokenizer.vocab_size}")
+    if model.config.vocab_size < corpus.tokenizer.vocab_size:
+        transformer.grow_vocabulary(model, corpus.tokenizer.vocab_size)
     return model
 
 
@@ -337,6 +343,7 @@ def train(run, make_model, get_batch, steps, options, corpus, args):
     (run / "train_state").mkdir(parents=True, exist_ok=True)
 
     model = make_model()
+    model.checkpointing = args.activation_checkpointing
     batch_size = len(get_batch(0)[0])
     if batch_size % world:
         fail(f"a step of {batch_size} windows cannot be divided among {world} processes: change --batch-tokens")

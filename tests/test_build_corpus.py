@@ -100,6 +100,79 @@ def test_names_are_cut_alike_in_definitions_and_calls(small):
         assert ids[at:at + len(tokenizer.encode("mpmath.zeta"))] == tokenizer.encode("mpmath.zeta")
 
 
+STYLES = {  # name: (pre-tokenizer, normalizer, added tokens) of a tokenizer.json
+    "gpt2": ({"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}, None, ["<|endoftext|>"]),
+    "smollm": ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, {
+        "type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}]}, None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]),
+    "qwen": ({"type": "Sequence", "pretokenizers": [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]}, {"type": "NFC"},
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]),
+    "llama3": ({"type": "Sequence", "pretokenizers": [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex":
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"}},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}, None,
+        ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(5))]),
+}
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def base(request, small_raw, tmp_path_factory):
+    """A directory with a tokenizer.json as a downloaded model has it, trained by tokenizers."""
+    from tokenizers import AddedToken, Tokenizer as Reference, decoders, models, normalizers, pre_tokenizers, trainers
+    pre, normalizer, added = STYLES[request.param]
+    theirs = Reference(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    texts = [json.loads(line).get("text") or "" for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")]
+    theirs.train_from_iterator(texts[:400], trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    content = json.loads(theirs.to_str()) | {"pre_tokenizer": pre, "normalizer": normalizer}
+    directory = tmp_path_factory.mktemp(request.param)
+    theirs = Reference.from_str(json.dumps(content))
+    theirs.add_special_tokens([AddedToken(t, special=True) for t in added])
+    theirs.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_a_base_models_tokenizer(base, tmp_path):
+    """Loaded, and saved and loaded by transformers, it gives the ids that tokenizers gives."""
+    from tokenizers import Tokenizer as Reference
+    from transformers import AutoTokenizer
+    theirs, ours = Reference.from_file(str(base / "tokenizer.json")), Tokenizer.load(base)
+    ours.save(tmp_path)
+    saved, again = AutoTokenizer.from_pretrained(str(tmp_path)), Tokenizer.load(tmp_path)
+    rng = random.Random(0)
+    alphabet = "aZé e\u0301 \n\r\t'st1234567890  ._-{}\"日\u00a0\u200b🙂ﬁ½Ⅷ\x00"
+    texts = [t for t in TEXTS if "<|" not in t] + ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(2000)]
+    for text in texts:
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == again.encode(text) == saved.encode(text, add_special_tokens=False) == expected, text
+    for token, i in ours.special.items():
+        assert saved.convert_tokens_to_ids(token) == i
+    assert ours.special == again.special and set(SPECIAL_TOKENS) - set(ours.special) <= {"<|endoftext|>"}
+    for messages, tools in [(CHAT[2:], TOOLS), (CHAT[2:], None)]:
+        assert saved.apply_chat_template(messages, tools=tools, tokenize=False) == ours.decode(ours.render(messages, tools)[0])
+
+
+def test_missing_tokens_take_reserved_places_first(base):
+    theirs = json.loads((base / "tokenizer.json").read_text())
+    before = {t["content"]: t["id"] for t in theirs["added_tokens"]}
+    after = Tokenizer.load(base).special
+    reserved = [i for t, i in before.items() if "reserved" in t]
+    new = [after[t] for t in SPECIAL_TOKENS if t in after and t not in before]
+    assert all(after[t] == i for t, i in before.items() if "reserved" not in t)
+    first = max(*before.values(), *theirs["model"]["vocab"].values()) + 1
+    assert new == [*reserved, *range(first, first + len(new) - len(reserved))]
+
+
+@pytest.mark.parametrize("change", [
+    {"model": {"type": "Unigram", "vocab": []}}, {"pre_tokenizer": {"type": "Metaspace"}}, {"normalizer": {"type": "Lowercase"}}, {"added_tokens": None},
+    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}])
+def test_other_tokenizers_are_refused(small, tmp_path, change):
+    content = json.loads((small / "tokenizer.json").read_text()) | change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        Tokenizer.load(tmp_path)
+
+
 # ---- chat format
 
 
@@ -202,7 +275,7 @@ def test_same_bins_for_any_number_of_workers_and_any_order(small, small_raw, tmp
     random.Random(0).shuffle(lines)
     raw.mkdir()
     (raw / "all.jsonl").write_text("".join(lines), encoding="utf-8")
-    run("build_corpus.py", "--raw", raw, "--out", tmp_path / "out", "--vocab-size", 1024, "--heldout", 0.1, "--workers", 1)
+    run("build_corpus.py", "--raw", raw, "--out", tmp_path / "out", "--vocab-size", 1024, "--heldout", 0.1, "--fold", 0, "--workers", 1)
     for path in small.iterdir():
         if path.suffix in (".bin", ".idx", ".mask", ".tiktoken"):
             assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name

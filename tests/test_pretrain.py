@@ -30,7 +30,7 @@ def trained(corpus, tmp_path_factory):
 
 
 def weights(run_directory):
-    return read_safetensors(run_directory / "model.safetensors")
+    return dict(read_safetensors(run_directory / "model.safetensors"))
 
 
 def equal(a, b):
@@ -95,7 +95,7 @@ def test_two_processes_train_what_one_trains(corpus, tmp_path):
         one, two = ([json.loads(line) for line in (tmp_path / d / stage / "metrics.jsonl").open()] for d in ("one", "two"))
         for a, b in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "loss/code", "loss/api_doc"):  # the norm shows a wrong scale, which Adam would hide
-                assert a.get(key) == pytest.approx(b.get(key), rel=2e-3), (stage, a["step"], key)
+                assert a.get(key) == pytest.approx(b.get(key), rel=1e-2), (stage, a["step"], key)
 
 
 def test_other_options_are_refused_by_name(trained, corpus):
@@ -110,8 +110,35 @@ def test_init_takes_a_checkpoint_and_trains_no_base(trained, corpus, tmp_path):
     assert equal(trained / "stage2", tmp_path / "out" / "stage2")
 
 
+def test_a_downloaded_base_with_its_own_tokenizer(small_raw, trained, corpus, tmp_path):
+    """A transformers model without our chat tokens: the corpus takes its tokenizer, the model grows, transformers loads the result."""
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    base, cut = tmp_path / "base", pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
+    tokenizer.train_from_iterator(["def f(x): return x"], trainers.BpeTrainer(vocab_size=260, initial_alphabet=cut.alphabet(), show_progress=False))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    size = tokenizer.get_vocab_size()
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(base)
+    tokenizer.save(str(base / "tokenizer.json"))
+    run("build_corpus.py", "--raw", small_raw, "--out", tmp_path / "corpus", "--tokenizer", base, "--heldout", 0.1)
+    run("pretrain.py", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out", "--init", base, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512,
+        "--no-control")
+    grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "stage2")
+    assert type(grown).__name__ == "LlamaForCausalLM" and grown.config.vocab_size == size + 8
+    message = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out2", "--init", base, *SHORT, ok=False).stderr
+    assert "its tokenizer is not the corpus's" in message and f"--tokenizer {base}" in message
+
+
+def test_activation_checkpointing_trains_the_same(trained, corpus, tmp_path):
+    run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", "--activation-checkpointing")
+    assert equal(trained / "base", tmp_path / "base")
+
+
 def test_seed_preset_mix_and_decay_matter(trained, corpus, tmp_path):
-    for option in (["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"], ["--attention-lr", 1]):
+    for option in (["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"], ["--attention-lr", 1], ["--practice", 0.5]):
         out = tmp_path / option[0]
         run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *option)
         assert not equal(trained / "base", out / "base")
