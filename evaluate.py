@@ -44,7 +44,7 @@ def main():
     scores = {}  # {(suite, metric): {model: one number an item}}
     for path in models:
         model = load_checkpoint(path, corpus, args.device).eval()
-        identity = [sha256(path / "model.safetensors"), corpus.sha256, args.limit, args.seq_len]
+        identity = [[sha256(file) for file in sorted(path.glob("model*.safetensors"))], corpus.sha256, args.limit, args.seq_len]
         suites = {"loss": lambda: document_losses(model, corpus, args),
                   "choice": lambda: tool_choices(model, corpus.tokenizer, conversations, args),
                   "calls": lambda: calls(model, corpus.tokenizer, conversations, args, constrained=False),

@@ -1,6 +1,7 @@
 """Step 3 of 6: the model, a decoder-only transformer in the manner of Llama, from scratch.
 
-In and out: a Hugging Face checkpoint directory (config.json, model.safetensors), which transformers and vLLM load as it is.
+In and out: a Hugging Face checkpoint directory (config.json and safetensors, in one file or several), which transformers and
+vLLM load as it is: of Llama (2 to 3.2, TinyLlama, SmolLM), Mistral, Qwen2, Qwen2.5 or Qwen3, without conversion.
 Run `python model.py` for a table of the presets; the other scripts import Config, Transformer, load, save and generate.
 
 RMSNorm (arXiv 1910.07467) before each sub-layer, rotary positions (arXiv 2104.09864), grouped-query attention
@@ -20,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -198,7 +198,7 @@ class Transformer(nn.Module):
         if config.tie_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         self.checkpointing = False  # recompute each layer's activations in the backward pass instead of keeping them
-        self.register_buffer("frequencies", rope_frequencies(config), persistent=False)
+        self.frequencies = rope_frequencies(config)  # no buffer, which .to(bfloat16) would round
         if not self.lm_head.weight.is_meta:  # else load() puts the weights in
             self.init_weights()
 
@@ -230,12 +230,12 @@ class Transformer(nn.Module):
                 distance = positions.mT - positions                              # (T, T)
                 near = (distance >= 0) & (distance < (self.config.sliding_window or SHORT))
                 mask = (near & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
-        angles = (positions[..., None].float() * self.frequencies)[:, None]      # (B, 1, T, D/2)
+        angles = (positions[..., None] * self.frequencies.to(ids.device))[:, None]  # (B, 1, T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                      # (B, T, C)
         for i, layer in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, segments, use_reentrant=False)
+                x = checkpoint(layer, x, rope, segments, None, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, segments, caches[i] if caches else None, mask)
         x = self.model["norm"](x)
@@ -249,7 +249,7 @@ class Transformer(nn.Module):
         return 6 * weights + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
 
 
-def head_loss(x, weight, targets, chunk=2**26):
+def head_loss(x, weight, targets, chunk=2**25):
     """Sum of the cross-entropies of x (N, C) times weight (V, C) against targets (N,), -100 where nothing is learned.
 
     The logits are made for a few tokens at a time, `chunk` numbers at most, and again in the backward pass, so that never all
@@ -266,7 +266,7 @@ def head_loss(x, weight, targets, chunk=2**26):
 
 def rope_frequencies(config):
     """Angles (D/2,) by which a step of one position turns each pair of coordinates, scaled as the config says."""
-    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
     if scaling := config.rope_scaling:
         slow = f / scaling["factor"]  # stretches the context: position interpolation (arXiv 2306.15595)
         if scaling["rope_type"] == "linear":
@@ -325,30 +325,31 @@ def load(directory, device="cpu", dtype=torch.float32):
     """
     directory = Path(directory)
     config = Config.from_hf(read_json(directory / "config.json"))
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    weight_map = read_json(index).get("weight_map") if index.exists() and not single.exists() else None
-    if not single.exists() and not (isinstance(weight_map, dict) and all(isinstance(f, str) and Path(f).name == f for f in weight_map.values())):
-        raise ValueError(f"{index if index.exists() else single}: no such file, or no index of safetensors files; a checkpoint directory has one")
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    files = [single]
+    if index.exists() and not single.exists():
+        try:
+            files = sorted({directory / Path(file).name for file in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: has no weight_map of tensors to files") from None
     with torch.device("meta"):
         model = Transformer(config)
     expected, tensors = dict(model.named_parameters()), {}
-    for file in sorted(set(weight_map.values())) if weight_map else [single.name]:
-        for name, tensor in read_safetensors(directory / file):
+    for file in files:
+        for name, tensor in read_safetensors(file):
             if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings:
                 continue  # of old checkpoints; follows from the config
             if name not in expected:
-                raise ValueError(f"{directory / file}: tensor {name} is unknown to this model")
+                raise ValueError(f"{file}: tensor {name} is unknown to this model")
             if tensor.shape != expected[name].shape:
-                raise ValueError(f"{directory / file}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+                raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
             tensors[name] = tensor.to(device, dtype or tensor.dtype)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{directory}: tensor {missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1))
     model.load_state_dict(tensors, assign=True, strict=False)
     if config.tie_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
-    model.requires_grad_()
-    model.frequencies = rope_frequencies(config).to(device)
-    return model
+    return model.requires_grad_()
 
 
 @torch.no_grad()
@@ -409,12 +410,12 @@ def read_safetensors(path):
     try:
         file = open(path, "rb")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; the index names it") from None
+        raise ValueError(f"{path}: no such file; a checkpoint directory has it") from None
     with file:
         total = os.fstat(file.fileno()).st_size
         size = int.from_bytes(file.read(8), "little")
         try:
-            header = json.loads(file.read(size)) if 8 + size <= total else None
+            header = json.loads(file.read(size)) if 8 + size <= total and size <= 10**8 else None
             header.pop("__metadata__", None)
             entries = sorted((*map(int, e["data_offsets"]), n, e["dtype"], [int(d) for d in e["shape"]]) for n, e in header.items())
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -338,7 +338,7 @@ def train(run, make_model, get_batch, steps, options, corpus, args):
     if state and state["options"] != options:
         changed = [f"{k} was {state['options'].get(k)!r}, now {v!r}" for k, v in options.items() if state["options"].get(k) != v]
         fail(f"{run} holds a run with other options: {'; '.join(changed)}. Remove it, or choose another --out")
-    if state and state["step"] == steps and (run / "model.safetensors").exists():
+    if state and state["step"] == steps and any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         return
     (run / "train_state").mkdir(parents=True, exist_ok=True)
 

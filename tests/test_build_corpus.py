@@ -118,7 +118,7 @@ STYLES = {  # name: (pre-tokenizer, normalizer, added tokens) of a tokenizer.jso
 @pytest.fixture(scope="module", params=STYLES)
 def base(request, small_raw, tmp_path_factory):
     """A directory with a tokenizer.json as a downloaded model has it, trained by tokenizers."""
-    from tokenizers import AddedToken, Tokenizer as Reference, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Tokenizer as Reference, decoders, models, pre_tokenizers, trainers
     pre, normalizer, added = STYLES[request.param]
     theirs = Reference(models.BPE())
     theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()

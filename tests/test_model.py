@@ -99,6 +99,14 @@ def test_types_are_kept_or_converted(dtype, tmp_path):
         assert torch.equal(p, q) and r.dtype == torch.float32 and torch.equal(p.float(), r) and r.requires_grad
 
 
+def test_half_precision_leaves_positions_exact(tmp_path):
+    model = tiny(max_seq_len=4096)
+    save(model, tmp_path)
+    ids = torch.randint(97, (1, 3000))
+    assert torch.equal(model.bfloat16()(ids), load(tmp_path, dtype=torch.bfloat16)(ids))
+    assert model.frequencies.dtype == torch.float32
+
+
 def test_a_loaded_model_trains_and_its_file_stays(tmp_path):
     save(tiny(), tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -146,6 +154,28 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert "model.norm.weight has shape (3,)" in broken(tmp_path, lambda p: drop(p, (), {"model.norm.weight": torch.zeros(3)}))
     assert "truncated" in broken(tmp_path, lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-8]))
     assert "no such file" in broken(tmp_path, lambda p: (p / "config.json").unlink())
+
+
+def test_shards_that_do_not_fit_are_named(tmp_path):
+    save(tiny(), tmp_path, shard_bytes=10_000)
+    index = tmp_path / "model.safetensors.index.json"
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    whole = index.read_text()
+    assert len(files) > 2
+    files[1].rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=files[1].name):
+        load(tmp_path)
+    (tmp_path / "elsewhere").rename(files[1])
+    for text in ("{}", '{"weight_map": 1}', '{"weight_map": {"a": 1}}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match="index.json"):
+            load(tmp_path)
+    index.write_text(whole.replace(files[1].name, files[0].name))
+    with pytest.raises(ValueError, match="is missing"):
+        load(tmp_path)
+    index.write_text(whole)
+    save(tiny(), tmp_path)  # in one file again
+    assert not index.exists() and load(tmp_path).config.dim == 32
 
 
 def test_hostile_headers(tmp_path):
