@@ -121,8 +121,9 @@ class Attention(nn.Module):
         if c.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)  # (B, H, T, D), (B, K, T, D)
+        keys_values = cache.append(k, v) if cache else (k, v)
         if mask is not None:
-            y = attend(q, *(cache.append(k, v) if cache else (k, v)), mask)
+            y = attend(q, *keys_values, mask)
         elif segments is not None:
             y = packed_attention(q, k, v, segments, c.sliding_window)
         else:
@@ -217,13 +218,17 @@ class Transformer(nn.Module):
             nn.init.normal_(self.model["embed_tokens"].weight)
             self.lm_head.weight.copy_(0.03 * self.model["embed_tokens"].weight)
 
-    def forward(self, ids, targets=None, segments=None, caches=None, positions=None, mask=None):
+    def forward(self, ids, targets=None, segments=None):
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where target >= 0.
 
         segments (B, T) number the documents of a packed window: no token sees another document. Positions need not restart,
-        since rotary attention depends on their differences alone. caches, positions (B, T) and mask (B, 1, T, S) serve
-        `generate`; without any of these attention is causal.
+        since rotary attention depends on their differences alone.
         """
+        x = self.hidden(ids, segments)
+        return self.lm_head(x) if targets is None else head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+
+    def hidden(self, ids, segments=None, caches=None, positions=None, mask=None):
+        """The last layer's normed output (B, T, C). caches, positions (B, T) and mask (B, 1, T, S) serve `generate`."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]      # (1, T)
             if segments is not None and ids.shape[1] <= SHORT:
@@ -238,8 +243,7 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, rope, segments, None, mask, use_reentrant=False)
             else:
                 x = layer(x, rope, segments, caches[i] if caches else None, mask)
-        x = self.model["norm"](x)
-        return self.lm_head(x) if targets is None else head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return self.model["norm"](x)
 
     def flops_per_token(self, seq_len):
         """Of a training step: 6 per weight that multiplies, and 12·layers·heads·head_dim·T for attention (arXiv 2204.02311)."""
@@ -445,17 +449,21 @@ def read_safetensors(path):
 
 
 class KVCache:
-    """Keys and values of the tokens so far, of one layer, allocated once."""
+    """Keys and values (B, K, S, D) of one layer, allocated once. Prompts end at the same place, so that answers begin at one."""
 
-    def __init__(self, config, batch_size, length, device, dtype):
-        shape = batch_size, config.n_kv_heads, length, config.head_dim
-        self.k, self.v, self.size = torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype), 0
+    def __init__(self, config, rows, places, B, S, device, dtype):
+        self.k, self.v = (torch.zeros(B, config.n_kv_heads, S, config.head_dim, device=device, dtype=dtype) for _ in range(2))
+        self.rows, self.places, self.size = rows, places, 0  # (N,) each: where the N tokens of all prompts belong
 
     def append(self, k, v):
-        end = self.size + k.shape[2]
-        self.k[:, :, self.size:end], self.v[:, :, self.size:end] = k, v
-        self.size = end
-        return self.k[:, :, :end], self.v[:, :, :end]
+        """First the prompts, one after another (1, K, N, D), then a token a row (B, K, 1, D). Returns what is there so far."""
+        if self.size == 0:
+            self.k[self.rows, :, self.places], self.v[self.rows, :, self.places] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+            self.size = int(self.places.max()) + 1
+        else:
+            self.k[:, :, self.size], self.v[:, :, self.size] = k[:, :, 0], v[:, :, 0]
+            self.size += 1
+        return self.k[:, :, :self.size], self.v[:, :, :self.size]
 
 
 @torch.inference_mode()
@@ -465,7 +473,7 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
 
     Temperature 0 takes the likeliest token; else one is drawn from the fewest tokens that have probability top_p together
     (arXiv 1904.09751). choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
-    Prompts are aligned at their right ends and what pads them is masked: each is continued as it would be alone.
+    Each prompt is continued as it would be alone: they are read as one packed window, without padding.
     """
     device, c = model.lm_head.weight.device, model.config
     B, T = len(prompts), max(map(len, prompts))
@@ -474,23 +482,25 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
         raise ValueError(f"a prompt of {T} tokens does not fit the model's {length} positions" if T > length else "a prompt is empty")
     stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
     chances = torch.rand(B, length - T + 1, generator=torch.Generator().manual_seed(seed)).to(device)
-    padding = torch.tensor([T - len(p) for p in prompts], device=device)[:, None]             # (B, 1)
-    ids = torch.tensor([[0] * (T - len(p)) + list(p) for p in prompts], device=device)        # (B, T)
-    caches = [KVCache(c, B, length, device, model.lm_head.weight.dtype) for _ in range(c.n_layers)]
-    keys = torch.arange(length, device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    rows = torch.arange(B, device=device).repeat_interleave(lengths)                          # (N,): whose token it is
+    ends, empty = lengths.cumsum(0), T - lengths                                              # (B,), (B,): unused places before a prompt
+    places = torch.arange(len(rows), device=device) - ends[rows] + T                          # (N,): the last of each at T - 1
+    caches = [KVCache(c, rows, places, B, length, device, model.lm_head.weight.dtype) for _ in range(c.n_layers)]
     output, running = [[] for _ in prompts], [True] * B
-    for start in [0, *range(T, length + 1)]:
-        end = start + ids.shape[1]
-        query, key = keys[start:end, None], keys[:end]
-        seen = (key <= query) & (key >= padding[:, :, None]) | (key == query)  # (B, T, S); padding sees itself: a softmax over nothing is NaN
-        if c.sliding_window:
-            seen &= key > query - c.sliding_window
-        logits = model(ids, caches=caches, positions=(keys[start:end] - padding).clamp(min=0), mask=seen[:, None])[:, -1].float()  # (B, V)
+    for at in range(T, length + 1):
+        if at == T:
+            ids = torch.tensor([[i for p in prompts for i in p]], device=device)              # (1, N)
+            x = model.hidden(ids, rows[None], caches, positions=(places - empty[rows])[None])[0, ends - 1]  # (B, C)
+        else:
+            seen = torch.arange(at, device=device) >= empty.clamp(min=at - (c.sliding_window or length))[:, None]  # (B, S)
+            x = model.hidden(torch.tensor(chosen, device=device)[:, None], None, caches, (at - 1 - empty)[:, None], seen[:, None, None])[:, 0]
+        logits = model.lm_head(x).float()                                                     # (B, V)
         if temperature:
             p, order = (logits / temperature).softmax(-1).sort(descending=True)
             total = p.cumsum(-1)
             kept = (total - p < top_p).sum(-1, keepdim=True)                                  # (B, 1): at least one
-            chance = chances[:, end - T, None] * total.gather(1, kept - 1)
+            chance = chances[:, at - T, None] * total.gather(1, kept - 1)
             chosen = order.gather(1, torch.minimum((total <= chance).sum(-1, keepdim=True), kept - 1))[:, 0].tolist()
         else:
             chosen = logits.argmax(-1).tolist()
@@ -502,9 +512,8 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
                 ended = next((s for s in stops if output[row][-len(s):] == s), [])
                 running[row] = not ended and len(output[row]) < max_new_tokens
                 del output[row][len(output[row]) - len(ended):]
-        if not any(running) or end == length:
+        if not any(running):
             break
-        ids = torch.tensor(chosen, device=device)[:, None]                                    # (B, 1)
     return output
 
 
