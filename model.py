@@ -1,7 +1,7 @@
 """Step 3 of 6: the model, a decoder-only transformer in the manner of Llama, from scratch.
 
-In and out: a Hugging Face checkpoint directory (config.json and safetensors, in one file or several), which transformers and
-vLLM load as it is: of Llama (2 to 3.2, TinyLlama, SmolLM), Mistral, Qwen2, Qwen2.5 or Qwen3, without conversion.
+In and out: a Hugging Face checkpoint directory (config.json and safetensors, in one file or several), which transformers
+loads as it is: of Llama (2 to 3.2, TinyLlama, SmolLM), Mistral, Qwen2, Qwen2.5 or Qwen3, without conversion.
 Run `python model.py` for a table of the presets; the other scripts import Config, Transformer, load, save and generate.
 
 RMSNorm (arXiv 1910.07467) before each sub-layer, rotary positions (arXiv 2104.09864), grouped-query attention
