@@ -49,8 +49,9 @@ def main():
     shards = sorted(Path(args.raw).glob("*.jsonl"))
     if not shards:
         fail(f"{args.raw}: no *.jsonl files. Run `python collect.py` first, or name the directory with --raw")
-    named = sha256(Path(args.tokenizer) / "tokenizer.json") if args.tokenizer and (Path(args.tokenizer) / "tokenizer.json").exists() else args.tokenizer
-    options = {"tokenizer": named, "vocab_size": args.vocab_size, "heldout": args.heldout, "fold": args.fold, "inputs": {s.name: sha256(s) for s in shards}}
+    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
+    options = {"tokenizer": tokenizer and sha256(Path(args.tokenizer) / "tokenizer.json"), "vocab_size": args.vocab_size,
+               "heldout": args.heldout, "fold": args.fold, "inputs": {s.name: sha256(s) for s in shards}}
     if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text())["options"] == options:
         print(f"{out} is up to date")
         return report(json.loads((out / "manifest.json").read_text()), time.time() - started)
@@ -61,7 +62,7 @@ def main():
     records = drop_duplicates(records, rejected)
     heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if in_fold(a, args.heldout, args.fold)})
     splits = split(records, heldout_apis, args.fold, rejected)
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.train(training_texts(splits), args.vocab_size)
+    tokenizer = tokenizer or Tokenizer.train(training_texts(splits), args.vocab_size)
     tokenizer.save(out)
 
     files, shares = {}, {}
@@ -204,10 +205,9 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOOL_TAGS)
 # of up to three digits; punctuation; white space. A qualified name so follows one token that nothing else follows, and is cut
 # alike wherever it stands: to copy it a model need only look for what came after the same token before.
 PATTERN = r'[ {](?="name": ")|"name": "|[ ._]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
-
-
+# How others cut, where their tokenizer.json only names it: GPT-2, and the same between single digits (SmolLM).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"  # GPT-2's, between single digits
+DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
 class Tokenizer:
@@ -261,6 +261,10 @@ class Tokenizer:
         splitter = re.compile(python_pattern(PATTERN))
         words = Counter(word for text in texts for word in splitter.findall(text))
         return cls(train_bpe({w.encode("utf-8", "replace"): n for w, n in words.items()}, vocab_size - len(SPECIAL_TOKENS)))
+
+    def same_as(self, other):
+        """Whether both give every text and every special token the same ids."""
+        return all(getattr(self, part) == getattr(other, part) for part in ("ranks", "special", "pattern", "normal_form"))
 
     def encode(self, text):
         """Ids of a text. What looks like a special token in it is ordinary text."""
@@ -335,7 +339,7 @@ class Tokenizer:
                       "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
                       "vocab": {written[t]: self.ranks[t] for t in by_rank}, "merges": merges}}, ensure_ascii=False))
         write(directory / "tokenizer_config.json", json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>" if "<|endoftext|>" in self.special else "<|end_of_text|>",
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": self.decode([self.end_of_text]),
             "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
         write(directory / "generation_config.json", json.dumps({
             "eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}))
@@ -437,6 +441,7 @@ def read_pattern(pre_tokenizer):
 
 
 def read_normal_form(normalizer):
+    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other changes to the text."""
     if normalizer and normalizer["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
         raise ValueError(f"normalizer {normalizer}")
     return normalizer and normalizer["type"]

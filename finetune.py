@@ -55,7 +55,8 @@ def tune(run, init, corpus, args):
     steps = max(1, args.tokens // (batch_size * args.seq_len))
     get_batch = packed_batches(corpus, windows, steps, batch_size, args.seq_len, args.seed)
     options = {"init": str(init), "steps": steps, "corpus": corpus.sha256,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "attention_lr", "weight_decay", "seed", "dtype", "compile")}}
+               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "attention_lr", "weight_decay", "seed",
+                                             "dtype", "compile")}}
     train(run, lambda: load_checkpoint(init, corpus, args.device), get_batch, steps, options, corpus, args)
     if is_main():
         count, used = sum(map(len, windows)), sum(b - a for w in windows for a, b in w) / (len(windows) * args.seq_len)

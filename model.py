@@ -27,6 +27,7 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 
 @dataclasses.dataclass
 class Config:
+    """A model's shape, by the field's names; Hugging Face's are in HF_NAMES. The default is the tiny preset."""
     vocab_size: int = 2048
     dim: int = 192
     n_layers: int = 4
@@ -62,7 +63,7 @@ class Config:
                     "use_sliding_window": (False, None), "partial_rotary_factor": (1, None), "quantization_config": (None,)}
         for key, values in accepted.items():
             if config.get(key) not in values:
-                raise ValueError(f"config.json: {key} {config.get(key)!r} is not supported; {' or '.join(repr(v) for v in values if v is not None) or 'none'} is")
+                raise ValueError(f"config.json: {key} {config.get(key)!r} is not supported, only {', '.join(map(repr, values))}")
         if rope_type not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"config.json: rope scaling {rope!r} is not supported; linear and llama3 are")
         known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
@@ -101,6 +102,8 @@ PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those o
 
 
 class Attention(nn.Module):
+    """Rotary, grouped-query self-attention: (B, T, C) to (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
@@ -167,6 +170,8 @@ def packed_attention(q, k, v, segments, window=None):
 
 
 class MLP(nn.Module):
+    """SwiGLU feed-forward layer: (B, T, C) to (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
@@ -178,6 +183,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention, then feed-forward, each normed before and added to the residual stream."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
@@ -191,6 +198,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
+    """Token ids to logits, or to a loss. Fresh weights follow init_weights; `load` gives a trained model."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -386,6 +395,7 @@ def write(path, pieces):
 
 
 def read_json(path):
+    """The JSON object in a file. Raises ValueError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -491,13 +501,13 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     places = torch.arange(len(rows), device=device) - ends[rows] + T                          # (N,): the last of each at T - 1
     caches = [KVCache(c, rows, places, B, length, device, model.lm_head.weight.dtype) for _ in range(c.n_layers)]
     output, running = [[] for _ in prompts], [True] * B
+    ids = torch.tensor([[i for p in prompts for i in p]], device=device)                      # (1, N), then (B, 1)
     for at in range(T, length + 1):
         if at == T:
-            ids = torch.tensor([[i for p in prompts for i in p]], device=device)              # (1, N)
             x = model.hidden(ids, rows[None], caches, positions=(places - empty[rows])[None])[0, ends - 1]  # (B, C)
         else:
             seen = torch.arange(at, device=device) >= empty.clamp(min=at - (c.sliding_window or length))[:, None]  # (B, S)
-            x = model.hidden(torch.tensor(chosen, device=device)[:, None], None, caches, (at - 1 - empty)[:, None], seen[:, None, None])[:, 0]
+            x = model.hidden(ids, None, caches, (at - 1 - empty)[:, None], seen[:, None, None])[:, 0]
         logits = model.lm_head(x).float()                                                     # (B, V)
         if temperature:
             p, order = (logits / temperature).softmax(-1).sort(descending=True)
@@ -517,6 +527,7 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
                 del output[row][len(output[row]) - len(ended):]
         if not any(running):
             break
+        ids = torch.tensor(chosen, device=device)[:, None]
     return output
 
 

@@ -103,7 +103,7 @@ def add_training_flags(parser, lr):
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; auto: bfloat16 where this "
         "machine multiplies it faster")
     add("--activation-checkpointing", action="store_true", help="keep no layer's activations but compute them again in the backward pass: "
-        "less memory, a quarter slower")
+        "less memory, for one more forward pass")
     add("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: where there is a C++ compiler")
 
 
@@ -180,12 +180,13 @@ def load_checkpoint(directory, corpus, device):
         model = transformer.load(directory, device)
     except ValueError as error:
         fail(error)
-    if (Path(directory) / "tokenizer.json").exists() and Tokenizer.load(directory).ranks != corpus.tokenizer.ranks:
+    ours, named = corpus.tokenizer, (Path(directory) / "tokenizer.json").exists()
+    if named and not ours.same_as(Tokenizer.load(directory)):
         fail(f"{directory}: its tokenizer is not the corpus's; build one with `python build_corpus.py --tokenizer {directory}`")
-    if model.config.vocab_size < min(corpus.tokenizer.vocab_size, len(corpus.tokenizer.ranks)):
-        fail(f"{directory}: vocabulary of {model.config.vocab_size}, but the corpus has {corpus.tokenizer.vocab_size}")
-    if model.config.vocab_size < corpus.tokenizer.vocab_size:
-        transformer.grow_vocabulary(model, corpus.tokenizer.vocab_size)
+    if model.config.vocab_size < len(ours.ranks) or not named and model.config.vocab_size != ours.vocab_size:
+        fail(f"{directory}: vocabulary of {model.config.vocab_size}, but the corpus has {ours.vocab_size}")
+    if model.config.vocab_size < ours.vocab_size:  # it lacks some of the chat format's tokens
+        transformer.grow_vocabulary(model, ours.vocab_size)
     return model
 
 
@@ -266,10 +267,10 @@ def wire_copying_heads(model):
     and three heads of enough width, as `tiny` and `124m` have; another model is left as it is.
     """
     c = model.config
-    C, D, theta = c.dim, c.head_dim, c.rope_theta
+    C, D = c.dim, c.head_dim
     # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle ones a dozen
     # positions from another dozen, and slow ones, which hardly turn within a window, compare what stands in them.
-    pair, frequency = torch.arange(D // 2), theta ** (-torch.arange(D // 2) * 2 / D)
+    pair, frequency = torch.arange(D // 2), model.frequencies
     fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
     middle = pair[(0.03 < frequency) & (frequency < 0.1)]
     W = len(slow) // 2 * 2
@@ -309,7 +310,8 @@ def pretrain(name, init, weights, tokens, corpus, args):
                                        [args.seed, sum(name.encode())], args.practice)
     run = Path(args.out) / name
     options = {"init": str(init), "weights": weights, "steps": steps, "corpus": corpus.sha256, "preset": args.preset,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "practice", "lr", "attention_lr", "weight_decay", "seed", "dtype", "compile")}}
+               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "practice", "lr", "attention_lr", "weight_decay", "seed",
+                                             "dtype", "compile")}}
 
     def make_model():
         if init:
@@ -405,8 +407,8 @@ def train(run, make_model, get_batch, steps, options, corpus, args):
             logged, waited = step + 1, 0.0
     bar.close()
     if rank == 0:
-        transformer.save(model, run)
         corpus.tokenizer.save(run)
+        transformer.save(model, run)  # last: with the weights the run is finished
     if world > 1:
         dist.barrier()
 

@@ -95,7 +95,7 @@ def test_two_processes_train_what_one_trains(corpus, tmp_path):
         one, two = ([json.loads(line) for line in (tmp_path / d / stage / "metrics.jsonl").open()] for d in ("one", "two"))
         for a, b in zip(one, two, strict=True):
             for key in ("loss", "grad_norm", "loss/code", "loss/api_doc"):  # the norm shows a wrong scale, which Adam would hide
-                assert a.get(key) == pytest.approx(b.get(key), rel=1e-2), (stage, a["step"], key)
+                assert a.get(key) == pytest.approx(b.get(key), rel=2e-3), (stage, a["step"], key)
 
 
 def test_other_options_are_refused_by_name(trained, corpus):
@@ -130,6 +130,13 @@ def test_a_downloaded_base_with_its_own_tokenizer(small_raw, trained, corpus, tm
     assert type(grown).__name__ == "LlamaForCausalLM" and grown.config.vocab_size == size + 8
     message = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out2", "--init", base, *SHORT, ok=False).stderr
     assert "its tokenizer is not the corpus's" in message and f"--tokenizer {base}" in message
+
+
+@pytest.mark.parametrize("size", [1000, 3000])
+def test_another_vocabulary_is_refused(size, corpus, tmp_path):
+    transformer.save(transformer.Transformer(transformer.Config(vocab_size=size)), tmp_path / "base")
+    message = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out", "--init", tmp_path / "base", *SHORT, ok=False).stderr
+    assert f"vocabulary of {size}, but the corpus has 2048" in message
 
 
 def test_activation_checkpointing_trains_the_same(trained, corpus, tmp_path):
