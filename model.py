@@ -415,7 +415,7 @@ def write_safetensors(tensors, path):
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)  # tensors, mapped, are then aligned as elsewhere: on some CPUs the rounding depends on it
     write(path, [len(text).to_bytes(8, "little"), text, *(t.view(-1).view(torch.uint8).numpy().data for t in tensors.values())])
 
 
