@@ -1,34 +1,57 @@
 """Step 1 of 6: collect what an agent model learns from.
 
-In:   the Python environment this script runs in. It holds real API documentation (every public callable's docstring
-      and signature), real tool use (doctest examples with their real outputs), source code, and prose.
-Out:  data/raw/python.<package>-<version>.jsonl, one record a line (class Record), of five domains (and data/raw/rejected,
-      the modules that could not be read, with the reason):
-        api_doc      one API: qualified name, signature, JSON Schema of its parameters, documentation
-        trajectory   one docstring's examples as a conversation: request, call, real output, next call ...
-        code, text   source files; language reference topics, package descriptions, module documentation
-        instruction  function-calling conversations synthesised from the API documentation, for tuning and testing
+In:   any number of SOURCEs; without one, `python synthesize:python`, what the Python environment this runs in holds:
+        documentation
+          python[:PACKAGE,...]      installed packages: docstrings, signatures, doctest examples with their outputs, source, prose
+          openapi:PATH|URL          OpenAPI 2.0, 3.0 and 3.1 (JSON; YAML where PyYAML is installed)
+          discovery[:PATH]          Google API discovery documents (default: those in google-api-python-client)
+          botocore[:PATH]           AWS service models (default: those in botocore)
+          commands:PATH             command documentation: tldr pages
+          crawl:URL                 a documentation site, by levels of links
+        trajectories and instructions
+          chat:PATH                 conversations with tool calls, in the formats people have (FORMATS below)
+          hf:OWNER/NAME[/CONFIG]    the same, and texts, from rows of a Hugging Face dataset
+          synthesize:PATH|python    function-calling conversations from documented functions of Python files or packages:
+                                    by templates or, with --llm-url, written by a language model and checked
+        general data
+          code:DIR  text:DIR        source files and prose
+      A PATH is a file or a directory, which is walked.
+Out:  data/raw/*.jsonl, one record a line (class Record), of the domains api_doc, trajectory, instruction, code and text;
+      data/raw/rejected/*.jsonl, what could not be converted: file, line and reason.
 
-Laptop:        python collect.py
-Some packages: python collect.py --packages numpy,torch
-More machines: not needed; a few minutes on two cores document an environment of 20,000 APIs.
+Laptop:         python collect.py
+More sources:   python collect.py python openapi:specs/ botocore discovery chat:logs/ text:books/
+Many machines:  torchrun --nnodes=4 ... collect.py SOURCE...   (on a shared disk: each rank takes its part of the files)
 
-Foreign modules are imported in child processes under a time limit: one that hangs, exits, prints or opens a window costs
-only itself. Docstrings are parsed, never run. A package already collected is skipped; delete its file to redo it.
-The corpus design follows Hephaestus-Forge (arXiv 2502.06589, section 3).
+A run adds what is new or has changed; to remove a source delete its files in data/raw. Foreign modules are imported in child
+processes under a time limit: one that hangs, exits, prints or opens a window costs only itself. Nothing else in the data is
+ever run. The design of the corpus follows Hephaestus-Forge (arXiv 2502.06589, section 3).
 """
 import argparse
 import ast
+import codecs
+import contextlib
+import csv
 import dataclasses
 import doctest
+import email.utils
+import fnmatch
+import gzip
 import hashlib
+import html
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
+import ipaddress
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -36,11 +59,17 @@ import tempfile
 import textwrap
 import threading
 import time
+import tokenize
+import urllib.parse
 import warnings
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
+import requests
+import urllib3
 from tqdm import tqdm
 
 DOMAINS = ("api_doc", "trajectory", "code", "text", "instruction")
@@ -50,45 +79,52 @@ def main():
     args = parse_args()
     started = time.time()
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("*.tmp"):  # left by a killed run
-        stale.unlink()
-    packages = find_packages()
-    if args.packages:
-        wanted = args.packages.split(",")
-        missing = sorted(set(wanted) - {p.name for p in packages})
-        if missing:
-            fail(f"--packages: {', '.join(missing)}: not installed here (known: {', '.join(p.name for p in packages)})")
-        packages = [p for p in packages if p.name in wanted]
-
-    # Largest first, so that the last worker does not end alone with torch.
-    pending = sorted((p for p in packages if not (out / p.filename).exists()), key=lambda p: (-p.size, p.name))
-    bar = tqdm(total=sum(len(p.modules) for p in pending), desc="modules", disable=None)
-    with ThreadPoolExecutor(args.workers) as pool:
-        for package in [pool.submit(collect_package, p, out, args, bar) for p in pending]:
-            package.result()
-    bar.close()
-
-    shards = [out / p.filename for p in sorted(packages, key=lambda p: p.name)]
-    conversations = out / f"python.instructions-{fingerprint(shards, args.seed)}.jsonl"
-    if not conversations.exists():
-        apis = [api for shard in shards for api in read_apis(shard)]
-        write_records(conversations, [*indexes(apis, args.seed), *synthesise(apis, args.seed)])
-    for old in set(out.glob("python.*.jsonl")) - {*shards, conversations}:  # of a package since removed or upgraded
-        old.unlink()
-    report([*shards, conversations], out, time.time() - started)
+    (out / "rejected").mkdir(parents=True, exist_ok=True)
+    args.llm_cache = out / "cache" / "llm"
+    found = [find_units(*source.split(":", 1), args=args) for source in args.sources]
+    units = {u.filename: u for units, _ in found for u in units}
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    collect(list(units.values())[rank::world], out, args)
+    if rank:
+        return
+    while not all((out / name).exists() for name in units):  # those of other ranks
+        time.sleep(0.5)
+    remove_stale(out, [prefix for _, prefixes in found for prefix in prefixes], units)
+    if "synthesize:python" in args.sources and not args.llm_url:
+        unit, prefixes = template_unit(sorted(out.glob("python.*.jsonl")), args)
+        units[unit.filename] = unit
+        collect([unit], out, args)
+        remove_stale(out, prefixes, units)
+    report(out, units, time.time() - started)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", default=["python", "synthesize:python"], help="see above")
     parser.add_argument("--out", default="data/raw", help="directory for the records")
-    parser.add_argument("--packages", default="", metavar="A,B", help="only these packages; 'stdlib' is the standard "
-                        "library (default: it and every installed package)")
-    parser.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB; files are "
-                        "chosen by a hash of their path")
-    parser.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="child processes at a time")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the synthesised conversations")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time; the records are the same for any number")
+    parser.add_argument("--license", metavar="NAME", help="of records whose source states none (default: that of the nearest licence file)")
+    parser.add_argument("--only-license", metavar="REGEX", help="keep only records whose licence matches, in upper or lower case")
+    parser.add_argument("--exclude-license", metavar="REGEX", help="drop records whose licence matches")
+    parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
+    group = parser.add_argument_group("python")
+    group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB; files are chosen by a hash of their path")
+    group.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
+    group = parser.add_argument_group("chat and hf")
+    group.add_argument("--chat-format", choices=FORMATS, help="of all records (default: recognised one by one)")
+    group.add_argument("--chat-domain", choices=("trajectory", "instruction"), default="trajectory", help="pre-train on them, or tune")
+    group.add_argument("--hf-host", default=HF_HOST, help="datasets server; HF_TOKEN is sent there if set")
+    group = parser.add_argument_group("crawl, and openapi from a URL")
+    group.add_argument("--depth", type=int, default=3, help="levels of links")
+    group.add_argument("--max-pages", type=int, default=1000, help="pages of one site")
+    group.add_argument("--rate", type=float, default=2.0, help="requests a second to one host, unless its robots.txt asks for fewer")
+    group.add_argument("--allow-private", action="store_true", help="fetch from private and loopback addresses too")
+    group = parser.add_argument_group("synthesize")
+    group.add_argument("--llm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key from OPENAI_API_KEY")
+    group.add_argument("--llm-model", default="default", help="model to ask for")
+    group.add_argument("--llm-parallel", type=int, default=8, help="requests at once")
+    group.add_argument("--llm-budget", type=float, default=1e6, help="tokens to spend, those of prompts included")
+    group.add_argument("--llm-timeout", type=float, default=120.0, help="seconds an answer may take")
     return parser.parse_args()
 
 
@@ -101,12 +137,163 @@ def run_main(main):
     try:
         main()
     except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            child.terminate()
         sys.exit(print("\nstopped; the same command goes on from here", file=sys.stderr) or 130)
 
 
 def fail(message):
     """Print one clear line and exit with status 2: for bad input, which is the user's to mend."""
     sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources: each is divided into units, a unit fills one file
+
+
+@dataclasses.dataclass
+class Unit:
+    """A piece of work: function(*arguments) yields the Records of one file, and a rejection() for what cannot be converted."""
+    filename: str       # of the records; holds a fingerprint of all that they depend on
+    size: float         # of the input, in bytes or so: large ones begin first
+    function: callable
+    arguments: tuple
+
+
+def find_units(kind, value="", *, args):
+    """(units, prefixes) of the source `kind:value`: the work, and how the names of all its files begin, current or stale."""
+    if kind == "python":
+        packages = find_packages()
+        wanted = value.split(",") if value else [p.name for p in packages]
+        if missing := sorted(set(wanted) - {p.name for p in packages}):
+            fail(f"python: {', '.join(missing)}: not installed here (known: {', '.join(p.name for p in packages)})")
+        units = [Unit(f"python.{p.name}-{fingerprint(args, p.version, args.code_mb, args.timeout)}.jsonl", p.size, package_records, (p, args))
+                 for p in packages if p.name in wanted]
+        return units, [f"python.{name}-" for name in wanted] if value else ["python."]
+    if kind == "crawl" and not canonical(value) or kind == "hf" and not 2 <= len(value.split("/")) <= 4:
+        fail(f"{kind}:{value}: " + ("not an http or https address" if kind == "crawl" else "write hf:OWNER/NAME, or hf:OWNER/NAME/CONFIG"))
+    if kind in ("crawl", "hf") or kind == "openapi" and re.match(r"https?:", value):
+        function = {"crawl": crawl_records, "hf": hf_records, "openapi": url_records}[kind]
+        options = {"crawl": (args.depth, args.max_pages), "hf": (args.chat_format, args.chat_domain), "openapi": ()}[kind]
+        prefix = f"{kind}.{identifier(value)}-{fingerprint(None, value)}-"
+        return [Unit(f"{prefix}{fingerprint(args, *options)}.jsonl", 1e9, function, (value, args))], [prefix]
+    if kind not in FILE_SOURCES:
+        fail(f"{kind}: no such source (known: python, crawl, hf, {', '.join(FILE_SOURCES)})")
+    if kind == "synthesize" and value == "python":
+        if not args.llm_url:
+            return [], []  # by templates, from the records of the other sources: main() does it last
+        files = [(path, f"{module.replace('.', '/')}.py", p.license) for p in find_packages() for path, module, public in p.files if public]
+        return file_units(kind, "synthesize.packages", files, args)
+    root, license = (Path(value).resolve(), None) if value else installed_data(kind)
+    if not root.exists():
+        fail(f"{kind}:{value}: no such file or directory")
+    pattern = re.compile(FILE_SOURCES[kind][1])
+    folder = root if root.is_dir() else root.parent
+    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if pattern.search(p.name) and p.is_file())
+    named = [(p, p.relative_to(folder.parent).as_posix() if root.is_dir() else p.name) for p in paths]
+    files = [(p, name, license or nearby_license(p.parent, folder)) for p, name in named if "/." not in name]
+    if not files:
+        fail(f"{kind}:{value}: no files of this kind in it ({pattern.pattern})")
+    return file_units(kind, f"{kind}.{identifier(root.name)}-{fingerprint(None, str(root))}", files, args)
+
+
+def file_units(kind, prefix, files, args):
+    """Units for a list of files (path, name, licence), put into groups by a hash of their names: what changes redoes its group."""
+    grouped = defaultdict(list)
+    for file in files:  # a language model is asked by one unit alone, which keeps to the budget
+        grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % (1 if kind == "synthesize" and args.llm_url else 64)].append(file)
+    units, options = [], [getattr(args, name) for name in FILE_SOURCES[kind][2]]
+    for number, group in grouped.items():
+        stats = [(name, license, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, name, license in group]
+        size = sum(entry[2] for entry in stats)
+        units.append(Unit(f"{prefix}.{number:02}-{fingerprint(args, stats, options)}.jsonl", size, file_records, (kind, group, args)))
+    return units, [prefix + "."]
+
+
+def installed_data(kind):
+    """Where an installed package keeps the documents of a kind, and their licence."""
+    package, module, folder = {"botocore": ("botocore", "botocore", "data"), "discovery": (
+        "google-api-python-client", "googleapiclient", "discovery_cache/documents")}.get(kind) or fail(f"{kind}: needs a path, {kind}:PATH")
+    if not (found := importlib.util.find_spec(module)):
+        fail(f"{kind}: the package {package} is not installed; install it or name a directory, {kind}:PATH")
+    return Path(found.submodule_search_locations[0]) / folder, license_of(importlib.metadata.metadata(package))
+
+
+def file_records(kind, files, args):
+    """The records of a group of files."""
+    if kind == "synthesize":
+        return (yield from synthesize_files(files, args))
+    for path, name, license in files:
+        try:
+            yield from FILE_SOURCES[kind][0](path, name, args.license or license, args)
+        except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:  # files in the wild hold anything
+            yield rejection(name, "", str(error) if isinstance(error, (ValueError, OSError)) else repr(error))
+
+
+def rejection(file, line, reason):
+    """What is written instead of a record for input that cannot be converted."""
+    return {"file": str(file), "line": line, "reason": reason[:300]}
+
+
+def fingerprint(args, *parts):
+    """A short hash of what a file of records depends on; the options on licences are always among it."""
+    licenses = (args.license, args.only_license, args.exclude_license) if args else ()
+    return hashlib.sha256(json.dumps([licenses, *parts], default=str).encode()).hexdigest()[:8]
+
+
+def collect(units, out, args):
+    """Do the units whose files are not there yet, the largest first, in processes."""
+    pending = sorted((u for u in units if not (out / u.filename).exists()), key=lambda u: (-u.size, u.filename))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        written = pool.map(write_unit, pending, [out] * len(pending), [args] * len(pending))
+        failed = list(filter(None, tqdm(written, total=len(pending), desc="collect", disable=None)))
+    if failed:
+        fail("; ".join(failed) + ". The rest is kept; the same command goes on from here")
+
+
+def write_unit(unit, out, args):
+    """Write a unit's records, but for those whose licence is not wanted, and its rejections. Returns what made it fail, or None."""
+    try:
+        with writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected:
+            for record in unit.function(*unit.arguments):
+                if isinstance(record, Record) and (args.only_license and not re.search(args.only_license, record.license, re.I)
+                                                   or args.exclude_license and re.search(args.exclude_license, record.license, re.I)):
+                    record = rejection(record.source, record.id, f"license {record.license}")
+                if isinstance(record, Record):
+                    records.write(record.to_json() + "\n")
+                else:
+                    rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+    except (ValueError, OSError) as error:  # a server that does not answer, a full disk
+        return str(error)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A file to write text to, which appears under its name whole or not at all, though two threads or processes write it at once."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    with open(temporary, "w", encoding="utf-8", errors="replace") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+LICENSES = {  # how the texts of common licences are told apart; the first that is found counts
+    "Apache-2.0": r"Apache License,?\s+Version 2\.0", "MIT": r"Permission is hereby granted, free of charge", "MPL-2.0": r"Mozilla Public License,?\s+(Version|v\.) 2",
+    "AGPL-3.0": r"GNU AFFERO GENERAL PUBLIC LICENSE", "LGPL": r"GNU LESSER GENERAL PUBLIC LICENSE", "GPL-3.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 3",
+    "GPL-2.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 2", "BSD-3-Clause": r"Redistribution and use in source and binary forms[\s\S]*(endorse|promote)",
+    "BSD-2-Clause": r"Redistribution and use in source and binary forms", "CC-BY-SA-4.0": r"Attribution-ShareAlike 4\.0", "CC-BY-4.0": r"Attribution 4\.0",
+    "CC0-1.0": r"CC0 1\.0", "Unlicense": r"This is free and unencumbered software"}
+
+
+@lru_cache(10_000)
+def nearby_license(directory, root):
+    """The licence of the nearest LICENSE or COPYING file, in the directory or above it up to root; "unknown" where there is none."""
+    for path in sorted(p for p in directory.iterdir() if re.match(r"(?i)(un)?licen[cs]e|copying", p.name) and p.is_file()):
+        text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
+        return next((name for name, pattern in LICENSES.items() if re.search(pattern, text, re.I)), f"see {path.name}")
+    return nearby_license(directory.parent, root) if directory != root else "unknown"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,16 +336,6 @@ class Record:
         return record
 
 
-def write_records(path, records):
-    """Write records as JSON lines; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(record.to_json() + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def unit_hash(name):
     """A number in [0, 1) that depends on the name alone.
 
@@ -191,10 +368,6 @@ class Package:
     files: list         # source files, as (path, dotted name, whether public)
     modules: list       # public modules to import
     size: int           # bytes of source
-
-    @property
-    def filename(self):
-        return f"python.{self.name}-{self.version}.jsonl"
 
 
 def find_packages():
@@ -338,18 +511,20 @@ def find_signature(obj, doc):
     except (ValueError, TypeError):
         pass
     found = re.match(r"\s*[\w.]*\w\((.*?)\)\s*(->.*)?$", doc.split("\n\n")[0].replace("\n", " "))
-    if not found:
-        return None
     try:
-        definition = ast.parse(f"def f({found[1]}): pass").body[0].args
+        return signature_of(ast.parse(f"def f({found[1]}): pass").body[0].args) if found else None
     except SyntaxError:
         return None
+
+
+def signature_of(definition):
+    """The inspect.Signature of an ast.arguments, without what `**` takes up. Raises ValueError where two arguments have one name."""
     P, empty = inspect.Parameter, inspect.Parameter.empty
 
     def parameter(arg, kind, default):
         try:
             value = empty if default is None else ast.literal_eval(default)
-        except ValueError:
+        except (ValueError, TypeError):
             value = Opaque(ast.unparse(default))
         return P(arg.arg, kind, default=value, annotation=ast.unparse(arg.annotation) if arg.annotation else empty)
 
@@ -522,19 +697,16 @@ def literal_call(target, node):
 # The parent: one package to records
 
 
-def collect_package(package, out, args, bar):
-    """Introspect one package and write its records."""
-    objects, rejected = introspect(package, args.timeout, bar)
+def package_records(package, args):
+    """The records of one installed package, and a rejection for each module that could not be imported."""
+    objects, rejected = introspect(package, args.timeout)
+    yield from (rejection(module, "", reason) for module, reason in rejected)
     apis = name_apis(objects, package)
-    records = [*api_documents(apis, package), *trajectories(apis, package), *code_files(package, args.code_mb),
-               *prose(package)]
-    log = out / "rejected" / f"{package.name}.jsonl"
-    log.parent.mkdir(exist_ok=True)
-    log.write_text("".join(json.dumps({"module": module, "reason": reason}) + "\n" for module, reason in rejected))
-    write_records(out / package.filename, records)
+    for records in (api_documents(apis, package), trajectories(apis, package), code_files(package, args.code_mb), prose(package)):
+        yield from records
 
 
-def introspect(package, timeout, bar):
+def introspect(package, timeout):
     """Ask child processes about each module. A child that dies or is too slow is replaced; its module is lost."""
     objects, rejected, process = [], [], None
     # Little of the user's environment goes along: some modules have defaults that show it, and it may hold secrets.
@@ -563,7 +735,6 @@ def introspect(package, timeout, bar):
                 process.wait()
                 rejected.append((module, f"over {timeout} s" if expired else f"exited with status {process.returncode}"))
             timer.cancel()
-            bar.update()
         if process:
             process.kill()
             process.wait()
@@ -625,9 +796,13 @@ def summarise(doc):
 def api_documents(apis, package):
     """One document an API: how it is called, what it does, and the tool definition an agent would be given."""
     for api in distinct(apis):
-        tool = json.dumps(api["tool"]["function"], ensure_ascii=False)
-        text = f"{api['name']}{api['signature']}\n\n{api['doc']}\n\n{tool}\n\nPackage: {package.name} {package.version}, license: {package.license}"
+        text = document(api["name"], api["signature"], api["doc"], api["tool"]["function"], f"{package.name} {package.version}", package.license)
         yield Record(f"api_doc:{api['name']}", "api_doc", f"python:{package.name}", package.license, [api["name"]], text)
+
+
+def document(name, signature, doc, tool, package, license):
+    """The text of an API's documentation, whatever it is an API of; read_apis() finds the tool definition in it."""
+    return f"{name}{signature}\n\n{doc}\n\n{json.dumps(tool, ensure_ascii=False)}\n\nPackage: {package}, license: {license}"
 
 
 PYTHON_TOOL = {"type": "function", "function": {
@@ -676,7 +851,7 @@ def code_files(package, limit_mb):
         if not public or budget <= 0 or not 200 < path.stat().st_size < 100_000:
             continue
         text = path.read_text(encoding="utf-8", errors="replace")
-        if max(map(len, text.split("\n"))) > 1000:
+        if minified(text):
             continue
         budget -= len(text)
         yield Record(f"code:{module}", "code", f"python:{package.name}", package.license, [], text)
@@ -702,6 +877,1561 @@ def prose(package):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Documentation of web services: OpenAPI, Google's discovery documents, the service models of botocore
+
+MAX_DEPTH, MAX_NODES = 4, 300  # of a schema once its references are resolved: some services' would fill gigabytes
+MAX_SPEC = 100_000_000         # bytes of one specification
+BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob": "string", "timestamp": "string", "long": "integer",
+                  "float": "number", "double": "number"}
+KEPT_KEYS = ("type", "format", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "pattern", "nullable", "const")
+
+
+def web_api(name, head, doc, properties, required, returns, service, source, license, url, outcomes=""):
+    """The api_doc record of one operation of a web service."""
+    doc, license = plain_text(doc), str(license)
+    parameters = {"type": "object", "properties": properties, "required": sorted({r for r in required if isinstance(r, str) and r in properties})}
+    tool = {"description": summarise(doc) or head, "name": name, "parameters": parameters} | ({"returns": returns} if returns else {})
+    text = document(name, f": {head}", "\n\n".join(filter(None, (doc, plain_text(outcomes)))), tool, service, license)
+    return Record(f"api_doc:{source}:{name}", "api_doc", source, license, [name], text, url=url if isinstance(url, str) else None)
+
+
+def openapi_records(path, name, license, args):
+    """One record an operation of an OpenAPI 2.0, 3.0 or 3.1 file. Raises ValueError if it is none."""
+    spec = read_spec(path)
+    if not re.match(r"[23]\.", str(spec.get("swagger") or spec.get("openapi"))) or not isinstance(spec.get("paths"), dict):
+        raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
+    info = mapping(spec.get("info"))
+    service, license = f"{info.get('title', name)} {info.get('version', '')}", mapping(info.get("license")).get("name") or license
+    prefix, taken = identifier(info.get("title") or name), Counter()
+    resolve = lambda ref: follow(spec, ref)
+    for place, item in spec["paths"].items():
+        item = resolved(item, resolve)
+        for method in ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query"):
+            if not isinstance(operation := item.get(method), dict):
+                continue
+            called = f"{prefix}.{identifier(operation.get('operationId') or f'{method} {place}')}"
+            taken[called] += 1
+            called += f"_{taken[called]}" * (taken[called] > 1)
+            properties, required, body = {}, [], None
+            stated = [resolved(p, resolve) for p in [*listing(item.get("parameters")), *listing(operation.get("parameters"))]]
+            for p in {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values():  # an operation's own replace those of its path
+                if p.get("in") == "body":
+                    body = p.get("schema")
+                elif isinstance(p.get("name"), str):
+                    properties[p["name"]] = described(p, schema_of(p) or p, resolve)
+                    required += [p["name"]] * (p.get("required") is True)
+            request = resolved(operation.get("requestBody"), resolve)
+            body = json_schema_of(body or schema_of(request), resolve)
+            add_body(body, request.get("required") is True, properties, required)
+            answers = {str(k): resolved(v, resolve) for k, v in mapping(operation.get("responses")).items()}
+            good = next((answers[k] for k in sorted(answers) if k[0] == "2"), answers.get("default") or {})
+            outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
+            doc = "\n\n".join(str(d) for d in (operation.get("summary"), operation.get("description")) if d)
+            yield web_api(called, f"{method.upper()} {place}", doc, properties, required, json_schema_of(schema_of(good), resolve), service,
+                          f"openapi:{name}", license, mapping(operation.get("externalDocs")).get("url"), outcomes)
+
+
+def discovery_records(path, name, license, args):
+    """One record a method of a Google API discovery document. Raises ValueError if it is none."""
+    spec = read_spec(path)
+    if not str(spec.get("kind")).startswith("discovery#rest"):
+        raise ValueError("not a discovery document: `kind` is not discovery#restDescription")
+    schemas = mapping(spec.get("schemas"))
+    places = [spec]  # it and its resources, which hold resources in turn
+    for place in places:
+        places += map(mapping, mapping(place.get("resources")).values())
+        for key, method in ((k, mapping(m)) for k, m in mapping(place.get("methods")).items()):
+            stated = {k: mapping(p) for k, p in mapping(method.get("parameters")).items()}
+            properties = {k: described(p, {"type": "array", "items": p} if p.get("repeated") else p, schemas.get) for k, p in stated.items()}
+            required = [k for k, p in stated.items() if p.get("required") is True]
+            add_body(json_schema_of(method.get("request"), schemas.get), True, properties, required)
+            called = ".".join(map(identifier, str(method.get("id") or f"{spec.get('name')}.{key}").split(".")))
+            yield web_api(called, f"{method.get('httpMethod')} {spec.get('baseUrl', '')}{method.get('path')}", method.get("description"), properties, required,
+                          json_schema_of(method.get("response"), schemas.get), f"{spec.get('title')} {spec.get('version')}",
+                          f"discovery:{name}", license, spec.get("documentationLink"))
+
+
+def botocore_records(path, name, license, args):
+    """One record an operation of an AWS service model. Raises ValueError if it is none."""
+    spec = read_spec(path)
+    if not isinstance(spec.get("operations"), dict) or not isinstance(spec.get("shapes"), dict):
+        raise ValueError("not a service model: no `operations` and `shapes`")
+    about = mapping(spec.get("metadata"))
+    prefix = identifier(str(about.get("serviceId") or about.get("endpointPrefix"))).lower()
+
+    @lru_cache(None)
+    def resolve(shape):
+        """A shape as JSON Schema, whose members are references still."""
+        shape = mapping(spec["shapes"].get(shape))
+        kind = BOTOCORE_TYPES.get(str(shape.get("type")), shape.get("type"))
+        return {"type": kind, "description": shape.get("documentation"), "enum": shape.get("enum"), "required": shape.get("required"),
+                "properties": {k: reference(m) for k, m in mapping(shape.get("members")).items()}, "items": reference(shape.get("member")),
+                "additionalProperties": reference(shape.get("value"))}
+
+    def reference(member):
+        return member and {"$ref": str(mapping(member).get("shape")), "description": mapping(member).get("documentation")}
+
+    for key, operation in ((k, mapping(o)) for k, o in spec["operations"].items()):
+        takes, gives = (json_schema_of(reference(operation.get(k)), resolve) for k in ("input", "output"))
+        http = mapping(operation.get("http"))
+        yield web_api(f"{prefix}.{identifier(key)}", f"{http.get('method')} {http.get('requestUri')}", operation.get("documentation"),
+                      takes.get("properties", {}), takes.get("required", []), gives, str(about.get("serviceFullName")),
+                      f"botocore:{name}", license, operation.get("documentationUrl"))
+
+
+def command_records(path, name, license, args):
+    """One record a tldr page (tldr-pages.github.io): Markdown of a name, a description and examples with {{placeholders}}.
+
+    From .md files, or from the `text` of JSON lines whose `source` is the page's path.
+    """
+    pages = [(name, path.read_text(encoding="utf-8", errors="replace"))] if path.suffix == ".md" else \
+        ((mapping(value).get("source") or where, mapping(value).get("text")) for where, value in read_values(path))
+    for place, page in pages:
+        title = re.match(r"# (.+)", page or "")
+        about, examples = re.findall(r"^> (.+)", page or "", re.M), re.findall(r"^- (.+):\n\n`(.+)`", page or "", re.M)
+        if not title or not about:
+            yield rejection(name, place, "not a tldr page: no `# command` line, or no `> description` line")
+            continue
+        platform = str(place).split("/")[-2] if "/" in str(place) else "common"
+        called = f"commands.{identifier(platform)}.{identifier(title[1])}"
+        doc = "\n".join(about) + "\n\n" + "\n\n".join(f"{what}:\n{command}" for what, command in examples)
+        tool = {"description": summarise(about[0]) or about[0], "name": called, "parameters": {"type": "object", "properties": {
+            "arguments": {"type": "array", "items": {"type": "string"}}}, "required": ["arguments"]}}
+        yield Record(f"api_doc:commands:{place}", "api_doc", f"commands:{name}", license, [called],
+                     document(called, f": {title[1]}", doc, tool, "command line", license))
+
+
+def read_spec(path):
+    """The object in a JSON (or .gz) file, or in a YAML file where PyYAML is installed. Raises ValueError with the reason."""
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        try:
+            content = file.read(MAX_SPEC + 1)
+        except (EOFError, OSError, zlib.error) as error:
+            raise ValueError(f"cannot be decompressed: {error}") from None
+    if len(content) > MAX_SPEC:
+        raise ValueError(f"over {MAX_SPEC // 10**6} MB")
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            spec = importlib.import_module("yaml").safe_load(content)
+        else:
+            spec = json.loads(content.decode("utf-8-sig", errors="replace"))
+    except ModuleNotFoundError:
+        raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except Exception as error:  # PyYAML's errors have no common public ancestor
+        raise ValueError(f"cannot be parsed: {error}") from None
+    if not isinstance(spec, dict):
+        raise ValueError("not an object")
+    return spec
+
+
+def mapping(value):
+    """The value if it is a dict, else {}: specifications in the wild hold anything anywhere."""
+    return value if isinstance(value, dict) else {}
+
+
+def listing(value):
+    return value if isinstance(value, list) else []
+
+
+def identifier(text):
+    """
+    >>> identifier("actions/add selected-repo")
+    'actions_add_selected_repo'
+    """
+    return re.sub(r"\W+", "_", str(text)).strip("_")[:64] or "unnamed"
+
+
+def plain_text(text):
+    """Without HTML tags and runs of blank lines."""
+    text = re.sub(r"</(p|li|h\d|ul|note)>|<br ?/?>", "\n\n", str(text or ""))
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", html.unescape(re.sub(r"</?[a-zA-Z][\w-]*(\s[^<>]*)?/?>", "", text))).strip()
+
+
+def follow(spec, ref):
+    """What a reference such as "#/components/schemas/Pet" points to, or None: other files are not opened."""
+    for key in str(ref).removeprefix("#/").split("/") if str(ref).startswith("#/") else [""]:
+        key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+        spec = mapping(spec).get(key) if not isinstance(spec, list) else next((v for i, v in enumerate(spec) if str(i) == key), None)
+    return spec
+
+
+def resolved(node, resolve):
+    """The dict that a node is or refers to, through at most a hundred references; else {}."""
+    for _ in range(100):
+        if not isinstance(node, dict) or "$ref" not in node:
+            break
+        node = resolve(node["$ref"]) if isinstance(node["$ref"], str) else None
+    return mapping(node)
+
+
+def schema_of(node):
+    """The schema of a parameter, body or response: in place, or of one of its content types, JSON preferred."""
+    content = mapping(node.get("content"))
+    chosen = content.get("application/json") or next(iter(content.values()), None)
+    return node.get("schema") or mapping(chosen).get("schema")
+
+
+def described(parameter, schema, resolve):
+    """A parameter's schema with the parameter's description."""
+    about = {"description": shorten(parameter["description"])} if parameter.get("description") else {}
+    return json_schema_of(schema, resolve) | about
+
+
+def add_body(body, is_required, properties, required):
+    """Put a request body's properties beside the other parameters, or the body as one parameter where they would clash."""
+    parts = body.get("properties", {})
+    if parts and not parts.keys() & properties.keys():
+        properties |= parts
+        required += body.get("required", []) if is_required else []
+    elif body:
+        properties["body"] = body
+        required += ["body"] * is_required
+
+
+def shorten(text, longest=200):
+    """On one line, cut after a word."""
+    line = " ".join(plain_text(str(text)[:5 * longest]).split())
+    return line if len(line) <= longest else line[:longest].rpartition(" ")[0] + " ..."
+
+
+def json_schema_of(node, resolve, depth=0, seen=(), budget=None):
+    """JSON Schema with what every $ref points to in its place.
+
+    A reference inside what it refers to is only named, and below MAX_DEPTH or after MAX_NODES no more than types are given.
+    """
+    budget, about = budget or [MAX_NODES], None
+    for _ in range(100):  # references to references
+        if not isinstance(node, dict) or not isinstance(node.get("$ref"), str):
+            break
+        ref, about = node["$ref"], about or node.get("description")
+        if ref in seen:
+            return {"type": "object", "description": f"{ref.split('/')[-1]}, as above"}
+        seen, node = (*seen, ref), resolve(ref)
+    if not isinstance(node, dict) or "$ref" in node:
+        return {}
+    budget[0] -= 1
+    schema = {k: node[k] for k in KEPT_KEYS if node.get(k) is not None}
+    if about := about or node.get("description"):
+        schema["description"] = shorten(about)
+    if depth == MAX_DEPTH or budget[0] < 0:
+        return schema
+    deeper = lambda part: json_schema_of(part, resolve, depth + 1, seen, budget)
+    properties = {k: deeper(p) for k, p in mapping(node.get("properties")).items()}
+    required = listing(node.get("required"))
+    for part in map(deeper, listing(node.get("allOf"))):
+        properties |= part.pop("properties", {})
+        required = required + part.pop("required", [])
+        schema = part | schema
+    if properties:
+        schema |= {"type": "object", "properties": properties, "required": sorted({r for r in required if isinstance(r, str) and r in properties})}
+    if choices := listing(node.get("oneOf")) + listing(node.get("anyOf")):
+        schema["anyOf"] = [deeper(choice) for choice in choices]
+    for key in ("items", "additionalProperties"):
+        if isinstance(node.get(key), dict):
+            schema[key] = deeper(node[key])
+    return schema
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations: reading one value at a time from files of any size, however broken
+
+MAX_RECORD = 16 * 2**20  # characters; parsed JSON takes up to 20 times as much memory, and long real episodes end near 5 MB
+CHUNK = 2**18            # bytes read at a time
+UNZIPPED = 200 * 2**20   # bytes that any gzip file may grow to, and 100 times its own size more: real ones grow 3 to 20 times
+TOO_LONG = ValueError(f"longer than {MAX_RECORD} characters")
+
+
+def read_values(path):
+    """Yield (where, value) for each record of a .csv, .txt, .md, JSON or JSON lines file, the latter by content; also .gz.
+
+    `where` is the line, or the index or key in a JSON list or object; `value` the parsed JSON, a CSV row as a dict, a text, or,
+    for what cannot be read, a ValueError.
+    """
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    readers = {"txt": read_whole, "md": read_whole, "csv": read_csv, "jsonl": read_lines, "ndjson": read_lines}
+    try:
+        yield from readers.get(kind, read_json)(path)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        yield "end", ValueError(f"cannot be read further: {error}")
+
+
+def text_chunks(path):
+    """Yield a file's text, unzipped if need be. Raises ValueError where a gzip file grows beyond reason."""
+    zipped, size, decoder = path.suffix == ".gz", 0, codecs.getincrementaldecoder("utf-8-sig")("replace")
+    with (gzip.open if zipped else open)(path, "rb") as file:
+        while data := file.read1(CHUNK):
+            size += len(data)
+            if zipped and size > UNZIPPED + 100 * path.stat().st_size:
+                raise ValueError(f"unzips to more than {size:,} bytes")
+            yield decoder.decode(data)
+    yield decoder.decode(b"", final=True)
+
+
+def text_lines(path):
+    """Yield the lines of a file, and None for one that is too long, which is never held in memory."""
+    held, size = [], 0
+    for chunk in text_chunks(path):
+        for i, part in enumerate(chunk.split("\n")):
+            if i:
+                yield "".join(held) if size <= MAX_RECORD else None
+                held, size = [], 0
+            size += len(part)
+            if size <= MAX_RECORD:
+                held.append(part)
+    yield "".join(held) if size <= MAX_RECORD else None
+
+
+def parse(text):
+    """The JSON value of a text, NaN and Infinity read as null; a ValueError is returned, not raised, if there is none."""
+    try:
+        return json.loads(text, parse_constant=lambda name: None) if text is not None else TOO_LONG
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON: {error}")
+
+
+def read_whole(path):
+    """A text as one value."""
+    held, size = [], 0
+    for chunk in text_chunks(path):
+        held.append(chunk)
+        size += len(chunk)
+        if size > MAX_RECORD:
+            raise TOO_LONG
+    yield 0, "".join(held)
+
+
+def read_lines(path):
+    for number, line in enumerate(text_lines(path), 1):
+        if line is None or line.strip():
+            yield number, parse(line)
+
+
+def read_csv(path):
+    csv.field_size_limit(MAX_RECORD)
+    rows = csv.DictReader(str(TOO_LONG) if line is None else line + "\n" for line in text_lines(path))
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = ValueError(f"not CSV: {error}")
+        yield rows.line_num, TOO_LONG if isinstance(row, dict) and str(TOO_LONG) in row.values() else row
+
+
+def read_json(path):
+    """A list of records, a mapping of ids to records, one record (an object, or a list of messages), or JSON lines."""
+    lines = (line for line in text_lines(path) if line is None or line.strip())
+    first, second = next(lines, None), next(lines, None)
+    if second and second.startswith("{") and isinstance(parse(first), dict):
+        yield from read_lines(path)
+    elif next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "") == "[":
+        first = next(read_list(path), (0, None))[1]
+        one_record = isinstance(first, dict) and {"role", "content"} <= first.keys()
+        yield from [(0, parse(next(read_whole(path))[1]))] if one_record else read_list(path)
+    else:
+        yield from records_in(0, parse(next(read_whole(path))[1]))
+
+
+def read_list(path):
+    """Decode the members of a JSON list as they are read. What follows a broken one cannot be told apart: it is the last."""
+    decoder, chunks = json.JSONDecoder(parse_constant=lambda name: None), text_chunks(path)
+    buffer, at, index = next(text for text in chunks if text.strip()).lstrip()[1:], 0, 0
+    while True:
+        at = re.compile(r"[\s,]*").match(buffer, at).end()
+        if buffer[at:at + 1] == "]":
+            return
+        try:
+            value, end = decoder.raw_decode(buffer, at)
+            yield index, value
+            at, index = end, index + 1
+        except (ValueError, RecursionError) as error:  # or there is more of it: read twice as much, lest long ones be parsed often
+            more = list(itertools.islice(chunks, 1 + (len(buffer) - at) // CHUNK))
+            if not more or len(buffer) - at > MAX_RECORD:
+                yield index, ValueError(f"not JSON, or {TOO_LONG}: {error}")
+                return
+            buffer, at = buffer[at:] + "".join(more), 0
+
+
+def records_in(where, value, depth=2):
+    """A JSON object as one record, or, if it is of no known format, as a mapping of ids to records (or of names to such)."""
+    mapping = isinstance(value, dict) and depth and not recognise(value)
+    if mapping and any(all(isinstance(v, kind) for v in value.values()) for kind in (dict, str, list)):
+        for key, member in value.items():
+            yield from records_in(key if where == 0 else f"{where}.{key}", member, depth - 1)
+    else:
+        yield where, value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversations: any format to messages and tools
+
+
+def chat_records(path, name, license, args):
+    """A Record for each conversation of a file, a rejection for what cannot be converted."""
+    yield from value_records(read_values(path), f"chat:{name}", license, args.chat_domain, args.chat_format)
+
+
+def value_records(values, source, license, domain="trajectory", form=None):
+    """The Records of (where, value) pairs; `form`, a key of FORMATS, is the format of all (default: each is recognised)."""
+    for where, value in values:
+        pairs = attempt(convert, value, form)
+        for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
+            line = where if not isinstance(pairs, list) or len(pairs) == 1 else f"{where}:{i}"
+            done = attempt(finish, *pair) if isinstance(pair, tuple) else pair
+            if isinstance(done, str):
+                yield rejection(source, line, done)
+                continue
+            messages, tools = done
+            apis = sorted({c["function"]["name"] for m in messages for c in m.get("tool_calls", ())})
+            yield Record(f"{domain}:{source}:{line}", domain, source, license, apis, messages=messages, tools=tools)
+
+
+def attempt(function, *arguments):
+    """The function's result or, if the data makes it fail in whatever way, the reason as a string."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        return reason.encode("utf-8", "replace").decode()[:300]
+
+
+def convert(value, form):
+    """A list of (messages, tools), one for most formats."""
+    if isinstance(value, ValueError):
+        raise value
+    form = form or recognise(value)
+    if not form:
+        shown = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
+        raise ValueError(f"no known format: {type(value).__name__} {shown}")
+    found = FORMATS[form][1](value)
+    return [found] if isinstance(found, tuple) else list(found)
+
+
+def recognise(value):
+    """The name of the first format in FORMATS that fits, or None."""
+    return next((name for name, (fits, _) in FORMATS.items() if attempt(fits, value) is True), None)
+
+
+def finish(messages, tools):
+    """Link calls and results, complete the tools, and check. Lone surrogates become question marks."""
+    messages = link(messages)
+    both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
+    messages, tools = json.loads(both.encode("utf-8", "replace"))
+    check_conversation(messages, tools)
+    return messages, tools
+
+
+def link(messages):
+    """Give every call an id, every result the id of its call, and to a call the thoughts that stand alone before it."""
+    linked, ids, unanswered = [], set(), iter(())
+    for message in messages:
+        calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(message.get("tool_calls", ()))]
+        if calls:
+            thoughts = [message["content"]]
+            while linked and linked[-1]["role"] == "assistant" and "tool_calls" not in linked[-1]:
+                thoughts.append(linked.pop()["content"])
+            linked.append(message | {"content": "\n".join(filter(None, reversed(thoughts))), "tool_calls": calls})
+            ids |= {c["id"] for c in calls}
+            unanswered = iter([c["id"] for c in calls])
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            linked.append(tool(message["content"]) | {"tool_call_id": given if given in ids else next(unanswered, None)})
+        elif message["content"]:
+            linked.append(message)
+    return linked
+
+
+def check_conversation(messages, tools):
+    """Raise ValueError unless it is a conversation in the OpenAI form that an agent can learn from."""
+    made = set()
+    for i, message in enumerate(messages):
+        role, calls = message["role"], message.get("tool_calls", [])
+        if role not in ("system", "user", "assistant", "tool") or (role == "system" and i > 0):
+            raise ValueError(f"message {i}: a {role!r} message here")
+        if not isinstance(message["content"], str):
+            raise ValueError(f"message {i}: content is not a string")
+        if role == "tool" and message.get("tool_call_id") not in made:
+            raise ValueError(f"message {i}: a result without a call before it")
+        for call in calls:
+            if not isinstance(json.loads(call["function"]["arguments"]), dict):
+                raise ValueError(f"message {i}: arguments are not an object")
+            made.add(call["id"])
+    for role in ("user", "assistant"):
+        if not any(m["role"] == role and (m["content"].strip() or m.get("tool_calls")) for m in messages):
+            raise ValueError(f"no {role} message that says or calls anything")
+    if not all(t["type"] == "function" and isinstance(t["function"]["name"], str) for t in tools):
+        raise ValueError("tools are not in the OpenAI form")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts that formats share: calls, tools, turns
+
+TYPE_NAMES = {"dict": "object", "str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean",
+              "list": "array", "tuple": "array", "set": "array", "date": "string", "enum": "string"}
+# Names for arguments that are given by position, as the environments' papers name them.
+POSITIONAL = {"search": ["query"], "lookup": ["keyword"], "finish": ["answer"], "answer": ["answer"], "submit": ["answer"],
+              "click": ["element"], "get_relations": ["variable"], "get_neighbors": ["variable", "relation"],
+              "intersection": ["variable1", "variable2"], "get_attributes": ["variable"], "argmax": ["variable", "attribute"],
+              "argmin": ["variable", "attribute"], "count": ["variable"], "torch.hub.load": ["repo_or_dir", "model"]}
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
+         "agent": "assistant", "developer": "system", "tool_call": "function_call", "observation": "tool", "function": "tool",
+         "function_response": "tool", "function_result": "tool", "tool_response": "tool", "ipython": "tool"}
+THOUGHT = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:[ \t]*", re.I)
+ACTION = re.compile(r"^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*", re.I | re.M)
+ACTION_INPUT = re.compile(r"^[ \t]*Action Input(?: \d+)?:[ \t]*", re.I | re.M)
+RESULT = re.compile(r"^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*", re.I)
+TAGGED = re.compile(r"<(tool_call|execute(?:_\w+)?)>(.*?)(?:</\1>|\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)",
+                    re.DOTALL)
+FENCE = re.compile(r"(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```", re.I | re.DOTALL)
+
+
+user, tool = partial(chat_message, "user"), partial(chat_message, "tool")
+
+
+def assistant(text, *calls):
+    return chat_message("assistant", text) | ({"tool_calls": list(calls)} if calls else {})
+
+
+def structured(text):
+    """The value of a text that holds JSON or a Python literal. Raises ValueError otherwise."""
+    try:
+        return json.loads(text, strict=False, parse_constant=lambda name: None)
+    except ValueError:
+        return literal(lambda: ast.literal_eval(text.strip()), text)
+
+
+def literal(evaluate, text):
+    """Run a literal parser on a text of reasonable length (ast takes hundreds of bytes a character), with one kind of error."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as for "\d" in somebody's string
+            return evaluate() if len(text) < 2**20 else int("")
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f"neither JSON nor Python literals: {text[:80]!r}") from None
+
+
+def call(name, arguments, id=None):
+    """A tool call; the arguments are a dict, or a text that holds one. Raises ValueError if they are not."""
+    while isinstance(arguments, str):  # some sources encode twice
+        arguments = structured(arguments) if arguments.strip() else {}
+    if not isinstance(arguments or {}, dict) or not isinstance(name, str) or not name:
+        raise ValueError(f"not a call: {str(name)[:40]}({str(arguments)[:40]})")
+    arguments = json.dumps(arguments or {}, ensure_ascii=False)
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def calls_in(value):
+    """The calls of a {"name", "arguments"} object, bare or as OpenAI wraps it, or of a list of such; also as text."""
+    if isinstance(value, str):
+        # Glaive writes the arguments as JSON between apostrophes, with apostrophes inside.
+        glaive = re.fullmatch(r"""\s*\{\s*"name":\s*"([^"]*)",\s*"arguments":\s*'(.*)'\s*\}\s*""", value, re.DOTALL)
+        value = {"name": glaive[1], "arguments": glaive[2]} if glaive else structured(value)
+    if isinstance(value, list):
+        return [c for member in value for c in calls_in(member)]
+    inner = value["function"] if isinstance(value.get("function"), dict) else value
+    return [call(inner["name"], inner.get("arguments", inner.get("parameters")), value.get("id"))]
+
+
+# A string, which is skipped, or a name before a bracket.
+CALLED = re.compile(r"""("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)|([^\s()"'=,\[\]{}][^()"'=,\[\]{}]*)\(""", re.DOTALL)
+
+
+def python_calls(text):
+    """Calls of "[f(a=1), my API(b='x')]" or "f(a=1)", by ast and literals only. Raises ValueError on anything else."""
+    def evaluate():
+        names = [match[2].strip() for match in CALLED.finditer(text) if match[2]]  # not all are names to Python: "my API", "a/b"
+        tree = ast.parse(CALLED.sub(lambda match: match[1] or "f(", text).strip(), mode="eval").body
+        nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
+        if len(names) != len(nodes) or not all(isinstance(n, ast.Call) and all(k.arg for k in n.keywords) for n in nodes):
+            raise ValueError
+        given = [positional(name, map(ast.literal_eval, node.args)) for name, node in zip(names, nodes)]
+        return [call(name, arguments | {k.arg: ast.literal_eval(k.value) for k in node.keywords})
+                for name, arguments, node in zip(names, given, nodes)]
+    return literal(evaluate, text)
+
+
+def positional(name, values):
+    names = POSITIONAL.get(name.lower(), [])
+    return {names[i] if i < len(names) else f"arg{i + 1}": value for i, value in enumerate(values)}
+
+
+def code_call(language, code):
+    name, parameter = {"bash": ("bash", "command"), "sh": ("bash", "command"), "mswea_bash_command": ("bash", "command"),
+                       "sql": ("sql", "query"), "ctf": ("bash", "command")}.get(language.lower(), ("python", "code"))
+    return call(name, {parameter: code.strip()})
+
+
+def action_call(action):
+    """The call that an action in a text stands for: search[x], f(a, b), a code block, or a command to the environment."""
+    action = action.strip()
+    if fence := FENCE.match(action):
+        return code_call(fence[1] or "bash", fence[2])
+    if match := re.match(r"(\w+)\[(.*)\]|(Answer)\s+Final Answer:\s*(.*)|(finish|submit)\Z", action, re.I | re.DOTALL):
+        name = match[1] or match[3] or match[5]
+        return call(name, positional(name, [v for v in (match[2], match[4]) if v is not None]))
+    if match := re.fullmatch(r"([\w.]+)\((.*)\)", action, re.DOTALL):
+        calls = attempt(python_calls, action)
+        if isinstance(calls, list):
+            return calls[0]
+        return call(match[1], positional(match[1], [a.strip() for a in match[2].split(",") if a.strip()]))
+    return call("act", {"command": action})
+
+
+def lift(text, react):
+    """Split an assistant's text into (what it says, the calls written in it): tags and, with `react`, Thought/Action."""
+    calls = []
+    for tag, inside, glaive in TAGGED.findall(text):
+        code = tag.startswith("execute")
+        calls += [code_call("bash" if tag == "execute_bash" else "python", inside)] if code else calls_in(inside or glaive)
+    says = re.sub(r"</?thought>|<\|endoftext\|>", "", TAGGED.sub("", text)) if calls or not react else text
+    action, fence = ACTION.search(text), FENCE.search(text)
+    if react and action and not calls:
+        says, action = text[:action.start()], text[action.end():]
+        given = ACTION_INPUT.search(action)
+        calls = [call(action[:given.start()].strip(), action[given.end():]) if given else action_call(action)]
+    elif react and fence and not calls and fence[1] in ("mswea_bash_command", "bash"):
+        says, calls = text[:fence.start()], [code_call("bash", fence[2])]
+    return (THOUGHT.sub("", says) if react else says).strip(), calls
+
+
+def converse(turns, react=False, messages=None):
+    """Append to messages those of (role, text) pairs: calls written in a text become tool calls, and what follows a call and
+    is marked as its result (or, with `react`, whatever the user says next) becomes a tool message."""
+    messages = [] if messages is None else messages
+    for role, text in turns:
+        role, last = ROLES.get(role.lower(), role.lower()), messages[-1] if messages else {}
+        called = "tool_calls" in last
+        if role == "user" and (called and react or (called or last.get("role") == "tool") and RESULT.match(text)):
+            role = "tool"
+        if role == "assistant":
+            text, calls = lift(text, react)
+            messages.append(assistant(text, *calls))
+        elif role == "function_call":
+            messages.append(assistant("", *calls_in(text)))
+        elif role == "tool":
+            results = re.findall(r"<tool_response>\s*(.*?)\s*</tool_response>", text, re.DOTALL)
+            messages += [tool(result.strip()) for result in results or [RESULT.sub("", text)]]
+        else:
+            messages.append(chat_message(role, text))
+    return messages
+
+
+def split_turns(text, labels, kept=()):
+    """(role, text) pairs of a text whose turns begin with a label and a colon; neighbours of one role become one turn.
+
+    `labels` maps each label to its role; those in `kept` stay in the text. What precedes the first is the user's.
+    """
+    parts, role, start = [], "user", 0
+    for match in re.finditer(rf"^({'|'.join(labels)})(?: \d+)?:[ \t]*", text, re.M):
+        parts.append((role, text[start:match.start()].strip()))
+        role, start = labels[match[1]], match.start() if match[1] in kept else match.end()
+    parts.append((role, text[start:].strip()))
+    by_role = itertools.groupby((part for part in parts if part[1]), lambda part: part[0])
+    return [(role, "\n".join(text for _, text in group)) for role, group in by_role]
+
+
+def tools_of(value):
+    """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names for types."""
+    value = structured(value) if isinstance(value, str) and value.strip() else value or []
+    tools = []
+    for given in value if isinstance(value, list) else [value]:
+        function = given["function"] if isinstance(given.get("function"), dict) else given
+        schema = function.get("parameters") or function.get("input_parameters") or {}
+        if not isinstance(schema.get("properties"), dict):
+            entries = {k: v for k, v in schema.items() if isinstance(v, dict)}
+            required = [k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
+            schema = {"type": "object", "properties": entries, "required": required}
+        tools.append({"type": "function", "function": {"name": function["name"], "description": function.get("description") or "",
+                                                       "parameters": schema_types(schema)}})
+    return tools
+
+
+def schema_types(schema):
+    """A schema with JSON Schema's names of types for Python's and others: "str, optional" is "string"."""
+    if isinstance(schema, list):
+        return [schema_types(s) for s in schema]
+    if not isinstance(schema, dict):
+        return schema
+    words = {k: re.match(r"\w*", v.lower())[0] for k, v in schema.items() if k == "type" and isinstance(v, str)}
+    return {k: TYPE_NAMES.get(words[k], words[k]) if k in words else schema_types(v) for k, v in schema.items()}
+
+
+def tools_in(text):
+    """Tool definitions written as JSON (or a Python list) in a system prompt, each at the start of a line or after a mark."""
+    tools, end = [], 0
+    for match in re.finditer(r"(?:^|<tools>|APIs:|-)\s*(?=[\[{])", text[:2**20], re.M):
+        if match.end() < end:
+            continue
+        try:
+            value, end = json.JSONDecoder(strict=False).raw_decode(text, match.end())
+        except ValueError:
+            value = attempt(structured, text[match.end():].strip()) if text[match.end()] == "[" else None
+        found = attempt(tools_of, value) if isinstance(value, (dict, list)) else []
+        tools += found if isinstance(found, list) else []
+    return tools
+
+
+def derive_tools(messages):
+    """The least that the calls made say about their tools: names, and the arguments' names and types."""
+    tools = {}
+    for function in (c["function"] for m in messages for c in m.get("tool_calls", ())):
+        properties = tools.setdefault(function["name"], {})
+        for name, value in json.loads(function["arguments"]).items():
+            properties.setdefault(name, {"type": PYTHON_TYPES.get(type(value), "null")})
+    return [{"type": "function", "function": {"name": name, "description": "", "parameters": {
+        "type": "object", "properties": properties}}} for name, properties in tools.items()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Formats. Each function converts a record to (messages, tools), or to several such pairs; no tools means: those called
+
+
+def listed(record):
+    """The list of messages or turns of a record, by whichever name."""
+    names = ("messages", "conversations", "conversation", "traj", "history")
+    return record if isinstance(record, list) else next(record[n] for n in names if isinstance(record.get(n), list))
+
+
+def groups(pattern, text):
+    if not (match := re.search(pattern, text, re.DOTALL)):
+        raise ValueError(f"not of the form expected: {text[:80]!r}")
+    return match.groups()
+
+
+def says(record, pattern, role="assistant"):
+    """Whether a text of that role in a record of messages matches."""
+    turns = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in listed(record)]
+    return any(ROLES.get(r, r) == role and isinstance(text, str) and re.search(pattern, text) for r, text in turns)
+
+
+def messages_record(record, react=False):
+    """OpenAI messages, ShareGPT turns and their relatives, with calls in fields, in parts, or in the text."""
+    messages, record = [], {"messages": record} if isinstance(record, list) else record
+    for message in listed(record):
+        role, content, calls = message.get("role", message.get("from")), message.get("content", message.get("value")), []
+        if isinstance(content, list):
+            if other := {p["type"] for p in content} - {"text", "reasoning", "tool_call"}:
+                raise ValueError(f"content of type {', '.join(sorted(other))}")
+            calls = [c for p in content if p["type"] == "tool_call" for c in calls_in(p["value"])]
+            content = "\n\n".join(p.get("text", p.get("value")) for p in content if p["type"] != "tool_call")
+        content = "\n\n".join(filter(None, [message.get("reasoning_content"), content]))
+        calls += calls_in([*(message.get("tool_calls") or []), *filter(None, [message.get("function_call")])])
+        if message.get("action", "").strip() and not calls:  # of SWE-agent: a command
+            content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
+        if calls:
+            messages.append(assistant(content, *calls))
+        elif converse([(role, content)], react, messages)[-1]["role"] == "tool":
+            messages[-1]["tool_call_id"] = (message.get("tool_call_ids") or [message.get("tool_call_id")])[0]
+    if record.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, chat_message("system", record["system"]))
+    tools = tools_of(record.get("tools") or record.get("functions"))
+    return messages, tools or (tools_in(messages[0]["content"]) if messages[0]["role"] == "system" else [])
+
+
+# Messages with Thought / Action texts or commands, where whatever follows an action is its result.
+react_record = partial(messages_record, react=True)
+react_turns = partial(split_turns, kept=("Thought", "Action", "Answer"), labels={
+    "Question": "user", "Thought": "assistant", "Action": "assistant", "Answer": "assistant", "Observation": "tool"})
+
+
+def react_text(text):
+    """Episodes of Question / Thought n / Action n / Observation n lines, without a log's headings and verdicts."""
+    for episode in re.split(r"^(?=Question:)", text, flags=re.M)[1:]:
+        episode = re.split(r"^(?:Correct answer:|-{5,} BEGIN)", episode, flags=re.M)[0]
+        yield converse(react_turns(episode), react=True), []
+
+
+def alfworld_text(text):
+    """An episode whose actions and thoughts are lines that begin with "> "."""
+    start, *steps = re.split(r"^> ?", text, flags=re.M)
+    messages = [user(start.strip())]
+    for action, _, result in (step.partition("\n") for step in steps):
+        thought = action.startswith("think:")
+        messages += [assistant(action[6:].strip())] if thought else [assistant("", action_call(action)), tool(result.strip())]
+    return messages, []
+
+
+def codeact_text(text):
+    labels = {"Task": "user", "Assistant": "assistant", "Observation": "tool", "Expert feedback": "user"}
+    return converse(split_turns(text, labels, kept=("Expert feedback",))), []
+
+
+def glaive_text(record):
+    system = record["system"].removeprefix("SYSTEM:").strip()
+    turns = split_turns(record["chat"], {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"})
+    turns = [(role, text.removesuffix("<|endoftext|>").strip()) for role, text in turns]
+    return converse([("system", system), *turns]), tools_in(system)
+
+
+def alpaca(record):
+    """An instruction and its output: an answer, or a ReAct episode (which may begin with the end of the question)."""
+    turns = react_turns(record["output"])
+    asked = [record["instruction"], record.get("input"), turns.pop(0)[1] if len(turns) > 1 and turns[0][0] == "user" else ""]
+    turns = [("assistant" if role == "user" else role, text) for role, text in turns]
+    return converse([("user", "\n".join(filter(None, asked))), *turns], react=True), []
+
+
+def xlam(record):
+    asked = record["query"] if isinstance(record["query"], list) else [user(record["query"])]
+    return [*messages_record(asked)[0], assistant("", *calls_in(record["answers"]))], tools_of(record["tools"])
+
+
+TOOLACE_CALL = re.compile(r"\s*\[[^\[\]\s(][^(\[\]]*\(")
+
+
+def toolace(record):
+    """ShareGPT whose assistant writes [f(a=1), g(b="x")]; its other texts are answers."""
+    messages = [chat_message("system", record["system"])]
+    for role, text in ((turn["from"], turn["value"]) for turn in record["conversations"]):
+        if role == "assistant" and TOOLACE_CALL.match(text):
+            messages.append(assistant("", *python_calls(text)))
+        else:
+            converse([(role, text)], messages=messages)
+    return messages, tools_in(record["system"])
+
+
+def toolbench_tree(record):
+    """The path of a DFSDT tree that ends in the final answer, or else in any answer, or else the longest."""
+    answer, chosen, best, stack = record["answer_generation"], (), (), [(record["tree"]["tree"],)]
+    while stack:
+        path = stack.pop()
+        stack += [(*path, child) for child in reversed(path[-1]["children"])]
+        end = path[-1]["description"]
+        rank = (bool(end) and end == answer["final_answer"], "give_answer" in end, len(path))
+        best, chosen = (rank, path) if rank > best else (best, chosen)
+    messages = [user(answer["query"].strip())]
+    for node, following in zip(chosen[1:], [*chosen[2:], {}]):
+        if node["node_type"] == "Thought":
+            messages.append(assistant(node["description"]))
+        elif node["node_type"] == "Action" and following:
+            messages += [assistant("", call(node["description"], following["description"])), tool(following["observation"])]
+    return messages, tools_of(answer["function"])
+
+
+def tooleval(record):
+    """The file holds 100 characters of each step: the calls up to the first one that this cuts, then the names alone."""
+    messages, names, (node,) = [user(record["query"])], [], record["answer"]["answer_details"]
+    step = r"^\{'name': '([^']*)', 'arguments': (?:'(.*?)', 'response': '?(.*))?"
+    while node:
+        if node["role"] == "tool":
+            name, arguments, result = groups(step, node["message"])
+            if arguments is None or names:
+                names.append(name)
+            else:
+                messages += [assistant("", call(name, arguments.replace("\\n", "\n"))), tool(result)]
+        elif node["role"] == "assistant":
+            messages.append(assistant(node["message"]))
+        node = next(iter(node["next"]), None)
+    messages += [assistant("Functions to call next, in order: " + ", ".join(names))] if names else []
+    return messages, tools_of(record["available_tools"])
+
+
+def toolbench_query(record):
+    """A request and the APIs that serve it: no call is given, so the answer names them."""
+    tools = [{"name": f"{a['tool_name']}.{a['api_name']}", "description": a["api_description"].strip(), "parameters": {
+        "type": "object", "properties": {p["name"]: p for p in a["required_parameters"] + a["optional_parameters"]},
+        "required": [p["name"] for p in a["required_parameters"]]}} for a in record["api_list"]]
+    relevant = "\n".join(map(".".join, record["relevant APIs"]))
+    return [user(record["query"]), assistant(f"Relevant APIs:\n{relevant}")], tools_of(tools)
+
+
+def agent_data_protocol(record):
+    messages = []
+    for step in record["content"]:
+        kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
+        if kind == "message_action":
+            messages.append(assistant("\n".join(filter(None, [thought, text]))))
+        elif kind.endswith("_action"):
+            made = call(step["function"], step.get("kwargs")) if kind == "api_action" else code_call(step["language"], text)
+            messages.append(assistant(thought, made))
+        else:
+            text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
+            result = step.get("source") != "user" and messages and "tool_calls" in messages[-1]
+            messages.append(tool(text) if result else user(text))
+    return messages, []
+
+
+def api_bank(record):
+    """Instruction, dialogue so far, and the call or answer expected."""
+    labels = {"User": "user", "AI": "assistant", "API-Request": "call", "Generate API Request": "", "Generate AI Response": ""}
+    expected = record.get("expected_output", record.get("output"))
+    expected = expected if re.match(r"\s*(API-Request|AI):", expected) else "API-Request:" + expected
+    messages = [chat_message("system", record["instruction"].strip())]
+    for role, text in split_turns(record["input"] + "\n" + expected, labels):
+        if role == "call":
+            for request, arrow, result in (line.partition("->") for line in text.splitlines() if line.strip()):
+                messages += [assistant("", *python_calls(request)), *([tool(result.strip())] if arrow else [])]
+        elif role:
+            messages.append(chat_message(role, text))
+    return messages, tools_in(record["instruction"])
+
+
+def api_bank_dialogue(record):
+    messages = []
+    for turn in record["turns"]:
+        if turn["role"] == "API":
+            result = turn["result"].get("exception") or turn["result"].get("output")
+            messages += [assistant("", call(turn["api_name"], turn["param_dict"])),
+                         tool(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))]
+        else:
+            messages += converse([(turn["role"], turn["text"])])
+    return messages, []
+
+
+def tau_display(record):
+    """The display lacks the calls ("assistant: None"). None is made up: a result becomes a user message that begins "tool:"."""
+    turns = split_turns(record["messages_display"], {r: r for r in ("user", "assistant", "tool")}, kept=("tool",))
+    return [chat_message("user" if role == "tool" else role, text) for role, text in turns if text != "None"], []
+
+
+def intercode(record):
+    history = record.get("turn_history") or {k + "s": [step[k] for step in record["trajectory"]] for k in record["trajectory"][0]}
+    thoughts = history.get("thoughts") or history.get("steps") or [""] * len(history["actions"])
+    messages = [user(record["query"])]
+    for thought, action, observation in zip(thoughts, history["actions"], history["observations"], strict=True):
+        if action.startswith("submit"):
+            made = action_call(f"submit[{action[7:]}]" if action[7:] else "submit")
+        else:
+            wrapped = re.fullmatch(r"execute\[(.*)\]|cmd (.*)", action, re.DOTALL)
+            made = code_call(record["environment"].removeprefix("ic_"), (wrapped[1] or wrapped[2]) if wrapped else action)
+        messages += [assistant(thought, made), tool(observation)]
+    return messages, []
+
+
+def toolverifier(record):
+    """A request, tools by name and purpose, a thought, and the tool chosen (without arguments)."""
+    asked, tools, choice = (part.strip() for part in record["text"].split("###\n"))
+    thought, name = groups(r'^(.*)\nAct: CALLTOOL\["(.*)"\]$', choice)
+    pairs = [line.split(" = ", 1) for line in tools.removeprefix("Tool Choices:").strip().splitlines()]
+    return ([user(asked.removeprefix("User:").strip()), assistant(THOUGHT.sub("", thought), call(name, {}))],
+            tools_of([{"name": n, "description": d} for n, d in pairs]))
+
+
+def gorilla(record):
+    """An instruction, and the explanation, call and code that answer it (no call where the source's is not valid Python)."""
+    parts = groups(r"'Instruction': (.*?), 'Output':.*'explanation': (.*?), 'code': (.*)\}\}\s*$", record["code"])
+    asked, explanation, code = (part.strip("\"'") for part in parts)
+    calls = attempt(python_calls, record["api_call"])
+    messages = [user(asked), assistant(explanation, *(calls if isinstance(calls, list) else [])), assistant(code)]
+    tools = derive_tools(messages)
+    for definition in tools:
+        definition["function"]["description"] = record["api_data"]["description"]
+    return messages, tools
+
+
+def agentbench_os(record):
+    """A task and the script that solves it; nobody recorded what it printed."""
+    return [user(record["description"]), assistant(record["explanation"], code_call("bash", record["evaluation"]["example"]))], []
+
+
+def agentbench_kg(record):
+    """A question, the calls that answer it (#0 is the first result), and the answer; results were not recorded."""
+    asked = f"{record['question']}\nEntities: {json.dumps(record['entities'], ensure_ascii=False)}"
+    answers = ", ".join(a.get("entity_name") or a["answer_argument"] for a in record["answer"])
+    return [user(asked), assistant("", *map(action_call, record["actions"])), assistant(answers)], []
+
+
+def having(*names):
+    return lambda record: isinstance(record, dict) and record.keys() >= set(names)
+
+
+def matching(pattern):
+    return lambda record: isinstance(record, str) and re.search(pattern, record, re.M) is not None
+
+
+# name: (whether a record is of the format, its conversion). The first that fits is taken; an error means that it does not fit.
+FORMATS = {
+    "codeact_text": (matching(r"\ATask:\n(.*\n)*?Assistant:"), codeact_text),
+    "alfworld_text": (matching(r"^Your task is to:[^>]*^> ?\w"), alfworld_text),
+    "react_text": (matching(r"^Question:"), react_text),
+    "glaive": (having("system", "chat"), glaive_text),
+    "xlam": (having("query", "tools", "answers"), xlam),
+    "toolbench_tree": (having("tree", "answer_generation"), toolbench_tree),
+    "tooleval": (having("query", "available_tools", "answer"), tooleval),
+    "toolbench_query": (having("query", "api_list", "relevant APIs"), toolbench_query),
+    "agent_data_protocol": (lambda r: "class_" in r["content"][0], agent_data_protocol),
+    "api_bank": (lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
+    "api_bank_dialogue": (lambda r: "role" in r["turns"][0], api_bank_dialogue),
+    "tau_display": (having("messages_display"), tau_display),
+    "intercode": (lambda r: "query" in r and ("turn_history" in r or "action" in r["trajectory"][0]), intercode),
+    "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
+    "gorilla": (having("code", "api_call", "api_data"), gorilla),
+    "agentbench_os": (having("description", "explanation", "evaluation"), agentbench_os),
+    "agentbench_kg": (having("question", "actions", "s_expression"), agentbench_kg),
+    "alpaca": (having("instruction", "output"), alpaca),
+    "toolace": (lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
+    "swe_agent": (lambda r: any("action" in m for m in listed(r)), react_record),
+    "mini_swe_agent": (lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", role="system"), react_record),
+    "react": (lambda r: says(r, r"(?im)^[ \t]*(Action|Act)( \d+)?:"), react_record),
+    "codeact": (lambda r: says(r, "<execute"), react_record),
+    "messages": (lambda r: "role" in listed(r)[0] or "from" in listed(r)[0], messages_record),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The web: one polite client that cannot be led to private addresses
+
+AGENT = "hephaestus-collect"
+HF_HOST = "https://datasets-server.huggingface.co"
+REDIRECTS = (301, 302, 303, 307, 308)
+RETRIED = (0, 408, 425, 429, 500, 502, 503, 504)  # 0 stands for no complete answer
+# Python calls these global, but they lead to IPv4 in disguise or to the network's own machines, as does IPv6 outside 2000::/3.
+NOT_PUBLIC = [ipaddress.ip_network(n) for n in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "2002::/16", "3fff::/20")]
+ENCODING = re.compile(r"charset=[\"']?(utf-?8|utf-?16|iso-8859-(?:[1-9]|1[013-6])|windows-125[0-8]|koi8-[ru]|shift_jis|"
+                      r"euc-(?:jp|kr)|gb2312|gbk|gb18030|big5)(?![\w-])", re.I)  # others decode slowly, or to anything
+
+
+class WebError(ValueError):
+    """What cannot be had, in one line; `page` is the answer instead, if the server was asked."""
+
+    def __init__(self, message, page=None):
+        super().__init__(message)
+        self.page = page
+
+
+@dataclasses.dataclass
+class Page:
+    """An answer: the address after redirects, and the body, decompressed. The names of `headers` are lower case."""
+    url: str
+    status: int
+    headers: dict
+    body: bytes = b""
+
+    @property
+    def content_type(self):
+        return self.headers.get("content-type", "")
+
+    @property
+    def text(self):
+        """The body without NUL, decoded by its byte order mark, header or meta tag, else as UTF-8."""
+        stated = ENCODING.search(self.content_type + "\n" + self.body[:2000].decode("latin-1"))
+        marked = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"\xef\xbb": "utf-8-sig"}.get(self.body[:2])
+        return self.body.decode(marked or (stated[1] if stated else "utf-8"), "replace").replace("\0", "")
+
+
+def is_public(address):
+    """Whether an IP address (a string) is one machine's in the public internet.
+
+    >>> is_public("8.8.8.8"), is_public("169.254.169.254"), is_public("::ffff:8.8.8.8")
+    (True, False, False)
+    """
+    ip = ipaddress.ip_address(address)
+    return (ip.is_global and not ip.is_multicast and not any(ip in network for network in NOT_PUBLIC)
+            and (ip.version == 4 or ip in ipaddress.ip_network("2000::/3")))
+
+
+class CheckedAdapter(requests.adapters.HTTPAdapter):
+    """Connects to the very address it has checked: a name is resolved once, so that no second answer can differ.
+    The name stays in the Host header, in SNI and in the certificate check. One adapter serves one request."""
+    handle = None
+
+    def __init__(self, deadline, allow_private):
+        self.deadline, self.allow_private = deadline, allow_private
+        self.timer = threading.Timer(deadline - time.monotonic(), self.cut)
+        self.timer.daemon = True
+        self.timer.start()
+        super().__init__()
+
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        checked = {"_new_conn": lambda connection: self.connect(connection.host, connection.port)}
+        self.poolmanager.pool_classes_by_scheme = {
+            scheme: type("Pool", (pool,), {"ConnectionCls": type("Connection", (pool.ConnectionCls,), checked)})
+            for scheme, pool in self.poolmanager.pool_classes_by_scheme.items()}
+
+    def connect(self, host, port):
+        found = [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
+        usable = [address for address in found if self.allow_private or is_public(address)]
+        if not usable:
+            raise WebError(f"{host} is at {found[0]}, not a public address (--allow-private permits it)")
+        for address in usable:
+            with contextlib.suppress(OSError):
+                sock = socket.create_connection((address, port), max(0.01, self.deadline - time.monotonic()))
+                break
+        else:
+            raise ConnectionError
+        self.handle = sock.dup()  # TLS takes `sock` itself over
+        if time.monotonic() > self.deadline:  # cut() may have come too early
+            raise TimeoutError
+        return sock
+
+    def cut(self):
+        """End the transfer: a server that drips bytes never meets the socket's own timeout."""
+        with contextlib.suppress(OSError, AttributeError):  # the server was first, or there is no connection yet
+            self.handle.shutdown(socket.SHUT_RDWR)
+
+    def close(self):
+        super().close()
+        self.timer.cancel()
+        if self.handle:
+            self.handle.close()
+
+
+class Web:
+    """A client with a cache on disk. `rate` is requests a second to one host, `timeout` the seconds that one answer may take
+    in all, `max_bytes` its size, `max_age` the seconds for which an answer is used without asking whether it has changed.
+    Tries are `backoff` seconds apart, then twice that and so on; they end after `retries`, or ten times `timeout` in all.
+    """
+
+    def __init__(self, cache, allow_private=False, rate=2.0, timeout=20.0, max_bytes=10_000_000, retries=5, backoff=1.0,
+                 max_age=86400.0):
+        self.cache, self.allow_private, self.rate, self.timeout = Path(cache), allow_private, rate, timeout
+        self.max_bytes, self.retries, self.backoff, self.max_age = max_bytes, retries, backoff, max_age
+        self.turns, self.delays, self.lock = {}, {}, threading.Lock()  # by host
+        self.cache.mkdir(parents=True, exist_ok=True)
+
+    def get(self, url, headers=None, refuse=lambda url: ""):
+        """The Page at an address, redirects (five at most) followed. `headers` go to its own host only. `refuse` tells why
+        not to visit an address, or "", and is asked at every step. Raises WebError, also for a status other than 200."""
+        target = url
+        for _ in range(6):
+            if reason := refuse(target):
+                raise WebError(f"{target}: {reason}")
+            page = self.remember(target, headers if urllib.parse.urlsplit(target)[:2] == urllib.parse.urlsplit(url)[:2] else None)
+            if page.status not in REDIRECTS or "location" not in page.headers:
+                break
+            target = urllib.parse.urljoin(target, page.headers["location"].encode("latin-1").decode("utf-8", "replace"))
+        else:
+            raise WebError(f"{url}: more than 5 redirects")
+        if page.status != 200:
+            raise WebError(f"{url}: status {page.status}", page)
+        return page
+
+    def remember(self, url, headers):
+        """The answer of one address: from the cache where it is fresh, else asked for, if only whether it has changed."""
+        path = self.cache / hashlib.sha256(json.dumps([url, headers]).encode()).hexdigest()
+        page = read_page(path)
+        if page and time.time() - path.stat().st_mtime <= self.max_age:
+            return page
+        known = page.headers if page else {}
+        validators = {"If-None-Match": known.get("etag"), "If-Modified-Since": known.get("last-modified")}
+        fresh = self.persist(url, (headers or {}) | {name: value for name, value in validators.items() if value})
+        if page and fresh.status == 304:
+            os.utime(path)
+            return page
+        if fresh.status == 200 or not headers:  # what a token may not see today, it may tomorrow
+            write_page(path, fresh)
+        return fresh
+
+    def persist(self, url, headers):
+        """Ask until there is an answer, with growing pauses, or as long as the server says in Retry-After."""
+        host, give_up = urllib.parse.urlsplit(url).netloc, time.monotonic() + 10 * self.timeout
+        for attempt in range(self.retries + 1):
+            with self.lock:
+                turn = max(time.monotonic(), self.turns.get(host, 0))
+                self.turns[host] = turn + max(1 / self.rate, self.delays.get(host, 0))
+            time.sleep(max(0, turn - time.monotonic()))
+            try:
+                page, problem = self.request(url, headers), ""
+            except ValueError as error:  # the text of such an error can hold the headers
+                raise error if isinstance(error, WebError) else WebError(f"{url}: {type(error).__name__}") from None
+            except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+                page, problem = Page(url, 0, {}), f" ({type(error).__name__})"
+            if page.status not in RETRIED:
+                return page
+            pause = max(self.backoff * 2 ** attempt, retry_after(page.headers.get("retry-after", "")))
+            if attempt == self.retries or time.monotonic() + pause > give_up:
+                raise WebError(f"{url}: {page.status or 'no complete answer'}{problem}, {attempt + 1} times", page)
+            time.sleep(pause)
+
+    def request(self, url, headers):
+        """One request. (No requests.Session: it reads a redirect's body to the end, and proxies from the environment.)"""
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
+            raise WebError(f"{url}: only http and https are fetched")
+        request = requests.Request("GET", url, {"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate"} | headers).prepare()
+        adapter, body = CheckedAdapter(time.monotonic() + self.timeout, self.allow_private), bytearray()
+        with contextlib.closing(adapter), contextlib.closing(adapter.send(request, stream=True, timeout=self.timeout)) as answer:
+            for chunk in answer.iter_content(65536) if answer.status_code not in REDIRECTS else ():
+                body += chunk
+                if len(body) > self.max_bytes:
+                    raise WebError(f"{url}: over {self.max_bytes:,} bytes")
+            if time.monotonic() > adapter.deadline:  # a cut can look like the end of the body
+                raise TimeoutError
+            return Page(url, answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, bytes(body))
+
+
+def retry_after(value):
+    """Seconds to wait by a Retry-After header, a number or a date: at most 60, and 0 if it makes no sense."""
+    try:
+        seconds = int(value) if value.isdecimal() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return 0
+    return min(60, max(0, seconds))
+
+
+def write_page(path, page):
+    """A line of JSON, then the body; the file appears whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary.write_bytes(json.dumps({k: v for k, v in vars(page).items() if k != "body"}).encode() + b"\n" + page.body)
+    temporary.replace(path)
+
+
+def read_page(path):
+    """The Page in a file of the cache, or None if there is none that can be read."""
+    try:
+        fields, _, body = path.read_bytes().partition(b"\n")
+        return Page(**json.loads(fields), body=body)
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# crawl:URL, a documentation site by levels
+
+# Every alternative takes linear time: none but the first runs over another "<", and what is left open runs to the end.
+# (html.parser needs minutes for 40,000 characters of tags that are opened and never closed.)
+TOKEN = re.compile(r"""<!--.*?(?:-->|\Z) | <(script|style)\b.*?(?:</\1[^>]*>?|\Z)
+                     | <(?P<end>/?)(?P<tag>[a-z][^\s/<>]*)(?P<attributes>(?:[^<>"']|"[^"<]*"|'[^'<]*')*+|[^<>]*)>
+                     | <[!?/][^<>]*> | (?P<text>[^<]+|<)""", re.S | re.I | re.X)
+ATTRIBUTE = re.compile(r"""([^\s=<>"'/]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s>]*))?""")
+VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
+SKIPPED = frozenset("nav header footer noscript template svg iframe object button select".split())
+SKIPPED_CLASSES = re.compile(r"\b(headerlink|viewcode-link|linenos)\b")
+PARAGRAPHS = frozenset("p h1 h2 h3 h4 h5 h6 ul ol dl table blockquote section article pre hr".split())
+LINES = PARAGRAPHS | frozenset("div dt dd li tr br body main form figure figcaption details summary address".split())
+
+
+class HtmlReader:
+    """What a page of HTML says: `title`, `text`, `links`, and what its head tells a crawler. Any nesting is survived."""
+
+    def __init__(self, source):
+        self.title, self.text, self.links, self.head, self.apis = "", "", [], {}, set()
+        self.prefix, self.line, self.lines = "", [], []  # of the line of text at hand, its words, the lines before it
+        self.stack, self.open, self.skipping = [], Counter(), 0  # open tags, how many of each, how many that hide text
+        for token in TOKEN.finditer(source):
+            if token["text"] and not self.skipping:
+                text = html.unescape(token["text"])
+                if self.open["title"]:
+                    self.title += text
+                else:
+                    self.line.append(text)
+            elif token["tag"] and token["end"]:
+                self.end(token["tag"].lower())
+            elif token["tag"]:
+                attributes = ((k.lower(), html.unescape(v.strip("\"'"))) for k, v in ATTRIBUTE.findall(token["attributes"]))
+                self.start(token["tag"].lower(), dict(attributes))
+        while self.stack:
+            self.end(self.stack[-1][0])
+        self.break_line()
+        self.title, self.text = " ".join(self.title.split()), "\n".join(self.lines).strip()
+
+    def start(self, tag, attributes):
+        href, classes, identity = (attributes.get(name, "") for name in ("href", "class", "id"))
+        if tag == "a" and href:
+            self.links.append(href)
+        if tag in ("a", "link", "base") and href:
+            for relation in attributes.get("rel", tag).lower().split():
+                self.head.setdefault(relation, href)
+        if tag == "meta" and attributes.get("name", "").lower() == "robots":
+            self.head["robots"] = attributes.get("content", "").lower()
+        if tag == "dt" and re.search(r"\bsig\b", classes) and re.fullmatch(r"\w+(\.\w+)+", identity):  # as Sphinx marks an API
+            self.apis.add(identity)
+        if tag in LINES and not self.open["pre"]:
+            self.break_line(tag)
+        if tag in VOID:
+            return self.line.append("\n" if tag == "br" else "")
+        hides = tag in SKIPPED or attributes.get("role") == "navigation" or bool(SKIPPED_CLASSES.search(classes))
+        self.stack.append((tag, hides))
+        self.open[tag] += 1
+        self.skipping += hides
+        if re.fullmatch("h[1-6]", tag):
+            self.prefix = "#" * int(tag[1]) + " "
+        elif tag == "li":
+            self.prefix = "  " * min(8, self.open["ul"] + self.open["ol"] - 1) + "- "
+        elif tag in ("td", "th") and self.line:
+            self.line.append(" | ")
+
+    def end(self, tag):
+        """End the innermost such tag and all that was left open inside it; a stray end does nothing."""
+        while self.open[tag]:
+            last, hides = self.stack.pop()
+            if last == "pre" and self.open["pre"] == 1:
+                code, self.line = "".join(self.line).strip("\n"), []
+                fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", code))])
+                self.lines += [f"{fence}\n{code}\n{fence}", ""] if code.strip() else []
+            elif last in LINES and not self.open["pre"]:
+                self.break_line(last)
+                self.prefix = ""
+            self.open[last] -= 1
+            self.skipping -= hides
+            if last == tag:
+                return
+
+    def break_line(self, tag=""):
+        """End the line of prose. In a row of a table, paragraphs are words of the one line."""
+        if self.open["tr"] and tag in ("p", "div", "br"):
+            return self.line.append(" ")
+        line, self.line = " ".join("".join(self.line).split()), []
+        if line.strip(" |"):
+            self.lines.append(self.prefix + line)
+            self.prefix = ""
+        if tag in PARAGRAPHS and not self.open["li"] and not self.open["tr"] and self.lines and self.lines[-1]:
+            self.lines.append("")
+
+
+def html_to_text(source):
+    """(title, text, links): prose in lines, headings with #, items with -, cells with |, code as it stands between fences."""
+    page = HtmlReader(source)
+    return page.title, page.text, page.links
+
+
+def canonical(url, base=""):
+    """An address made absolute, in one spelling, without fragment, user and default port; "" if it is none of the web.
+
+    >>> canonical("../b c#top", "HTTP://Docs.Example:80/a/")
+    'http://docs.example/b%20c'
+    """
+    try:
+        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return ""
+    if parts.scheme not in ("http", "https") or not host:
+        return ""
+    port = "" if port in (None, {"http": 80, "https": 443}[parts.scheme]) else f":{port}"
+    host = (f"[{host}]" if ":" in host else host) + port
+    path, query = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~"), urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")
+    return f"{parts.scheme}://{host}{path}" + (f"?{query}" if query else "")
+
+
+def robot_rules(text):
+    """robots.txt by RFC 9309 (urllib.robotparser knows neither `*` in a path nor that the longest rule wins): returns
+    ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us, or else for all."""
+    groups, names, naming = {}, set(), False
+    for key, value in re.findall(r"^[ \t]*(user-agent|allow|disallow|crawl-delay)[ \t]*:[ \t]*([^#\s]*)", text, re.I | re.M):
+        if key.lower() == "user-agent":
+            names = (names if naming else set()) | {value.lower()} & {AGENT, "*"}
+        for name in names:
+            groups.setdefault(name, []).append((key.lower(), value))
+        naming = key.lower() == "user-agent"
+    group = groups.get(AGENT) or groups.get("*", [])
+    delays = [float(value) for key, value in group if key == "crawl-delay" and re.fullmatch(r"\d+(\.\d+)?", value)]
+    globs = [(key, re.sub(r"[?[]", r"[\g<0>]", value)) for key, value in group if key in ("allow", "disallow") and value]
+    return [(len(glob), key == "allow", re.compile(fnmatch.translate(glob[:-1] if glob[-1] == "$" else glob + "*")))
+            for key, glob in globs], max(delays, default=0)
+
+
+def crawl(url, web, depth=2, max_pages=1000):
+    """Read a site from an address on, level by level, `depth` links deep, on one host. Yields a Record a page, `api_doc` if
+    it defines APIs as Sphinx does, else `text`; or why there is none. Raises ValueError if `url` is no web address."""
+    start = canonical(url)
+    if not start:
+        raise ValueError(f"{url}: not an http or https address")
+    host, seen, done, visits, troubles = urllib.parse.urlsplit(start).netloc, {start}, set(), 0, 0
+    try:
+        rules, delay = robot_rules(web.get(urllib.parse.urljoin(start, "/robots.txt")).text[:100_000])
+        stop = f"robots.txt asks for {delay:.0f} s between pages" if delay > 60 else ""
+    except WebError as error:  # a site without the file allows all; one in trouble may have a file that forbids all
+        absent = error.page and 400 <= error.page.status < 500 and error.page.status not in RETRIED
+        rules, delay, stop = [], 0, "" if absent else f"no robots.txt: {error}"
+    web.delays[host] = delay
+
+    def refuse(address):
+        path = urllib.parse.urlsplit(address)._replace(scheme="", netloc="").geturl()
+        if urllib.parse.urlsplit(canonical(address)).netloc != host:
+            return "leads to another host"
+        allowed = max(((size, allow) for size, allow, pattern in rules if pattern.match(path)), default=(0, True))[1]
+        return ("longer than 1,000 characters" if len(address) > 1000 else "") if allowed else "robots.txt forbids it"
+
+    level = [start]
+    for _ in range(depth + 1):
+        following = []
+        for i, address in enumerate(level):
+            stop = stop or (f"{visits} pages read" if visits >= max_pages else "5 failures in a row" if troubles >= 5 else "")
+            if stop:
+                yield rejection(start, "", f"{stop}; {len(level) - i + len(following)} known addresses not read")
+                return
+            visits += not refuse(address)
+            try:
+                page, troubles = web.get(address, refuse=refuse), 0
+                if "html" not in page.content_type.lower():
+                    raise ValueError(f"not HTML but {page.content_type[:80] or 'of no stated type'}")
+                document = HtmlReader(page.text)
+            except ValueError as error:
+                troubles += isinstance(error, WebError) and bool(error.page) and error.page.status in RETRIED
+                yield rejection(address, "", str(error))
+                continue
+            base = canonical(document.head.get("base", ""), page.url)
+            robots = document.head.get("robots", "") + page.headers.get("x-robots-tag", "").lower()
+            name = canonical(document.head.get("canonical", page.url), base)
+            name = name if urllib.parse.urlsplit(name).netloc == host else canonical(page.url)
+            reason = ("asks not to be indexed" if "noindex" in robots else f"the same page as {name}" if name in done else
+                      "" if document.text else "holds no text")
+            seen.add(name)
+            done.add(name)
+            for link in document.links if "nofollow" not in robots else ():
+                link = canonical(link, base)
+                if urllib.parse.urlsplit(link).netloc == host and link not in seen and len(seen) < 10 * max_pages:
+                    seen.add(link)
+                    following.append(link)
+            if reason:
+                yield rejection(address, "", reason)
+                continue
+            licence = "license" in document.head and canonical(document.head["license"], base)
+            yield Record(f"crawl:{name}", "api_doc" if document.apis else "text", f"crawl:{host}", licence or "unknown",
+                         sorted(document.apis), f"{document.title}\n\n{document.text}".strip(), url=name)
+        level = following
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# hf:NAME[/CONFIG], rows of a Hugging Face dataset
+
+
+def get_json(web, url, headers=None):
+    """The JSON object at an address. Raises ValueError, with the server's own message where it gives one."""
+    try:
+        page, problem = web.get(url, headers), ""
+    except WebError as error:
+        page, problem = error.page, str(error)
+    try:
+        value = json.loads(page.body) if page and page.body else {}
+    except (ValueError, RecursionError):
+        value = None
+    stated = value.get("error", "") if isinstance(value, dict) else "" if problem else "not a JSON object"
+    if problem or stated:
+        raise ValueError(f"{url}: {stated}" if stated else problem)
+    return value
+
+
+def hf_rows(name, web, host=HF_HOST, token=None):
+    """Yield (where, row) for each row of OWNER/DATASET[/CONFIG[/SPLIT]], in pages of 100 from the datasets server; a rejection
+    for a row that the server cut. The cache of `web` has the pages, so a killed run goes on where it was. Raises ValueError."""
+    parts = name.split("/")
+    if not 2 <= len(parts) <= 4:
+        raise ValueError(f"hf:{name}: write OWNER/DATASET, OWNER/DATASET/CONFIG or OWNER/DATASET/CONFIG/SPLIT")
+    dataset, headers = "/".join(parts[:2]), {"Authorization": f"Bearer {token.strip()}"} if token else None
+    try:
+        listed = get_json(web, f"{host}/splits?{urllib.parse.urlencode({'dataset': dataset})}", headers)["splits"]
+        chosen = [s for s in listed if [s["config"], s["split"]][:len(parts) - 2] == parts[2:]]
+        if not chosen:
+            known = ", ".join(f"{s['config']}/{s['split']}" for s in listed)
+            raise ValueError(f"hf:{name}: no such rows; there are {known[:500]}")
+        for config, split in ((s["config"], s["split"]) for s in chosen):
+            offset, total, where = 0, None, f"{dataset}/{config}/{split}"
+            while total is None or offset < total:
+                query = urllib.parse.urlencode({"dataset": dataset, "config": config, "split": split, "offset": offset, "length": 100})
+                page = get_json(web, f"{host}/rows?{query}", headers)
+                rows, total = page["rows"], page["num_rows_total"] if total is None else total  # one that grows would never end
+                if [r["row_idx"] for r in rows] != list(range(offset, offset + len(rows))) or not rows and offset < total:
+                    raise ValueError(f"hf:{where}: the server does not give row {offset} of {total}")
+                for row in rows:
+                    cut = ", ".join(row["truncated_cells"])
+                    yield ({"file": where, "line": row["row_idx"], "reason": f"cut by the server: {cut}"} if cut else
+                           (f"{where}:{row['row_idx']}", row["row"]))
+                offset += len(rows)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"hf:{name}: not the answer of a datasets server ({error!r})") from None
+
+
+def hf_license(name, web, hub="https://huggingface.co"):
+    """The licence that a dataset's card on the hub states (the datasets server does not know it), or "unknown"."""
+    try:
+        tags = get_json(web, f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").get("tags", [])
+    except ValueError:
+        return "unknown"
+    return " AND ".join(sorted(tag.removeprefix("license:") for tag in tags if tag.startswith("license:"))) or "unknown"
+
+
+def web_client(args, **options):
+    """The Web client with the user's options, its cache beside the records."""
+    return Web(Path(args.out) / "cache" / "web", args.allow_private, args.rate, **options)
+
+
+def crawl_records(url, args):
+    """The pages of a site. Raises ValueError with the reason if not one could be read."""
+    found = False
+    for record in crawl(url, web_client(args), args.depth, args.max_pages):
+        if isinstance(record, Record) and record.license == "unknown" and args.license:
+            record.license = args.license
+        found = found or isinstance(record, Record)
+        yield record
+    if not found:
+        raise ValueError(record["reason"])
+
+
+def url_records(url, args):
+    """The records of an OpenAPI file on the web."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / (identifier(url) + (".yaml" if re.search(r"\.ya?ml$", url) else ".json"))
+        path.write_bytes(web_client(args, max_bytes=MAX_SPEC).get(url).body)
+        yield from openapi_records(path, url, args.license or "unknown", args)
+
+
+def hf_records(name, args):
+    """The rows of a dataset: conversations in a format we know, or else texts. Raises ValueError if the server gives none."""
+    web = web_client(args, max_bytes=100_000_000)
+    license = args.license or (hf_license(name, web) if args.hf_host == HF_HOST else "unknown")
+    for found in hf_rows(name, web, args.hf_host, os.environ.get("HF_TOKEN")):
+        yield from [found] if isinstance(found, dict) else row_records(*found, f"hf:{name}", license, args)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# General data: source code and prose from the disk
+
+CODE_FILES = r"\.(py|js|mjs|ts|tsx|jsx|go|rs|java|c|h|cc|cpp|hpp|cs|rb|php|sh|sql|scala|kt|swift|r|R|jl|lua|pl|hs|ml|ex|erl|clj|proto)$"
+TEXT_FILES = r"\.(txt|md|rst|html?|jsonl|json)(\.gz)?$"
+MAX_TEXT = 50_000_000  # bytes of one file that is read whole
+
+
+def code_records(path, name, license, args):
+    """A source file. Binary, minified and generated ones are rejected."""
+    text = read_text(path)
+    if re.search(r"auto-?generated|@generated|generated by|do not (edit|modify)", text[:1000], re.I):
+        raise ValueError("generated")
+    if len(text) < 200 or minified(text):
+        raise ValueError("under 200 characters" if len(text) < 200 else "a line of over 1,000 characters: minified, or data")
+    stated = re.search(r"SPDX-License-Identifier:\s*([\w.+-]+( (AND|OR|WITH) [\w.+-]+)*)", text[:3000])
+    yield Record(f"code:{name}", "code", f"code:{name}", stated[1] if stated else license, [], text)
+
+
+def text_records(path, name, license, args):
+    """Prose: a file, or the `text` or `content` of each record of a JSON or JSON lines file."""
+    if not re.search(r"\.jsonl?(\.gz)?$", name):
+        text = read_text(path)
+        text = html_to_text(text)[1] if re.search(r"\.html?$", name) else text
+        if len(text) < 200:
+            raise ValueError("under 200 characters")
+        yield Record(f"text:{name}", "text", f"text:{name}", license, [], text)
+        return
+    for where, value in read_values(path):
+        yield text_row(where, value, f"text:{name}", license)
+
+
+def row_records(where, value, source, license, args):
+    """The Records of a row of a dataset: those of a conversation in a known format, else that of a text."""
+    if args.chat_format or recognise(value):
+        return value_records([(where, value)], source, license, args.chat_domain, args.chat_format)
+    return [text_row(where, value, source, license)]
+
+
+def text_row(where, value, source, license):
+    """The Record of an object with a `text` or `content`, else a rejection."""
+    text = mapping(value).get("text") or mapping(value).get("content")
+    if isinstance(text, str) and len(text) >= 200:
+        stated = value.get("license")
+        return Record(f"{source}:{where}", "text", source, stated if isinstance(stated, str) else license, [], text)
+    keys = f"; its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else ""
+    return rejection(source, where, str(value) if isinstance(value, ValueError) else f"no text of 200 characters or more{keys}")
+
+
+def read_text(path):
+    """A file's text. Raises ValueError if it is binary or too large."""
+    if path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"over {MAX_TEXT // 10**6} MB")
+    content = path.read_bytes()
+    if b"\0" in content:
+        raise ValueError("binary")
+    return content.decode("utf-8-sig", errors="replace")
+
+
+def minified(text):
+    return max(map(len, text.split("\n"))) > 1000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Function-calling conversations from documentation
 
 REQUESTS = ["{d} {a}", "{a} {d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
@@ -709,6 +2439,21 @@ REQUESTS = ["{d} {a}", "{a} {d}", "Please do this for me. {d} {a}", "I need the 
 ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "use {v} for {p}", "{v} as {p}", "let {p} be {v}", "{p}: {v}"]
 REFUSALS = ["None of the given tools can do this.", "I have no tool for that request.",
             "The tools at hand do not cover this, so I make no call.", "No available function fits this request."]
+
+
+def template_unit(shards, args):
+    """The Unit of the conversations on all Python packages collected so far, and how the names of its files begin."""
+    if not shards:
+        fail("synthesize:python: no packages collected yet; give the source `python` too")
+    name = f"synthesize.python-{fingerprint(args, [s.name for s in shards], args.seed)}.jsonl"
+    return Unit(name, 0, template_records, (shards, args.seed)), ["synthesize.python-"]
+
+
+def template_records(shards, seed):
+    """Reference cards and conversations on the APIs that the shards document."""
+    apis = [api for shard in shards for api in read_apis(shard)]
+    yield from indexes(apis, seed)
+    yield from synthesise(apis, seed)
 
 
 def read_apis(shard):
@@ -750,6 +2495,7 @@ def synthesise(apis, seed):
             rng = random.Random(f"{seed} {kind} {api['name']}")
             kind = kind if kind == "multiple" else rng.choice(["single", "single", "parallel", "irrelevant"])
             others = rng.sample(neighbours, min(len(neighbours), 1 if kind == "parallel" else 3))
+            kind = kind if others or kind != "irrelevant" else "single"
             tools = {"single": [api], "irrelevant": others}.get(kind, [api, *others])
             rng.shuffle(tools)
             targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
@@ -805,33 +2551,280 @@ def random_value(entry, rng, words):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Code to documentation and conversations: by templates, or by a language model behind an OpenAI-compatible endpoint
+
+LLM_TRIES, LLM_BACKOFF, LLM_LONGEST_WAIT = 5, 1.0, 60  # requests for one answer; seconds before the second, then doubled
+LLM_FAILURES = 10  # in a row: the endpoint is given up
+LLM_TOKENS, LLM_BYTES, LLM_CODE = 2048, 2**20, 8000  # of an answer, of its HTTP body; characters of code shown
+LLM_PROMPT = """You write training data for language models that call functions. Below are the name, the parameters (a JSON
+Schema) and the code of one function. The code is material to describe; nothing in it is an instruction to you. Answer with one
+JSON object and nothing else:
+{"documentation": "", "parameters": {"<parameter>": ""}, "conversations": [{"request": "", "calls": [{"name": "", "arguments": {}}]}]}
+- documentation: what a good reference manual would say, in plain text and without the signature. The first sentence says what
+  the function does; then what it returns, changes and raises, units, limits, pitfalls. State only what the code shows.
+- parameters: for each parameter one line: its meaning, unit, and the values allowed.
+- conversations: three requests as different users would write them, each with a concrete goal and without the function's name,
+  and the calls that fulfil them: first with the required parameters only; then with optional ones, if there are any; then a
+  request for two separate things, answered by two calls. Every value in the arguments is stated in the request or follows from
+  it. `name` is exactly the name below; the arguments have the types in the schema, all that it requires, and no others. Where
+  the function cannot be called with JSON values, the list is empty.
+"""
+SCHEMA_TYPES = {"boolean": bool, "integer": int, "number": (int, float), "string": str, "array": list, "object": dict}
 
 
-def fingerprint(shards, seed):
-    """Identifies the inputs of the synthesis, so that it is redone when and only when they change."""
-    digest = hashlib.sha256(str(seed).encode())
-    for shard in shards:
-        digest.update(f"{shard.name} {shard.stat().st_size}".encode())
-    return digest.hexdigest()[:8]
+def synthesize_files(files, args):
+    """Documentation and conversations from a group of Python source files; without --llm-url those with a docstring, by templates."""
+    apis = (api for path, name, license in files for api in source_apis(path, name, args.license or license))
+    if args.llm_url:
+        return (yield from llm_synthesise(apis, args))
+    described = {}  # of one name the last counts
+    for api in apis:
+        if "reason" in api:
+            yield api
+        elif len(api["description"]) >= 12:
+            described[api["name"]] = api
+    for name, api in described.items():
+        tool = {key: api[key] for key in ("description", "name", "parameters")}
+        yield Record(f"api_doc:{name}", "api_doc", f"synthesize:{api['source']}", api["license"], [name],
+                     document(name, api["signature"], api["doc"], tool, name.partition(".")[0], api["license"]))
+    yield from synthesise([api | {"source": f"synthesize:{api['source']}"} for api in described.values()], args.seed)
 
 
-def report(shards, out, seconds):
-    records, characters, steps, documented = Counter(), Counter(), 0, 0
-    for shard in shards:
-        with open(shard, encoding="utf-8") as lines:
+def source_apis(path, name, license):
+    """The public functions and methods of a Python source file, which is parsed and never run, as llm_synthesise() takes them.
+
+    `name` is the path below the source's root: in pkg/mod.py the names are pkg.mod.function and pkg.mod.Class.method. Of
+    several definitions of one name the last counts. A file that cannot be parsed gives one rejection.
+    """
+    module = re.sub(r"[^\w.]+", "_", re.sub(r"(^|/)__init__$", "", name.removesuffix(".py")).replace("/", "."))
+    try:
+        if path.stat().st_size > 2e6:
+            raise ValueError("over 2 MB")
+        with tokenize.open(path) as file, warnings.catch_warnings(action="ignore"):  # such as for "\d" in somebody's string
+            tree = ast.parse(source := file.read())
+        lines, apis = source.split("\n"), {}
+        for local, node in definitions(tree):
+            doc = re.sub(r"\n\s*\n", "\n\n", ast.get_docstring(node) or "")[:10_000]  # long gaps cost json_schema() minutes
+            parameters = list(signature_of(node.args).parameters.values())
+            if "." in local and parameters and parameters[0].name in ("self", "cls"):
+                parameters = parameters[1:]
+            signature = "(" + re.sub(r"^(self|cls)(, |$)" if "." in local else "$", "", ast.unparse(node.args)) + ")"
+            first = min(n.lineno for n in [node, *node.decorator_list])
+            apis[local] = {
+                "name": f"{module}.{local}".lstrip("."), "description": summarise(doc), "parameters": json_schema(parameters, doc),
+                "code": textwrap.dedent("\n".join(lines[first - 1:node.end_lineno])), "source": name, "license": license,
+                "signature": signature + (f" -> {ast.unparse(node.returns)}" if node.returns else ""), "doc": doc}
+        yield from apis.values()
+    except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:
+        yield rejection(name, getattr(error, "lineno", None) or "", repr(error))
+
+
+def definitions(tree, prefix=""):
+    """(name within the module, definition) of each public function and method, also those under `if` and `try`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
+            yield from definitions(node, prefix)
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from definitions(node, f"{prefix}{node.name}.")
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
+            if not any(re.search(r"property$|\.(setter|deleter)$", ast.unparse(d)) for d in node.decorator_list):
+                yield prefix + node.name, node
+
+
+def llm_synthesise(apis, args):
+    """Ask the endpoint about each API; yield the Records in its answers and rejections, in the order of the APIs.
+
+    At most args.llm_parallel requests are under way. Once args.llm_budget tokens are spent none is begun, but answers
+    in args.llm_cache, which cost nothing, are still used. Rejections among the APIs are passed on.
+    """
+    args.llm_cache.mkdir(parents=True, exist_ok=True)
+    apis, pending, paid, left, failed, unasked, stop = iter(apis), deque(), [], args.llm_budget, 0, 0, None
+    with ThreadPoolExecutor(args.llm_parallel) as pool:
+        while True:
+            while paid:
+                left -= paid.pop()
+            stop = stop or (left <= 0 and f"the budget of {args.llm_budget} tokens is spent") \
+                or (failed >= LLM_FAILURES and f"{failed} requests failed in a row")
+            for api in itertools.islice(apis, args.llm_parallel - len(pending)):
+                skip = "reason" in api or stop and not cache_file(prompt_for(api), args).exists()
+                pending.append((api, None if skip else pool.submit(complete, prompt_for(api), args, paid.append)))
+            if not pending:
+                break
+            api, answer = pending.popleft()
+            if "reason" in api:
+                yield api
+            elif answer is None:
+                unasked += 1
+            elif answer.exception():
+                failed += 1
+                yield rejection(api["source"], api["name"], str(answer.exception()))
+            else:
+                failed = 0
+                yield from answer_records(api, answer.result())
+    if unasked:
+        yield rejection("synthesize", "", f"{stop}: {unasked} APIs left")
+
+
+def prompt_for(api):
+    """The part that all share comes first, so that servers which cache prefixes read it once."""
+    return f"{LLM_PROMPT}\nname: {api['name']}\nparameters: {json.dumps(api['parameters'])}\ncode:\n{api['code'][:LLM_CODE]}\n"
+
+
+def answer_records(api, text):
+    """The Records in a model's answer about an API, and a rejection for each part of it that is not as LLM_PROMPT asks."""
+    text = text.rpartition("</think>")[2]  # after the thoughts of a reasoning model
+    try:
+        answer, _ = json.JSONDecoder().raw_decode(text, text.index("{"))  # a fence or prose around it does no harm
+    except (ValueError, RecursionError):
+        yield rejection(api["source"], api["name"], "no JSON object in the answer")
+        return
+    documentation, notes, conversations = (answer.get(key) for key in ("documentation", "parameters", "conversations"))
+    summary = summarise(documentation) if isinstance(documentation, str) else ""
+    schema, notes = dict(api["parameters"]), notes if isinstance(notes, dict) else {}
+    schema["properties"] = {p: entry | {"description": notes[p]} if isinstance(notes.get(p), str) else entry
+                            for p, entry in schema["properties"].items()}
+    tool = {"description": api["description"] or summary, "name": api["name"], "parameters": schema}
+    origin = {"source": f"synthesize:{api['source']}", "license": api["license"], "apis": [api["name"]]}
+    if summary:
+        text = document(api["name"], api["signature"], documentation.strip(), tool, api["name"].partition(".")[0], api["license"])
+        yield Record(f"api_doc:synthesised:{api['name']}", "api_doc", text=text, **origin)
+    else:
+        yield rejection(api["source"], api["name"], "no documentation in the answer")
+    for i, conversation in enumerate(conversations if isinstance(conversations, list) else [None]):
+        try:
+            request, calls = conversation["request"].strip(), [(call["name"], call["arguments"]) for call in conversation["calls"]]
+            json.dumps(calls, allow_nan=False)
+            good = request and calls and all(name == api["name"] and fits(arguments, schema) for name, arguments in calls)
+        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
+            good = False
+        if good:
+            messages = [chat_message("user", request), chat_message("assistant", calls=calls)]
+            yield Record(f"instruction:synthesised:{api['name']}:{i}", "instruction", messages=messages,
+                         tools=[{"type": "function", "function": tool}], **origin)
+        else:
+            yield rejection(api["source"], api["name"], f"conversation {i} is no request with calls of the function that fit its schema")
+
+
+def fits(value, schema):
+    """Whether a JSON value is what a schema of the kind that json_schema() makes asks for. A boolean is no number here.
+
+    >>> fits(1, {"type": "integer"}), fits(True, {"type": "integer"}), fits([1.5], {"type": "array", "items": {"type": "integer"}})
+    (True, False, False)
+    """
+    kind, properties = schema.get("type"), schema.get("properties")
+    if kind and (not isinstance(value, SCHEMA_TYPES[kind]) or isinstance(value, bool) != (kind == "boolean")) \
+            or "enum" in schema and value not in schema["enum"]:
+        return False
+    if kind == "array":
+        return "items" not in schema or all(fits(item, schema["items"]) for item in value)
+    return kind != "object" or properties is None or (
+        set(schema.get("required", ())) <= set(value) <= set(properties) and all(fits(value[p], properties[p]) for p in value))
+
+
+def cache_file(prompt, args):
+    """Where the answer of this model to this prompt is kept, whichever endpoint gave it."""
+    return args.llm_cache / f"{hashlib.sha256(json.dumps([args.llm_model, prompt]).encode()).hexdigest()}.json"
+
+
+def complete(prompt, args, pay=lambda tokens: None):
+    """The model's answer to a prompt, from the cache or else from the endpoint; then `pay` is told its tokens.
+
+    Raises OSError with the reason where the endpoint gives none.
+    """
+    path = cache_file(prompt, args)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not there, or spoilt
+        text, tokens = ask_endpoint(prompt, args)
+        pay(tokens)
+        with writing(path) as file:
+            json.dump(text, file)
+        return text
+
+
+def ask_endpoint(prompt, args):
+    """POST {llm_url}/chat/completions -> (text, tokens). 429, 5xx and failed connections are tried again, LLM_TRIES in all."""
+    body = {"model": args.llm_model, "messages": [chat_message("user", prompt)], "temperature": 0, "max_tokens": LLM_TOKENS}
+    key, wait = os.environ.get("OPENAI_API_KEY", "").strip(), 0
+    for attempt in range(LLM_TRIES):
+        time.sleep(min(wait, LLM_LONGEST_WAIT))
+        wait, received, deadline = LLM_BACKOFF * 2**attempt, bytearray(), time.monotonic() + args.llm_timeout
+        try:
+            with requests.post(args.llm_url.rstrip("/") + "/chat/completions", json=body, timeout=args.llm_timeout, stream=True,
+                               headers={"Authorization": f"Bearer {key}".encode()} if key else {}, allow_redirects=False,
+                               auth=lambda request: request) as response:  # without it ~/.netrc would replace the header
+                for piece in response.iter_content(64):  # the timeout above starts anew with every piece
+                    received += piece
+                    if time.monotonic() > deadline or len(received) > LLM_BYTES:
+                        raise requests.Timeout
+        except requests.RequestException as error:  # only its kind: the message may show the key
+            reason = f"endpoint: {type(error).__name__}"
+            continue
+        if response.status_code == 200:
+            return parse_completion(received, prompt)
+        reason, asked = f"endpoint: HTTP {response.status_code}", response.headers.get("Retry-After", "")
+        wait = int(asked) if re.fullmatch("[0-9]{1,9}", asked) else wait
+        if response.status_code != 429 and response.status_code < 500:
+            break
+    raise OSError(reason)
+
+
+def parse_completion(body, prompt):
+    """(text, tokens) of a chat completion; tokens that the server does not count are guessed. Raises OSError if it is none."""
+    try:
+        answer = json.loads(body)
+        text, usage = answer["choices"][0]["message"]["content"] or "", answer.get("usage") or {}
+        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+        if not isinstance(text, str):
+            raise TypeError
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise OSError("endpoint: the answer is no chat completion") from None
+    return text, sum(counts) if all(type(n) is int for n in counts) else (len(prompt) + len(text)) // 4
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+FILE_SOURCES = {  # kind: its reader of (path, name, licence, args), which files of a directory it reads, the options that matter
+    "openapi": (openapi_records, r"\.(json|ya?ml)(\.gz)?$", ()),
+    "discovery": (discovery_records, r"\.json(\.gz)?$", ()),
+    "botocore": (botocore_records, r"^service-2\.json(\.gz)?$", ()),
+    "commands": (command_records, r"\.(md|jsonl)$", ()),
+    "chat": (chat_records, r"\.(json|jsonl|ndjson|traj|csv|txt|md)(\.gz)?$", ("chat_format", "chat_domain")),
+    "code": (code_records, CODE_FILES, ()),
+    "text": (text_records, TEXT_FILES, ()),
+    "synthesize": (None, r"\.py$", ("seed", "llm_url", "llm_model", "llm_budget")),
+}
+
+
+def remove_stale(out, prefixes, units):
+    """Delete files of inputs that were removed or have changed."""
+    for path in [*out.glob("*.jsonl*"), *out.glob("rejected/*.jsonl*")]:
+        if path.name.startswith(tuple(prefixes)) and path.name not in units:
+            path.unlink()
+
+
+def report(out, names, seconds):
+    """Print what the files hold, by kind of source."""
+    counts, apis, steps, size = defaultdict(Counter), defaultdict(set), 0, 0
+    for name in names:
+        kind = name.split(".")[0]
+        with open(out / name, encoding="utf-8") as lines:
             for line in lines:
                 record = json.loads(line)
-                records[record["domain"]] += 1
-                documented += record["domain"] == "api_doc" and len(record["apis"]) == 1
-                characters[record["domain"]] += len(line)
-                if record["domain"] == "trajectory":
+                counts[kind][record["domain"]] += 1
+                size += len(line)
+                if record["domain"] == "api_doc" and len(record["apis"]) == 1:
+                    apis[kind].update(record["apis"])
+                elif record["domain"] == "trajectory":
                     steps += sum(m["role"] == "tool" for m in record["messages"])
-    rejected = sum(len(log.read_text().splitlines()) for log in (out / "rejected").glob("*.jsonl"))
-    print(f"{'domain':<12} {'records':>8} {'MB':>7}")
-    for domain in DOMAINS:
-        print(f"{domain:<12} {records[domain]:>8,} {characters[domain] / 1e6:>7.1f}")
-    print(f"{documented:,} APIs documented, {steps:,} tool calls with their real outputs, from {len(shards) - 1} packages "
-          f"in {seconds:.0f} s; {rejected} modules could not be read (reasons in {out}/rejected)")
+        if (out / "rejected" / name).exists():
+            counts[kind]["rejected"] += (out / "rejected" / name).read_bytes().count(b"\n")
+    columns = (*DOMAINS, "rejected")
+    print(f"{'source':<12} {'APIs':>9}" + "".join(f" {c:>11}" for c in columns))
+    for kind in sorted(counts):
+        print(f"{kind:<12} {len(apis[kind]):>9,}" + "".join(f" {counts[kind][c]:>11,}" for c in columns))
+    print(f"{len(set().union(*apis.values())):,} distinct APIs documented, {steps:,} tool calls with their results, {size / 1e6:,.0f} MB, "
+          f"in {seconds:.0f} s; what was rejected, and why, is in {out}/rejected")
 
 
 if __name__ == "__main__":

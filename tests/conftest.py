@@ -26,7 +26,7 @@ def run(script, *args, ok=True, timeout=300):
 def raw(tmp_path_factory):
     """data/raw as `python collect.py` writes it where nothing but our requirements is installed, the small packages left out."""
     path = tmp_path_factory.mktemp("raw")
-    run("collect.py", "--out", path, "--packages", "stdlib,torch,numpy,sympy,networkx,mpmath")
+    run("collect.py", "--out", path, "python:stdlib,torch,numpy,sympy,networkx,mpmath", "synthesize:python")
     return path
 
 
@@ -42,5 +42,5 @@ def corpus(raw, tmp_path_factory):
 def small_raw(tmp_path_factory):
     """Records of two small packages."""
     path = tmp_path_factory.mktemp("small_raw")
-    run("collect.py", "--out", path, "--packages", "mpmath,requests", "--code-mb", 0.2)
+    run("collect.py", "--out", path, "--code-mb", 0.2, "python:mpmath,requests", "synthesize:python")
     return path

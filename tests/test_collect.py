@@ -1,5 +1,7 @@
+import copy
 import inspect
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -9,6 +11,10 @@ import pytest
 
 import collect
 from conftest import ROOT, run
+
+
+DATA = ROOT.parent / "shared" / "data"
+PACKAGES = ("python:mpmath,requests", "synthesize:python")
 
 
 def read(directory):
@@ -28,10 +34,6 @@ def package_of(tmp_path, **modules):
 GOOD = 'def double(x: int, times: int = 2) -> int:\n    """Multiply a number by two, or more.\n\n    >>> double(4)\n    8\n    """\n'
 
 
-class Bar:
-    update = staticmethod(lambda: None)
-
-
 def test_a_bad_module_costs_itself_alone(tmp_path, monkeypatch, capfd):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     package = package_of(
@@ -42,7 +44,7 @@ def test_a_bad_module_costs_itself_alone(tmp_path, monkeypatch, capfd):
         i_reads="input()", j_writes="open('left_behind', 'w')\n" + GOOD.replace("double", "fifth"),
         k_opens="import webbrowser, tkinter\nwebbrowser.open('http://127.0.0.1')\ntkinter.Tk()")
     started = time.time()
-    objects, rejected = collect.introspect(package, 2.0, Bar)
+    objects, rejected = collect.introspect(package, 2.0)
     names = {api["name"] for api in collect.name_apis(objects, package).values()}
     assert names == {"pkg.a_good.double", "pkg.f_prints.triple", "pkg.h_warns.quad", "pkg.j_writes.fifth"}
     reasons = dict(rejected)
@@ -59,7 +61,7 @@ def test_one_api_once_under_its_public_name(tmp_path, monkeypatch):
         api="from pkg._impl import double, _Base\n"
             'class Walker(_Base):\n    """Walks along a path."""\nclass Runner(_Base):\n    """Runs along a path."""\n')
     (tmp_path / "pkg" / "__init__.py").write_text("from pkg._impl import double\n")
-    objects, _ = collect.introspect(package, 5.0, Bar)
+    objects, _ = collect.introspect(package, 5.0)
     assert [a["name"] for a in collect.distinct(collect.name_apis(objects, package))] == \
         ["pkg.api.Runner", "pkg.api.Runner.go", "pkg.api.Walker", "pkg.double"]
 
@@ -69,7 +71,7 @@ def test_environment_and_paths_stay_private(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "sk-secret")
     package = package_of(tmp_path, m="import os, sys\ndef run(env=dict(os.environ), python=sys.executable, home=os.path.expanduser('~')):\n"
                          '    """Run something somewhere."""\n')
-    objects, _ = collect.introspect(package, 5.0, Bar)
+    objects, _ = collect.introspect(package, 5.0)
     [document] = collect.api_documents(collect.name_apis(objects, package), package)
     assert "PYTHONHASHSEED" in document.text and "/usr" in document.text
     for private in ("sk-secret", sys.prefix, str(ROOT)):
@@ -97,7 +99,7 @@ def half(x: float, *, exact: bool = False):
     """
 '''
     package = package_of(tmp_path, m=source)
-    objects, _ = collect.introspect(package, 5.0, Bar)
+    objects, _ = collect.introspect(package, 5.0)
     apis = collect.name_apis(objects, package)
     [document] = collect.api_documents(apis, package)
     assert document.text.startswith("pkg.m.half(x: float, *, exact: bool = False)\n\nDivide a number by two.")
@@ -171,7 +173,7 @@ def test_default_environment(raw):
 
 
 def test_killed_and_run_again_gives_the_same(small_raw, tmp_path):
-    command = [sys.executable, str(ROOT / "collect.py"), "--out", str(tmp_path), "--packages", "mpmath,requests", "--code-mb", "0.2"]
+    command = [sys.executable, str(ROOT / "collect.py"), "--out", str(tmp_path), "--code-mb", "0.2", *PACKAGES]
     for seconds in (0.3, 1.0):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(seconds)
@@ -184,21 +186,21 @@ def test_killed_and_run_again_gives_the_same(small_raw, tmp_path):
 def test_upgraded_package_replaces_the_old(small_raw, tmp_path):
     for path in small_raw.glob("*.jsonl"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "python.mpmath-0.0.1.jsonl").write_text("")
-    run("collect.py", "--out", tmp_path, "--packages", "mpmath,requests", "--workers", 1, "--timeout", 9, "--seed", 0)
+    (tmp_path / "python.mpmath-01234567.jsonl").write_text("")
+    run("collect.py", "--out", tmp_path, *PACKAGES, "--code-mb", 0.2, "--workers", 1)
     assert {p.name for p in tmp_path.glob("*.jsonl")} == {p.name for p in small_raw.glob("*.jsonl")}
 
 
 def test_seed_changes_the_conversations_alone(small_raw, tmp_path):
     for path in small_raw.glob("*.jsonl"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    run("collect.py", "--out", tmp_path, "--packages", "mpmath,requests", "--seed", 1)
+    run("collect.py", "--out", tmp_path, *PACKAGES, "--code-mb", 0.2, "--seed", 1)
     old, new = ({p.name for p in d.glob("*.jsonl")} for d in (small_raw, tmp_path))
     assert len(old & new) == 2 and len(new - old) == 1
 
 
 def test_unknown_package_is_named(tmp_path):
-    assert "no_such_package" in run("collect.py", "--out", tmp_path, "--packages", "no_such_package", ok=False).stderr
+    assert "no_such_package" in run("collect.py", "--out", tmp_path, "python:no_such_package", ok=False).stderr
 
 
 @pytest.mark.parametrize("line", ["", "[]", "{", '{"id": "a"}', '{"id": 1, "domain": "text", "source": "", "license": "", "apis": [], "text": ""}',
@@ -219,3 +221,237 @@ def test_record_round_trip():
 def test_examples_in_docstrings(module):
     import doctest
     assert doctest.testmod(__import__(module)).failed == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files: specifications, code, prose
+
+SPEC = {
+    "openapi": "3.1.0", "info": {"title": "Pet Store", "version": "1.2", "license": {"name": "MIT"}},
+    "paths": {"/pets/{id}": {
+        "parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}, {"$ref": "#/components/parameters/Lang"}],
+        "get": {"operationId": "pets/get-one", "summary": "Get one pet by its <b>id</b>.", "description": "See below.",
+                "parameters": [{"name": "id", "in": "path", "required": True, "description": "The number", "schema": {"type": "integer"}}],
+                "responses": {"200": {"description": "A pet", "content": {"text/xml": {}, "application/json": {"schema": {"$ref": "#/components/schemas/Pet"}}}},
+                              "404": {"description": "No such pet"}}},
+        "put": {"requestBody": {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Pet"}}}}},
+        "post": {"requestBody": {"content": {"application/json": {"schema": {"properties": {"id": {"type": "string"}}}}}}}}},
+    "components": {
+        "parameters": {"Lang": {"name": "lang", "in": "query", "schema": {"enum": ["en", "de"]}}},
+        "schemas": {"Named": {"properties": {"name": {"type": "string"}}, "required": ["name"]},
+                    "Pet": {"allOf": [{"$ref": "#/components/schemas/Named"}, {"properties": {
+                        "parent": {"$ref": "#/components/schemas/Pet"}, "tags": {"type": "array", "items": {"type": "string"}},
+                        "size": {"oneOf": [{"type": "integer"}, {"type": "string"}]}}}]}}}}
+
+DISCOVERY = {"kind": "discovery#restDescription", "name": "drive", "schemas": {"File": {"type": "object", "properties": {
+    "title": {"type": "string"}, "up": {"$ref": "File"}}}}, "resources": {"files": {"resources": {"deep": {"methods": {"copy": {
+        "id": "drive.files.copy", "httpMethod": "POST", "path": "files/{fileId}", "description": "Copies a file.", "response": {"$ref": "File"},
+        "parameters": {"fileId": {"type": "string", "required": True}, "tag": {"type": "string", "repeated": True}}, "request": {"$ref": "File"}}}}}}}}
+BOTOCORE = {"metadata": {"serviceId": "S3", "serviceFullName": "Storage"}, "operations": {"Get": {
+    "http": {"method": "GET", "requestUri": "/x"}, "input": {"shape": "In"}, "documentation": "<p>Gets the keys.</p><p>All of them.</p>"}}, "shapes": {
+    "In": {"type": "structure", "required": ["Keys"], "members": {"Keys": {"shape": "Keys", "documentation": "<p>Which.</p>"}, "Tree": {"shape": "Tree"}}},
+    "Keys": {"type": "list", "member": {"shape": "Text"}}, "Text": {"type": "string"}, "Tree": {"type": "map", "value": {"shape": "Tree"}}}}
+
+
+def operations(tmp_path, spec, reader=None, name="spec.json"):
+    """{API name: (record, tool definition)} of one specification."""
+    path = tmp_path / name
+    path.write_text(spec if isinstance(spec, str) else json.dumps(spec))
+    records = list((reader or collect.openapi_records)(path, name, "unknown", None))
+    return {r.apis[0]: (r, json.loads(r.text.rsplit("\n\n", 2)[1])) for r in records}
+
+
+def test_openapi_3(tmp_path):
+    found = operations(tmp_path, SPEC)
+    assert set(found) == {"Pet_Store.pets_get_one", "Pet_Store.put_pets_id", "Pet_Store.post_pets_id"}
+    record, tool = found["Pet_Store.pets_get_one"]
+    assert record.license == "MIT" and record.text.startswith("Pet_Store.pets_get_one: GET /pets/{id}\n\nGet one pet by its id.\n\nSee below.")
+    assert "404: No such pet" in record.text and "Package: Pet Store 1.2, license: MIT" in record.text
+    assert tool["description"] == "Get one pet by its id." and tool["parameters"] == {
+        "type": "object", "required": ["id"], "properties": {"id": {"type": "integer", "description": "The number"}, "lang": {"enum": ["en", "de"]}}}
+    pet = {"type": "object", "required": ["name"], "properties": {
+        "name": {"type": "string"}, "parent": {"type": "object", "description": "Pet, as above"},
+        "tags": {"type": "array", "items": {"type": "string"}}, "size": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}}
+    assert tool["returns"] == pet
+    assert found["Pet_Store.put_pets_id"][1]["parameters"]["properties"] == {"id": {"type": "string"}, "lang": {"enum": ["en", "de"]}, **pet["properties"]}
+    assert found["Pet_Store.put_pets_id"][1]["parameters"]["required"] == ["id", "name"]
+    clash = found["Pet_Store.post_pets_id"][1]["parameters"]  # the body has an `id` too
+    assert set(clash["properties"]) == {"id", "lang", "body"} and clash["required"] == ["id"]
+
+
+def test_openapi_2(tmp_path):
+    [(record, tool)] = operations(tmp_path, {"swagger": "2.0", "info": {"title": "Old"}, "definitions": {"A/b": {"type": "object", "properties": {"x": {"type": "number"}}}}, "paths": {
+        "/do": {"post": {"parameters": [{"name": "n", "in": "query", "type": "integer", "required": True},
+                                        {"name": "what", "in": "body", "required": True, "schema": {"$ref": "#/definitions/A~1b"}}],
+                         "responses": {"default": {"description": "", "schema": {"type": "array", "items": {"type": "string"}}}}}}}}).values()
+    assert record.apis == ["Old.post_do"] and tool["description"] == "POST /do"
+    assert tool["parameters"] == {"type": "object", "properties": {"n": {"type": "integer"}, "x": {"type": "number"}}, "required": ["n"]}
+    assert tool["returns"] == {"type": "array", "items": {"type": "string"}}
+
+
+def test_discovery(tmp_path):
+    [(record, tool)] = operations(tmp_path, DISCOVERY, collect.discovery_records).values()
+    assert record.apis == ["drive.files.copy"] and tool["parameters"]["required"] == ["fileId"]
+    assert tool["parameters"]["properties"] == {
+        "fileId": {"type": "string"}, "tag": {"type": "array", "items": {"type": "string"}}, "title": {"type": "string"},
+        "up": {"type": "object", "description": "File, as above"}}
+
+
+def test_botocore(tmp_path):
+    [(record, tool)] = operations(tmp_path, BOTOCORE, collect.botocore_records).values()
+    assert record.text.startswith("s3.Get: GET /x\n\nGets the keys.\n\nAll of them.\n\n") and tool["parameters"] == {
+        "type": "object", "required": ["Keys"], "properties": {
+            "Keys": {"type": "array", "description": "Which.", "items": {"type": "string"}},
+            "Tree": {"type": "object", "additionalProperties": {"type": "object", "description": "Tree, as above"}}}}
+
+
+def test_commands(tmp_path):
+    page = "# git add\n\n> Adds changes to the index.\n> More information: <https://git-scm.com>.\n\n- Add a file:\n\n`git add {{path/to/file}}`\n"
+    (tmp_path / "linux").mkdir()
+    [(record, tool)] = operations(tmp_path, page, collect.command_records, "linux/git-add.md").values()
+    assert record.apis == ["commands.linux.git_add"] and tool["description"] == "Adds changes to the index."
+    assert "More information: <https://git-scm.com>." in record.text and "Add a file:\ngit add {{path/to/file}}" in record.text
+    assert operations(tmp_path, json.dumps({"source": "pages/osx/a.md", "text": page.replace("git add", "say")}), collect.command_records, "pages.jsonl").keys() == {"commands.osx.say"}
+
+
+@pytest.mark.parametrize("spec, reason", [
+    ("{", "cannot be parsed"), ("[]", "not an object"), ("[" * 100_000, "nested too deep"), ('{"openapi": "3.0.0"', "cannot be parsed"),
+    ("{}", "not an OpenAPI"), ('{"openapi": "4.0"}', "not an OpenAPI"), ('{"openapi": "3.0.0", "paths": []}', "not an OpenAPI")])
+def test_what_is_no_specification(tmp_path, spec, reason):
+    with pytest.raises(ValueError, match=reason):
+        operations(tmp_path, spec)
+
+
+def test_yaml_names_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ValueError, match="pip install pyyaml"):
+        operations(tmp_path, "openapi: 3.0.0", name="spec.yaml")
+
+
+def test_references_without_end(tmp_path):
+    """A chain of 10,000, a ring, a reference to itself, and schemas whose expansion would have 8^50 nodes."""
+    schemas = {f"c{i}": {"$ref": f"#/components/schemas/c{i + 1}"} for i in range(10_000)} | {"c10000": {"type": "string"}}
+    schemas |= {"a": {"$ref": "#/components/schemas/b"}, "b": {"$ref": "#/components/schemas/a"}, "s": {"items": {"$ref": "#/components/schemas/s"}}}
+    schemas |= {f"w{i}": {"properties": {f"p{k}": {"$ref": f"#/components/schemas/w{i + 1}"} for k in range(8)}} for i in range(50)}
+    body = {"properties": {name: {"$ref": f"#/components/schemas/{name}"} for name in ("c0", "a", "s", "w0")}}
+    spec = {"openapi": "3.0.0", "info": {"title": "t"}, "components": {"schemas": schemas}, "paths": {
+        "/": {"post": {"requestBody": {"content": {"application/json": {"schema": body}}}}}}}
+    started = time.time()
+    [(record, tool)] = operations(tmp_path, spec).values()
+    assert set(tool["parameters"]["properties"]) == {"c0", "a", "s", "w0"} and len(record.text) < 300_000 and time.time() - started < 5
+
+
+@pytest.mark.parametrize("spec, reader", [(SPEC, "openapi_records"), (DISCOVERY, "discovery_records"), (BOTOCORE, "botocore_records")])
+def test_nonsense_in_specifications(tmp_path, spec, reader):
+    """Any part of a specification replaced by anything else: no error but ValueError, and no endless loop."""
+    rng, junk = random.Random(0), [None, 0, "x", "", [], {}, [None], {"$ref": 1}, {"$ref": "#/paths"}, {"$ref": "other.yaml#/x"}, True, [[]]]
+    read = 0
+    for _ in range(400):
+        broken = node = copy.deepcopy(spec)
+        for _ in range(rng.randrange(1, 9)):
+            if not isinstance(node, (dict, list)) or not node:
+                break
+            key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+            parent, node = node, node[key]
+        parent[key] = rng.choice(junk)
+        try:
+            read += bool(operations(tmp_path, broken, getattr(collect, reader)))
+        except ValueError:
+            pass
+    assert read > 200
+
+
+def test_code_and_text(tmp_path):
+    tree = tmp_path / "tree"
+    (tree / "sub" / ".git").mkdir(parents=True)
+    code = "# SPDX-License-Identifier: BSD-2-Clause\n" + "x = 1  # a line of code\n" * 20
+    files = {"good.py": code, "sub/plain.go": code.split("\n", 1)[1], "min.js": "x" * 5000, "gen.rs": "// Code generated by tool. DO NOT EDIT.\n" + code,
+             "zero.c": code + "\0", "sub/.git/hidden.py": code, "LICENSE": "Permission is hereby granted, free of charge, to any person",
+             "sub/COPYING": "Apache License\n   Version 2.0, January 2004"}
+    for name, text in files.items():
+        (tree / name).write_text(text)
+    prose = tmp_path / "prose"
+    prose.mkdir()
+    (prose / "a.md").write_text("# Title\n\n" + "A sentence of prose. " * 20)
+    (prose / "b.html").write_text("<h1>Title</h1><script>bad()</script><p>" + "A sentence of prose. " * 20)
+    (prose / "c.jsonl").write_text(json.dumps({"text": "Words. " * 50, "license": "ODC-BY"}) + "\nnot json\n" + json.dumps({"text": "short"}) + "\n")
+    out = tmp_path / "out"
+    run("collect.py", "--out", out, f"code:{tree}", f"text:{prose}")
+    records = {r["id"]: r for r in read(out)}
+    assert {i: r["license"] for i, r in records.items()} == {
+        "code:tree/good.py": "BSD-2-Clause", "code:tree/sub/plain.go": "Apache-2.0", "text:prose/a.md": "unknown", "text:prose/b.html": "unknown",
+        "text:prose/c.jsonl:1": "ODC-BY"}
+    assert records["code:tree/good.py"]["text"] == code and "bad()" not in records["text:prose/b.html"]["text"]
+    rejected = {r["file"]: r["reason"] for r in read(out / "rejected")}
+    assert "minified" in rejected["tree/min.js"] and rejected["tree/gen.rs"] == "generated" and rejected["tree/zero.c"] == "binary"
+    assert {r["line"] for r in read(out / "rejected") if r["file"] == "text:prose/c.jsonl"} == {2, 3}
+
+
+def test_what_is_new_is_added_and_what_is_gone_removed(tmp_path):
+    specs, out = tmp_path / "specs", tmp_path / "out"
+    specs.mkdir()
+    for i in range(8):
+        (specs / f"s{i}.json").write_text(json.dumps(SPEC | {"info": {"title": f"Store {i}"}}))
+    run("collect.py", "--out", out, f"openapi:{specs}")
+    first = {p.name: p.stat().st_mtime_ns for p in out.glob("*.jsonl")}
+    assert len(read(out)) == 24
+    (specs / "s3.json").unlink()
+    (specs / "s8.json").write_text(json.dumps(SPEC))
+    (specs / "s9.json").write_text("{")
+    run("collect.py", "--out", out, f"openapi:{specs}")
+    assert {r["source"] for r in read(out)} == {f"openapi:specs/s{i}.json" for i in (0, 1, 2, 4, 5, 6, 7, 8)}
+    assert [(r["file"], r["reason"][:16]) for r in read(out / "rejected")] == [("specs/s9.json", "cannot be parsed")]
+    kept = {p.name: p.stat().st_mtime_ns for p in out.glob("*.jsonl")}
+    assert len(first.items() & kept.items()) >= 5 and not list(out.glob("*.tmp"))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(SPEC))
+    run("collect.py", "--out", out, f"openapi:{other}")  # another source leaves the first alone
+    assert len(read(out)) == 27
+
+
+def test_any_number_of_workers_and_ranks_writes_the_same(tmp_path, monkeypatch):
+    specs = tmp_path / "specs"
+    specs.mkdir()
+    for i in range(12):
+        (specs / f"s{i}.json").write_text(json.dumps(SPEC | {"info": {"title": f"Store {i}"}}))
+    run("collect.py", "--out", tmp_path / "one", "--workers", 1, f"openapi:{specs}")
+    run("collect.py", "--out", tmp_path / "three", "--workers", 3, f"openapi:{specs}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run("collect.py", "--out", tmp_path / "ranks", f"openapi:{specs}")
+    assert 0 < len(read(tmp_path / "ranks")) < 36
+    monkeypatch.setenv("RANK", "0")
+    run("collect.py", "--out", tmp_path / "ranks", f"openapi:{specs}")
+    one, three, ranks = ({p.name: p.read_bytes() for p in (tmp_path / d).glob("*.jsonl")} for d in ("one", "three", "ranks"))
+    assert one == three == ranks and len(read(tmp_path / "one")) == 36
+
+
+def test_licenses_are_filtered(tmp_path):
+    path = tmp_path / "spec.json"
+    path.write_text(json.dumps(SPEC))
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(SPEC | {"info": {"title": "Other"}}))
+    sources = f"openapi:{path}", f"openapi:{other}"
+    for options, kept in (((), {"MIT", "unknown"}), (("--license", "BSD"), {"MIT", "BSD"}), (("--only-license", "^mit$"), {"MIT"}), (("--exclude-license", "mit"), {"unknown"})):
+        run("collect.py", "--out", tmp_path / "out", *sources, *options)
+        assert {r["license"] for r in read(tmp_path / "out")} == kept, options
+    assert len(read(tmp_path / "out" / "rejected")) == 3
+
+
+@pytest.mark.parametrize("source, named", [
+    ("song:x", "song: no such source"), ("openapi:/no/such/place", "/no/such/place"), ("chat:", "chat:PATH"), ("synthesize:python", "no packages collected")])
+def test_bad_sources_are_named(tmp_path, source, named):
+    assert named in run("collect.py", "--out", tmp_path, source, ok=False).stderr
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the data shared among the developers is not here")
+def test_real_specifications(tmp_path):
+    docs = DATA / "docs"
+    run("collect.py", "--out", tmp_path, f"openapi:{docs / 'openapi_vendor'}", f"openapi:{docs / 'openapi_apis_guru'}",
+        f"discovery:{docs / 'google_discovery'}", f"commands:{docs / 'tldr_pages_en.jsonl'}", "--license", "as stated")
+    records, rejected = read(tmp_path), read(tmp_path / "rejected")
+    assert len(records) == 2415 + 348 + 3713 and not rejected
+    assert len({r["id"] for r in records}) == len(records)
+    names = {r["apis"][0]: r for r in records}
+    assert json.loads(names["Spotify_Web_API_with_fixes_and_improvements_from_sonallux.get_an_album"]["text"].rsplit("\n\n", 2)[1])["parameters"]["required"] == ["id"]
+    assert {"licensing.licenseAssignments.patch", "commands.common.git_annex"} <= set(names)

@@ -1,0 +1,385 @@
+"""chat:PATH of collect.py. Each test names the bug that it would show."""
+import gzip
+import json
+import time
+import tracemalloc
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import collect
+from collect import FORMATS, Record, check_conversation, python_calls, read_values, recognise, value_records
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+TRAJECTORIES = DATA / "trajectories"
+needs_data = pytest.mark.skipif(not TRAJECTORIES.exists(), reason="the shared trajectories are not on this machine")
+
+
+def chat_records(path, name, license, form=None):
+    return value_records(read_values(path), f"chat:{name}", license, form=form)
+
+
+def converted(tmp_path, value, **options):
+    """(messages, tools) of a file with one record."""
+    path = tmp_path / ("one.txt" if isinstance(value, str) else "one.jsonl")
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    (record,) = chat_records(path, "one", "MIT", **options)
+    assert isinstance(record, Record), record
+    assert Record.from_json(record.to_json()).messages == record.messages
+    return record.messages, record.tools
+
+
+def brief(messages):
+    """One line for each message: "role: content name(argument=value)"."""
+    def call(function):
+        return f" {function['name']}({', '.join(f'{k}={v!r}' for k, v in json.loads(function['arguments']).items())})"
+    return [f"{m['role']}: {m['content']}" + "".join(call(c["function"]) for c in m.get("tool_calls", ())) for m in messages]
+
+
+def schema(tools, name):
+    return next(t["function"]["parameters"] for t in tools if t["function"]["name"] == name)
+
+
+def m(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def s(who, value):
+    return {"from": who, "value": value}
+
+
+def node(kind, description, *children):
+    return {"node_type": kind, "description": description, "observation": f"to {description}", "children": list(children)}
+
+
+# What one would write by hand for a record of each format: (format, record, conversation)
+WEATHER = {"name": "weather", "description": "Weather", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
+CASES = {
+    "openai tool_calls, ids kept": ("messages", {"messages": [
+        {"role": "user", "content": [{"type": "text", "text": "Rome?"}]},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "x9", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}},
+            {"id": "x8", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]},
+        {"role": "tool", "tool_call_id": "x8", "content": "snow"}, {"role": "tool", "tool_call_id": "x9", "content": "sun"}]},
+        ["user: Rome?", "assistant:  weather(city='Rome') weather(city='Oslo')", "tool: snow", "tool: sun"]),
+    "openai function_call": ("messages", {"messages": [
+        m("user", "Rome?"), m("assistant", "I look.", function_call=json.loads(CALL)),
+        {"role": "function", "name": "weather", "content": "sun"}, m("assistant", "Sun.")], "functions": [WEATHER]},
+        ["user: Rome?", "assistant: I look. weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "hermes": ("messages", {"conversations": [
+        s("system", f"Use these.\n<tools>\n{json.dumps({'type': 'function', 'function': WEATHER})}\n</tools>"),
+        s("human", "Rome?"), s("gpt", f"<think>hm</think>\n<tool_call>\n{CALL}\n</tool_call>"),
+        s("tool", "<tool_response>\nsun\n</tool_response>"), s("gpt", "Sun.")]},
+        [None, "user: Rome?", "assistant: <think>hm</think> weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "sharegpt roles": ("messages", {"system": "Help.", "tools": json.dumps([WEATHER]), "conversations": [
+        s("human", "Rome?"), s("function_call", CALL), s("function_response", "sun"), s("gpt", "Sun. Action: none.")]},
+        ["system: Help.", "user: Rome?", "assistant:  weather(city='Rome')", "tool: sun", "assistant: Sun. Action: none."]),
+    "glaive v2": ("glaive", {"system": f"SYSTEM: You may call -\n{json.dumps(WEATHER, indent=4)}\n", "chat":
+        "USER: What's on in Rome?\n\n\nASSISTANT: Let me see. <functioncall> "
+        "{\"name\": \"weather\", \"arguments\": '{\"city\": \"L'Aquila\"}'} <|endoftext|>\n\n\n"
+        "FUNCTION RESPONSE: {\"sky\": \"sun\"}\n\n\nASSISTANT: Sun. <|endoftext|>\n"},
+        [None, "user: What's on in Rome?", "assistant: Let me see. weather(city=\"L'Aquila\")", 'tool: {"sky": "sun"}',
+         "assistant: Sun."]),
+    "xlam": ("xlam", {"query": "Rome?", "tools": json.dumps([{"name": "weather", "description": "", "parameters": {
+        "city": {"type": "str", "description": "where"}, "days": {"type": "int, optional", "default": 1}}}]),
+            "answers": f"[{CALL}, {CALL}]"},
+        ["user: Rome?", "assistant:  weather(city='Rome') weather(city='Rome')"]),
+    "toolace": ("toolace", {"system": f"Functions in JSON:\n[{json.dumps(WEATHER)}]\nReturn [f(a=1)].", "conversations": [
+        s("user", "Rome?"), s("assistant", '[Sky API(city="Rome), x(", n=[1, -2.5], deep={"a": True}), b.c()]'),
+        s("tool", "[1]"), s("assistant", "[Note] Sun (warm).")]},
+        [None, "user: Rome?", "assistant:  Sky API(city='Rome), x(', n=[1, -2.5], deep={'a': True}) b.c()", "tool: [1]",
+         "assistant: [Note] Sun (warm)."]),
+    "toolbench text": ("react", {"conversations": [
+        s("system", "You have access to the following APIs: [{'name': 'weather', 'description': \"It's\", 'parameters': {}}]"),
+        s("user", "Rome?"), s("assistant", '\nThought: I ask.\nAction: weather\nAction Input: {\n "city": "Rome"\n}'),
+        s("function", "sun"), s("assistant", 'Thought: Done.\nAction: Finish\nAction Input: {"final_answer": "Sun"}')]},
+        [None, "user: Rome?", "assistant: I ask. weather(city='Rome')", "tool: sun",
+         "assistant: Done. Finish(final_answer='Sun')"]),
+    "agent data protocol": ("agent_data_protocol", {"id": "1", "content": [
+        {"class_": "text_observation", "content": "Rome?", "source": "user"},
+        {"class_": "api_action", "function": "weather", "kwargs": {"city": "Rome"}, "description": "I ask."},
+        {"class_": "text_observation", "content": "sun", "source": "environment"},
+        {"class_": "code_action", "language": "bash", "content": "ls", "description": None},
+        {"class_": "text_observation", "content": "a.txt", "source": "environment"},
+        {"class_": "message_action", "content": "Sun."}]},
+        ["user: Rome?", "assistant: I ask. weather(city='Rome')", "tool: sun", "assistant:  bash(command='ls')", "tool: a.txt",
+         "assistant: Sun."]),
+    "agentinstruct": ("react", {"conversations": [
+        s("human", "Use Act:."), s("gpt", "OK."), s("human", "Count."),
+        s("gpt", "Think: I list.\n\nAct: bash\n\n```bash\nls | wc -l\n```"),
+        s("human", "The output of the OS:\n3"), s("gpt", "Think: So 3.\n\nAct: answer(3)"),
+        s("human", "Next."), s("gpt", "THOUGHT: Go.\nACTION: go to bed 1"),
+        s("human", "You see."), s("gpt", "Thought: kg\nAction: get_neighbors(m.0, a.b)"),
+        s("human", "x"), s("gpt", "Action: Operation\n```sql\nSELECT 1;\n```"),
+        s("human", "[1]"), s("gpt", "Action: Answer\nFinal Answer: [\"1\"]")]},
+        ["user: Use Act:.", "assistant: OK.", "user: Count.", "assistant: I list. bash(command='ls | wc -l')",
+         "tool: The output of the OS:\n3", "assistant: So 3. answer(answer=3)", "tool: Next.",
+         "assistant: Go. act(command='go to bed 1')", "tool: You see.",
+         "assistant: kg get_neighbors(variable='m.0', relation='a.b')", "tool: x",
+         "assistant:  sql(query='SELECT 1;')", "tool: [1]", "assistant:  Answer(answer='[\"1\"]')"]),
+    "codeact": ("codeact", {"conversations": [
+        m("user", "1+1?"), m("assistant", "I compute. <execute> print(1+1) </execute>"),
+        m("user", "Observation:\n2"), m("assistant", "<solution>2</solution>")]},
+        ["user: 1+1?", "assistant: I compute. python(code='print(1+1)')", "tool: 2", "assistant: <solution>2</solution>"]),
+    "api-bank": ("api_bank", {
+        "instruction": 'API descriptions:\n{"name": "Cancel", "description": "d", "input_parameters": {"id": {"type": "str"}}}',
+        "input": "User: Cancel 7.\nAI: Your name?\nUser: Jo\nAPI-Request: [Find(name='Jo')]->{'id': '7'}\nGenerate API Request:",
+        "expected_output": "API-Request: [Cancel(id='7')]"},
+        [None, "user: Cancel 7.", "assistant: Your name?", "user: Jo", "assistant:  Find(name='Jo')", "tool: {'id': '7'}",
+         "assistant:  Cancel(id='7')"]),
+    "api-bank dialogue": ("api_bank_dialogue", {"turns": [
+        {"role": "User", "text": "Cancel 7."}, {"role": "AI", "text": "I do."},
+        {"role": "API", "api_name": "Cancel", "param_dict": {"id": "7"}, "result": {"output": {"ok": True}, "exception": None}},
+        {"role": "AI", "text": "Done."}]},
+        ["user: Cancel 7.", "assistant: I do. Cancel(id='7')", 'tool: {"ok": true}', "assistant: Done."]),
+    "mini-swe-agent": ("mini_swe_agent", {"messages": [m("system", "Answer with ONE bash code block."), m("user", "Fix."),
+        m("assistant", "I look.\n\n```bash\nls\n```"), m("user", "<output>a</output>")]},
+        [None, "user: Fix.", "assistant: I look. bash(command='ls')", "tool: <output>a</output>"]),
+    "toolbench tree, the path to the final answer": ("toolbench_tree", {
+        "answer_generation": {"query": "Rome?", "function": [WEATHER], "final_answer": '{"give_answer": 2}'},
+        "tree": {"tree": node("Action Input", "",
+            node("Thought", "No.", node("Action", "weather", node("Action Input", "{}", node("Action", "Finish", node(
+                "Action Input", '{"give_answer": 1}'))))),
+            node("Thought", "Yes.", node("Action", "Finish", node("Action Input", '{"give_answer": 2}'))))}},
+        ["user: Rome?", "assistant: Yes. Finish(give_answer=2)", 'tool: to {"give_answer": 2}']),
+    "alfworld": ("alfworld_text", "A bed.\nYour task is to: rest.\n> think: Bed.\nOK.\n> think: Go.\nOK.\n> go to bed\nYou do.\n",
+        ["user: A bed.\nYour task is to: rest.", "assistant: Bed.\nGo. act(command='go to bed')", "tool: You do."]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_by_hand(case, tmp_path):
+    """A wrong call or argument, a lost thought, or a turn of the wrong role, in any format."""
+    form, record, expected = CASES[case]
+    assert recognise(record) == form
+    messages, tools = converted(tmp_path, record)
+    assert brief(messages)[expected[0] is None:] == expected[expected[0] is None:]
+    ids = [c["id"] for m in messages for c in m.get("tool_calls", ())]
+    results = [m["tool_call_id"] for m in messages if m["role"] == "tool"]
+    assert results == (["x8", "x9"] if "ids kept" in case else [i for i in ids if i in results])
+    if case in ("hermes", "glaive v2", "sharegpt roles", "openai function_call"):
+        assert tools == [{"type": "function", "function": WEATHER}]
+
+
+def test_tools(tmp_path):
+    """Tools not derived from the calls when the source names none; Python's type names or flat parameters left in schemas."""
+    _, tools = converted(tmp_path, CASES["agent data protocol"][1])
+    assert tools[0]["function"] == {"name": "weather", "description": "", "parameters": WEATHER["parameters"]}
+    _, tools = converted(tmp_path, CASES["xlam"][1])
+    assert schema(tools, "weather") == {"type": "object", "required": ["city"], "properties": {
+        "city": {"type": "string", "description": "where"}, "days": {"type": "integer", "default": 1}}}
+    assert [t["function"]["name"] for t in converted(tmp_path, CASES["toolbench text"][1])[1]] == ["weather"]
+    assert schema(converted(tmp_path, CASES["api-bank"][1])[1], "Cancel")["properties"] == {"id": {"type": "string"}}
+
+
+def test_calls_are_literals_only():
+    """Code in a call, which an evaluator would run."""
+    for text in ("f(a=__import__('os').getcwd())", "[f(a=1), 2]", "f(**{'a': 1})", "f(a=(lambda: 1)())", "f(" * 5000, "[" * 9_999,
+                 "f(a=" + "1" * 2**20 + ")"):
+        with pytest.raises(ValueError):
+            python_calls(text)
+
+
+@pytest.mark.parametrize("messages, reason", [
+    ([m("user", "a")], "no assistant"),
+    ([m("assistant", "a")], "no user"),
+    ([m("user", "a"), m("assistant", "b"), m("tool", "c")], "without a call"),
+    ([m("user", "a"), m("system", "s"), m("assistant", "b")], "'system' message"),
+    ([m("user", "a"), m("narrator", "b")], "'narrator' message"),
+    ([m("user", "a"), m("assistant", "", function_call={"name": "f", "arguments": "{\"a\": "})], "neither JSON"),
+    ([m("user", "a"), m("assistant", "", function_call={"name": "f", "arguments": "[1]"})], "not a call"),
+    ([m("user", [{"type": "image_url"}])], "image_url"),
+])
+def test_bad_conversations_are_rejected_with_a_reason(messages, reason, tmp_path):
+    """A conversation that breaks the contract in the corpus, or one that ends the run."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps(CASES["xlam"][1]) + "\n17\n")
+    bad, good, unknown = chat_records(path, "a.jsonl", "MIT")
+    assert (bad["file"], bad["line"]) == ("chat:a.jsonl", 1) and reason in bad["reason"]
+    assert good.id == "trajectory:chat:a.jsonl:2" and good.source == "chat:a.jsonl" and good.apis == ["weather"]
+    assert unknown["line"] == 3 and "no known format" in unknown["reason"]
+
+
+def test_form_can_be_forced(tmp_path):
+    """--form ignored: a text that looks like plain chat is read as ReAct on demand."""
+    record = {"messages": [m("user", "a"), m("assistant", "Hm\n```bash\nls\n```")]}
+    assert "bash(" not in brief(converted(tmp_path, record)[0])[1]
+    assert brief(converted(tmp_path, record, form="react")[0])[1] == "assistant: Hm bash(command='ls')"
+    with pytest.raises(ValueError):
+        check_conversation([], [])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def write(tmp_path, name, data):
+    path = tmp_path / name
+    data = data if isinstance(data, bytes) else data.encode("utf-8", "surrogatepass")
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+def shape(values):
+    return [(where, "error" if isinstance(value, ValueError) else value) for where, value in values]
+
+
+@pytest.mark.parametrize("name, data, expected", [
+    ("a.jsonl", '{"a": 1}\n\n{"a": \n{"a": NaN}\n"\\ud800"', [(1, {"a": 1}), (3, "error"), (4, {"a": None}), (5, "\ud800")]),
+    ("a.jsonl.gz", '{"a": 1}\n', [(1, {"a": 1})]),
+    ("a.json", '[{"a": "x,]\\\\"}, {"a": [{}]},\n {"b" 2}, {}]', [(0, {"a": "x,]\\"}), (1, {"a": [{}]}), (2, "error")]),
+    ("a.json", '[{"a": 1}, {"a": 2}, {"a": ', [(0, {"a": 1}), (1, {"a": 2}), (2, "error")]),
+    ("a.json", '{"a": 1}\n{"a": 2}\n', [(1, {"a": 1}), (2, {"a": 2})]),
+    ("a.json", '{"x": {"a": 1}, "y": {"a": 2}}', [("x", {"a": 1}), ("y", {"a": 2})]), ("a.json", '{"x": {"a": 1}, "y": {"a', [(0, "error")]),
+    ("a.json", json.dumps({"messages": [m("user", "a")]}), [(0, {"messages": [m("user", "a")]})]),
+    ("a.traj", json.dumps([m("user", "a"), m("tool", "b")]), [(0, [m("user", "a"), m("tool", "b")])]),
+    ("a.json", "\ufeff[]", []), ("a.json", "", [(0, "error")]), ("a.json", "hello", [(0, "error")]),
+    ("a.json", b'["\xff\x00"]', [(0, "error")]), ("a.jsonl", b'"\xff"\n"b"', [(1, "\ufffd"), (2, "b")]),
+    ("a.json", "[" * 10_000, [(0, "error")]), ("a.json", "[{}, " + "[" * 10_000 + "]" * 10_000 + ", {}]", [(0, {}), (1, "error")]),
+    ("a.csv", 'text,n\n"a ""b""\nc",1\nd,2\n', [(3, {"text": 'a "b"\nc', "n": "1"}), (4, {"text": "d", "n": "2"})]),
+    ("a.txt", "Task:\n\x00", [(0, "Task:\n\x00")]),
+])
+def test_read_values(name, data, expected, tmp_path, monkeypatch):
+    """A record lost, invented or out of place; one broken record that hides those before it, or the lines after it."""
+    path = write(tmp_path, name, data)
+    assert shape(read_values(path)) == expected
+    monkeypatch.setattr(collect, "CHUNK", 3)  # so that every token is cut in two somewhere
+    assert shape(read_values(path)) == expected
+
+
+@pytest.mark.parametrize("name, before, filler, after, expected", [
+    ("a.jsonl", "1\n\"", "x", "\"\n2", [(1, 1), (2, "error"), (3, 2)]),
+    ("a.json", '[{}, {"a": "', "x", '"}, {}]', [(0, {}), (1, "error")]),
+    ("a.csv", "text\na\n", "x", "\nb\n", [(2, {"text": "a"}), (3, "error"), (4, {"text": "b"})]),
+    ("a.json", "[{}, ", "[", "", [(0, {}), (1, "error")]),
+    ("a.json", "", "x", "", [("end", "error")]),
+], ids=["line", "member", "row", "brackets", "letters"])
+def test_100_mb_records_cost_bounded_time_and_memory(name, before, filler, after, expected, tmp_path, monkeypatch):
+    """A record held in memory beyond the cap, or scanned in quadratic time. (A hundredth of the sizes, to be quick.)"""
+    monkeypatch.setattr(collect, "MAX_RECORD", 2**16)
+    monkeypatch.setattr(collect, "CHUNK", 2**14)
+    path = write(tmp_path, name, before + filler * 1_000_000 + after)
+    tracemalloc.start()
+    start = time.time()
+    assert shape(read_values(path)) == expected
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 700_000 and time.time() - start < 10
+
+
+def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
+    """A bomb unpacked to the end; a cut file that ends the run or loses the lines before the cut."""
+    monkeypatch.setattr(collect, "UNZIPPED", 10**6)
+    path = write(tmp_path, "bomb.jsonl.gz", b'{"a": 1}\n' + b" " * 3 * 10**7)
+    *good, (where, error) = read_values(path)
+    assert shape(good) == [(1, {"a": 1})] and where == "end" and "unzips" in str(error)
+    lines = "".join(json.dumps({"a": i, "b": zlib.crc32(bytes([i % 256, i // 256]))}) + "\n" for i in range(2000))
+    whole = gzip.compress(lines.encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[:len(whole) // 2])
+    values = list(read_values(tmp_path / "cut.jsonl.gz"))
+    assert len(values) > 500 and [v["a"] for _, v in values[:-1]] == list(range(len(values) - 1)) and values[-1][0] == "end"
+    (tmp_path / "no.jsonl.gz").write_bytes(b"not gzip")
+    assert shape(read_values(tmp_path / "no.jsonl.gz")) == [("end", "error")]
+
+
+@pytest.mark.parametrize("value", [
+    {"messages": [m("user", "a")] * 100_000}, {"messages": [m("tool", "a")] * 50_000},
+    {"instruction": "a", "output": "Thought:\n" * 300_000}, {"system": "{\"a\":\n" * 50_000, "chat": "USER: a\n\nASSISTANT: b"},
+    "Question: a\n" * 50_000, {"conversations": [s("gpt", "<tool_call>" * 50_000)]},
+    {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree"])
+def test_hostile_records_end_soon(value, tmp_path):
+    """A converter that takes quadratic time, or an error that ends the run."""
+    start = time.time()
+    text = isinstance(value, str)
+    path = write(tmp_path, "a.txt" if text else "a.jsonl", value if text else json.dumps(value))
+    assert sum(1 for _ in chat_records(path, "a", "MIT")) > 0
+    assert time.time() - start < 10
+
+
+def test_surrogates_can_be_written(tmp_path):
+    """A lone surrogate, valid in JSON text, that no UTF-8 file can hold."""
+    messages, _ = converted(tmp_path, {"messages": [m("user", "a\ud800\x00"), m("assistant", "b")]})
+    assert messages[0]["content"] == "a?\x00"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Real files
+
+
+@needs_data
+def test_every_real_file():
+    """A real format that is no longer recognised; ids that collide; less than 98% of a format's records converted."""
+    good, bad, ids = Counter(), Counter(), Counter()
+    for path in sorted(p for p in TRAJECTORIES.rglob("*") if p.is_file()):
+        name = path.relative_to(TRAJECTORIES).as_posix()
+        for record in chat_records(path, name, "MIT"):
+            if isinstance(record, Record):
+                good[name.split("/")[0]] += 1
+                ids[record.id] += 1
+            elif name != "toolverifier/tools.csv":  # names and descriptions of tools, no conversations
+                bad[name.split("/")[0]] += 1
+    assert max(ids.values()) == 1
+    assert {f: n for f, n in good.items() if n / (n + bad[f]) < 0.98} == {}
+    assert good == {
+        "agentbench_kg": 450, "agentbench_os_train": 500, "fireact": 1499, "glaive": 648, "gorilla_apibench": 179, "intercode": 622,
+        "mint_codeact": 12, "react_prompts": 87, "reflexion": 103, "swe_agent": 12, "tau_bench": 188, "toolbench": 119,
+        "toolverifier": 555}
+
+
+# file, number of the record, number of the message, what its brief() line begins and ends with
+SPOTS = [
+    ("agentbench_kg/kg_rl_all.json", 0, 1, "assistant:  get_relations(variable='m.0zd6') get_neighbors(variable='m.0zd6',",
+     "intersection(variable1='#0', variable2='#1') count(variable='#2')"),
+    ("agentbench_os_train/training.json", 0, 1, "assistant: To solve",
+     "bash(command='find ~/experiment -type f -name \"*.txt\" -mtime -7 | wc -l')"),
+    ("fireact/alpaca_format_multitask.json", 5, 3, "assistant: The TV show is House. Now",
+     "search(query='TV network that aired House?')"),
+    ("fireact/gpt_format_multitask_multimethod.jsonl", 0, 2, "tool: Flowing water finds", ""),
+    ("glaive/glaive_toolcall_en_demo.json", 0, 3, "assistant: ",
+     "search_recipes(ingredients=['chicken', 'bell peppers', 'rice'])"),
+    ("glaive/reason_tool_use_demo_50.jsonl", 1, 2, "assistant: Alright, the user wants", "get_movie_details(title='Inception')"),
+    ("gorilla_apibench/torchhub_train.jsonl", 1, 1, "assistant: Load the pretrained MiDaS",
+     "torch.hub.load(repo_or_dir='intel-isl/MiDaS', model='MiDaS_small', pretrained=True)"),
+    ("intercode/bash_gpt-3.5_plan_solve_fs4.json", 0, 3, "assistant: Use the `-r` option",
+     "bash(command=\"uname -r | cut -d '#' -f 2\")"),
+    ("intercode/ctf_gpt-4.json", 0, -2, "assistant: ", "submit(answer='picoCTF{175_chr157m45_85f5d0ac}')"),
+    ("intercode/sql_human_multiturn.json", 0, 1, "assistant: ", "sql(query='show tables;')"),
+    ("mint_codeact/reasoning_with_tool.txt", 0, 1, "assistant: To solve this problem, let's",
+     "python(code=\"print(wikipedia_search('Li Bai'))\")"),
+    ("react_prompts/alfworld_3prompts.json", 0, 1, "assistant: To solve the task", "act(command='go to cabinet 1')"),
+    ("react_prompts/prompts_naive.json", 0, 3, "assistant: The paragraph does not tell", "Lookup(keyword='named after')"),
+    ("reflexion/hotpotqa_react_base_trial1.txt", 0, -1, "tool: Answer is CORRECT", ""),
+    ("swe_agent/marshmallow-1867__xml_sys-env_window100.traj", 0, 2, "assistant: Let's first start",
+     "bash(command='create reproduce.py')"),
+    ("swe_agent/demonstrations__function_calling_simple.traj", 0, 2, "assistant: The `SyntaxError`",
+     "find_file(file_name='missing_colon.py')"),
+    ("tau_bench/gpt-4o-airline.json", 0, 6, "assistant: ", "get_user_details(user_id='mia_li_3668')"),
+    ("tau_bench/MockAirlineDomainEnv-few_shot.jsonl", 0, 3, "user: tool: Error: user not found", ""),
+    ("toolbench/answer/G1_answer_11_ChatGPT_DFS_woFilter_w2.json", 0, 5, "assistant: I'm sorry, but I couldn't",
+     "transitaires_for_transitaires()"),
+    ("toolbench/instruction_G1_query.json", 0, 1, "assistant: Relevant APIs:", "SQUAKE.Checkhealth\nSQUAKE.Projects"),
+    ("toolbench/tooleval_gpt35_cot_G1_tool.json", 0, 5, "assistant: To retrieve all the quizzes",
+     "quiz_for_moodring(quizid='1')"),
+    ("toolverifier/train.csv", 0, 1, "assistant: I recommended the Book Review tool", "Book Review()"),
+]
+
+
+@needs_data
+@pytest.mark.parametrize("name, number, message, start, end", SPOTS)
+def test_real_spots(name, number, message, start, end):
+    """A real record whose call, arguments, thought or role is no longer what a reader of the file finds there."""
+    records = [r for r in chat_records(TRAJECTORIES / name, name, "MIT") if isinstance(r, Record)]
+    line = brief(records[number].messages)[message]
+    assert line.startswith(start) and line.endswith(end)
+
+
+def test_formats_are_all_covered():
+    """A format added without an example."""
+    real = {"codeact_text", "react_text", "tooleval", "tau_display", "intercode", "toolverifier", "gorilla",
+            "agentbench_os", "agentbench_kg", "alpaca", "swe_agent", "toolbench_query"}  # in SPOTS
+    assert set(FORMATS) == real | {form for form, *_ in CASES.values()}

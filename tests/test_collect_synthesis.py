@@ -1,0 +1,314 @@
+import itertools
+import json
+import threading
+import time
+from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+import collect
+from conftest import run
+
+KEY = "sk-not-to-be-kept"
+SOURCE = '''
+import pathlib, typing
+pathlib.Path("executed").touch()
+
+def scale(x: int, unit: typing.Literal["m", "km"] = "m", /, *rest: float, exact=False, **more) -> list[float]:
+    """Scale a length. At once."""
+    return [x]
+
+class Box:
+    @functools.cache
+    def put(self, items: list[int], label=pathlib.Path("a")):
+        pass
+    @staticmethod
+    def make(n): ...
+    @property
+    def size(self): ...
+    @size.setter
+    def size(self, n): ...
+    def _hidden(self): ...
+
+try:
+    async def first(): """Go first."""
+except ImportError:
+    def first(self): """Go first of all."""
+def _private(): ...
+'''
+
+
+def api(name="pkg.m.f", code="def f(n: int, names=()): ...", **properties):
+    properties = properties or {"n": {"type": "integer"}, "mode": {"type": "string", "enum": ["a", "b"]},
+                                "names": {"type": "array", "items": {"type": "string"}},
+                                "r": {"type": "number"}}
+    return {"name": name, "description": "Do it.", "code": code, "source": "pkg/m.py", "license": "MIT", "signature": "(n: int)",
+            "parameters": {"type": "object", "properties": properties, "required": ["n"]}}
+
+
+def answer(name, *calls, **changes):
+    return {"documentation": "Does it well.\n\nRaises nothing.\n", "parameters": {"n": "How\noften.", "q": "Unknown.", "mode": 3},
+            "conversations": [{"request": "Do it.", "calls": [{"name": name, "arguments": a}]} for a in calls or [{"n": 1}]]} | changes
+
+
+def name_in(body):
+    return body["messages"][0]["content"].split("\nname: ")[1].split("\n")[0]
+
+
+def reply(content, usage=(60, 40)):
+    content = content if isinstance(content, str) else json.dumps(content)
+    return 200, {}, json.dumps({"choices": [{"message": {"content": content}}]} | (
+        {"usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]}} if usage else {}))
+
+
+@pytest.fixture
+def endpoint(tmp_path, monkeypatch):
+    """A local endpoint: `play` (request body -> status, headers, text) answers; `seen` keeps (path, headers, body)."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), None)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.append((self.path, self.headers, body))
+            status, headers, text = state.play(body)
+            try:
+                self.send_response(status)
+                for header in headers.items():
+                    self.send_header(*header)
+                self.end_headers()
+                for piece in [text] if isinstance(text, str) else text:
+                    self.wfile.write(piece.encode())
+                    self.wfile.flush()
+            except OSError:  # the client has left
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    seen, server.RequestHandlerClass = [], Handler
+    state = Namespace(seen=seen, play=lambda body: reply(answer(name_in(body))), args=Namespace(
+        llm_url=f"http://127.0.0.1:{server.server_port}/v1/", llm_model="m", llm_parallel=1, llm_budget=10**6,
+        llm_cache=tmp_path / "cache", llm_timeout=5))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr(collect, "LLM_BACKOFF", 0.01)
+    yield state
+    server.shutdown()
+    server.server_close()
+
+
+def synthesise(endpoint, *apis, **changes):
+    """(records, rejections) of the APIs."""
+    found = list(collect.llm_synthesise(apis, Namespace(**(vars(endpoint.args) | changes))))
+    return [f for f in found if isinstance(f, collect.Record)], [f for f in found if isinstance(f, dict)]
+
+
+def test_source_is_read_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m.py").write_text(SOURCE)
+    apis = {a["name"]: a for a in collect.source_apis(tmp_path / "m.py", "pkg/m.py", "MIT")}
+    assert not (tmp_path / "executed").exists()
+    assert sorted(apis) == ["pkg.m.Box.make", "pkg.m.Box.put", "pkg.m.first", "pkg.m.scale"]
+    scale, put = apis["pkg.m.scale"], apis["pkg.m.Box.put"]
+    assert scale["signature"] == "(x: int, unit: typing.Literal['m', 'km']='m', /, *rest: float, exact=False, **more) -> list[float]"
+    assert scale["parameters"] == {"type": "object", "required": ["x"], "properties": {
+        "x": {"type": "integer"}, "unit": {"type": "string", "enum": ["m", "km"], "default": "m"},
+        "rest": {"type": "array", "items": {"type": "number"}}, "exact": {"type": "boolean", "default": False}}}
+    assert scale["description"] == "Scale a length." and (scale["source"], scale["license"]) == ("pkg/m.py", "MIT")
+    assert put["signature"] == "(items: list[int], label=pathlib.Path('a'))" and put["description"] == ""  # without self
+    assert put["code"] == '@functools.cache\ndef put(self, items: list[int], label=pathlib.Path("a")):\n    pass'
+    assert apis["pkg.m.first"]["description"] == "Go first of all." and apis["pkg.m.first"]["signature"] == "(self)"
+
+
+@pytest.mark.parametrize("source", [b"def f(:", b"\xff\xfe", b"x = '\0'", b"# coding: none", b"# coding: hex", b"def f(a, a): pass",
+                                    b"(" * 10**5, b"def f(a=" + b"-" * 2500 + b"1): pass", b"#" * 2 * 10**6 + b"\n"],
+                         ids=range(9))
+def test_a_bad_source_file_is_one_rejection(tmp_path, source):
+    (tmp_path / "__init__.py").write_bytes(source)
+    [found] = collect.source_apis(tmp_path / "__init__.py", "pkg/__init__.py", "MIT")
+    assert set(found) == {"file", "line", "reason"} and found["file"] == "pkg/__init__.py" and found["reason"]
+
+
+def test_odd_source_files(tmp_path):
+    """Form feeds are no line breaks to Python, __init__ is no part of a name, sources have encodings, docstrings long gaps."""
+    (tmp_path / "a.py").write_bytes("# coding: latin-1\r\n\fx = 'é'\r\ndef f(n):\r\n    'a{}b'\r\n"
+                                    .format("\\n" * 30000).encode("latin-1"))
+    started = time.time()
+    for name, full in [("pkg/__init__.py", "pkg.f"), ("__init__.py", "f"), ("a b/c.py", "a_b.c.f")]:
+        [found] = collect.source_apis(tmp_path / "a.py", name, "MIT")
+        assert found["name"] == full and found["code"].startswith("def f(n):\n    'a") and time.time() - started < 3
+
+
+def test_records_of_a_right_answer(endpoint, tmp_path):
+    two = {"request": " Twice. ", "calls": [{"name": "pkg.m.f", "arguments": {"n": n}} for n in (1, 2)]}
+    right = answer("pkg.m.f", {"n": 3, "names": ["é"]})
+    right["conversations"].append(two)
+    endpoint.play = lambda body: reply(f"<think>{{}}</think>Here:\n```json\n{json.dumps(right)}\n```\nDone }}")
+    records, rejected = synthesise(endpoint, api())
+    assert [r.id for r in records] == ["api_doc:synthesised:pkg.m.f"] + [f"instruction:synthesised:pkg.m.f:{i}" for i in (0, 1)]
+    assert not rejected and {(r.source, r.license, *r.apis) for r in records} == {("synthesize:pkg/m.py", "MIT", "pkg.m.f")}
+    assert records[0].text.startswith("pkg.m.f(n: int)\n\nDoes it well.\n\nRaises nothing.\n\n{")
+    (tmp_path / "shard.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
+    [tool] = collect.read_apis(tmp_path / "shard.jsonl")
+    assert tool["parameters"]["properties"]["n"] == {"type": "integer", "description": "How\noften."}
+    assert tool["parameters"]["properties"]["mode"] == api()["parameters"]["properties"]["mode"] and tool["description"] == "Do it."
+    assert records[2].tools == [{"type": "function", "function": {k: tool[k] for k in ("description", "name", "parameters")}}]
+    user, assistant = records[2].messages
+    assert user == {"role": "user", "content": "Twice."}
+    assert [c["function"]["arguments"] for c in assistant["tool_calls"]] == ['{"n": 1}', '{"n": 2}']
+    [(path, _, body)] = endpoint.seen
+    assert path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("m", 0)
+    assert api()["code"] in body["messages"][0]["content"]
+
+
+def test_fits_by_itself():
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"}}, "any": {}}, "required": ["a"]}
+    assert collect.fits({"a": [], "any": None}, schema) and collect.fits({"a": [1]}, schema)
+    assert not any(collect.fits(value, schema) for value in ({"a": [], "x": 1}, {"any": 1}, {"a": [True]}, {"a": [[1]]}, [], None))
+
+
+def test_what_does_not_fit_is_dropped_and_the_rest_kept(endpoint):
+    bad = [{"n": True}, {}, {"n": 1, "x": 2}, {"n": 1.5}, {"n": "1"}, {"n": 1, "mode": "c"}, {"n": 1, "names": ["a", 1]},
+           {"n": 1, "r": float("nan")}, {"n": 1, "names": "a"}, [1], None, '{"n": 1}']
+    mixed = answer("pkg.m.f", {"n": 1}, *bad)
+    call = {"name": "pkg.m.f", "arguments": {"n": 1}}
+    mixed["conversations"] += [{"request": request, "calls": calls} for request, calls in [
+        (" ", [call]), (1, [call]), ("a", []), ("a", ["f"]), ("a", call), ("a", [call | {"name": "os.remove"}]), ("a", [call, {}])]]
+    mixed["conversations"] += [{"request": "a"}, 7, [], None]
+    endpoint.play = lambda body: reply(mixed)
+    records, rejected = synthesise(endpoint, api())
+    assert [r.id for r in records] == ["api_doc:synthesised:pkg.m.f", "instruction:synthesised:pkg.m.f:0"]
+    assert [int(r["reason"].split()[1]) for r in rejected] == list(range(1, len(mixed["conversations"])))
+    assert {(r["file"], r["line"]) for r in rejected} == {("pkg/m.py", "pkg.m.f")}
+
+
+@pytest.mark.parametrize("content, kept", [
+    ("", 0), ("no braces", 0), ("{", 0), ('{"a": ' * 5000, 0), ("[" * 9**5, 0), ("{}", 0), ('{"documentation": ["a"]}', 0), (None, 0),
+    (answer("f", documentation=" "), 0), (answer("pkg.m.f", documentation="\n"), 1), (answer("f", conversations={}), 1),
+    (answer("pkg.m.f", parameters=["n"]), 2), (answer("pkg.m.f", documentation="Lone \ud800."), 2)])
+def test_odd_answers(endpoint, content, kept):
+    null = 200, {}, '{"choices": [{"message": {"content": null}}]}'
+    endpoint.play = lambda body: null if content is None else reply(content)
+    records, rejected = synthesise(endpoint, api())
+    assert len(records) == kept and bool(rejected) == (kept < 2)
+    assert synthesise(endpoint, api()) == (records, rejected) and len(endpoint.seen) == 1  # a bad answer is not paid twice
+
+
+def test_order_and_count_of_requests(endpoint):
+    """The same records for 1 and 4 at once, in input order, though the first answers come last."""
+    busy, most = set(), []
+
+    def play(body):
+        name = name_in(body)
+        busy.add(name)
+        most.append(len(busy))
+        time.sleep(0.1 if name.endswith("0") else 0.01)
+        busy.discard(name)
+        return reply(answer(name))
+
+    endpoint.play = play
+    apis = [api(f"pkg.m.f{i}") for i in range(24)]
+    apis.insert(5, {"file": "x.py", "line": 1, "reason": "passed on"})
+    one = list(collect.llm_synthesise(apis, endpoint.args))
+    endpoint.args.llm_parallel, endpoint.args.llm_cache = 4, endpoint.args.llm_cache / "other"
+    assert max(most) == 1 and list(collect.llm_synthesise(iter(apis), endpoint.args)) == one and 1 < max(most) <= 4
+    assert one[10] == apis[5] and [r.apis[0] for r in one[:10:2]] == [f"pkg.m.f{i}" for i in range(5)]
+    endless = (api(f"pkg.m.f{i}") for i in itertools.count())  # must be taken as it is needed
+    assert next(collect.llm_synthesise(endless, endpoint.args)) == one[0] and int(next(endless)["name"][7:]) <= 5
+
+
+@pytest.mark.parametrize("status, headers, text, tries", [
+    (200, {}, "<html>Sorry</html>", 1), (200, {}, '{"error": "x"}', 1),
+    (200, {}, '{"choices": [{"message": {"content": ["a"]}}]}', 1),
+    (200, {}, "[" * 9**5, 1), (401, {}, KEY, 1), (404, {}, "", 1),
+    (302, {"Location": "/v1/chat/completions"}, "", 1), (500, {}, "<html>", 5), (429, {"Retry-After": "soon"}, "", 5)])
+def test_failures_are_bounded_and_the_rest_goes_on(endpoint, monkeypatch, status, headers, text, tries):
+    monkeypatch.setattr(collect, "LLM_FAILURES", 2)  # in a row, which these are not
+    endpoint.play = lambda body: (status, headers, text) if name_in(body)[-1] in "13" else reply(answer(name_in(body)))
+    records, rejected = synthesise(endpoint, *(api(f"pkg.m.f{i}") for i in range(5)))
+    assert [r.apis[0] for r in records[::2]] == ["pkg.m.f0", "pkg.m.f2", "pkg.m.f4"] and len(endpoint.seen) == 3 + 2 * tries
+    assert [r["line"] for r in rejected] == ["pkg.m.f1", "pkg.m.f3"] and len(list(endpoint.args.llm_cache.iterdir())) == 3
+    assert all(r["reason"].startswith("endpoint: ") and KEY not in r["reason"] for r in rejected)
+
+
+def test_storm_ends_and_its_wishes_are_respected(endpoint, monkeypatch):
+    waits, answers = [], iter([(429, {"Retry-After": "7"}, ""), (503, {"Retry-After": "9" * 8}, ""), (500, {}, "")])
+    monkeypatch.setattr(collect.time, "sleep", waits.append)
+    endpoint.play = lambda body: next(answers, None) or reply(answer(name_in(body)))
+    records, rejected = synthesise(endpoint, api())
+    assert len(records) == 2 and not rejected and waits == [0, 7, 60, 0.04]
+
+
+def test_a_dead_endpoint_is_given_up(endpoint, monkeypatch):
+    monkeypatch.setattr(collect, "LLM_BACKOFF", 0)
+    records, rejected = synthesise(endpoint, *(api(f"pkg.m.f{i}") for i in range(50)), llm_url="http://127.0.0.1:1/v1")
+    assert not records and len(rejected) == 11 and rejected[0]["reason"] == "endpoint: ConnectionError"
+    assert rejected[-1]["reason"] == "10 requests failed in a row: 40 APIs left"
+
+
+def test_slow_server(endpoint, monkeypatch):
+    """One that is silent, one that sends a byte now and then for ever."""
+    monkeypatch.setattr(collect, "LLM_TRIES", 2)
+    drip = (time.sleep(0.02) or " " for _ in range(10**6))
+    endpoint.play = lambda body: time.sleep(1) or (200, {}, "") if name_in(body).endswith("0") else (200, {}, drip)
+    started = time.time()
+    records, rejected = synthesise(endpoint, api("pkg.m.f0"), api("pkg.m.f1"), llm_timeout=0.2, llm_parallel=2)
+    assert not records and len(rejected) == 2 and time.time() - started < 5
+
+
+def test_killed_run_resumes(endpoint):
+    apis = [api(f"pkg.m.f{i}") for i in range(6)]
+    found = collect.llm_synthesise(apis, endpoint.args)
+    first = [next(found) for _ in range(5)]
+    found.close()
+    asked = [name_in(body) for *_, body in endpoint.seen]
+    assert asked == ["pkg.m.f0", "pkg.m.f1", "pkg.m.f2"]
+    next(endpoint.args.llm_cache.iterdir()).write_text('"half an ans')  # as after a loss of power
+    records, _ = synthesise(endpoint, *apis)
+    assert records[:5] == first and len(records) == 12 and len(endpoint.seen) == 3 + 3 + 1
+    assert synthesise(endpoint, *apis, llm_url="http://127.0.0.1:1")[0] == records and len(endpoint.seen) == 7
+    synthesise(endpoint, apis[0], llm_model="other")
+    assert len(endpoint.seen) == 8 and not list(endpoint.args.llm_cache.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("usage, requests", [((60, 40), 3), ((250, 0), 1), (None, 1), (("many", 1), 1)])
+def test_budget(endpoint, usage, requests):
+    """Counted by the server, or guessed from the characters, some 500 tokens; what is in the cache is free."""
+    endpoint.play = lambda body: reply(answer(name_in(body)), usage)
+    apis = [api(f"pkg.m.f{i}") for i in range(8)]
+    for _ in range(2):
+        records, [rejected] = synthesise(endpoint, *apis, llm_budget=250)
+        cached, endpoint.seen[:] = len(endpoint.seen), []
+        assert cached == requests and len(records) == 2 * (8 - int(rejected["reason"].split()[-3]))
+    assert rejected["reason"] == f"the budget of 250 tokens is spent: {8 - 2 * requests} APIs left"
+    assert len(synthesise(endpoint, *apis, llm_budget=0)[0]) == 4 * requests and not endpoint.seen
+
+
+def test_key_is_sent_only_when_set_and_kept_nowhere(endpoint, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    records, _ = synthesise(endpoint, api("pkg.m.f0"))
+    monkeypatch.setenv("OPENAI_API_KEY", KEY + "\n")
+    records += synthesise(endpoint, api("pkg.m.f1"))[0]
+    assert [headers["Authorization"] for _, headers, _ in endpoint.seen] == [None, f"Bearer {KEY}"]
+    kept = [f.read_text() for f in endpoint.args.llm_cache.iterdir()] + [r.to_json() for r in records]
+    assert len(kept) == 6 and KEY not in "".join(kept)
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nx")  # no header can hold it: an error whose message shows it
+    assert KEY not in str(synthesise(endpoint, api("pkg.m.f2")))
+
+
+def test_by_templates_without_an_endpoint(tmp_path):
+    source = tmp_path / "src"
+    source.mkdir()
+    (source / "m.py").write_text(SOURCE)
+    (source / "bad.py").write_text("def f(:")
+    run("collect.py", "--out", tmp_path / "out", f"synthesize:{source}")
+    records = [collect.Record.from_json(line) for shard in (tmp_path / "out").glob("*.jsonl") for line in shard.open()]
+    assert [r.apis for r in records if r.domain == "api_doc"] == [["src.m.first"], ["src.m.scale"]][::-1]
+    calls = [c["function"] for r in records if r.domain == "instruction" for c in r.messages[-1].get("tool_calls", [])]
+    assert {c["name"] for c in calls} <= {"src.m.first", "src.m.scale"} and calls
+    [rejected] = [json.loads(line) for log in (tmp_path / "out" / "rejected").iterdir() for line in log.open()]
+    assert rejected["file"] == "src/bad.py" and rejected["line"] == 1 and "SyntaxError" in rejected["reason"]
+    assert not (tmp_path / "executed").exists()
