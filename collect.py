@@ -66,11 +66,10 @@ import urllib.parse
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
-import requests
 from tqdm import tqdm
 
 DOMAINS = ("api_doc", "trajectory", "code", "text", "instruction")
@@ -105,8 +104,8 @@ def parse_args():
     parser.add_argument("--out", default="data/raw", help="directory for the records")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time; the records are the same for any number")
     parser.add_argument("--license", metavar="NAME", help="of records whose source states none (default: that of the nearest licence file)")
-    parser.add_argument("--only-license", metavar="REGEX", help="keep only records whose licence matches, in upper or lower case")
-    parser.add_argument("--exclude-license", metavar="REGEX", help="drop records whose licence matches")
+    parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches, in upper or lower case")
+    parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
     group = parser.add_argument_group("python")
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB; files are chosen by a hash of their path")
@@ -129,6 +128,14 @@ def parse_args():
     return parser.parse_args()
 
 
+def regex(text):
+    """A pattern given on the command line, for upper and lower case."""
+    try:
+        return re.compile(text, re.I)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The module docstring as it stands, and every default beside its flag."""
 
@@ -138,8 +145,6 @@ def run_main(main):
     try:
         main()
     except KeyboardInterrupt:
-        for child in multiprocessing.active_children():
-            child.terminate()
         sys.exit(print("\nstopped; the same command goes on from here", file=sys.stderr) or 130)
 
 
@@ -164,20 +169,9 @@ class Unit:
 def find_units(kind, value="", *, args):
     """(units, prefixes) of the source `kind:value`: the work, and how the names of all its files begin, current or stale."""
     if kind == "python":
-        packages = find_packages()
-        wanted = value.split(",") if value else [p.name for p in packages]
-        if missing := sorted(set(wanted) - {p.name for p in packages}):
-            fail(f"python: {', '.join(missing)}: not installed here (known: {', '.join(p.name for p in packages)})")
-        units = [Unit(f"python.{p.name}-{fingerprint(args, p.version, args.code_mb, args.timeout)}.jsonl", p.size, package_records, (p, args))
-                 for p in packages if p.name in wanted]
-        return units, [f"python.{name}-" for name in wanted] if value else ["python."]
-    if kind == "crawl" and not canonical(value) or kind == "hf" and not 2 <= len(value.split("/")) <= 4:
-        fail(f"{kind}:{value}: " + ("not an http or https address" if kind == "crawl" else "write hf:OWNER/NAME, or hf:OWNER/NAME/CONFIG"))
+        return python_units(value, args)
     if kind in ("crawl", "hf") or kind == "openapi" and re.match(r"https?:", value):
-        function = {"crawl": crawl_records, "hf": hf_records, "openapi": url_records}[kind]
-        options = {"crawl": (args.depth, args.max_pages), "hf": (args.chat_format, args.chat_domain), "openapi": ()}[kind]
-        prefix = f"{kind}.{identifier(value)}-{fingerprint(None, value)}-"
-        return [Unit(f"{prefix}{fingerprint(args, *options)}.jsonl", 1e9, function, (value, args))], [prefix]
+        return web_unit(kind, value, args)
     if kind not in FILE_SOURCES:
         fail(f"{kind}: no such source (known: python, crawl, hf, {', '.join(FILE_SOURCES)})")
     if kind == "synthesize" and value == "python":
@@ -192,10 +186,33 @@ def find_units(kind, value="", *, args):
     folder = root if root.is_dir() else root.parent
     paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if pattern.search(p.name) and p.is_file())
     named = [(p, p.relative_to(folder.parent).as_posix() if root.is_dir() else p.name) for p in paths]
-    files = [(p, name, license or nearby_license(p.parent, folder)) for p, name in named if "/." not in name]
+    files = [(p, name, license or nearby_license(p.parent, folder)) for p, name in named if "/." not in name]  # none that is hidden
     if not files:
         fail(f"{kind}:{value}: no files of this kind in it ({pattern.pattern})")
     return file_units(kind, f"{kind}.{identifier(root.name)}-{fingerprint(None, str(root))}", files, args)
+
+
+def python_units(value, args):
+    """A unit for each installed package, or for those that are named."""
+    packages = find_packages()
+    wanted = value.split(",") if value else [p.name for p in packages]
+    if missing := sorted(set(wanted) - {p.name for p in packages}):
+        fail(f"python: {', '.join(missing)}: not installed here (known: {', '.join(p.name for p in packages)})")
+    units = [Unit(f"python.{p.name}-{fingerprint(args, p.version, args.code_mb, args.timeout)}.jsonl", p.size, package_records, (p, args))
+             for p in packages if p.name in wanted]
+    return units, [f"python.{name}-" for name in wanted] if value else ["python."]
+
+
+def web_unit(kind, value, args):
+    """The unit of a source on the web."""
+    if kind == "hf" and not 2 <= len(value.split("/")) <= 4:
+        fail(f"hf:{value}: write hf:OWNER/NAME, or hf:OWNER/NAME/CONFIG")
+    if kind != "hf" and not canonical(value):
+        fail(f"{kind}:{value}: not an http or https address")
+    function, options = {"crawl": (crawl_records, (args.depth, args.max_pages)), "hf": (hf_records, (args.chat_format, args.chat_domain)),
+                         "openapi": (url_records, ())}[kind]
+    prefix = f"{kind}.{identifier(value)}-{fingerprint(None, value)}-"
+    return [Unit(f"{prefix}{fingerprint(args, *options)}.jsonl", 1e9, function, (value, args))], [prefix]
 
 
 def file_units(kind, prefix, files, args):
@@ -248,7 +265,14 @@ def collect(units, out, args):
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         written = pool.map(write_unit, pending, [out] * len(pending), [args] * len(pending))
-        failed = list(filter(None, tqdm(written, total=len(pending), desc="collect", disable=None)))
+        try:
+            failed = list(filter(None, tqdm(written, total=len(pending), desc="collect", disable=None)))
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+        except BrokenExecutor:
+            failed = ["a process was killed, perhaps for lack of memory (fewer --workers need less)"]
     if failed:
         fail("; ".join(failed) + ". The rest is kept; the same command goes on from here")
 
@@ -257,16 +281,20 @@ def write_unit(unit, out, args):
     """Write a unit's records, but for those whose licence is not wanted, and its rejections. Returns what made it fail, or None."""
     try:
         with writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected:
-            for record in unit.function(*unit.arguments):
-                if isinstance(record, Record) and (args.only_license and not re.search(args.only_license, record.license, re.I)
-                                                   or args.exclude_license and re.search(args.exclude_license, record.license, re.I)):
-                    record = rejection(record.source, record.id, f"license {record.license}")
-                if isinstance(record, Record):
-                    records.write(record.to_json() + "\n")
+            for found in unit.function(*unit.arguments):
+                if isinstance(found, Record) and not wanted(found.license, args):
+                    found = rejection(found.source, found.id, f"license {found.license}")
+                if isinstance(found, Record):
+                    records.write(found.to_json() + "\n")
                 else:
-                    rejected.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    rejected.write(json.dumps(found, ensure_ascii=False) + "\n")
     except (ValueError, OSError) as error:  # a server that does not answer, a full disk
         return str(error)
+
+
+def wanted(license, args):
+    """Whether --only-license and --exclude-license let a licence pass."""
+    return (not args.only_license or args.only_license.search(license)) and not (args.exclude_license and args.exclude_license.search(license))
 
 
 @contextlib.contextmanager
@@ -1951,7 +1979,8 @@ class Web:
             raise WebError(f"{parts.hostname} is at {', '.join(found)}, not a public address (--allow-private permits it)")
         sock = socket.create_connection((found[attempt % len(found)], port), self.timeout)
         if parts.scheme == "https":
-            sock = ssl.create_default_context(cafile=requests.certs.where()).wrap_socket(sock, server_hostname=parts.hostname)
+            from requests import certs  # here, lest every child process that describes modules import it too
+            sock = ssl.create_default_context(cafile=certs.where()).wrap_socket(sock, server_hostname=parts.hostname)
         timer = threading.Timer(deadline - time.monotonic(), sock.shutdown, [socket.SHUT_RDWR])  # a slow drip meets no other limit
         timer.start()
         try:

@@ -1,4 +1,5 @@
 import copy
+import gzip
 import inspect
 import json
 import random
@@ -322,6 +323,17 @@ def test_what_is_no_specification(tmp_path, spec, reason):
         operations(tmp_path, spec)
 
 
+def test_a_packed_specification_may_not_grow_beyond_bounds(tmp_path, monkeypatch):
+    monkeypatch.setattr(collect, "MAX_SPEC", 10**6)
+    (tmp_path / "good.json.gz").write_bytes(gzip.compress(json.dumps(SPEC).encode()))
+    assert len(list(collect.openapi_records(tmp_path / "good.json.gz", "good", "MIT", None))) == 3
+    (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b" " * 10**7))
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(json.dumps(SPEC).encode())[:200])
+    for name in ("bomb", "cut"):
+        with pytest.raises(ValueError, match="over 1 MB" if name == "bomb" else ""):
+            list(collect.openapi_records(tmp_path / f"{name}.json.gz", name, "MIT", None))
+
+
 def test_yaml_names_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "yaml", None)
     with pytest.raises(ValueError, match="pip install pyyaml"):
@@ -438,10 +450,19 @@ def test_licenses_are_filtered(tmp_path):
     assert len(read(tmp_path / "out" / "rejected")) == 3
 
 
-@pytest.mark.parametrize("source, named", [
-    ("song:x", "song: no such source"), ("openapi:/no/such/place", "/no/such/place"), ("chat:", "chat:PATH"), ("synthesize:python", "no packages collected")])
-def test_bad_sources_are_named(tmp_path, source, named):
-    assert named in run("collect.py", "--out", tmp_path, source, ok=False).stderr
+@pytest.mark.parametrize("arguments, named", [
+    (["song:x"], "song: no such source"), (["openapi:/no/such/place"], "/no/such/place"), (["chat:"], "chat:PATH"), (["crawl:file:///etc"], "not an http"),
+    (["hf:name"], "hf:OWNER/NAME"), (["synthesize:python"], "no packages collected"), (["--only-license", "(", "python"], "--only-license")])
+def test_bad_input_is_named(tmp_path, arguments, named):
+    assert named in run("collect.py", "--out", tmp_path, *arguments, ok=False).stderr
+
+
+def test_an_interrupt_ends_it_at_once(tmp_path):
+    command = [sys.executable, str(ROOT / "collect.py"), "--out", str(tmp_path), "python:torch", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    assert "goes on from here" in process.communicate(timeout=15)[1] and process.returncode == 130
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the data shared among the developers is not here")

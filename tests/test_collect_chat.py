@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import collect
+from conftest import run
 from collect import FORMATS, Record, check_conversation, python_calls, read_values, recognise, value_records
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -383,3 +384,20 @@ def test_formats_are_all_covered():
     real = {"codeact_text", "react_text", "tooleval", "tau_display", "intercode", "toolverifier", "gorilla",
             "agentbench_os", "agentbench_kg", "alpaca", "swe_agent", "toolbench_query"}  # in SPOTS
     assert set(FORMATS) == real | {form for form, *_ in CASES.values()}
+
+
+@needs_data
+def test_from_the_command_line(tmp_path):
+    out = tmp_path / "out"
+    run("collect.py", "--out", out, f"chat:{TRAJECTORIES}", "--license", "as stated")
+    records, rejected = ([json.loads(line) for shard in sorted(d.glob("*.jsonl")) for line in shard.open()] for d in (out, out / "rejected"))
+    assert len(records) == 4974 and len({r["id"] for r in records}) == 4974 and {r["license"] for r in records} == {"as stated"}
+    assert sum("tools.csv" not in r["file"] for r in rejected) == 5  # that file lists tools, and no conversations
+
+
+def test_format_and_domain_from_the_command_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": [m("user", "a"), m("assistant", "Hm\n```bash\nls\n```")]}) + "\n")
+    run("collect.py", "--out", tmp_path / "out", f"chat:{path}", "--chat-format", "react", "--chat-domain", "instruction")
+    [record] = [json.loads(line) for shard in (tmp_path / "out").glob("*.jsonl") for line in shard.open()]
+    assert record["domain"] == "instruction" and record["apis"] == ["bash"]
