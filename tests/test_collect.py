@@ -330,7 +330,7 @@ def test_a_packed_specification_may_not_grow_beyond_bounds(tmp_path, monkeypatch
     (tmp_path / "bomb.json.gz").write_bytes(gzip.compress(b" " * 10**7))
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress(json.dumps(SPEC).encode())[:200])
     for name in ("bomb", "cut"):
-        with pytest.raises(ValueError, match="over 1 MB" if name == "bomb" else ""):
+        with pytest.raises(ValueError, match="over 1 MB" if name == "bomb" else "ended before"):
             list(collect.openapi_records(tmp_path / f"{name}.json.gz", name, "MIT", None))
 
 
