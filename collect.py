@@ -104,11 +104,11 @@ def parse_args():
     parser.add_argument("--out", default="data/raw", help="directory for the records")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time; the records are the same for any number")
     parser.add_argument("--license", metavar="NAME", help="of records whose source states none (default: that of the nearest licence file)")
-    parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches, in upper or lower case")
+    parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
     group = parser.add_argument_group("python")
-    group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB; files are chosen by a hash of their path")
+    group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
     group.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
     group = parser.add_argument_group("chat and hf")
     group.add_argument("--chat-format", choices=FORMATS, help="of all records (default: recognised one by one)")
@@ -120,7 +120,8 @@ def parse_args():
     group.add_argument("--rate", type=float, default=2.0, help="requests a second to one host, unless its robots.txt asks for fewer")
     group.add_argument("--allow-private", action="store_true", help="fetch from private and loopback addresses too")
     group = parser.add_argument_group("synthesize")
-    group.add_argument("--llm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key from OPENAI_API_KEY")
+    group.add_argument("--llm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is "
+                       "taken from OPENAI_API_KEY")
     group.add_argument("--llm-model", default="default", help="model to ask for")
     group.add_argument("--llm-parallel", type=int, default=8, help="requests at once")
     group.add_argument("--llm-budget", type=float, default=1e6, help="tokens to spend, those of prompts included")
@@ -294,7 +295,8 @@ def write_unit(unit, out, args):
 
 def wanted(license, args):
     """Whether --only-license and --exclude-license let a licence pass."""
-    return (not args.only_license or args.only_license.search(license)) and not (args.exclude_license and args.exclude_license.search(license))
+    only, exclude = args.only_license, args.exclude_license
+    return (not only or only.search(license)) and not (exclude and exclude.search(license))
 
 
 @contextlib.contextmanager
@@ -309,11 +311,19 @@ def writing(path):
 
 
 LICENSES = {  # how the texts of common licences are told apart; the first that is found counts
-    "Apache-2.0": r"Apache License,?\s+Version 2\.0", "MIT": r"Permission is hereby granted, free of charge", "MPL-2.0": r"Mozilla Public License,?\s+(Version|v\.) 2",
-    "AGPL-3.0": r"GNU AFFERO GENERAL PUBLIC LICENSE", "LGPL": r"GNU LESSER GENERAL PUBLIC LICENSE", "GPL-3.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 3",
-    "GPL-2.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 2", "BSD-3-Clause": r"Redistribution and use in source and binary forms[\s\S]*(endorse|promote)",
-    "BSD-2-Clause": r"Redistribution and use in source and binary forms", "CC-BY-SA-4.0": r"Attribution-ShareAlike 4\.0", "CC-BY-4.0": r"Attribution 4\.0",
-    "CC0-1.0": r"CC0 1\.0", "Unlicense": r"This is free and unencumbered software"}
+    "Apache-2.0": r"Apache License,?\s+Version 2\.0",
+    "MIT": r"Permission is hereby granted, free of charge",
+    "MPL-2.0": r"Mozilla Public License,?\s+(Version|v\.) 2",
+    "AGPL-3.0": r"GNU AFFERO GENERAL PUBLIC LICENSE",
+    "LGPL": r"GNU LESSER GENERAL PUBLIC LICENSE",
+    "GPL-3.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 3",
+    "GPL-2.0": r"GNU GENERAL PUBLIC LICENSE\s+Version 2",
+    "BSD-3-Clause": r"Redistribution and use in source and binary forms[\s\S]*(endorse|promote)",
+    "BSD-2-Clause": r"Redistribution and use in source and binary forms",
+    "CC-BY-SA-4.0": r"Attribution-ShareAlike 4\.0",
+    "CC-BY-4.0": r"Attribution 4\.0",
+    "CC0-1.0": r"CC0 1\.0",
+    "Unlicense": r"This is free and unencumbered software"}
 
 
 @lru_cache(10_000)
@@ -825,7 +835,8 @@ def summarise(doc):
 def api_documents(apis, package):
     """One document an API: how it is called, what it does, and the tool definition an agent would be given."""
     for api in distinct(apis):
-        text = document(api["name"], api["signature"], api["doc"], api["tool"]["function"], f"{package.name} {package.version}", package.license)
+        version = f"{package.name} {package.version}"
+        text = document(api["name"], api["signature"], api["doc"], api["tool"]["function"], version, package.license)
         yield Record(f"api_doc:{api['name']}", "api_doc", f"python:{package.name}", package.license, [api["name"]], text)
 
 
@@ -1986,7 +1997,8 @@ class Web:
         try:
             client = http.client.HTTPConnection(parts.netloc)
             client.sock = sock
-            client.request("POST" if sent else "GET", "/" + url.split("/", 3)[3], sent, headers={"User-Agent": AGENT, "Accept-Encoding": "gzip"} | headers)
+            headers = {"User-Agent": AGENT, "Accept-Encoding": "gzip"} | headers
+            client.request("POST" if sent else "GET", "/" + url.split("/", 3)[3], sent, headers)
             answer = client.getresponse()
             moved = answer.status // 100 == 3  # what else a redirect says is not read
             body = b"" if moved else answer.read(self.max_bytes + 1)
