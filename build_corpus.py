@@ -13,7 +13,7 @@ Larger models:  python build_corpus.py --vocab-size 32768
 A base's own:   python build_corpus.py --tokenizer path/to/Qwen3-8B-Base
 Own data:       python build_corpus.py --raw my/records --out my/corpus
 
-Exact duplicates are dropped. APIs are held out by a hash of their name, so the same API falls on the same side in every
+Exact duplicates are dropped, near duplicates by --near-duplicates. APIs are held out by a hash of their name, so the same API falls on the same side in every
 corpus. A finished build is not redone; a changed input or option is noticed by its hash.
 """
 import argparse
@@ -51,7 +51,7 @@ def main():
         fail(f"{args.raw}: no *.jsonl files. Run `python collect.py` first, or name the directory with --raw")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     options = {"tokenizer": tokenizer and sha256(Path(args.tokenizer) / "tokenizer.json"), "vocab_size": args.vocab_size,
-               "heldout": args.heldout, "fold": args.fold, "inputs": {s.name: sha256(s) for s in shards}}
+               "heldout": args.heldout, "fold": args.fold, "near_duplicates": args.near_duplicates, "inputs": {s.name: sha256(s) for s in shards}}
     if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text())["options"] == options:
         print(f"{out} is up to date")
         return report(json.loads((out / "manifest.json").read_text()), time.time() - started)
@@ -60,6 +60,8 @@ def main():
 
     records, rejected = read_records(shards)
     records = drop_duplicates(records, rejected)
+    if args.near_duplicates:
+        records = drop_near_duplicates(records, args.near_duplicates, args.workers, rejected)
     heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if in_fold(a, args.heldout, args.fold)})
     splits = split(records, heldout_apis, args.fold, rejected)
     tokenizer = tokenizer or Tokenizer.train(training_texts(splits), args.vocab_size)
@@ -89,6 +91,8 @@ def parse_args():
     parser.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer of this model (byte-level BPE: Llama 3, Qwen, GPT-2, ...) "
                         "instead of training one; for pretrain.py --init DIR")
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
+    parser.add_argument("--near-duplicates", type=float, default=0.0, metavar="J", help="drop documents whose sets of 5-word runs have at least "
+                        "this Jaccard similarity to those of a longer one, such as 0.8; 0 keeps them")
     parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs kept from training")
     parser.add_argument("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
                         "fold and report another (our defaults were chosen on fold 0)")
@@ -96,6 +100,8 @@ def parse_args():
     args = parser.parse_args()
     if not 0 < args.heldout < 1:
         fail(f"--heldout {args.heldout}: must be between 0 and 1")
+    if not 0 <= args.near_duplicates <= 1:
+        fail(f"--near-duplicates {args.near_duplicates}: must be between 0 and 1")
     if args.vocab_size < 256 + len(SPECIAL_TOKENS):
         fail(f"--vocab-size {args.vocab_size}: must be at least {256 + len(SPECIAL_TOKENS)}, the bytes and the special tokens")
     return args
@@ -131,18 +137,120 @@ def read_records(shards):
     return records, rejected
 
 
+def content_of(record):
+    """What a record says, as one text."""
+    return record.text if record.text is not None else json.dumps([record.messages, record.tools], ensure_ascii=False)
+
+
 def drop_duplicates(records, rejected):
     """Keep one of the records whose content is equal up to case and white space: the one with the first id."""
     kept, seen = [], set()
     for record in sorted(records, key=lambda r: (r.domain, r.id)):
-        content = record.text if record.text is not None else json.dumps([record.messages, record.tools])
-        digest = hashlib.sha256(" ".join(content.lower().split()).encode("utf-8", "replace")).digest()
+        digest = hashlib.sha256(" ".join(content_of(record).lower().split()).encode("utf-8", "replace")).digest()
         if digest in seen:
             rejected.add("duplicate", record.id)
         else:
             seen.add(digest)
             kept.append(record)
     return kept
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive Datasets, chapter 3)
+
+SHINGLE = 5          # words that are hashed together
+BANDS, ROWS = 18, 7  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5
+WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 for b in range(256)])
+
+
+def mix(x):
+    """Scramble uint64s, so that every bit depends on every other (the finaliser of splitmix64). Arithmetic is modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def shingle_hashes(texts):
+    """Hashes (N,) uint64 of the runs of SHINGLE words that begin at each word of the texts, and where each text's begin.
+
+    All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b has the hash
+    (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo 2^64.
+    """
+    encoded = [text.lower().encode("utf-8", "replace") + b" " for text in texts]
+    content = np.frombuffer(b" " + b"".join(encoded), np.uint8)
+    is_word = WORD_BYTES[content]
+    begin, end = (np.flatnonzero(edge) + 1 for edge in (is_word[1:] & ~is_word[:-1], is_word[:-1] & ~is_word[1:]))
+    p = np.uint64(0x9E3779B97F4A7C15)
+    powers, inverse = (np.multiply.accumulate(np.full(len(content) + 1, q, np.uint64)) for q in (p, np.uint64(pow(int(p), -1, 2**64))))
+    prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(content * powers[:-1], dtype=np.uint64)])
+    words = mix((prefix[end] - prefix[begin]) * inverse[begin])
+    text_of_word = np.searchsorted(np.cumsum([len(e) for e in encoded]), begin, side="left")
+    # Behind each text SHINGLE empty words: its last runs are shorter, and none reaches into the next text.
+    counts = np.bincount(text_of_word, minlength=len(texts))
+    padded = np.zeros(len(words) + SHINGLE * len(texts), np.uint64)
+    padded[np.arange(len(words)) + SHINGLE * text_of_word] = words
+    runs = np.zeros(len(padded) - SHINGLE + 1, np.uint64)
+    for i in range(SHINGLE):
+        runs = runs * p + padded[i:len(padded) - SHINGLE + 1 + i]
+    taken = np.maximum(counts, 1)  # a text without a word has one empty run
+    starts = np.concatenate([[0], np.cumsum(taken)])
+    first = np.concatenate([[0], np.cumsum(counts + SHINGLE)[:-1]])
+    return mix(runs[np.repeat(first - starts[:-1], taken) + np.arange(starts[-1])]), starts
+
+
+def minhash(texts):
+    """Signatures (len(texts), BANDS * ROWS) uint32: two texts agree at a place with a probability that is the Jaccard
+    similarity of their sets of shingles. The hashes are of the form (a·x + b mod 2^64) / 2^32 with x below 2^32, which is
+    universal (Dietzfelbinger 1996) and needs no wider numbers.
+    """
+    hashes, starts = shingle_hashes(texts)
+    x = hashes >> np.uint64(32)
+    a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
+    signatures = np.empty((BANDS * ROWS, len(texts)), np.uint32)
+    for i in range(BANDS * ROWS):
+        signatures[i] = np.minimum.reduceat((x * (a[i] | np.uint64(1)) + b[i]) >> np.uint64(32), starts[:-1])
+    return signatures.T
+
+
+def drop_near_duplicates(records, threshold, workers, rejected):
+    """Keep of records that are nearly the same the longest."""
+    resembles = near_duplicates([content_of(r) for r in records], [r.id for r in records], threshold, workers)
+    for i, kept in sorted(resembles.items()):
+        rejected.add("near duplicate", f"{records[i].id} of {records[kept].id}")
+    return [r for i, r in enumerate(records) if i not in resembles]
+
+
+def near_duplicates(texts, ids, threshold, workers=1):
+    """{position of a dropped text: that of the text it resembles}: a text is dropped if its Jaccard similarity to a kept one is
+    at least the threshold. Longer texts come first, then those of lower id, so that the order of the input does not matter.
+    """
+    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), ids[i]))
+    batches = [[texts[i] for i in order[at:at + 500]] for at in range(0, len(order), 500)]
+    with multiprocessing.get_context("fork").Pool(workers) as pool:
+        signatures = np.concatenate(list(tqdm(pool.imap(minhash, batches), total=len(batches), desc="minhash", disable=None)))
+    pairs = np.unique(np.concatenate([band_pairs(signatures[:, at:at + ROWS]) for at in range(0, BANDS * ROWS, ROWS)]), axis=0)
+    sets = lru_cache(100_000)(lambda i: np.unique(shingle_hashes([texts[order[i]]])[0]))
+    dropped = {}
+    for j, i in pairs.tolist():  # in the order of j: whether i, which is before it, is kept is known then
+        if i not in dropped and j not in dropped:
+            common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
+            if common >= threshold * (len(sets(i)) + len(sets(j)) - common):
+                dropped[j] = i
+    return {order[j]: order[i] for j, i in dropped.items()}
+
+
+def band_pairs(rows, near=16):
+    """(M, 2) pairs j > i of texts that agree in a band: each with the first that has its values, and with the `near` before it."""
+    weights = mix(np.arange(1, ROWS + 1, dtype=np.uint64))
+    keys = mix((rows * weights).sum(1, dtype=np.uint64))
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
+    found = [np.stack([order, order[heads]], 1)[heads < np.arange(len(keys))]]
+    for step in range(1, near + 1):
+        equal = np.flatnonzero(keys[step:] == keys[:-step])
+        found.append(np.stack([order[equal + step], order[equal]], 1))
+    return np.concatenate(found)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -168,7 +276,7 @@ def split(records, heldout_apis, fold, rejected):
             side = "heldout" if in_fold(record.id, FILES_HELDOUT, fold) else "train"
         elif heldout.intersection(record.apis):
             side = "heldout"
-        elif mentions(record.text if record.text is not None else json.dumps([record.messages, record.tools], ensure_ascii=False)):
+        elif mentions(content_of(record)):
             rejected.add(f"{record.domain} mentions a held-out API", record.id)
             continue
         else:

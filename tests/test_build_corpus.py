@@ -1,6 +1,9 @@
+import itertools
 import json
 import random
+import re
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -293,6 +296,94 @@ def test_duplicates_and_bad_lines_are_counted(tmp_path):
     assert {"reason": "duplicate", "id": "b"} in rejected
 
 
+# ---- near duplicates
+
+
+def words_jaccard(a, b):
+    """By the definition, on Python's strings: runs of five words, the last ones shorter."""
+    def runs(text):
+        words = re.findall(r"[a-z0-9\x80-\xff]+", text.lower().encode().decode("latin-1"))
+        return {tuple(words[i:i + build_corpus.SHINGLE]) for i in range(max(1, len(words)))}
+    a, b = runs(a), runs(b)
+    return len(a & b) / len(a | b)
+
+
+def edited(text, rng, share):
+    """The text with a share of its words replaced, in one place, as copies on the web differ."""
+    words = text.split(" ")
+    at, length = rng.randrange(len(words)), max(1, int(share * len(words)))
+    return " ".join(words[:at] + [f"w{rng.randrange(10**6)}" for _ in words[at:at + length]] + words[at + length:])
+
+
+@pytest.fixture(scope="module")
+def documents(raw):
+    """Real documents, most of them alike in something, and edited copies of a part of them."""
+    rng, texts = random.Random(0), []
+    for shard in sorted(raw.glob("*.jsonl")):
+        texts += [r["text"][:600] for r in map(json.loads, shard.open(encoding="utf-8")) if r["domain"] in ("api_doc", "text")][:600]
+    copies = [edited(t, rng, share) for t in rng.sample(texts, 300) for share in (0.01, 0.08)]
+    return texts + copies + ["", "...", "one", "One!", "ü ö", "Ü Ö."]
+
+
+def test_shingles_are_the_same_alone_and_together(documents):
+    texts = documents[::40] + documents[-6:]
+    hashes, starts = build_corpus.shingle_hashes(texts)
+    for text, a, b in zip(texts, starts, starts[1:]):
+        assert np.array_equal(build_corpus.shingle_hashes([text])[0], hashes[a:b])
+    sets = [set(hashes[a:b].tolist()) for a, b in zip(starts, starts[1:])]
+    for i, j in ((i, j) for i in range(len(texts)) for j in range(i)):
+        if max(len(texts[i]), len(texts[j])) < 400 or not (i + j) % 7:
+            assert len(sets[i] & sets[j]) / len(sets[i] | sets[j]) == words_jaccard(texts[i], texts[j])
+
+
+def test_minhash_estimates_jaccard():
+    words = [f"w{i}" for i in range(2000)]
+    for shared in (0, 500, 1000, 1500, 1900, 2000):
+        a, b = " ".join(words), " ".join(words[:shared] + [f"v{i}" for i in range(2000 - shared)])
+        signatures, exact = build_corpus.minhash([a, b]), words_jaccard(a, b)
+        assert abs((signatures[0] == signatures[1]).mean() - exact) <= 4 * (exact * (1 - exact) / signatures.shape[1]) ** 0.5
+
+
+def test_near_duplicates_against_brute_force(documents):
+    """Of the pairs of similarity 0.8 and more 95% lose a member, no text is dropped for one less similar, and a copy is always kept."""
+    ids = [str(i) for i in range(len(documents))]
+    dropped = build_corpus.near_duplicates(documents, ids, 0.8)
+    for j, i in dropped.items():
+        assert words_jaccard(documents[i], documents[j]) >= 0.8 and i not in dropped
+        assert (-len(documents[i]), ids[i]) < (-len(documents[j]), ids[j])
+    hashes, starts = build_corpus.shingle_hashes(documents)
+    owner = np.repeat(np.arange(len(documents)), np.diff(starts))
+    shared, sizes = Counter(), Counter()
+    pairs = np.unique(np.stack([hashes, owner.astype(np.uint64)], 1), axis=0)
+    for _, group in itertools.groupby(pairs.tolist(), lambda pair: pair[0]):
+        members = [int(i) for _, i in group]
+        sizes.update(members)
+        shared.update(itertools.combinations(members, 2) if len(members) < 100 else ())  # boilerplate makes no pair similar
+    similar = [(i, j) for (i, j), n in shared.items() if n / (sizes[i] + sizes[j] - n) >= 0.8]
+    assert len(similar) > 300 and sum(i in dropped or j in dropped for i, j in similar) >= 0.95 * len(similar)
+
+
+def test_near_duplicates_do_not_depend_on_order_or_workers(documents):
+    def kept(texts, **options):
+        dropped = build_corpus.near_duplicates(texts, texts, 0.8, **options)
+        return {t for i, t in enumerate(texts) if i not in dropped}
+    texts = sorted(set(documents))
+    shuffled = random.Random(1).sample(texts, len(texts))
+    assert kept(texts) == kept(shuffled) == kept(texts[::-1], workers=2) != set(texts)
+
+
+def test_near_duplicates_are_dropped_and_counted(tmp_path):
+    text = " ".join(f"word{i}" for i in range(100)) + " "
+    records = [record(f"t{i}", text=text + f"Number {i}.") for i in range(30)] + [record("other", text="Words of another kind. " * 9)]
+    write_raw(tmp_path / "raw", records)
+    kept = {}
+    for flag in (0, 0.8):
+        done = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300, "--near-duplicates", flag)
+        manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+        kept[flag] = sum(manifest["files"][f"text.{split}.bin"]["documents"] for split in ("train", "heldout"))
+    assert kept == {0: 31, 0.8: 2} and manifest["dropped"]["near duplicate"] == 29 and "29: near duplicate" in done.stdout
+
+
 def test_finished_build_is_not_redone_and_a_changed_one_is(small_raw, tmp_path):
     raw = tmp_path / "raw"
     shutil.copytree(small_raw, raw)
@@ -314,6 +405,6 @@ def test_tampered_corpus_is_refused(small, tmp_path):
         Corpus(tmp_path / "corpus")
 
 
-@pytest.mark.parametrize("arguments, named", [((), "collect.py"), (("--heldout", 2), "--heldout"), (("--vocab-size", 9), "--vocab-size")])
+@pytest.mark.parametrize("arguments, named", [((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--vocab-size", 9), "--vocab-size")])
 def test_bad_input_is_named(tmp_path, arguments, named):
     assert named in run("build_corpus.py", "--raw", tmp_path, "--out", tmp_path / "out", *arguments, ok=False).stderr
