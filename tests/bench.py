@@ -4,22 +4,27 @@
     python tests/bench.py loss           memory of the loss with a large vocabulary, in chunks and plain
     python tests/bench.py load           seconds and memory of loading a checkpoint, and of reading its file
     python tests/bench.py packing        packed attention with a mask, and document by document
+    python tests/bench.py minhash        signatures a second, and datasketch's (and datatrove's, where that is installed)
+    python tests/bench.py dedup          seconds and memory of dropping near duplicates from 10,000 to 300,000 documents
 
 Needs tests/requirements.txt; memory is measured on Linux. No tests: a number that depends on the machine must not fail one.
 """
 import argparse
 import multiprocessing
+import random
 import re
 import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import build_corpus
 import model as transformer
 
 
@@ -47,8 +52,8 @@ def interleaved(rounds, **runs):
 
 def in_process(rounds, function, *arguments):
     """Medians of what the function returns, each time in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        return [statistics.median(column) for column in zip(*(pool.apply(function, arguments) for _ in range(rounds)))]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        return [statistics.median(column) for column in zip(*(pool.submit(function, *arguments).result() for _ in range(rounds)))]
 
 
 def measured(run):
@@ -131,7 +136,49 @@ def packing(rounds):
         print(f"packing, {batch} windows of {T}: mask {1e3 * seconds['masked']:.1f} ms, by document {1e3 * seconds['documents']:.1f} ms")
 
 
-BENCHES = {"generation": generation, "loss": loss, "load": load, "packing": packing}
+def synthetic(count):
+    """Documents of about 580 bytes, of which one in ten is another with a word replaced."""
+    rng = random.Random(0)
+    texts = [" ".join(f"word{rng.randrange(50_000)}" for _ in range(58)) for _ in range(count - count // 10)]
+    return texts + [re.sub(r"word\d+", "other", text, count=1) for text in rng.sample(texts, count // 10)]
+
+
+def minhash(rounds):
+    """2,000 documents of 580 bytes in one process, runs of five words, 126 hashes."""
+    from datasketch import MinHash
+    texts, hashes = synthetic(2000), build_corpus.BANDS * build_corpus.ROWS
+
+    def datasketch():
+        for text in texts:
+            words = re.findall(r"\w+", text.lower())
+            MinHash(num_perm=hashes).update_batch([" ".join(words[i:i + 5]).encode() for i in range(len(words) - 4)])
+
+    runs = {"ours": lambda: [build_corpus.minhash(texts[i:i + 500]) for i in range(0, len(texts), 500)], "datasketch": datasketch}
+    try:
+        from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
+        from datatrove.utils.hashing import HashConfig
+        step = MinhashDedupSignature("unused", MinhashConfig(5, build_corpus.BANDS, build_corpus.ROWS, hash_config=HashConfig(hash_fc="sha1")))
+        runs["datatrove"] = lambda: [step.get_signature(step.get_shingles(text)) for text in texts]
+    except ImportError as error:
+        print(f"minhash: without datatrove ({error})")
+    seconds = interleaved(rounds, **runs)
+    for name, s in seconds.items():
+        print(f"minhash: {name} {len(texts) / s:,.0f} documents/s" + f"; ours {s / seconds['ours']:.1f} times" * (name != "ours"))
+
+
+def dedup_once(count):
+    texts = synthetic(count)
+    return measured(lambda: build_corpus.near_duplicates(texts, texts, 0.8, workers=2))
+
+
+def dedup(rounds):
+    """From texts in memory to what is dropped, in two processes; memory is that of this one beyond the texts."""
+    for count in (10_000, 30_000, 100_000, 300_000):
+        seconds, peak = in_process(1, dedup_once, count)
+        print(f"dedup, {count:,} documents: {seconds:.1f} s, {count / seconds:,.0f} documents/s, {peak:,.0f} MB")
+
+
+BENCHES = {"generation": generation, "loss": loss, "load": load, "packing": packing, "minhash": minhash, "dedup": dedup}
 
 if __name__ == "__main__":
     main()
