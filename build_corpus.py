@@ -13,7 +13,8 @@ Larger models:  python build_corpus.py --vocab-size 32768
 A base's own:   python build_corpus.py --tokenizer path/to/Qwen3-8B-Base
 Own data:       python build_corpus.py --raw my/records --out my/corpus
 
-Exact duplicates are dropped, near duplicates by --near-duplicates. APIs are held out by a hash of their name, so the same API falls on the same side in every
+Exact duplicates are dropped, near duplicates by --near-duplicates, what is
+in test data by --benchmarks. APIs are held out by a hash of their name, so the same API falls on the same side in every
 corpus. A finished build is not redone; a changed input or option is noticed by its hash.
 """
 import argparse
@@ -35,7 +36,8 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from collect import DOMAINS, HelpFormatter, Record, fail, run_main, unit_hash
+from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, python_calls, read_values, run_main,
+                     unit_hash)
 
 SPLITS = ("train", "heldout")
 FILES_HELDOUT = 0.1  # share of code and text documents kept from training
@@ -51,7 +53,8 @@ def main():
         fail(f"{args.raw}: no *.jsonl files. Run `python collect.py` first, or name the directory with --raw")
     tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
     options = {"tokenizer": tokenizer and sha256(Path(args.tokenizer) / "tokenizer.json"), "vocab_size": args.vocab_size,
-               "heldout": args.heldout, "fold": args.fold, "near_duplicates": args.near_duplicates, "inputs": {s.name: sha256(s) for s in shards}}
+               "heldout": args.heldout, "fold": args.fold, "near_duplicates": args.near_duplicates,
+               "benchmarks": [sha256(f) for f in benchmark_files(args.benchmarks)], "inputs": {s.name: sha256(s) for s in shards}}
     if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text())["options"] == options:
         print(f"{out} is up to date")
         return report(json.loads((out / "manifest.json").read_text()), time.time() - started)
@@ -62,6 +65,8 @@ def main():
     records = drop_duplicates(records, rejected)
     if args.near_duplicates:
         records = drop_near_duplicates(records, args.near_duplicates, args.workers, rejected)
+    if args.benchmarks:
+        records = drop_contaminated(records, args.benchmarks, rejected)
     heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if in_fold(a, args.heldout, args.fold)})
     splits = split(records, heldout_apis, args.fold, rejected)
     tokenizer = tokenizer or Tokenizer.train(training_texts(splits), args.vocab_size)
@@ -93,6 +98,8 @@ def parse_args():
     parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
     parser.add_argument("--near-duplicates", type=float, default=0.0, metavar="J", help="drop documents whose sets of 5-word runs have at least "
                         "this Jaccard similarity to those of a longer one, such as 0.8; 0 keeps them")
+    parser.add_argument("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with its arguments, with "
+                        "this file or directory of test data (JSON, JSON lines, CSV, text)")
     parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs kept from training")
     parser.add_argument("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
                         "fold and report another (our defaults were chosen on fold 0)")
@@ -102,6 +109,8 @@ def parse_args():
         fail(f"--heldout {args.heldout}: must be between 0 and 1")
     if not 0 <= args.near_duplicates <= 1:
         fail(f"--near-duplicates {args.near_duplicates}: must be between 0 and 1")
+    if args.benchmarks and not benchmark_files(args.benchmarks):
+        fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
     if args.vocab_size < 256 + len(SPECIAL_TOKENS):
         fail(f"--vocab-size {args.vocab_size}: must be at least {256 + len(SPECIAL_TOKENS)}, the bytes and the special tokens")
     return args
@@ -117,10 +126,10 @@ class Rejected:
     def __init__(self):
         self.reasons, self.sample = Counter(), []
 
-    def add(self, reason, record_id):
+    def add(self, reason, record_id, **more):
         self.reasons[reason] += 1
         if self.reasons[reason] <= MAX_REJECTED:
-            self.sample.append({"reason": reason, "id": record_id})
+            self.sample.append({"reason": reason, "id": record_id, **more})
 
 
 def read_records(shards):
@@ -170,8 +179,8 @@ def mix(x):
     return x ^ (x >> np.uint64(31))
 
 
-def shingle_hashes(texts):
-    """Hashes (N,) uint64 of the runs of SHINGLE words that begin at each word of the texts, and where each text's begin.
+def shingle_hashes(texts, size=SHINGLE):
+    """Hashes (N,) uint64 of the runs of `size` words that begin at each word of the texts, and where each text's begin.
 
     All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b has the hash
     (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo 2^64.
@@ -185,16 +194,16 @@ def shingle_hashes(texts):
     prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(content * powers[:-1], dtype=np.uint64)])
     words = mix((prefix[end] - prefix[begin]) * inverse[begin])
     text_of_word = np.searchsorted(np.cumsum([len(e) for e in encoded]), begin, side="left")
-    # Behind each text SHINGLE empty words: its last runs are shorter, and none reaches into the next text.
+    # Behind each text as many empty words: its last runs are shorter, and none reaches into the next text.
     counts = np.bincount(text_of_word, minlength=len(texts))
-    padded = np.zeros(len(words) + SHINGLE * len(texts), np.uint64)
-    padded[np.arange(len(words)) + SHINGLE * text_of_word] = words
-    runs = np.zeros(len(padded) - SHINGLE + 1, np.uint64)
-    for i in range(SHINGLE):
-        runs = runs * p + padded[i:len(padded) - SHINGLE + 1 + i]
+    padded = np.zeros(len(words) + size * len(texts), np.uint64)
+    padded[np.arange(len(words)) + size * text_of_word] = words
+    runs = np.zeros(len(padded) - size + 1, np.uint64)
+    for i in range(size):
+        runs = runs * p + padded[i:len(padded) - size + 1 + i]
     taken = np.maximum(counts, 1)  # a text without a word has one empty run
     starts = np.concatenate([[0], np.cumsum(taken)])
-    first = np.concatenate([[0], np.cumsum(counts + SHINGLE)[:-1]])
+    first = np.concatenate([[0], np.cumsum(counts + size)[:-1]])
     return mix(runs[np.repeat(first - starts[:-1], taken) + np.arange(starts[-1])]), starts
 
 
@@ -216,7 +225,7 @@ def drop_near_duplicates(records, threshold, workers, rejected):
     """Keep of records that are nearly the same the longest."""
     resembles = near_duplicates([content_of(r) for r in records], [r.id for r in records], threshold, workers)
     for i, kept in sorted(resembles.items()):
-        rejected.add("near duplicate", f"{records[i].id} of {records[kept].id}")
+        rejected.add("near duplicate", records[i].id, of=records[kept].id)
     return [r for i, r in enumerate(records) if i not in resembles]
 
 
@@ -251,6 +260,98 @@ def band_pairs(rows, near=16):
         equal = np.flatnonzero(keys[step:] == keys[:-step])
         found.append(np.stack([order[equal + step], order[equal]], 1))
     return np.concatenate(found)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decontamination: no document that holds a part of a benchmark
+
+OVERLAP = 13  # words in a row, as for GPT-3 (arXiv 2005.14165, appendix C)
+
+
+class Benchmarks:
+    """What test data holds: hashes of all runs of OVERLAP words with the file each is from, and the calls by name."""
+
+    def __init__(self, files):
+        self.files, hashes, owners, self.calls = files, [], [], defaultdict(list)
+        for number, file in enumerate(tqdm(files, desc="benchmarks", disable=None)):
+            parts = [part for _, value in read_values(file) for part in parts_of(value)]
+            for name, accepted in (call for part in parts for call in gold_calls(part)):
+                self.calls[name].append(accepted)
+            texts = [part for part in parts if isinstance(part, str)]
+            hashes += [runs[telling(text)] for runs, text in zip(whole_runs(texts), texts)]
+            owners += [number] * (len(hashes) - len(owners))
+        sizes = [len(h) for h in hashes]
+        self.hashes, first = np.unique(np.concatenate([np.zeros(1, np.uint64), *hashes]), return_index=True)
+        self.owners = np.repeat([0, *owners], [1, *sizes])[first]
+
+    def match(self, text, messages):
+        """What a document has in common with a file, as (words or call, file's name), or None."""
+        [runs] = whole_runs([text])
+        place = np.minimum(np.searchsorted(self.hashes, runs), len(self.hashes) - 1)
+        for at in np.flatnonzero(self.hashes[place] == runs)[:1]:
+            return " ".join(words_of(text)[at:at + OVERLAP]), self.files[self.owners[place[at]]].name
+        for function in (c["function"] for m in messages or [] for c in m.get("tool_calls") or []):
+            given = {k: json.dumps(v, sort_keys=True) for k, v in json.loads(function["arguments"]).items()}
+            for accepted in self.calls.get(function["name"], []):
+                if given and all(given.get(k, '""') in accepted.get(k, ()) for k in given | accepted):
+                    return f"{function['name']}({function['arguments']})", "a call"
+
+
+def parts_of(value):
+    """Every string and every dict in a JSON value, however deep."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, (str, dict)):
+            yield part
+        waiting += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+def gold_calls(part):
+    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"}, Python's f(a=1), or BFCL's
+    {name: {argument: [acceptable values, "" if it may be left out]}}."""
+    (name, given), *others = part.items() if isinstance(part, dict) and part else [("", None)]
+    if isinstance(given, dict) and not others and all(isinstance(values, list) for values in given.values()):
+        return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})]
+    is_call = isinstance(part, str) and re.match(r"\[?[\w.]+\(", part) or isinstance(part, dict) and {"name", "arguments"} <= part.keys()
+    calls = attempt(python_calls if isinstance(part, str) else calls_in, part) if is_call else []
+    functions = [c["function"] for c in calls] if isinstance(calls, list) else []
+    return [(f["name"], {k: [json.dumps(v, sort_keys=True)] for k, v in json.loads(f["arguments"]).items()}) for f in functions]
+
+
+def words_of(text):
+    """The words as shingle_hashes() tells them apart."""
+    return re.findall(r"[a-z0-9\u0080-\U0010ffff]+", text.lower())
+
+
+def telling(text):
+    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting and JSON have not."""
+    words = [w if len(w) > 1 and not w.isdigit() else "" for w in words_of(text)]
+    return np.array([len({*words[i:i + OVERLAP]} - {""}) >= 8 for i in range(len(words) - OVERLAP + 1)], bool)
+
+
+def whole_runs(texts):
+    """The hashes of each text's runs of exactly OVERLAP words."""
+    hashes, starts = shingle_hashes(texts, OVERLAP)
+    return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
+
+
+def drop_contaminated(records, path, rejected):
+    """Drop the records that share something with the test data at a path, and keep what it is for the report."""
+    benchmarks, kept = Benchmarks(benchmark_files(path)), []
+    for record in tqdm(records, desc="decontaminate", disable=None):
+        if found := benchmarks.match(content_of(record), record.messages):
+            rejected.add("shares words or a call with a benchmark", record.id, match=found[0], file=found[1])
+        else:
+            kept.append(record)
+    return kept
+
+
+def benchmark_files(path):
+    """The files of --benchmarks: none, one, or those in a directory."""
+    if not path or not Path(path).is_dir():
+        return [Path(path)] if path and Path(path).is_file() else []
+    return sorted(p for p in Path(path).rglob("*") if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", p.name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

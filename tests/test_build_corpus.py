@@ -384,6 +384,50 @@ def test_near_duplicates_are_dropped_and_counted(tmp_path):
     assert kept == {0: 31, 0.8: 2} and manifest["dropped"]["near duplicate"] == 29 and "29: near duplicate" in done.stdout
 
 
+# ---- decontamination
+
+QUESTION = "Find the area of a triangle with a base of 10 units and a height of 5 units, please, and show the steps."
+BENCHMARK = [{"id": "a", "question": [[{"role": "user", "content": QUESTION}]]},
+             {"id": "b", "ground_truth": [{"area": {"base": [10], "unit": ["cm", ""], "style": [["bold"]]}}]},
+             {"id": "c", "ground_truth": ["cd(folder='docs')", "pwd()"], "counted": "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15"}]
+
+
+def conversation(name, *calls):
+    return Record(name, "instruction", "test", "MIT", [c[0] for c in calls], messages=[
+        chat_message("user", f"Do {name}."), chat_message("assistant", calls=calls)], tools=[])
+
+
+@pytest.mark.parametrize("name, text, file", [
+    ("exact", f"An aside. {QUESTION} And more.", "t.json"), ("other marks", QUESTION.upper().replace(" ", "\n- "), "t.json"),
+    ("twelve words", " ".join(QUESTION.split()[:12]), None), ("two words changed", QUESTION.replace("triangle", "square").replace("height", "side"), None),
+    ("counting", "1 2 3 4 5 6 7 8 9 10 11 12 13 14 15", None), ("nothing", "", None)])
+def test_shared_words(tmp_path, name, text, file):
+    (tmp_path / "t.json").write_text("".join(json.dumps(item) + "\n" for item in BENCHMARK))
+    found = build_corpus.Benchmarks([tmp_path / "t.json"]).match(text, None)
+    assert (found and found[1]) == file and (not found or len(found[0].split()) == 13)
+
+
+@pytest.mark.parametrize("call, shared", [
+    (("area", {"base": 10, "style": ["bold"]}), True), (("area", {"unit": "cm", "style": ["bold"], "base": 10}), True),
+    (("area", {"base": 11, "style": ["bold"]}), False), (("area", {"base": 10}), False), (("area", {"base": 10, "style": ["bold"], "more": 1}), False),
+    (("volume", {"base": 10, "style": ["bold"]}), False), (("cd", {"folder": "docs"}), True), (("pwd", {}), False)])
+def test_shared_calls(tmp_path, call, shared):
+    (tmp_path / "t.json").write_text("".join(json.dumps(item) + "\n" for item in BENCHMARK))
+    record = conversation("r", ("other", {"x": 1}), call)
+    assert bool(build_corpus.Benchmarks([tmp_path / "t.json"]).match("", record.messages)) == shared
+
+
+def test_contaminated_documents_are_dropped_and_reported(tmp_path):
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "t.json").write_text("".join(json.dumps(item) + "\n" for item in BENCHMARK))
+    write_raw(tmp_path / "raw", [record("clean"), record("dirty", text=QUESTION), conversation("call", ("cd", {"folder": "docs"})), conversation("fine", ("cd", {"folder": "x"}))])
+    options = "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300
+    run("build_corpus.py", *options, "--benchmarks", tmp_path / "tests")
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
+    assert {r["id"]: (r["match"][:13], r["file"]) for r in rejected} == {"dirty": ("find the area", "t.json"), "call": ('cd({"folder":', "a call")}
+    assert "up to date" not in run("build_corpus.py", *options).stdout
+
+
 def test_finished_build_is_not_redone_and_a_changed_one_is(small_raw, tmp_path):
     raw = tmp_path / "raw"
     shutil.copytree(small_raw, raw)
@@ -405,6 +449,8 @@ def test_tampered_corpus_is_refused(small, tmp_path):
         Corpus(tmp_path / "corpus")
 
 
-@pytest.mark.parametrize("arguments, named", [((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--vocab-size", 9), "--vocab-size")])
+@pytest.mark.parametrize("arguments, named", [
+    ((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--vocab-size", 9), "--vocab-size"),
+    (("--benchmarks", "/no/such"), "--benchmarks")])
 def test_bad_input_is_named(tmp_path, arguments, named):
     assert named in run("build_corpus.py", "--raw", tmp_path, "--out", tmp_path / "out", *arguments, ok=False).stderr
