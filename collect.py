@@ -1,6 +1,6 @@
 """Step 1 of 6: collect what an agent model learns from.
 
-In:   any number of SOURCEs; without one, `python synthesize:python`, what the Python environment this runs in holds:
+In:   any number of SOURCEs; by default `python synthesize:python`, what the Python environment that this runs in holds.
         documentation
           python[:PACKAGE,...]      installed packages: docstrings, signatures, doctest examples with their outputs, source, prose
           openapi:PATH|URL          OpenAPI 2.0, 3.0 and 3.1 (JSON; YAML where PyYAML is installed)
@@ -103,7 +103,7 @@ def parse_args():
     parser.add_argument("sources", nargs="*", metavar="SOURCE", default=["python", "synthesize:python"], help="see above")
     parser.add_argument("--out", default="data/raw", help="directory for the records")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time; the records are the same for any number")
-    parser.add_argument("--license", metavar="NAME", help="of records whose source states none (default: that of the nearest licence file)")
+    parser.add_argument("--license", metavar="NAME", help="of records whose source states none; without it, that of the nearest licence file")
     parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
@@ -111,7 +111,8 @@ def parse_args():
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
     group.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
     group = parser.add_argument_group("chat and hf")
-    group.add_argument("--chat-format", choices=FORMATS, help="of all records (default: recognised one by one)")
+    group.add_argument("--chat-format", choices=FORMATS, metavar="FORMAT", help="of all records, by its name in FORMATS; "
+                       "without it each is recognised by itself")
     group.add_argument("--chat-domain", choices=("trajectory", "instruction"), default="trajectory", help="pre-train on them, or tune")
     group.add_argument("--hf-host", default=HF_HOST, help="datasets server; HF_TOKEN is sent there if set")
     group = parser.add_argument_group("crawl, and openapi from a URL")
