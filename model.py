@@ -22,6 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+os.environ.setdefault("MKL_CBWR", "AUTO")  # else MKL does not promise that two runs round alike; costs nothing measurable
+
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
@@ -415,7 +417,7 @@ def write_safetensors(tensors, path):
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
         offset += t.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # tensors, mapped, are then aligned as elsewhere: on some CPUs the rounding depends on it
+    text += b" " * (-(8 + len(text)) % 64)  # mapped tensors begin at 64 bytes, as MKL wants them for equal rounding
     write(path, [len(text).to_bytes(8, "little"), text, *(t.view(-1).view(torch.uint8).numpy().data for t in tensors.values())])
 
 

@@ -1,4 +1,5 @@
 import copy
+import functools
 import gzip
 import inspect
 import json
@@ -459,7 +460,8 @@ def test_bad_input_is_named(tmp_path, arguments, named):
 
 def test_an_interrupt_ends_it_at_once(tmp_path):
     command = [sys.executable, str(ROOT / "collect.py"), "--out", str(tmp_path), "python:torch", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore Ctrl-C
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     assert "goes on from here" in process.communicate(timeout=15)[1] and process.returncode == 130
