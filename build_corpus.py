@@ -1,36 +1,45 @@
 """Step 2 of 6: build the corpus that is trained on.
 
-In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form).
+In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form), and --pool, more of general text and code
 Out:  data/corpus/
         tokenizer.tiktoken, tokenizer.json, tokenizer_config.json   one byte-level BPE tokenizer, for tiktoken and Hugging Face
         <domain>.<split>.bin, .idx                                  token ids and document starts; split is train or heldout
         instruction.<split>.mask                                    1 where a token is learned in tuning
+        retrieved.<split>.score                                     of the pool's documents: how likely they are of the seed's kind
         heldout_apis.json, heldout.jsonl                            APIs no training document mentions; their conversations
         manifest.json, rejected.jsonl                               counts and hashes of all this; a sample of what was dropped
+        work/                                                       what the steps left, by hash; may be deleted at any time
 
-Laptop:         python build_corpus.py
-Larger models:  python build_corpus.py --vocab-size 32768
+Laptop:         python build_corpus.py                              and then, to look at it: python build_corpus.py --show 5
+One node:       python build_corpus.py --vocab-size 32768 --pool data/web --benchmarks tests/bfcl
+Many nodes:     torchrun --nnodes=4 --nproc_per_node=1 ... build_corpus.py ...      over a shared file system
 A base's own:   python build_corpus.py --tokenizer path/to/Qwen3-8B-Base
 Own data:       python build_corpus.py --raw my/records --out my/corpus
 
-Exact duplicates are dropped, near duplicates by --near-duplicates, what is
-in test data by --benchmarks. APIs are held out by a hash of their name, so the same API falls on the same side in every
-corpus. A finished build is not redone; a changed input or option is noticed by its hash.
+The steps: clean, drop duplicates and near duplicates, drop what is in test data, retrieve from the pool what is like the seed,
+hold APIs out by a hash of their name, tokenize. Shards are worked on in pieces, and what a step leaves of a piece is named by a
+hash of all that it depends on: after a kill, a new shard or a changed option only what is missing is done. The result is the same
+for any number of processes and any order of the input.
 """
 import argparse
 import base64
+import contextlib
+import functools
 import hashlib
 import heapq
+import io
 import json
 import multiprocessing
 import os
 import re
 import sys
+import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -40,75 +49,116 @@ from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, py
                      unit_hash)
 
 SPLITS = ("train", "heldout")
+BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
+STAGES = {"wide": BINS, "seed": DOMAINS}  # what pretrain.py's two stages read
 FILES_HELDOUT = 0.1  # share of code and text documents kept from training
 MAX_REJECTED = 100   # examples kept of each reason
+PIECE = 4 * 2**20    # bytes of a shard that are worked on together
+
+# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation, which repeat
+# themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so that of the default records what goes
+# deserves it. Conversations have a length alone.
+LIMITS = {
+    #                   prose             code, api_doc     what lies outside
+    "characters":     ((50, 2_000_000), (20, 2_000_000)),  # nothing to learn from; no document but data
+    "repeated lines": ((0, 0.3),        (0, 0.8)),         # share of the characters, in lines that occurred before: menus, logs
+    "repeated runs":  ((0, 0.3),        (0, 0.8)),         # share of the runs of five words that occurred before: spam, tables
+    "symbols":        ((0, 0.4),        (0, 0.6)),         # share of characters other than letters, digits, white space: dumps
+    "line length":    ((0, 5_000),      (0, 5_000)),       # mean characters of a line: minified code, encoded data
+}
+# What is replaced by its name wherever it stands. A text is searched only if it holds the hint: ours are from the issuers' documentation.
+SECRETS = {
+    "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
+    "EMAIL": ("@", r"\b[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+[a-zA-Z]{2,}\b"),
+    "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?-----END [A-Z ]*PRIVATE KEY-----"),
+    "AWS_KEY": ("AKIA", r"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
+    "GITHUB_TOKEN": ("gh", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})\b"),
+    "GOOGLE_KEY": ("AIza", r"\bAIza[\w-]{35}\b"),
+    "SLACK_TOKEN": ("xox", r"\bxox[abprs]-[0-9]{8,}-[\w-]{10,}"),
+    "API_KEY": ("sk", r"\b(?:sk-(?:proj-|ant-)?(?=\w*\d)[\w-]{32,}|sk_live_\w{24,})"),
+    "HF_TOKEN": ("hf_", r"\bhf_(?=\w*\d)[A-Za-z0-9]{30,}\b"),
+    "JWT": ("eyJ", r"\beyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{20,}"),
+}
+SECRETS = {kind: (hint, re.compile(pattern)) for kind, (hint, pattern) in SECRETS.items()}
+# Lines of web pages that say nothing, dropped from prose, by what is looked for first.
+BOILERPLATE = {hint: re.compile(rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)", re.I | re.M) for hint, line in {
+    "skip to": "skip to (?:main )?content", "cookies": "(?:accept|manage|reject) (?:all )?cookies.*|we use cookies.*",
+    "javascript": r".{0,80}(?:enable javascript|javascript is (?:disabled|required)).*", "share": r"share (?:this )?on (?:twitter|facebook|linkedin|x)\b.*",
+    "all rights reserved": r"(?:(?:copyright )?(?:©|\(c\)).{0,80})?all rights reserved\.?", "newsletter": "subscribe to (?:our|the) newsletter.*",
+    "github": "edit (?:this page )?on github", "back to top": "back to top", "lorem ipsum": "lorem ipsum.*"}.items()}
+SYMBOL = re.compile(r"[^\w\s]+")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+# UTF-8 that was read as Windows-1252: Ã, Â, â or ð, and then what the bytes from 80 to BF look like in it.
+WINDOWS = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}
+MOJIBAKE = re.compile("(?:[ÃÂ][%s]|â[%s]{2}|ð[%s]{3})+" % (("".join(re.escape(c) for c, b in WINDOWS.items() if b < 192),) * 3))
 
 
 def main():
     args = parse_args()
-    started = time.time()
-    out = Path(args.out)
-    shards = sorted(Path(args.raw).glob("*.jsonl"))
-    if not shards:
-        fail(f"{args.raw}: no *.jsonl files. Run `python collect.py` first, or name the directory with --raw")
-    tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-    options = {"tokenizer": tokenizer and sha256(Path(args.tokenizer) / "tokenizer.json"), "vocab_size": args.vocab_size,
-               "heldout": args.heldout, "fold": args.fold, "near_duplicates": args.near_duplicates,
-               "benchmarks": [sha256(f) for f in benchmark_files(args.benchmarks)], "inputs": {s.name: sha256(s) for s in shards}}
-    if (out / "manifest.json").exists() and json.loads((out / "manifest.json").read_text())["options"] == options:
+    if args.show is not None:
+        return show(args)
+    started, out, work = time.time(), Path(args.out), Path(args.out) / "work"
+    shards = find_shards(args.raw, "Run `python collect.py` first, or name the directory with --raw")
+    pool = find_shards(args.pool, "name another with --pool") if args.pool else []
+    tokenizer = Tokenizer.find(args.tokenizer) if args.tokenizer else None
+    with multiprocessing.get_context("fork").Pool(args.workers) as processes:
+        hashes = dict(zip(shards + pool, processes.map(sha256, shards + pool)))
+    options = {"tokenizer": tokenizer and tokenizer.fingerprint(), "benchmarks": [sha256(f) for f in benchmark_files(args.benchmarks)],
+               "inputs": {s.name: hashes[s] for s in shards}, "pool": {s.name: hashes[s] for s in pool},
+               "encoder": encoder_hashes(args.encoder),
+               **{k: getattr(args, k) for k in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above")}}
+    manifest = read_manifest(out)
+    if manifest and manifest["options"] == options:
         print(f"{out} is up to date")
-        return report(json.loads((out / "manifest.json").read_text()), time.time() - started)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "manifest.json").unlink(missing_ok=True)  # from here until it is written again the corpus is not valid
+        return report(manifest, time.time() - started)
+    work.mkdir(parents=True, exist_ok=True)
+    if is_main():
+        (out / "manifest.json").unlink(missing_ok=True)  # until it is written again the corpus is not valid
 
-    records, rejected = read_records(shards)
-    records = drop_duplicates(records, rejected)
-    if args.near_duplicates:
-        records = drop_near_duplicates(records, args.near_duplicates, args.workers, rejected)
-    if args.benchmarks:
-        records = drop_contaminated(records, args.benchmarks, rejected)
-    heldout_apis = sorted({a for r in records if r.domain == "api_doc" for a in r.apis if in_fold(a, args.heldout, args.fold)})
-    splits = split(records, heldout_apis, args.fold, rejected)
-    tokenizer = tokenizer or Tokenizer.train(training_texts(splits), args.vocab_size)
-    tokenizer.save(out)
-
-    files, shares = {}, {}
-    for domain in DOMAINS:
-        for name in SPLITS:
-            kept = sorted(splits.get((domain, name), []), key=lambda r: hashlib.sha256(r.id.encode()).digest())
-            files |= write_bin(out, domain, name, kept, tokenizer, args.workers)
-        shares[domain] = files[f"{domain}.train.bin"]["tokens"]
-    write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
-    write(out / "heldout.jsonl", "".join(r.to_json() + "\n" for r in splits.get(("instruction", "heldout"), [])))
-    write(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected.sample))
-    total = max(1, sum(shares.values()))
-    manifest = {
-        "options": options, "vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files,
-        "heldout_apis": len(heldout_apis), "dropped": dict(rejected.reasons), "shares": {d: n / total for d, n in shares.items()}}
-    write(out / "manifest.json", json.dumps(manifest, indent=1))
-    report(manifest, time.time() - started)
+    pieces = sorted(find_pieces(shards, hashes, False) + find_pieces(pool, hashes, True))  # by content
+    each(clean_piece, [(work / f"{p.key}.npy", p) for p in pieces], args.workers, "clean")
+    documents = Documents(pieces, work)
+    dropped = drop_duplicates(documents, args)
+    drop_contaminated(documents, dropped, args)
+    retrieval = retrieve(documents, dropped, args) if pool else None
+    heldout_apis = sorted({a for name in documents.names for a in read_json(work / f"{name}.json")["apis"] if in_fold(a, args.heldout, args.fold)})
+    divide = Split(heldout_apis, args.fold, dropped.apis)
+    tokenizer = tokenizer or train_tokenizer(documents, dropped, divide, args)
+    tokenized = tokenize(documents, dropped, divide, tokenizer, args)
+    if is_main():
+        manifest = assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer) | {"options": options, "retrieval": retrieval}
+        write(out / "manifest.json", json.dumps(manifest, indent=1))
+        report(manifest, time.time() - started)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--raw", default="data/raw", help="directory of records")
-    parser.add_argument("--out", default="data/corpus", help="directory for the corpus")
-    parser.add_argument("--tokenizer", metavar="DIR", help="take the tokenizer of this model (byte-level BPE: Llama 3, Qwen, GPT-2, ...) "
-                        "instead of training one; for pretrain.py --init DIR")
-    parser.add_argument("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
-    parser.add_argument("--near-duplicates", type=float, default=0.0, metavar="J", help="drop documents whose sets of 5-word runs have at least "
-                        "this Jaccard similarity to those of a longer one, such as 0.8; 0 keeps them")
-    parser.add_argument("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with its arguments, with "
-                        "this file or directory of test data (JSON, JSON lines, CSV, text)")
-    parser.add_argument("--heldout", type=float, default=0.04, help="share of APIs kept from training")
-    parser.add_argument("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
-                        "fold and report another (our defaults were chosen on fold 0)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that tokenize; the result is the same for any number")
+    add = parser.add_argument
+    add("--raw", default="data/raw", help="directory of records")
+    add("--out", default="data/corpus", help="directory for the corpus")
+    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two shades, what is learned in colour, and their measures")
+    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's directory or its tokenizer.json (byte-level BPE: "
+        "Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name that tiktoken knows")
+    add("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
+    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word runs have at least this Jaccard "
+        "similarity to those of a longer one; 0 keeps them. Below 0.75 not all are found")
+    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with its arguments, with "
+        "this file or directory of test data (JSON, JSON lines, CSV, text)")
+    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like the documentation and trajectories is "
+        "taken for stage 1, by a classifier trained on the one against the other")
+    add("--retrieve", type=float, default=0.1, metavar="SHARE", help="share of the pool's documents to take")
+    add("--retrieve-above", type=float, metavar="P", help="take instead all of at least this probability")
+    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden states to those of the seed")
+    add("--heldout", type=float, default=0.04, help="share of APIs kept from training")
+    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
+        "fold and report another (our defaults were chosen on fold 0)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same for any number")
     args = parser.parse_args()
+    for flag, value in ("--near-duplicates", args.near_duplicates), ("--retrieve", args.retrieve), ("--retrieve-above", args.retrieve_above or 0):
+        if not 0 <= value <= 1:
+            fail(f"{flag} {value}: must be between 0 and 1")
     if not 0 < args.heldout < 1:
         fail(f"--heldout {args.heldout}: must be between 0 and 1")
-    if not 0 <= args.near_duplicates <= 1:
-        fail(f"--near-duplicates {args.near_duplicates}: must be between 0 and 1")
     if args.benchmarks and not benchmark_files(args.benchmarks):
         fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
     if args.vocab_size < 256 + len(SPECIAL_TOKENS):
@@ -117,33 +167,179 @@ def parse_args():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Records in, duplicates out
+# Pieces of work, over processes and ranks
+
+
+class Piece(NamedTuple):
+    """Whole lines of a shard, from a byte to another. The key tells their content."""
+    key: str
+    shard: Path
+    start: int
+    end: int
+    pool: bool
+
+
+def find_shards(directory, mend):
+    """The files of records in a directory."""
+    if shards := sorted(Path(directory).glob("*.jsonl")):
+        return shards
+    fail(f"{directory}: no *.jsonl files; {mend}")
+
+
+def find_pieces(shards, hashes, pool):
+    """The Pieces of some shards."""
+    pieces = []
+    for shard in shards:
+        size = shard.stat().st_size
+        with open(shard, "rb") as file:
+            bounds = {0, size}
+            for at in range(PIECE, size, PIECE):
+                file.seek(at)
+                file.readline()
+                bounds.add(file.tell())
+        bounds = sorted(bounds)
+        pieces += [Piece(hash_of(hashes[shard], a, pool), shard, a, b, pool) for a, b in zip(bounds, bounds[1:])]
+    return pieces
+
+
+def hash_of(*parts):
+    """A name for what depends on these parts, and on this program."""
+    return hashlib.sha256(json.dumps([program_hash(), *parts]).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def program_hash():
+    return sha256(__file__)
+
+
+def is_main():
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def each(function, jobs, workers, name, shared=None):
+    """Call function(path, *arguments) for every job (path, *arguments) whose file is not there yet, and return when all files are.
+
+    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes its file last,
+    whole or not at all, so that an end at any time loses no more than the jobs under way. It finds `shared` in each.shared.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    jobs = [*{job[0]: job for job in jobs}.values()]  # equal shards make equal jobs
+    todo = [(function, job) for job in jobs[rank::world] if not job[0].exists()]
+    each.shared = shared
+    each.used.update(path.name.partition(".")[0] for path, *_ in jobs)
+    bar = tqdm(total=len(todo), desc=name, disable=None if is_main() and len(todo) > 1 else True)
+    if workers and todo:
+        with multiprocessing.get_context("fork").Pool(min(workers, len(todo))) as processes:
+            for _ in processes.imap_unordered(call, todo):
+                bar.update()
+    else:
+        for job in todo:
+            call(job)
+            bar.update()
+    bar.close()
+    for path, *_ in jobs:
+        while not path.exists():
+            time.sleep(0.05)  # for another rank
+
+
+each.used = set()  # the keys of all files that this build needs
+
+
+def call(job):
+    function, arguments = job
+    function(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Clean
+
+
+INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "<u8", 2), ("start", "<u8"), ("size", "<u4"), ("length", "<u4"), ("bin", "u1")])
+
+
+def clean_piece(path, piece):
+    """Clean the records of a piece. Leaves them (.jsonl), the hashes of their bands (.bands.npy), a report (.json) and their index (.npy)."""
+    rejected, masked, records = Rejected(), Counter(), []
+    with open(piece.shard, "rb") as file:
+        file.seek(piece.start)
+        lines = file.read(piece.end - piece.start).decode("utf-8", "replace").split("\n")
+    for number, line in enumerate(lines[:-1] if not lines[-1] else lines):
+        try:
+            record = Record.from_json(line)
+            if piece.pool and record.text is None:
+                raise ValueError("a conversation has no place in a pool")
+        except ValueError as error:
+            with open(piece.shard, "rb") as file:
+                number += file.read(piece.start).count(b"\n") + 1
+            print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
+            rejected.add("not a record", f"{piece.shard.name}:{number}")
+        else:
+            records.append(clean(record, masked))
+    kept, bands = [], [np.zeros((BANDS, 0), np.uint64)]
+    for batch in batches(records, lambda r: len(content_of(r)), 500_000):
+        texts = [content_of(r) for r in batch]
+        hashes, starts = shingle_hashes(texts)
+        good = []
+        for i, (record, measured) in enumerate(zip(batch, measure(texts, hashes, starts))):
+            if fault := outside_limits(record, measured):
+                rejected.add(fault, record.id, value=round(float(measured[fault]), 3))
+            else:
+                good.append(i)
+                kept.append(record)
+        bands.append(band_keys(minhash(hashes, starts))[:, good])
+    index, at, apis = np.zeros(len(kept), INDEX), 0, set()
+    lines = [r.to_json().encode("utf-8", "replace") + b"\n" for r in kept]
+    for row, record, line in zip(index, kept, lines):
+        text, code = content_of(record), hashlib.sha256(record.id.encode("utf-8", "replace")).digest()
+        name = record.id.encode("utf-8", "replace")
+        row["id"] = name if len(name) <= 64 else name[:48] + code.hex()[:16].encode()
+        row["order"], row["digest"] = int.from_bytes(code[:8], "big"), np.frombuffer(digest_of(text), "<u8")
+        row["start"], row["size"], row["length"], row["bin"] = at, len(line), len(text), BINS.index("retrieved" if piece.pool else record.domain)
+        at += len(line)
+        if record.domain == "api_doc" and not piece.pool:
+            apis.update(record.apis)
+    rejected.shrink()
+    write(path.with_suffix(".jsonl"), b"".join(lines))
+    write_array(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
+    write(path.with_suffix(".json"), json.dumps({"records": len(records), "masked": masked, "apis": sorted(apis), **vars(rejected)}))
+    write_array(path, index)
+
+
+def batches(items, size, most):
+    """Lists of consecutive items whose sizes add up to about `most`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= most:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 class Rejected:
-    """Counts what is dropped by reason, and keeps some examples of each."""
+    """Counts what is dropped by reason, and keeps some examples of each: those whose ids have the lowest hashes, so that it does
+    not matter in which pieces they were found."""
 
     def __init__(self):
         self.reasons, self.sample = Counter(), []
 
     def add(self, reason, record_id, **more):
         self.reasons[reason] += 1
-        if self.reasons[reason] <= MAX_REJECTED:
-            self.sample.append({"reason": reason, "id": record_id, **more})
+        self.sample.append({"reason": reason, "id": record_id, **more})
+        if len(self.sample) > 2 * MAX_REJECTED * len(self.reasons):
+            self.shrink()
 
+    def merge(self, reasons, sample):
+        self.reasons.update(reasons)
+        self.sample += sample
 
-def read_records(shards):
-    """The records of all shards, and the Rejected that counts lines which are none."""
-    rejected, records = Rejected(), []
-    for shard in tqdm(shards, desc="read", disable=None):
-        with open(shard, encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    records.append(Record.from_json(line))
-                except ValueError as error:
-                    print(f"{shard}:{number}: left out: {error}", file=sys.stderr)
-                    rejected.add("not a record", f"{shard.name}:{number}")
-    return records, rejected
+    def shrink(self):
+        examples = defaultdict(list)
+        for example in sorted(self.sample, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
+            examples[example["reason"]].append(example)
+        self.sample = [e for group in examples.values() for e in group[:MAX_REJECTED]]
 
 
 def content_of(record):
@@ -151,25 +347,141 @@ def content_of(record):
     return record.text if record.text is not None else json.dumps([record.messages, record.tools], ensure_ascii=False)
 
 
-def drop_duplicates(records, rejected):
-    """Keep one of the records whose content is equal up to case and white space: the one with the first id."""
-    kept, seen = [], set()
-    for record in sorted(records, key=lambda r: (r.domain, r.id)):
-        digest = hashlib.sha256(" ".join(content_of(record).lower().split()).encode("utf-8", "replace")).digest()
-        if digest in seen:
-            rejected.add("duplicate", record.id)
-        else:
-            seen.add(digest)
-            kept.append(record)
-    return kept
+def digest_of(text):
+    """16 bytes that are equal for texts equal up to case and white space."""
+    return hashlib.sha256(" ".join(text.lower().split()).encode("utf-8", "replace")).digest()[:16]
 
+
+def clean(record, masked):
+    """The record with its texts scrubbed; what is masked is counted."""
+    if record.text is not None:
+        record.text = scrub(record.text, masked)
+        if record.domain == "text":
+            for hint, pattern in BOILERPLATE.items():
+                if hint in record.text.lower():
+                    record.text, count = pattern.subn("", record.text)
+                    masked["lines of boilerplate"] += count
+    else:
+        record.messages, record.tools = (scrub_strings(part, masked) for part in (record.messages, record.tools))
+    return record
+
+
+def scrub_strings(value, masked):
+    """A JSON value with its strings scrubbed, and those in the JSON that a call has for arguments."""
+    if isinstance(value, str):
+        return scrub(value, masked)
+    if isinstance(value, list):
+        return [scrub_strings(v, masked) for v in value]
+    if isinstance(value, dict):
+        scrubbed = {k: scrub_strings(v, masked) for k, v in value.items() if k != "arguments" or not isinstance(v, str)}
+        if isinstance(text := value.get("arguments"), str):
+            given = attempt(json.loads, text)
+            after = scrub_strings(given, masked)
+            scrubbed["arguments"] = text if after == given else json.dumps(after, ensure_ascii=False)
+        return {k: scrubbed[k] for k in value}
+    return value
+
+
+def scrub(text, masked):
+    """A text in Unicode's NFC, mojibake mended, without control and zero-width characters (save those that join letters, as in
+    Persian, and emoji), secrets and e-mail addresses replaced by their kind.
+
+    >>> scrub("cafe\\u0301 cafÃ© zero\\u200bwidth me@host.org", Counter())
+    'café café zerowidth <EMAIL>'
+    """
+    if not text.isascii():
+        text = re.sub("[\ud800-\udfff]", "\ufffd", MOJIBAKE.sub(mend_mojibake, text))
+        text = unicodedata.normalize("NFC", text)
+    text = CONTROL.sub("", text.replace("\r\n", "\n"))
+    for kind, (hint, pattern) in SECRETS.items():
+        if hint in text:
+            text, count = pattern.subn(f"<{kind}>", text)
+            if count:
+                masked[kind] += count
+    return text
+
+
+def mend_mojibake(match):
+    """What the characters are when their Windows-1252 bytes are read as UTF-8; as they stand if that is none."""
+    mended = bytes(WINDOWS[c] for c in match[0]).decode("utf-8", "replace")
+    return match[0] if CONTROL.search(mended) or "\ufffd" in mended else mended
+
+
+def measure(texts, hashes, starts):
+    """The measures that LIMITS names, of each text. hashes and starts are those of shingle_hashes()."""
+    owner = np.repeat(np.arange(len(texts)), np.diff(starts))
+    order = np.lexsort((hashes, owner))
+    again = (hashes[order][1:] == hashes[order][:-1]) & (owner[1:] == owner[:-1])
+    repeated = np.bincount(owner[1:][again], minlength=len(texts)) / np.diff(starts)
+    for text, runs in zip(texts, repeated):
+        seen, lines = set(), [line for line in map(str.strip, text.split("\n")) if line]
+        characters = sum(map(len, lines))
+        first = sum(len(line) for line in lines if line not in seen and not seen.add(line))
+        yield {"characters": characters, "repeated lines": 1 - first / max(1, characters), "repeated runs": runs,
+               "symbols": 1 - len(SYMBOL.sub("", text)) / max(1, len(text)), "line length": characters / max(1, len(lines))}
+
+
+def outside_limits(record, measured):
+    """The name of the first measure of a record that is outside its limits, or None."""
+    chat = record.text is None
+    for name, limits in LIMITS.items():
+        lowest, highest = limits[record.domain != "text"]
+        if not lowest <= measured[name] <= highest and (name == "characters" or not chat):
+            return name
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive Datasets, chapter 3)
+# Duplicates and near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive Datasets, chapter 3)
 
 SHINGLE = 5          # words that are hashed together
 BANDS, ROWS = 18, 7  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5
 WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 for b in range(256)])
+
+
+class Documents:
+    """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each, their texts on disk."""
+
+    def __init__(self, pieces, work):
+        self.pieces, self.work = pieces, work
+        self.names = [p.key for p in pieces]
+        parts = [np.load(work / f"{name}.npy") for name in self.names]
+        self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
+        self.index = np.concatenate([np.zeros(0, INDEX), *parts])
+        self.score = np.zeros(len(self.index), np.float32)  # set by retrieve()
+        self.open = lru_cache(500)(lambda n: open(work / f"{self.names[n]}.jsonl", "rb"))
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        """The Record of a document."""
+        file, entry = self.open(int(np.searchsorted(self.first, i, side="right")) - 1), self.index[i]
+        return Record.from_json(os.pread(file.fileno(), int(entry["size"]), int(entry["start"])))  # seeking would move it for all processes
+
+    def is_in(self, *bins):
+        """(N,) Whether each belongs to one of these bins."""
+        return np.isin(self.index["bin"], [BINS.index(b) for b in bins])
+
+    def bands(self, band):
+        """(N,) uint64: the hashes of a band."""
+        return np.concatenate([np.zeros(0, np.uint64), *(np.load(self.work / f"{name}.bands.npy", mmap_mode="r")[band] for name in self.names)])
+
+
+class Dropped:
+    """Why each document is dropped, as an index into REASONS; 0: it is kept."""
+    REASONS = ("", "duplicate", "near duplicate", "shares words or a call with a benchmark", "not of the seed's kind")
+
+    def __init__(self, reason, copy_of, apis):
+        self.reason = reason    # (N,)
+        self.copy_of = copy_of  # (N,) the document that is kept instead, -1 for none
+        self.apis = apis        # {kept document: the APIs of the copies dropped for it}
+        self.match = {}         # {document: (words or call, benchmark file)}
+
+    @property
+    def kept(self):
+        return self.reason == 0
+
+    def drop(self, documents, reason):
+        self.reason[documents] = self.REASONS.index(reason)
 
 
 def mix(x):
@@ -207,51 +519,67 @@ def shingle_hashes(texts, size=SHINGLE):
     return mix(runs[np.repeat(first - starts[:-1], taken) + np.arange(starts[-1])]), starts
 
 
-def minhash(texts):
-    """Signatures (len(texts), BANDS * ROWS) uint32: two texts agree at a place with a probability that is the Jaccard
-    similarity of their sets of shingles. The hashes are of the form (a·x + b mod 2^64) / 2^32 with x below 2^32, which is
-    universal (Dietzfelbinger 1996) and needs no wider numbers.
+def minhash(hashes, starts):
+    """Signatures (len(starts) - 1, BANDS * ROWS) uint32 of texts, from their shingle_hashes(): two agree at a place with a
+    probability that is the Jaccard similarity of their sets of shingles. The functions are of the form (a·x + b mod 2^64) / 2^32
+    with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider numbers.
     """
-    hashes, starts = shingle_hashes(texts)
     x = hashes >> np.uint64(32)
     a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
-    signatures = np.empty((BANDS * ROWS, len(texts)), np.uint32)
+    signatures = np.empty((BANDS * ROWS, len(starts) - 1), np.uint32)
     for i in range(BANDS * ROWS):
         signatures[i] = np.minimum.reduceat((x * (a[i] | np.uint64(1)) + b[i]) >> np.uint64(32), starts[:-1])
     return signatures.T
 
 
-def drop_near_duplicates(records, threshold, workers, rejected):
-    """Keep of records that are nearly the same the longest."""
-    resembles = near_duplicates([content_of(r) for r in records], [r.id for r in records], threshold, workers)
-    for i, kept in sorted(resembles.items()):
-        rejected.add("near duplicate", records[i].id, of=records[kept].id)
-    return [r for i, r in enumerate(records) if i not in resembles]
-
-
-def near_duplicates(texts, ids, threshold, workers=1):
-    """{position of a dropped text: that of the text it resembles}: a text is dropped if its Jaccard similarity to a kept one is
-    at least the threshold. Longer texts come first, then those of lower id, so that the order of the input does not matter.
-    """
-    order = sorted(range(len(texts)), key=lambda i: (-len(texts[i]), ids[i]))
-    batches = [[texts[i] for i in order[at:at + 500]] for at in range(0, len(order), 500)]
-    with multiprocessing.get_context("fork").Pool(workers) as pool:
-        signatures = np.concatenate(list(tqdm(pool.imap(minhash, batches), total=len(batches), desc="minhash", disable=None)))
-    pairs = np.unique(np.concatenate([band_pairs(signatures[:, at:at + ROWS]) for at in range(0, BANDS * ROWS, ROWS)]), axis=0)
-    sets = lru_cache(100_000)(lambda i: np.unique(shingle_hashes([texts[order[i]]])[0]))
-    dropped = {}
-    for j, i in pairs.tolist():  # in the order of j: whether i, which is before it, is kept is known then
-        if i not in dropped and j not in dropped:
-            common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
-            if common >= threshold * (len(sets(i)) + len(sets(j)) - common):
-                dropped[j] = i
-    return {order[j]: order[i] for j, i in dropped.items()}
-
-
-def band_pairs(rows, near=16):
-    """(M, 2) pairs j > i of texts that agree in a band: each with the first that has its values, and with the `near` before it."""
+def band_keys(signatures):
+    """(BANDS, N) uint64: a hash of each band of the signatures, equal where all its ROWS agree."""
     weights = mix(np.arange(1, ROWS + 1, dtype=np.uint64))
-    keys = mix((rows * weights).sum(1, dtype=np.uint64))
+    return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64)).T
+
+
+def drop_duplicates(documents, args):
+    """The Dropped that keeps of equal and of nearly equal documents the best: one of the seed before one of the pool, the longest, the
+    lowest id. Copies are sought by bands and compared in full, a part by each process; neither needs the texts in memory.
+    """
+    work, threshold = documents.work, args.near_duplicates
+    key = hash_of(documents.names, threshold)
+    pairs, path = work / f"{key}.pairs.npz", work / f"{key}.dropped.npz"
+    each(find_pairs, [(pairs, documents, threshold)], 0, "look for near duplicates")
+    count = len(np.load(pairs)["similar"])
+    parts = [(work / f"{key}.{a}.similar.npy", pairs, a, a + 20_000) for a in range(0, count, 20_000)]
+    each(compare_pairs, parts, args.workers, "compare near duplicates", (documents, threshold))
+    each(choose_copies, [(path, documents, pairs, [p for p, *_ in parts])], 0, "drop copies")
+    found = np.load(path)
+    apis = {int(i): json.loads(names) for i, names in zip(found["kept"], found["apis"])}
+    return Dropped(found["reason"], found["copy_of"], apis)
+
+
+def find_pairs(path, documents, threshold):
+    """Leaves pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and `similar` ones to be compared."""
+    index, n = documents.index, len(documents)
+    order = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
+    equal = runs_of_equal(np.lexsort((index["digest"][order, 1], index["digest"][order, 0])), index["digest"][order])
+    codes = np.zeros(0, np.uint64)
+    if threshold:
+        alive = np.delete(np.arange(n), equal[:, 0])
+        for band in tqdm(range(BANDS), desc="bands", disable=None):
+            pairs = alive[band_pairs(documents.bands(band)[order[alive]])]
+            codes = np.union1d(codes, pairs[:, 0].astype(np.uint64) * np.uint64(n) + pairs[:, 1].astype(np.uint64))
+    similar = np.stack([codes // np.uint64(max(1, n)), codes % np.uint64(max(1, n))], 1).astype(np.int64)
+    write_arrays(path, equal=order[equal], similar=order[similar])
+
+
+def runs_of_equal(order, values):
+    """(M, 2) each item with the first of those that have its values, given an order that brings equal ones together."""
+    fresh = np.append(True, (values[order][1:] != values[order][:-1]).any(1))[:len(order)]
+    head = order[np.flatnonzero(fresh)[np.cumsum(fresh) - 1]]
+    pairs = np.stack([order, head], 1)[~fresh]
+    return pairs[np.argsort(pairs[:, 0])]
+
+
+def band_pairs(keys, near=16):
+    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with the `near` before it."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
@@ -260,6 +588,33 @@ def band_pairs(rows, near=16):
         equal = np.flatnonzero(keys[step:] == keys[:-step])
         found.append(np.stack([order[equal + step], order[equal]], 1))
     return np.concatenate(found)
+
+
+def compare_pairs(path, pairs, start, end):
+    """Leaves for pairs start to end whether the Jaccard similarity of their shingles reaches the threshold."""
+    documents, threshold = each.shared
+    sets = lru_cache(20_000)(lambda i: np.unique(shingle_hashes([content_of(documents[i])])[0]))
+    similar = []
+    for j, i in np.load(pairs)["similar"][start:end].tolist():
+        common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
+        similar.append(common >= threshold * (len(sets(i)) + len(sets(j)) - common))
+    write_array(path, np.array(similar, bool))
+
+
+def choose_copies(path, documents, pairs, parts):
+    """Leaves which documents are dropped, and for what: a document is, if it equals or resembles one before it that is not."""
+    found = np.load(pairs)
+    reason, copy_of = np.zeros(len(documents), np.uint8), np.full(len(documents), -1)
+    reason[found["equal"][:, 0]], copy_of[found["equal"][:, 0]] = 1, found["equal"][:, 1]
+    similar = np.concatenate([np.zeros(0, bool), *map(np.load, parts)])
+    for j, i in found["similar"][similar].tolist():  # in the order of j: whether i, which is before it, is kept is known then
+        if not reason[i] and not reason[j]:
+            reason[j], copy_of[j] = 2, i
+    apis = defaultdict(set)
+    for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
+        kept = copy_of[j] if not reason[copy_of[j]] else copy_of[copy_of[j]]
+        apis[int(kept)].update(documents[j].apis)
+    write_arrays(path, reason=reason, copy_of=copy_of, kept=np.array([*apis], np.int64), apis=np.array([json.dumps(sorted(a)) for a in apis.values()], str))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -335,16 +690,27 @@ def whole_runs(texts):
     hashes, starts = shingle_hashes(texts, OVERLAP)
     return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
 
+def drop_contaminated(documents, dropped, args):
+    """Drop the documents that share something with the test data, and keep what it is for the report."""
+    files = benchmark_files(args.benchmarks)
+    if not files:
+        return
+    key = [sha256(file) for file in files]
+    jobs = [(documents.work / f"{hash_of(name, key)}.matches.json", n) for n, name in enumerate(documents.names)]
+    benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
+    each(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
+    for path, n in jobs:
+        found = {documents.first[n] + row: match for row, *match in read_json(path)}
+        dropped.match |= {i: match for i, match in found.items() if dropped.kept[i]}
+    dropped.drop(list(dropped.match), "shares words or a call with a benchmark")
 
-def drop_contaminated(records, path, rejected):
-    """Drop the records that share something with the test data at a path, and keep what it is for the report."""
-    benchmarks, kept = Benchmarks(benchmark_files(path)), []
-    for record in tqdm(records, desc="decontaminate", disable=None):
-        if found := benchmarks.match(content_of(record), record.messages):
-            rejected.add("shares words or a call with a benchmark", record.id, match=found[0], file=found[1])
-        else:
-            kept.append(record)
-    return kept
+
+def find_matches(path, n):
+    """Leaves [row, words or call, file] of the documents of a piece that share something with the benchmarks."""
+    documents, benchmarks = each.shared
+    records = (documents[i] for i in range(documents.first[n], documents.first[n + 1]))
+    matches = ((row, benchmarks.match(content_of(r), r.messages)) for row, r in enumerate(records))
+    write(path, json.dumps([[row, *match] for row, match in matches if match]))
 
 
 def benchmark_files(path):
@@ -352,6 +718,175 @@ def benchmark_files(path):
     if not path or not Path(path).is_dir():
         return [Path(path)] if path and Path(path).is_file() else []
     return sorted(p for p in Path(path).rglob("*") if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", p.name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Retrieval: what of a pool is like the seed
+
+BUCKETS = 2**20  # places for the hashed n-grams
+SAMPLE = 100_000  # documents of each side, at most, that the classifier learns from
+LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
+
+
+def retrieve(documents, dropped, args):
+    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets documents.score (N,), the probability
+    of each document of the pool, calibrated on as many of the seed as of the pool. Returns the figures for the manifest.
+
+    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words, and a logistic loss. With two
+    classes a vector and the output layer make one number for each n-gram, so that number is what is learned.
+    """
+    pool = dropped.kept & documents.is_in("retrieved")
+    key = hash_of(documents.names, hashlib.sha256(dropped.reason.tobytes()).hexdigest(), encoder_hashes(args.encoder))
+    path = documents.work / f"{key}.scorer.npz"
+    each(train_scorer, [(path, documents, np.flatnonzero(dropped.kept & documents.is_in("api_doc", "trajectory")), np.flatnonzero(pool), args.encoder)],
+         0, "train the classifier")
+    scorer = dict(np.load(path))
+    jobs = [(documents.work / f"{hash_of(name, key)}.scores.npy", n) for n, name in enumerate(documents.names) if documents.pieces[n].pool]
+    each(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, make_scorer(scorer, args.encoder)))
+    for path, n in jobs:
+        documents.score[documents.first[n]:documents.first[n + 1]] = 1 / (1 + np.exp(-np.load(path)))
+    if args.retrieve_above is not None:
+        taken = pool & (documents.score >= args.retrieve_above)
+    else:
+        candidates = np.flatnonzero(pool)
+        best = np.lexsort((documents.index["id"][candidates], -documents.score[candidates]))
+        taken = np.zeros(len(documents), bool)
+        taken[candidates[best[:round(args.retrieve * len(candidates))]]] = True
+    dropped.drop(pool & ~taken, "not of the seed's kind")
+    return {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")} | {
+        "pool": int(pool.sum()), "taken": int(taken.sum()), "least": float(documents.score[taken].min()) if taken.any() else None}
+
+
+def plain_text(record):
+    """The words of a record without the form that collect.py gives them, which would tell it at once."""
+    if record.text is not None:
+        return re.sub(r"^(?:\{.*\}|Package: .*)$", "", record.text[:LONGEST_SCORED], flags=re.M)
+    return "\n".join(part for m in record.messages for part in
+                     [m.get("content") or "", *(f"{c['function']['name']} {c['function']['arguments']}" for c in m.get("tool_calls") or [])])
+
+
+def train_scorer(path, documents, seed, pool, encoder):
+    """Leaves what make_scorer() needs, with its figures on documents it did not see: as many of the seed as of the pool."""
+    count = min(SAMPLE, len(seed), len(pool))
+    if count < 50:
+        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a classifier needs 50 of each")
+    chosen = [side[np.argsort(documents.index["order"][side])[:count]] for side in (seed, pool)]
+    train, tune, test = np.split(np.arange(count), [int(0.8 * count), int(0.9 * count)])
+    texts = [[plain_text(documents[i]) for i in side] for side in chosen]
+    part = lambda rows: ([texts[side][i] for side in (0, 1) for i in rows], np.repeat([1.0, 0.0], len(rows)))
+    if encoder:
+        learned = {"seeds": encode_texts(encoder, [texts[0][i] for i in train[:4096]])}
+    else:
+        learned = {"weights": fit_ngrams(*part(train))}
+        # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which may well be of its kind.
+        score = make_scorer(learned | {"slope": 1.0, "offset": 0.0}, None)([texts[1][i] for i in train])
+        hard = train[np.argsort(score)[len(train) // 2:len(train) * 9 // 10]]
+        more, labels = part(train)
+        learned = {"weights": fit_ngrams(more + [texts[1][i] for i in hard], np.append(labels, np.zeros(len(hard))))}
+    raw = make_scorer(learned | {"slope": 1.0, "offset": 0.0}, encoder)
+    learned["slope"], learned["offset"] = calibrate(raw(part(tune)[0]), part(tune)[1])
+    (texts_tested, labels), score = part(test), make_scorer(learned, encoder)
+    p = 1 / (1 + np.exp(-score(texts_tested)))
+    hits = ((p >= 0.5) & (labels == 1)).sum()
+    bins = np.minimum((p * 10).astype(int), 9)
+    error = sum(abs(p[bins == b].sum() - labels[bins == b].sum()) for b in range(10)) / len(p)
+    precision, recall = hits / max(1, (p >= 0.5).sum()), hits / labels.sum()
+    write_arrays(path, **learned, precision=precision, recall=recall, f1=2 * precision * recall / max(1e-9, precision + recall), calibration_error=error,
+                 tested=len(p))
+
+
+def make_scorer(learned, encoder):
+    """A function from texts to the logarithm of their odds, (N,)."""
+    def score(texts):
+        if encoder:
+            nearest = np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:]
+            raw = nearest.mean(1)
+        else:
+            buckets, starts = ngrams(texts)
+            raw = np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
+        return learned["slope"] * raw + learned["offset"]
+    return score
+
+
+def score_piece(path, n):
+    documents, score = each.shared
+    records = (documents[i] for i in range(documents.first[n], documents.first[n + 1]))
+    scores = [score([plain_text(r) for r in batch]) for batch in batches(records, lambda r: len(r.text), 500_000)]
+    write_array(path, np.concatenate([np.zeros(0), *scores]))
+
+
+def ngrams(texts):
+    """Places (M,) int32 of the texts' words and pairs of words, hashed, and where each text's begin."""
+    places, counts = [], []
+    for batch in batches(texts, len, 500_000):
+        (words, first), (pairs, _) = (shingle_hashes(batch, size) for size in (1, 2))  # as many pairs as words: the last is one word
+        rows = np.repeat(np.arange(len(batch)), np.diff(first))
+        order = np.argsort(np.concatenate([rows, rows]), kind="stable")
+        places.append((np.concatenate([words, pairs])[order] % np.uint64(BUCKETS)).astype(np.int32))
+        counts.append(2 * np.diff(first))
+    return np.concatenate(places), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+
+
+def fit_ngrams(texts, labels, epochs=3, batch_size=64):
+    """The number (BUCKETS,) of each n-gram by which the mean over a text tells its label best."""
+    import torch  # here, since only --pool needs it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the same sums under torchrun, which sets their number
+    places, starts = map(torch.from_numpy, ngrams(texts))
+    bag = torch.nn.EmbeddingBag(BUCKETS, 1, mode="mean", sparse=True)
+    torch.nn.init.zeros_(bag.weight)
+    optimizer = torch.optim.SparseAdam(bag.parameters(), lr=0.1)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(np.tile(np.arange(len(texts)), epochs)))
+    for batch in tqdm(order.split(batch_size), desc="classifier", disable=None):
+        lengths = starts[batch + 1] - starts[batch]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+        at = torch.repeat_interleave(starts[batch] - offsets[:-1], lengths) + torch.arange(int(offsets[-1]))
+        score = bag(places[at].long(), offsets[:-1])[:, 0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, torch.from_numpy(labels)[batch].float())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    torch.set_num_threads(threads)
+    return bag.weight.detach()[:, 0].numpy()
+
+
+def encoder_hashes(directory):
+    """What tells one encoder from another; None for none."""
+    return directory and [sha256(file) for file in sorted(Path(directory).glob("*.safetensors"))]
+
+
+@functools.cache
+def load_encoder(directory):
+    import model as transformer  # a stage below, that only --encoder needs
+    try:
+        return transformer.load(directory), Tokenizer.load(directory)
+    except ValueError as error:
+        fail(error)
+
+
+def encode_texts(directory, texts, longest=512):
+    """(N, C) mean hidden states of the model in a directory over each text's first tokens, of length 1."""
+    import torch
+    encoder, tokenizer = load_encoder(directory)
+    vectors = np.zeros((len(texts), encoder.config.dim), np.float32)
+    ids = [tokenizer.encode(text[:10 * longest])[:longest] or [tokenizer.end_of_text] for text in texts]
+    for rows in batches(tqdm(sorted(range(len(ids)), key=lambda i: len(ids[i])), desc="encode", disable=None), lambda i: len(ids[i]), 4096):
+        padded = torch.zeros(len(rows), len(ids[rows[-1]]), dtype=torch.long)  # behind a text: what is causal does not see it
+        for row, i in zip(padded, rows):
+            row[:len(ids[i])] = torch.tensor(ids[i])
+        with torch.inference_mode():
+            for i, states in zip(rows, encoder.hidden(padded)):
+                vectors[i] = states[:len(ids[i])].mean(0)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def calibrate(scores, labels):
+    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a weak prior keeps them finite."""
+    x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(-x @ w))
+        w -= np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2), x.T @ (p - labels) + 0.01 * w)
+    return w[0] / scores.std(), w[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,27 +898,24 @@ def in_fold(name, share, fold):
     return int(unit_hash(name) / share) == fold % int(1 / share)
 
 
-def split(records, heldout_apis, fold, rejected):
-    """{(domain, split): records}.
+class Split:
+    """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out API.
 
-    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and one that
-    only mentions such an API by its qualified name is dropped. Code and text, which every compared model learns alike,
-    are split by a hash of their id; they have fewer documents, so a larger share is held out.
+    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one for which
+    such a record was dropped as a near duplicate: nothing in train resembles what is held out. One that only mentions a held-out API by
+    its qualified name is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
+    split by a hash of their id; they have fewer documents, so a larger share is held out.
     """
-    heldout, mentions = set(heldout_apis), mention_finder(heldout_apis)
-    splits = defaultdict(list)
-    for record in tqdm(records, desc="split", disable=None):
-        if record.domain in ("code", "text"):
-            side = "heldout" if in_fold(record.id, FILES_HELDOUT, fold) else "train"
-        elif heldout.intersection(record.apis):
-            side = "heldout"
-        elif mentions(content_of(record)):
-            rejected.add(f"{record.domain} mentions a held-out API", record.id)
-            continue
-        else:
-            side = "train"
-        splits[record.domain, side].append(record)
-    return splits
+
+    def __init__(self, heldout_apis, fold, copies):
+        self.heldout, self.mentions, self.fold, self.copies = set(heldout_apis), mention_finder(heldout_apis), fold, copies
+
+    def __call__(self, i, record, bin):
+        if bin in ("code", "text"):
+            return "heldout" if in_fold(record.id, FILES_HELDOUT, self.fold) else "train"
+        if self.heldout.intersection(record.apis) or self.heldout.intersection(self.copies.get(i, ())):
+            return "heldout"
+        return None if self.mentions(content_of(record)) else "train"
 
 
 def mention_finder(names):
@@ -416,6 +948,8 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOOL_TAGS)
 PATTERN = r'[ {](?="name": ")|"name": "|[ ._]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
 # How others cut, where their tokenizer.json only names it: GPT-2, and the same between single digits (SmolLM).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LONGEST_RUN = 20_000  # characters
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
@@ -434,15 +968,58 @@ class Tokenizer:
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = next(self.special[t] for t in ("<|endoftext|>", "<|end_of_text|>") if t in self.special)
         self.im_end = self.special["<|im_end|>"]
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
         self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
 
     @classmethod
-    def load(cls, directory):
-        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as GPT-2, Llama 3 and Qwen.
+    def find(cls, name):
+        """By the name of a directory, a tokenizer.json, Llama 3's tokenizer.model, or an encoding that tiktoken knows."""
+        path = Path(name)
+        if name in tiktoken.list_encoding_names() and not path.exists():
+            return cls.from_tiktoken(name)
+        if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
+            path = path / "tokenizer.model"
+        return cls.load(path) if path.suffix != ".model" else cls.from_llama(path)
 
-        Where the chat format's tokens are missing they take the places of reserved ones, or new ones at the end.
-        """
-        path = Path(directory) / "tokenizer.json"
+    @classmethod
+    def from_tiktoken(cls, name):
+        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may hang, so it gets ten seconds."""
+        found = {}
+
+        def get():
+            try:
+                found["encoding"] = tiktoken.get_encoding(name)
+            except Exception as error:
+                found["error"] = error
+
+        thread = threading.Thread(target=get, daemon=True)
+        thread.start()
+        thread.join(10)
+        if "encoding" not in found:
+            url = getattr(getattr(found.get("error"), "request", None), "url", None)
+            place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url}," if url else "its file, named by the SHA-1 of its URL,"
+            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name that in TIKTOKEN_CACHE_DIR")
+        encoding = found["encoding"]
+        return cls(dict(encoding._mergeable_ranks), with_chat_tokens(dict(encoding._special_tokens), encoding.n_vocab), encoding._pat_str)
+
+    @classmethod
+    def from_llama(cls, path):
+        """From Meta's tokenizer.model of Llama 3: ranks, to which the code that reads them adds 256 special tokens."""
+        try:
+            ranks = read_ranks(path)
+        except FileNotFoundError:
+            fail(f"{path}: no such file")
+        except ValueError:
+            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level BPE, and cannot be read here)")
+        reserved = iter(range(256))
+        named = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
+        special = {named.get(i) or f"<|reserved_special_token_{next(reserved)}|>": len(ranks) + i for i in range(256)}
+        return cls(ranks, with_chat_tokens(special, len(ranks) + 256), LLAMA_PATTERN)
+
+    @classmethod
+    def load(cls, directory):
+        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as GPT-2, Llama 3 and Qwen."""
+        path = Path(directory) / "tokenizer.json" if Path(directory).suffix != ".json" else Path(directory)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
@@ -456,13 +1033,7 @@ class Tokenizer:
             fail(f"{path}: no such file; a directory with a tokenizer has one")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r})")
-        missing = [t for t in SPECIAL_TOKENS if t not in added and not (t == "<|endoftext|>" and "<|end_of_text|>" in added)]
-        reserved = sorted((t for t in added if re.search(r"reserved|unused|extra", t)), key=added.get)
-        end = max(*ranks.values(), *added.values(), -1) + 1
-        for token in missing:
-            added[token] = added.pop(reserved.pop(0)) if reserved else end
-            end = max(end, added[token] + 1)
-        return cls(ranks, added, pattern, normal_form)
+        return cls(ranks, with_chat_tokens(added, max(*ranks.values(), *added.values(), -1) + 1), pattern, normal_form)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -477,7 +1048,30 @@ class Tokenizer:
 
     def encode(self, text):
         """Ids of a text. What looks like a special token in it is ordinary text."""
-        return self.encoding.encode_ordinary(unicodedata.normalize(self.normal_form, text) if self.normal_form else text)
+        return [i for part in self.parts(text) for i in self.encoding.encode_ordinary(part)]
+
+    def encode_to_numpy(self, text):
+        """The same as an array (N,) uint32, faster."""
+        return np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=()) for part in self.parts(text)])
+
+    def normalised(self, text):
+        return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
+
+    def parts(self, text):
+        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that tiktoken's expressions would run
+        out of stack on. These are cut, where possible after a letter and before a sign, where every tokenizer here cuts as well.
+        """
+        text = self.normalised(text)
+        if len(text) <= LONGEST_RUN:
+            return [text]
+        bounds = [0]
+        for run in re.finditer(r"\s+|\S+", text):
+            at = run.start()
+            while (at := at + LONGEST_RUN) < run.end():
+                safe = [m.end() for m in re.finditer(r"[^\W\d_](?=[^\w\s])", text[at - 1000:at])]
+                at = at - 1000 + safe[-1] if safe else at
+                bounds.append(at)
+        return [text[a:b] for a, b in zip(bounds, [*bounds[1:], len(text)])]
 
     def decode(self, ids):
         return self.encoding.decode(ids)
@@ -527,11 +1121,20 @@ class Tokenizer:
             add("<|im_start|>"), add("assistant\n")
         return ids, mask
 
+    def fingerprint(self):
+        """A hash of all that decides which ids a text gets."""
+        parts = [sorted((i, t.hex()) for t, i in self.ranks.items()), sorted(self.special.items()), self.pattern, self.normal_form]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def tiktoken_file(self):
+        """The ranks in tiktoken's format."""
+        return "".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in sorted(self.ranks.items(), key=lambda entry: entry[1]))
+
     def save(self, directory):
         """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop tokens."""
         directory = Path(directory)
         by_rank = sorted(self.ranks, key=self.ranks.get)
-        write(directory / "tokenizer.tiktoken", "".join(f"{base64.b64encode(t).decode()} {self.ranks[t]}\n" for t in by_rank))
+        write(directory / "tokenizer.tiktoken", self.tiktoken_file())
         symbol = byte_symbols()
         written = {token: "".join(symbol[b] for b in token) for token in by_rank}
         merges = [[written[half] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
@@ -552,6 +1155,16 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
         write(directory / "generation_config.json", json.dumps({
             "eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}))
+
+
+def with_chat_tokens(special, end):
+    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved ones, or new ones from `end`."""
+    missing = [t for t in SPECIAL_TOKENS if t not in special and not (t == "<|endoftext|>" and "<|end_of_text|>" in special)]
+    reserved = sorted((t for t in special if re.search(r"reserved|unused|extra", t)), key=special.get)
+    for token in missing:
+        special[token] = special.pop(reserved.pop(0)) if reserved else end
+        end = max(end, special[token] + 1)
+    return special
 
 
 # What Tokenizer.render writes, as a template for servers.
@@ -662,53 +1275,164 @@ def byte_symbols():
     others = iter(range(256, 512))
     return [chr(b if b in printable else next(others)) for b in range(256)]
 
+def train_tokenizer(documents, dropped, divide, args):
+    """The Tokenizer trained on a fair share of each domain's training text, or the one that was left when it was."""
+    kept = hashlib.sha256(dropped.reason.tobytes()).hexdigest()
+    path = documents.work / f"{hash_of(documents.names, kept, sorted(divide.heldout), args.fold, args.vocab_size)}.tiktoken"
+    each(leave_ranks, [(path, documents, dropped, divide, args.vocab_size)], 0, "train the tokenizer")
+    return Tokenizer(read_ranks(path))
 
-def training_texts(splits, limit=12_000_000):
-    """A fair share of each domain's training text, for the tokenizer; conversations as their messages and tools."""
+
+def leave_ranks(path, documents, dropped, divide, vocab_size):
+    write(path, Tokenizer.train(training_texts(documents, dropped, divide), vocab_size).tiktoken_file())
+
+
+def training_texts(documents, dropped, divide, limit=12_000_000):
+    """A fair share of each domain's training text, in the order of a hash; conversations as their messages and tools."""
     for domain in DOMAINS:
         budget = limit // len(DOMAINS)
-        for record in sorted(splits.get((domain, "train"), []), key=lambda r: unit_hash(r.id)):
-            text = record.text if record.text is not None else json.dumps([record.tools, record.messages], ensure_ascii=False)
-            budget -= len(text)
-            if budget < 0:
-                break
-            yield text
+        chosen = np.flatnonzero(dropped.kept & documents.is_in(domain))
+        for i in chosen[np.lexsort((documents.index["id"][chosen], documents.index["order"][chosen]))]:
+            record = documents[i]
+            if divide(i, record, domain) == "train":
+                budget -= len(text := content_of(record))
+                if budget < 0:
+                    break
+                yield text
+
+
+def read_ranks(path):
+    """{bytes: id} of a file in tiktoken's format: a token in base64 and its id in each line."""
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in Path(path).read_bytes().splitlines() if line)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bins
 
 
-def encode_record(record):
-    """(ids, mask) of a record, a special token at its end. Runs in worker processes, which inherit the tokenizer."""
-    tokenizer = encode_record.tokenizer
-    if record.text is not None:
-        ids = tokenizer.encode(record.text)
-        mask = [1] * len(ids)
-    else:
-        ids, mask = tokenizer.render(record.messages, record.tools)
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    return np.array([*ids, tokenizer.end_of_text], dtype), np.array([*mask, 0], np.uint8)
+TOKENS = np.dtype([("row", "<u4"), ("length", "<u4"), ("bin", "u1"), ("side", "u1")])
+MENTIONS = len(SPLITS)  # in place of a side
 
 
-def write_bin(out, domain, name, records, tokenizer, workers):
-    """Tokenize records into <domain>.<split>.bin and .idx, and .mask for instructions. Returns their manifest entries."""
-    encode_record.tokenizer = tokenizer
-    context = multiprocessing.get_context("fork")
-    with context.Pool(workers) as pool:
-        encoded = list(tqdm(pool.imap(encode_record, records, chunksize=64), total=len(records), desc=f"{domain}.{name}", disable=None))
-    ids = np.concatenate([np.zeros(0, np.uint16), *(e[0] for e in encoded)])
-    starts = np.cumsum([0] + [len(e[0]) for e in encoded], dtype=np.uint64)
-    arrays = {"bin": ids, "idx": starts}
-    if domain == "instruction":
-        arrays["mask"] = np.concatenate([np.zeros(0, np.uint8), *(e[1] for e in encoded)])
+def tokenize(documents, dropped, divide, tokenizer, args):
+    """Tokenize the kept documents of each piece. Returns for each piece the path of what is left of it."""
+    jobs, depends = [], [tokenizer.fingerprint(), sorted(divide.heldout), args.fold]
+    depends = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    copies = np.array(sorted(divide.copies), np.int64)
+    for n, name in enumerate(documents.names):
+        first, end = documents.first[n], documents.first[n + 1]
+        kept = hashlib.sha256(dropped.kept[first:end].tobytes()).hexdigest()
+        own = [[int(i - first), divide.copies[i]] for i in copies[np.searchsorted(copies, first):np.searchsorted(copies, end)].tolist()]
+        jobs.append((documents.work / f"{hash_of(name, kept, own, depends)}.tokens.npy", n))
+    each(tokenize_piece, jobs, args.workers, "tokenize", (documents, dropped, divide, tokenizer))
+    return [path for path, _ in jobs]
+
+
+def tokenize_piece(path, n):
+    """Leaves the ids of a piece's kept documents, each with an end of text (.ids.npy), the mask of its instructions (.mask.npy), and what they are."""
+    documents, dropped, divide, tokenizer = each.shared
+    entries, ids, masks = [], [], []
+    for i in range(documents.first[n], documents.first[n + 1]):
+        if dropped.kept[i]:
+            record, bin = documents[i], BINS[documents.index["bin"][i]]
+            side = divide(i, record, bin)
+            if side is None:
+                entries.append((i - documents.first[n], 0, BINS.index(bin), MENTIONS))
+                continue
+            if record.text is not None:
+                encoded = tokenizer.encode_to_numpy(record.text)
+            else:
+                encoded, mask = tokenizer.render(record.messages, record.tools)
+                masks += [[*mask, 0]] if bin == "instruction" else []
+            entries.append((i - documents.first[n], len(encoded) + 1, BINS.index(bin), SPLITS.index(side)))
+            ids += [encoded, [tokenizer.end_of_text]]
+    write_array(path.with_suffix(".ids.npy"), np.concatenate([np.zeros(0, tokenizer.dtype), *(np.asarray(e, tokenizer.dtype) for e in ids)]))
+    write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.asarray(m, np.uint8) for m in masks)]))
+    write_array(path, np.array(entries, TOKENS))
+
+
+def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
+    """Write the corpus from what the steps left, and remove of that what this corpus does not need. Returns the manifest."""
+    tokens = [np.load(path) for path in tokenized]
+    number = np.concatenate([documents.first[n] + t["row"] for n, t in enumerate(tokens)]).astype(np.int64)  # of each entry's document
+    tokenizer.save(out)
+    files = {}
+    for code, domain in enumerate(BINS):
+        for side, split in enumerate(SPLITS):
+            files |= write_bin(out, f"{domain}.{split}", [(t["bin"] == code) & (t["side"] == side) for t in tokens], tokens, tokenized, number, documents, tokenizer)
+    sides = np.concatenate([t["side"] for t in tokens])
+    conversations = [i for i in number[sides == SPLITS.index("heldout")] if BINS[documents.index["bin"][i]] == "instruction"]
+    lines = [r.to_json() for r in sorted((documents[i] for i in conversations), key=lambda r: (unit_hash(r.id), r.id))]
+    rejected, masked = Rejected(), Counter()
+    for name in documents.names:
+        left = read_json(documents.work / f"{name}.json")
+        rejected.merge(left["reasons"], left["sample"])
+        masked.update(left["masked"])
+    for i in np.flatnonzero(dropped.reason):
+        reason = Dropped.REASONS[dropped.reason[i]]
+        more = {"of": documents.index["id"][dropped.copy_of[i]].decode("utf-8", "replace")} if dropped.copy_of[i] >= 0 else {}
+        if i in dropped.match:
+            more = dict(zip(("match", "file"), dropped.match[i]))
+        if reason == "not of the seed's kind":
+            more = {"probability": round(float(documents.score[i]), 4)}
+        rejected.add(reason, documents.index["id"][i].decode("utf-8", "replace"), **more)
+    for i in number[sides == MENTIONS]:
+        rejected.add(f"{BINS[documents.index['bin'][i]]} mentions a held-out API", documents.index["id"][i].decode("utf-8", "replace"))
+    rejected.shrink()
+    write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
+    write(out / "heldout.jsonl", "".join(line + "\n" for line in lines))
+    write(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected.sample))
+    for path in documents.work.iterdir():  # of other inputs and options
+        if path.name.partition(".")[0] not in each.used:
+            path.unlink()
+    shares = {d: files[f"{d}.train.bin"]["tokens"] for d in BINS}
+    total = max(1, sum(shares.values()))
+    return {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files, "heldout_apis": len(heldout_apis),
+            "dropped": dict(sorted(rejected.reasons.items())), "masked": dict(sorted(masked.items())), "shares": {d: n / total for d, n in shares.items()},
+            "stages": {stage: [f"{d}.train.bin" for d in bins if shares[d]] for stage, bins in STAGES.items()}}
+
+
+def write_bin(out, name, chosen, tokens, tokenized, number, documents, tokenizer):
+    """Write <name>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen documents in the order of a hash of
+    their ids, copied piece by piece to where they belong. Returns the manifest entries."""
+    which = number[np.concatenate(chosen)]
+    lengths = np.concatenate([t["length"][c] for t, c in zip(tokens, chosen)]).astype(np.int64)
+    order = np.lexsort((documents.index["id"][which], documents.index["order"][which]))
+    starts = np.concatenate([[0], np.cumsum(lengths[order])])
+    place = np.empty(len(order), np.int64)
+    place[order] = starts[:-1]
+    contents = {"bin": ("ids", tokenizer.dtype)} | ({"mask": ("mask", np.dtype(np.uint8))} if name.startswith("instruction") else {})
     entries = {}
-    for suffix, array in arrays.items():
-        path = out / f"{domain}.{name}.{suffix}"
-        write(path, array.tobytes())
-        entries[path.name] = {"dtype": str(array.dtype), "count": len(array), "sha256": sha256(path)}
-    entries[f"{domain}.{name}.bin"] |= {"tokens": len(ids), "documents": len(records)}
+    for suffix, (left, dtype) in contents.items():
+        with writing_array(out / f"{name}.{suffix}", dtype, starts[-1]) as array:
+            done = 0
+            for path, entry, rows in zip(tokenized, tokens, chosen):
+                counted = entry["length"] * (entry["bin"] == BINS.index("instruction") if left == "mask" else 1)
+                first, counts = (np.cumsum(counted) - counted)[rows].astype(np.int64), counted[rows].astype(np.int64)
+                source = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
+                array[source + np.repeat(place[done:done + len(first)] - first, counts)] = np.load(path.with_suffix(f".{left}.npy"))[source]
+                done += len(first)
+        entries[f"{name}.{suffix}"] = {"dtype": str(dtype), "count": int(starts[-1])}
+    small = {"idx": starts.astype(np.uint64)} | ({"score": documents.score[which[order]]} if name.startswith("retrieved") else {})
+    for suffix, array in small.items():
+        write(out / f"{name}.{suffix}", array.tobytes())
+        entries[f"{name}.{suffix}"] = {"dtype": str(array.dtype), "count": len(array)}
+    for file, entry in entries.items():
+        entry["sha256"] = sha256(out / file)
+    entries[f"{name}.bin"] |= {"tokens": int(starts[-1]), "documents": len(order)}
     return entries
+
+
+@contextlib.contextmanager
+def writing_array(path, dtype, count):
+    """An array on disk to be filled, without holding it in memory; the file appears whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(b"")
+    array = np.memmap(temporary, dtype, "w+", shape=count) if count else np.zeros(0, dtype)
+    yield array
+    if count:
+        array.flush()
+    temporary.replace(path)
 
 
 class Corpus:
@@ -744,6 +1468,30 @@ class Corpus:
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
+def write_array(path, array):
+    """Write an array in numpy's format, whole or not at all."""
+    np.save(content := io.BytesIO(), array)
+    write(path, content.getvalue())
+
+
+def write_arrays(path, **arrays):
+    """The same for several, by name."""
+    np.savez(content := io.BytesIO(), **arrays)
+    write(path, content.getvalue())
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_manifest(directory):
+    """The manifest of a corpus, or None."""
+    try:
+        return read_json(directory / "manifest.json")
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write(path, content):
     """Write text or bytes; the file appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -762,13 +1510,49 @@ def sha256(path):
 
 def report(manifest, seconds):
     print(f"{'domain':<12} {'documents':>20} {'tokens':>22} {'share':>7}\n{'':<12} {'train':>10} {'held out':>9} {'train':>12} {'held out':>9}")
-    for domain in DOMAINS:
+    for domain in BINS:
         train, heldout = (manifest["files"][f"{domain}.{s}.bin"] for s in SPLITS)
-        print(f"{domain:<12} {train['documents']:>10,} {heldout['documents']:>9,} {train['tokens']:>12,} {heldout['tokens']:>9,} "
-              f"{manifest['shares'][domain]:>7.1%}")
-    for reason, count in manifest["dropped"].items():
-        print(f"dropped {count:,}: {reason}")
+        if train["documents"] or domain != "retrieved":
+            print(f"{domain:<12} {train['documents']:>10,} {heldout['documents']:>9,} {train['tokens']:>12,} {heldout['tokens']:>9,} "
+                  f"{manifest['shares'][domain]:>7.1%}")
+    for what in ("dropped", "masked"):
+        for kind, count in manifest[what].items():
+            print(f"{what} {count:,}: {kind}")
+    if figures := manifest["retrieval"]:
+        print(f"retrieved {figures['taken']:,} of the pool's {figures['pool']:,} documents, of probability {figures['least']:.3f} and more. Of {figures['tested']:,.0f} documents "
+              f"not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, F1 {figures['f1']:.3f}, calibration error {figures['calibration_error']:.3f}")
     print(f"{manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, {seconds:.0f} s")
+
+
+def show(args):
+    """Print some documents of each bin, evenly spaced, token by token in two shades; what is learned in tuning in green."""
+    try:
+        corpus = Corpus(args.out)
+    except ValueError as error:
+        fail(error)
+    present = [(d, s) for s in SPLITS for d in BINS if corpus.manifest["files"][f"{d}.{s}.bin"]["documents"]]
+    for k in range(args.show):
+        (domain, split), turn = present[k % len(present)], k // len(present)
+        starts = corpus.read(domain, split, "idx").astype(np.int64)
+        number = turn * 7919 % (len(starts) - 1)  # a prime, to come around
+        start, end = starts[number:number + 2]
+        ids = corpus.read(domain, split)[start:end]
+        mask = corpus.read(domain, split, "mask")[start:end] if domain == "instruction" else np.zeros(len(ids), np.uint8)
+        text = corpus.tokenizer.decode(ids[:-1])
+        [measured] = measure([text], *shingle_hashes([text]))
+        scores = [f"{name} {value:,.2f}" for name, value in measured.items()] + [f"learned {mask.mean():.0%}"] * (domain == "instruction")
+        if domain == "retrieved":
+            scores.append(f"probability {corpus.read(domain, split, 'score')[number]:.3f}")
+        print(f"--- {domain}.{split}, document {number:,}: {len(ids):,} tokens, {len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
+        print("".join(coloured(corpus.tokenizer.decode([i]), n, learned) for n, (i, learned) in enumerate(zip(ids.tolist(), mask))) + "\n")
+
+
+def coloured(token, n, learned):
+    """A token for a terminal; without one, or with NO_COLOR, tokens have a bar between them, and two where they are learned."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        return token + ("‖" if learned else "|")
+    lines = token.split("\n")  # a background that goes over a line's end would fill the screen
+    return "\n".join(f"\033[{'32' if learned else '39'};48;5;{(236, 239)[n % 2]}m{line}\033[0m" if line else "" for line in lines)
 
 
 if __name__ == "__main__":

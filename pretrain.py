@@ -2,7 +2,7 @@
 
 In:   data/corpus (build_corpus.py); a checkpoint directory with --init, or nothing, and a small base is trained first.
 Out:  out/base             trained on code and text alone (not with --init)
-      out/stage1           from the base: the wide mixture, agent : code : text by --mix
+      out/stage1           from the base: the wide mixture, agent : code : text by --mix; what was retrieved is a part of agent
       out/stage2           from stage 1: the agent data, with --replay of code and text
       out/control-stage1, out/control-stage2    from the same base for the same tokens, without agent data
       each a Hugging Face checkpoint directory with metrics.jsonl and train_state/
@@ -36,6 +36,7 @@ from build_corpus import Corpus, Tokenizer, write
 from collect import HelpFormatter, fail, run_main
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
+RETRIEVED = 0.3  # share of what was retrieved from a pool in the agent share of stage 1, where the corpus has it
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, from the makers' datasheets
 
@@ -46,7 +47,8 @@ def main():
     corpus = open_corpus(args.corpus)
     agent, code, text = args.mix
     general = {"code": code, "text": text}
-    wide = {name: agent * share for name, share in AGENT.items()} | general
+    retrieved = RETRIEVED * ("retrieved.train.bin" in corpus.manifest["stages"]["wide"])
+    wide = {name: agent * (1 - retrieved) * share for name, share in AGENT.items()} | {"retrieved": agent * retrieved} | general
     seed_data = {name: (1 - args.replay) * share for name, share in AGENT.items()} | normalise(general, args.replay)
     out = Path(args.out)
 

@@ -5,7 +5,10 @@
     python tests/bench.py load           seconds and memory of loading a checkpoint, and of reading its file
     python tests/bench.py packing        packed attention with a mask, and document by document
     python tests/bench.py minhash        signatures a second, and datasketch's (and datatrove's, where that is installed)
-    python tests/bench.py dedup          seconds and memory of dropping near duplicates from 10,000 to 300,000 documents
+    python tests/bench.py dedup          seconds and memory of dropping near duplicates from 10,000 to 1,000,000 documents
+    python tests/bench.py tokenize       MB/s from records to ids on all cores, and bare tiktoken's
+    python tests/bench.py bpe            seconds of training a tokenizer, and those of tokenizers on the same words
+    python tests/bench.py build          MB/s and memory of build_corpus.py for records of 25 and of 100 MB
 
 Needs tests/requirements.txt; memory is measured on Linux. No tests: a number that depends on the machine must not fail one.
 """
@@ -13,8 +16,11 @@ import argparse
 import multiprocessing
 import random
 import re
+import resource
 import statistics
+import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +32,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import build_corpus
 import model as transformer
+from collect import Record
 
 
 def main():
@@ -138,9 +145,42 @@ def packing(rounds):
 
 def synthetic(count):
     """Documents of about 580 bytes, of which one in ten is another with a word replaced."""
-    rng = random.Random(0)
-    texts = [" ".join(f"word{rng.randrange(50_000)}" for _ in range(58)) for _ in range(count - count // 10)]
+    rng, names = random.Random(0), [f"word{i}" for i in range(50_000)]
+    texts = [" ".join(rng.choices(names, k=58)) for _ in range(count - count // 10)]
     return texts + [re.sub(r"word\d+", "other", text, count=1) for text in rng.sample(texts, count // 10)]
+
+
+def sources(megabytes):
+    """Documents of about 580 bytes from the source of the standard library and the installed packages."""
+    left = megabytes * 10**6
+    for path in sorted(Path(path) for place in ("stdlib", "purelib") for path in Path(sysconfig.get_path(place)).rglob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        for at in range(0, len(text), 580):
+            yield text[at:at + 580]
+            left -= 580
+            if left < 0:
+                return
+
+
+def write_records(directory, texts):
+    """The texts as records in four shards. Returns their size in MB."""
+    directory.mkdir()
+    files = [open(directory / f"{i}.jsonl", "w", encoding="utf-8", errors="replace") for i in range(4)]
+    for i, text in enumerate(texts):
+        files[i % 4].write(Record(f"r{i}", "code", "bench", "", [], text).to_json() + "\n")
+    for file in files:
+        file.close()
+    return sum(f.stat().st_size for f in directory.iterdir()) / 1e6
+
+
+def cleaned(directory, near_duplicates=0.8):
+    """Documents and args of the records in directory/raw, cleaned in two processes, as build_corpus.py's later steps take them."""
+    args = argparse.Namespace(workers=2, near_duplicates=near_duplicates, heldout=0.04, fold=1, vocab_size=8192)
+    shards = sorted((directory / "raw").glob("*.jsonl"))
+    pieces = build_corpus.find_pieces(shards, {shard: build_corpus.sha256(shard) for shard in shards}, False)
+    (directory / "work").mkdir(exist_ok=True)
+    build_corpus.each(build_corpus.clean_piece, [(directory / "work" / f"{p.key}.npy", p) for p in pieces], 2, "clean")
+    return build_corpus.Documents(pieces, directory / "work"), args
 
 
 def minhash(rounds):
@@ -153,7 +193,7 @@ def minhash(rounds):
             words = re.findall(r"\w+", text.lower())
             MinHash(num_perm=hashes).update_batch([" ".join(words[i:i + 5]).encode() for i in range(len(words) - 4)])
 
-    runs = {"ours": lambda: [build_corpus.minhash(texts[i:i + 500]) for i in range(0, len(texts), 500)], "datasketch": datasketch}
+    runs = {"ours": lambda: [build_corpus.minhash(*build_corpus.shingle_hashes(texts[i:i + 500])) for i in range(0, len(texts), 500)], "datasketch": datasketch}
     try:
         from datatrove.pipeline.dedup.minhash import MinhashConfig, MinhashDedupSignature
         from datatrove.utils.hashing import HashConfig
@@ -166,19 +206,76 @@ def minhash(rounds):
         print(f"minhash: {name} {len(texts) / s:,.0f} documents/s" + f"; ours {s / seconds['ours']:.1f} times" * (name != "ours"))
 
 
-def dedup_once(count):
-    texts = synthetic(count)
-    return measured(lambda: build_corpus.near_duplicates(texts, texts, 0.8, workers=2))
+def dedup_once(directory):
+    documents, args = cleaned(directory)
+    return [*measured(lambda: build_corpus.drop_duplicates(documents, args)), len(documents)]
 
 
 def dedup(rounds):
-    """From texts in memory to what is dropped, in two processes; memory is that of this one beyond the texts."""
-    for count in (10_000, 30_000, 100_000, 300_000):
-        seconds, peak = in_process(1, dedup_once, count)
-        print(f"dedup, {count:,} documents: {seconds:.1f} s, {count / seconds:,.0f} documents/s, {peak:,.0f} MB")
+    """From records in files to what is dropped, in two processes; the memory is this one's beyond the index of the documents."""
+    for count in (10_000, 100_000, 1_000_000):
+        with tempfile.TemporaryDirectory() as directory:
+            write_records(Path(directory, "raw"), synthetic(count))
+            started = time.perf_counter()
+            seconds, peak, kept = in_process(1, dedup_once, Path(directory))
+            total = time.perf_counter() - started
+        print(f"dedup, {count:,} documents: cleaned and signed in {total - seconds:.0f} s, near duplicates found and dropped in {seconds:.1f} s with {peak:,.0f} MB; "
+              f"{count / total:,.0f} documents/s in all")
 
 
-BENCHES = {"generation": generation, "loss": loss, "load": load, "packing": packing, "minhash": minhash, "dedup": dedup}
+def tokenize(rounds):
+    """20 MB of documents of 580 bytes on two cores, vocabulary of 8,192: from cleaned records to ids in files, and in memory by tiktoken's threads."""
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        write_records(directory / "raw", sources(20))
+        documents, args = cleaned(directory, 0)
+        dropped = build_corpus.drop_duplicates(documents, args)
+        texts = [documents[i].text for i in range(len(documents)) if dropped.kept[i]]
+        tokenizer = build_corpus.Tokenizer.train(texts[::10], 8192)
+        divide, size = build_corpus.Split([], 1, {}), sum(len(t.encode()) for t in texts) / 1e6
+
+        def ours():
+            for path in build_corpus.tokenize(documents, dropped, divide, tokenizer, args):
+                path.unlink()
+
+        seconds = interleaved(rounds, ours=ours, tiktoken=lambda: tokenizer.encoding.encode_ordinary_batch(texts, num_threads=2))
+    rate = {name: size / s for name, s in seconds.items()}
+    print(f"tokenize: ours {rate['ours']:.1f} MB/s, tiktoken {rate['tiktoken']:.1f} MB/s; {rate['ours'] / rate['tiktoken']:.2f} times")
+
+
+def bpe(rounds):
+    """Merges up to a vocabulary of 8,192 of the words of 10 MB of source."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    texts = list(sources(10))
+
+    def theirs():
+        reference = Tokenizer(models.BPE())
+        reference.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(build_corpus.PATTERN), "isolated"),
+                                                           pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        reference.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=8192, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+
+    seconds = interleaved(min(rounds, 3), ours=lambda: build_corpus.Tokenizer.train(texts, 8192), theirs=theirs)
+    print(f"bpe: ours {seconds['ours']:.1f} s, tokenizers {seconds['theirs']:.1f} s; {seconds['ours'] / seconds['theirs']:.1f} times as long")
+
+
+def build_once(directory):
+    started = time.perf_counter()
+    subprocess.run([sys.executable, build_corpus.__file__, "--raw", directory / "raw", "--out", directory / "out"], check=True, capture_output=True)
+    return time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def build(rounds):
+    """The whole of build_corpus.py with its defaults; memory is that of its largest process."""
+    for megabytes in (25, 100):
+        with tempfile.TemporaryDirectory() as directory:
+            size = write_records(Path(directory, "raw"), sources(megabytes))
+            seconds, peak = in_process(1, build_once, Path(directory))
+        print(f"build: {size:,.0f} MB of records in {seconds:.0f} s, {size / seconds:.1f} MB/s, {peak:,.0f} MB of memory")
+
+
+BENCHES = {"generation": generation, "loss": loss, "load": load, "packing": packing, "minhash": minhash, "dedup": dedup,
+           "tokenize": tokenize, "bpe": bpe, "build": build}
 
 if __name__ == "__main__":
     main()

@@ -1,9 +1,16 @@
-import itertools
+import argparse
+import ast
 import json
+import math
+import os
 import random
 import re
 import shutil
-from collections import Counter
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
@@ -11,7 +18,7 @@ import pytest
 import build_corpus
 from build_corpus import SPECIAL_TOKENS, Corpus, Tokenizer, train_bpe
 from collect import Record, chat_message
-from conftest import run
+from conftest import ROOT, run
 
 TEXTS = ["", "a", "Hello, world! It's 12345.67\n\n\tdef f(x):\n        return x  \n", "naïve café 日本語 🙂 \u200b\u00a0 é", "<|im_end|><tool_call>",
          "{\"name\": \"numpy.roll\", \"arguments\": {\"shift\": -3}}", "  \r\n \n\n   x", "a" * 300, "\x00\x01\ufffd", "ǅ Ⅷ ٣ ½"]
@@ -24,7 +31,7 @@ def small(small_raw, tmp_path_factory):
     return path
 
 
-def record(name, domain="text", text="some text here", apis=(), **more):
+def record(name, domain="text", text="Some text here, of a length that a document should have.", apis=(), **more):
     return Record(name, domain, "test", "MIT", list(apis), text, **more)
 
 
@@ -176,6 +183,60 @@ def test_other_tokenizers_are_refused(small, tmp_path, change):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize("unit", ["a", " ", "^", "\n", "日", "ab1", "a^", "\t x"])
+def test_endless_runs_are_cut_and_come_back(small, unit):
+    """A million letters, spaces or signs without a break: tiktoken alone runs out of stack on some."""
+    tokenizer, text = Tokenizer.load(small), "Before. " + unit * (1_000_000 // len(unit)) + " after."
+    assert all(len(run) <= build_corpus.LONGEST_RUN for part in tokenizer.parts(text) for run in re.findall(r"\s+|\S+", part))
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and np.array_equal(tokenizer.encode_to_numpy(text), ids)
+
+
+def test_cuts_are_safe_where_they_can_be(base):
+    tokenizer = Tokenizer.load(base)
+    text = "".join(random.Random(0).choices(["word", ".", "/x", "12", "=", "'s", "é"], k=60_000))
+    assert len(tokenizer.parts(text)) > 2 and tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(tokenizer.normalised(text))
+    assert len(tokenizer.parts("some words " * 10_000)) == 1
+
+
+def test_llamas_tokenizer_model(small, tmp_path):
+    """As Meta ships it: ranks, and 256 special tokens that its code adds, of which the chat format takes reserved ones."""
+    (tmp_path / "tokenizer.model").write_bytes((small / "tokenizer.tiktoken").read_bytes())
+    ours, end = Tokenizer.find(str(tmp_path)), len(Tokenizer.load(small).ranks)
+    assert ours.vocab_size == end + 256 and ours.special["<|begin_of_text|>"] == end and ours.special["<|eot_id|>"] == end + 9
+    assert ours.special["<|im_start|>"] == end + 2 and ours.special["<|end_of_text|>"] == ours.end_of_text == end + 1
+    assert Tokenizer.find(str(tmp_path / "tokenizer.model")).same_as(ours)
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    assert Tokenizer.find(str(tmp_path / "saved" / "tokenizer.json")).same_as(ours)
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    write_raw(tmp_path, [record("a")])
+    assert "SentencePiece" in run("build_corpus.py", "--raw", tmp_path, "--out", tmp_path / "out", "--tokenizer", tmp_path / "tokenizer.model", ok=False).stderr
+
+
+def test_a_name_that_tiktoken_knows(small, tmp_path, monkeypatch):
+    """A plug-in of tiktoken's own kind stands for those that are downloaded; of these, without a network, the message says where to put the file."""
+    (tmp_path / "tiktoken_ext").mkdir()
+    (tmp_path / "tiktoken_ext" / "mine.py").write_text(f"""
+from tiktoken.load import load_tiktoken_bpe
+def mine():
+    return {{"name": "mine", "pat_str": {build_corpus.GPT2_PATTERN!r}, "mergeable_ranks": load_tiktoken_bpe({str(small / "tokenizer.tiktoken")!r}),
+            "special_tokens": {{"<|endoftext|>": 1500}}}}
+ENCODING_CONSTRUCTORS = {{"mine": mine}}
+""")
+    (tmp_path / "raw").mkdir()
+    write_raw(tmp_path / "raw", [record("a", text="Some text, of which there is not much."  * 3)])
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--tokenizer", "mine")
+    assert Corpus(tmp_path / "out").tokenizer.special["<|endoftext|>"] == 1500 and Corpus(tmp_path / "out").tokenizer.special["<|im_start|>"] == 1501
+    for variable in ("https_proxy", "HTTPS_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    started = time.time()
+    error = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--tokenizer", "cl100k_base", ok=False).stderr
+    assert time.time() - started < 20 and "9b5ad71b2ce5302211f9c61530b329a4922fc6a4" in error and "TIKTOKEN_CACHE_DIR" in error
+
+
 # ---- chat format
 
 
@@ -255,37 +316,96 @@ def test_mentions():
 
 
 def test_bins_decode_to_the_kept_records(small, small_raw):
+    """Each document is a cleaned record's text, or its conversation, to the last character; nothing is there twice, and what is missing is counted."""
     built = Corpus(small)
-    kept = {d: 0 for d in build_corpus.DOMAINS}
-    texts = {" ".join(json.loads(line).get("text", "").split()) for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")}
+    records = [Record.from_json(line) for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")]
+    cleaned = {d: Counter() for d in build_corpus.DOMAINS}
+    for r in records:
+        r = build_corpus.clean(r, Counter())
+        cleaned[r.domain][r.text if r.text is not None else built.tokenizer.decode(built.tokenizer.render(r.messages, r.tools)[0])] += 1
+    total = 0
     for domain in build_corpus.DOMAINS:
         for split in build_corpus.SPLITS:
             documents = built.documents(domain, split)
-            kept[domain] += len(documents)
-            assert sum(map(len, documents)) == len(built.read(domain, split)) == built.manifest["files"][f"{domain}.{split}.bin"]["tokens"]
+            total += len(documents)
+            assert sum(map(len, documents)) == len(built.read(domain, split)) == built.manifest["files"][f"{domain}.{split}.bin"]["tokens"] > 0
             for ids in documents:
                 assert ids[-1] == built.tokenizer.end_of_text and (ids[:-1] != built.tokenizer.end_of_text).all()
-                if domain in ("api_doc", "code", "text"):
-                    assert " ".join(built.tokenizer.decode(ids[:-1]).split()) in texts
-    assert min(kept.values()) > 0
+                cleaned[domain].subtract([built.tokenizer.decode(ids[:-1])])
+    assert min(n for counts in cleaned.values() for n in counts.values()) == 0
+    assert total == len(records) - sum(built.manifest["dropped"].values())
     mask, ids = built.read("instruction", "train", "mask"), built.read("instruction", "train")
     assert len(mask) == len(ids) and set(np.unique(mask)) == {0, 1}
+    documents, starts = built.documents("instruction", "train"), built.read("instruction", "train", "idx").astype(int)
+    for ids, start in list(zip(documents, starts))[::50]:
+        turn = re.search(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", built.tokenizer.decode(ids), re.S)[1]
+        assert built.tokenizer.decode(ids[mask[start:start + len(ids)] == 1]).startswith(turn)
 
 
-def test_same_bins_for_any_number_of_workers_and_any_order(small, small_raw, tmp_path):
+SMALL = ("--vocab-size", 1024, "--heldout", 0.1, "--fold", 0)
+
+
+def assert_same_corpus(first, second):
+    for path in first.iterdir():
+        if path.suffix in (".bin", ".idx", ".mask", ".tiktoken") or path.name in ("heldout_apis.json", "heldout.jsonl", "rejected.jsonl"):
+            assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("workers, ranks", [(1, 1), (5, 1), (1, 2)])
+def test_same_bins_for_any_number_of_workers_and_ranks_and_any_order(small, small_raw, tmp_path, workers, ranks):
     raw = tmp_path / "raw"
     lines = [line for shard in small_raw.glob("*.jsonl") for line in shard.open(encoding="utf-8")]
-    random.Random(0).shuffle(lines)
+    random.Random(workers).shuffle(lines)
     raw.mkdir()
-    (raw / "all.jsonl").write_text("".join(lines), encoding="utf-8")
-    run("build_corpus.py", "--raw", raw, "--out", tmp_path / "out", "--vocab-size", 1024, "--heldout", 0.1, "--fold", 0, "--workers", 1)
-    for path in small.iterdir():
-        if path.suffix in (".bin", ".idx", ".mask", ".tiktoken"):
-            assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+    for part in range(3):
+        (raw / f"{part}.jsonl").write_text("".join(lines[part::3]), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "build_corpus.py"), "--raw", raw, "--out", tmp_path / "out", *SMALL, "--workers", workers]
+    processes = [subprocess.Popen([*map(str, command)], env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(ranks)}) for rank in range(ranks)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * ranks
+    assert_same_corpus(small, tmp_path / "out")
+
+
+def test_killed_at_any_moment_it_goes_on(small, small_raw, tmp_path):
+    command = [sys.executable, str(ROOT / "build_corpus.py"), "--raw", small_raw, "--out", tmp_path / "out", *SMALL, "--workers", 1]
+    rng, killed = random.Random(0), 0
+    for _ in range(10):
+        process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(rng.uniform(0.3, 2.5))
+        killed += process.poll() is None
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert killed > 2
+    run(*command[1:])
+    assert_same_corpus(small, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_only_what_changed_is_done_again(small_raw, tmp_path):
+    """A new shard is worked on, the others are not; another size of the vocabulary leaves what was cleaned and compared."""
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    shutil.copytree(small_raw, raw)
+
+    def build(*options):
+        before = {p.name: p.stat().st_mtime_ns for p in (out / "work").glob("*")} if out.exists() else {}
+        run("build_corpus.py", "--raw", raw, "--out", out, *options)
+        after = {p.name: p.stat().st_mtime_ns for p in (out / "work").glob("*")}
+        made = {name for name in after if name not in before or before[name] != after[name]}
+        return {kind: sum(name.endswith(kind) for name in made) for kind in (".jsonl", ".dropped.npz", ".tiktoken", ".tokens.npy")}, after
+
+    first, files = build("--vocab-size", 512)
+    shards = len(list(raw.glob("*.jsonl")))
+    assert first == {".jsonl": shards, ".dropped.npz": 1, ".tiktoken": 1, ".tokens.npy": shards}
+    assert build("--vocab-size", 600)[0] == {".jsonl": 0, ".dropped.npz": 0, ".tiktoken": 1, ".tokens.npy": shards}
+    assert build("--vocab-size", 600, "--near-duplicates", 0)[0] | {".tokens.npy": 0} == {".jsonl": 0, ".dropped.npz": 1, ".tiktoken": 1, ".tokens.npy": 0}
+    write_raw(raw, [record("new", text="A text that was not there before, and is long enough to stay.")])
+    made, after = build("--vocab-size", 600, "--near-duplicates", 0)
+    assert made[".jsonl"] == 1 and len(after) < 2 * len(files)  # what no corpus needs any more is gone
+    assert "up to date" in run("build_corpus.py", "--raw", raw, "--out", out, "--vocab-size", 600, "--near-duplicates", 0).stdout
 
 
 def test_duplicates_and_bad_lines_are_counted(tmp_path):
-    write_raw(tmp_path / "raw", [record("b", text="Same  text"), record("a", text="same text"), record("c", text="other")])
+    same = "The same text, of a length that a document should have."
+    write_raw(tmp_path / "raw", [record("b", text=same.upper()), record("a", text=same), record("c", text="Another text, which says what the first one does not.")])
     with open(tmp_path / "raw" / "records.jsonl", "a") as file:
         file.write("{not json\n")
     done = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 265)
@@ -293,7 +413,7 @@ def test_duplicates_and_bad_lines_are_counted(tmp_path):
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["dropped"] == {"not a record": 1, "duplicate": 1}
     rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open()]
-    assert {"reason": "duplicate", "id": "b"} in rejected
+    assert {"reason": "duplicate", "id": "b", "of": "a"} in rejected
 
 
 # ---- near duplicates
@@ -315,18 +435,37 @@ def edited(text, rng, share):
     return " ".join(words[:at] + [f"w{rng.randrange(10**6)}" for _ in words[at:at + length]] + words[at + length:])
 
 
+def through_files(directory, texts, threshold=0.8, workers=1):
+    """(documents, dropped): texts as the script works on them, their positions as ids."""
+    directory.mkdir(exist_ok=True)
+    write_raw(directory / "raw", [record(f"{i:06}", "api_doc", text) for i, text in enumerate(texts)])
+    args = argparse.Namespace(workers=workers, near_duplicates=threshold)
+    shard = directory / "raw" / "records.jsonl"
+    pieces = build_corpus.find_pieces([shard], {shard: build_corpus.sha256(shard)}, False)
+    (directory / "work").mkdir()
+    build_corpus.each(build_corpus.clean_piece, [(directory / "work" / f"{p.key}.npy", p) for p in pieces], workers, "clean")
+    documents = build_corpus.Documents(pieces, directory / "work")
+    return documents, build_corpus.drop_duplicates(documents, args)
+
+
 @pytest.fixture(scope="module")
-def documents(raw):
-    """Real documents, most of them alike in something, and edited copies of a part of them."""
+def real_texts(raw):
+    """20,000 real documents, many of them alike in something, edited copies of a part of them among them."""
     rng, texts = random.Random(0), []
     for shard in sorted(raw.glob("*.jsonl")):
-        texts += [r["text"][:600] for r in map(json.loads, shard.open(encoding="utf-8")) if r["domain"] in ("api_doc", "text")][:600]
-    copies = [edited(t, rng, share) for t in rng.sample(texts, 300) for share in (0.01, 0.08)]
-    return texts + copies + ["", "...", "one", "One!", "ü ö", "Ü Ö."]
+        texts += [r["text"][:600] for r in map(json.loads, shard.open(encoding="utf-8")) if r["domain"] in ("api_doc", "text")]
+    texts = rng.sample(texts, 18_000)
+    texts += [edited(t, rng, share) for t in rng.sample(texts, 1000) for share in (0.01, 0.08)]
+    return rng.sample(texts, len(texts))
 
 
-def test_shingles_are_the_same_alone_and_together(documents):
-    texts = documents[::40] + documents[-6:]
+@pytest.fixture(scope="module")
+def real(real_texts, tmp_path_factory):
+    return through_files(tmp_path_factory.mktemp("real"), real_texts, workers=2)
+
+
+def test_shingles_are_the_same_alone_and_together(real_texts):
+    texts = [*real_texts[:100], "", "...", "one", "One!", "ü ö", "Ü Ö."]
     hashes, starts = build_corpus.shingle_hashes(texts)
     for text, a, b in zip(texts, starts, starts[1:]):
         assert np.array_equal(build_corpus.shingle_hashes([text])[0], hashes[a:b])
@@ -340,41 +479,69 @@ def test_minhash_estimates_jaccard():
     words = [f"w{i}" for i in range(2000)]
     for shared in (0, 500, 1000, 1500, 1900, 2000):
         a, b = " ".join(words), " ".join(words[:shared] + [f"v{i}" for i in range(2000 - shared)])
-        signatures, exact = build_corpus.minhash([a, b]), words_jaccard(a, b)
+        signatures, exact = build_corpus.minhash(*build_corpus.shingle_hashes([a, b])), words_jaccard(a, b)
         assert abs((signatures[0] == signatures[1]).mean() - exact) <= 4 * (exact * (1 - exact) / signatures.shape[1]) ** 0.5
 
 
-def test_near_duplicates_against_brute_force(documents):
+def similar_pairs(texts, threshold):
+    """All pairs of at least this Jaccard similarity, without hashing bands: sets ordered by rarity can only be so alike if they
+    share one of their first elements (prefix filtering, Chaudhuri et al. 2006), and then are compared in full."""
+    hashes, starts = build_corpus.shingle_hashes(texts)
+    _, codes, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    sets = [set(codes[a:b].tolist()) for a, b in zip(starts, starts[1:])]
+    having, pairs = defaultdict(list), set()
+    for i, members in enumerate(sets):
+        rare = sorted(members, key=lambda c: (counts[c], c))[:len(members) - math.ceil(threshold * len(members)) + 1]
+        for j in {j for c in rare for j in having[c]}:
+            if len(members & sets[j]) >= threshold * len(members | sets[j]):
+                pairs.add((j, i))
+        for c in rare:
+            having[c].append(i)
+    return pairs
+
+
+def test_near_duplicates_against_brute_force(real):
     """Of the pairs of similarity 0.8 and more 95% lose a member, no text is dropped for one less similar, and a copy is always kept."""
-    ids = [str(i) for i in range(len(documents))]
-    dropped = build_corpus.near_duplicates(documents, ids, 0.8)
-    for j, i in dropped.items():
-        assert words_jaccard(documents[i], documents[j]) >= 0.8 and i not in dropped
-        assert (-len(documents[i]), ids[i]) < (-len(documents[j]), ids[j])
-    hashes, starts = build_corpus.shingle_hashes(documents)
-    owner = np.repeat(np.arange(len(documents)), np.diff(starts))
-    shared, sizes = Counter(), Counter()
-    pairs = np.unique(np.stack([hashes, owner.astype(np.uint64)], 1), axis=0)
-    for _, group in itertools.groupby(pairs.tolist(), lambda pair: pair[0]):
-        members = [int(i) for _, i in group]
-        sizes.update(members)
-        shared.update(itertools.combinations(members, 2) if len(members) < 100 else ())  # boilerplate makes no pair similar
-    similar = [(i, j) for (i, j), n in shared.items() if n / (sizes[i] + sizes[j] - n) >= 0.8]
-    assert len(similar) > 300 and sum(i in dropped or j in dropped for i, j in similar) >= 0.95 * len(similar)
+    documents, dropped = real
+    assert len(documents) > 19_500
+    texts = [documents[i].text for i in range(len(documents))]
+    for j in np.flatnonzero(dropped.reason):
+        i = dropped.copy_of[j]
+        assert words_jaccard(texts[i], texts[j]) >= 0.8
+        assert dropped.reason[j] == 1 or not dropped.reason[i] and (-len(texts[i]), documents[i].id) < (-len(texts[j]), documents[j].id)
+    pairs = similar_pairs(texts, 0.8)
+    found = sum(bool(dropped.reason[i] or dropped.reason[j]) for i, j in pairs)
+    assert len(pairs) > 1500 and found >= 0.95 * len(pairs)
 
 
-def test_near_duplicates_do_not_depend_on_order_or_workers(documents):
-    def kept(texts, **options):
-        dropped = build_corpus.near_duplicates(texts, texts, 0.8, **options)
-        return {t for i, t in enumerate(texts) if i not in dropped}
-    texts = sorted(set(documents))
-    shuffled = random.Random(1).sample(texts, len(texts))
-    assert kept(texts) == kept(shuffled) == kept(texts[::-1], workers=2) != set(texts)
+def test_near_duplicates_do_not_depend_on_order_pieces_or_workers(real_texts, tmp_path, monkeypatch):
+    def kept(name, texts, **options):
+        documents, dropped = through_files(tmp_path / name, texts, **options)
+        return {documents[i].text for i in np.flatnonzero(dropped.kept)}, len(documents.pieces)
+    texts = real_texts[:3000]
+    first, _ = kept("a", texts)
+    monkeypatch.setattr(build_corpus, "PIECE", 100_000)
+    second, pieces = kept("b", random.Random(1).sample(texts, len(texts)), workers=2)
+    assert pieces > 5 and first == second and len(first) < len(texts)
+
+
+def test_the_split_is_closed_under_near_duplication(tmp_path):
+    """A document is held out if a copy that was dropped for it documents a held-out API."""
+    body = " ".join(f"word{i}" for i in range(100))
+    names = [f"pkg.f{i}" for i in range(100)]
+    heldout = next(n for n in names if build_corpus.in_fold(n, 0.1, 0))
+    open_ = next(n for n in names if not build_corpus.in_fold(n, 0.1, 0))
+    write_raw(tmp_path / "raw", [record("short", "api_doc", body, [heldout]), record("long", "api_doc", body + " end", [open_]),
+                                 record("other", "api_doc", "something else, about which nothing else is said", [open_])])
+    for flag, documents in ((0.8, (1, 1)), (0, (2, 1))):
+        run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300, "--heldout", 0.1, "--fold", 0, "--near-duplicates", flag)
+        files = Corpus(tmp_path / "out").manifest["files"]
+        assert (files["api_doc.train.bin"]["documents"], files["api_doc.heldout.bin"]["documents"]) == documents
 
 
 def test_near_duplicates_are_dropped_and_counted(tmp_path):
     text = " ".join(f"word{i}" for i in range(100)) + " "
-    records = [record(f"t{i}", text=text + f"Number {i}.") for i in range(30)] + [record("other", text="Words of another kind. " * 9)]
+    records = [record(f"t{i}", text=text + f"Number {i} of those.") for i in range(30)] + [record("other", text="Words of another kind, and as many of them as a document has.")]
     write_raw(tmp_path / "raw", records)
     kept = {}
     for flag in (0, 0.8):
@@ -382,6 +549,55 @@ def test_near_duplicates_are_dropped_and_counted(tmp_path):
         manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
         kept[flag] = sum(manifest["files"][f"text.{split}.bin"]["documents"] for split in ("train", "heldout"))
     assert kept == {0: 31, 0.8: 2} and manifest["dropped"]["near duplicate"] == 29 and "29: near duplicate" in done.stdout
+
+
+# ---- cleaning
+
+
+@pytest.mark.parametrize("text, after", [
+    ("cafe\u0301 \u1e9b\u0323", "café ẛ̣"), ("a\x00b\x1b[0mc\u200bd\ufeffe\u00adf\u202eg", "ab[0mcdefg"), ("می\u200cخواهم 👩\u200d💻", "می\u200cخواهم 👩\u200d💻"),
+    ("line\r\nnext\ttab\n", "line\nnext\ttab\n"), ("cafÃ© â€œquotedâ€\x9d itâ€™s Â© ðŸ™‚", "café “quoted” it’s © 🙂"), ("NÃO ÂNGULO DÂ’ALI", "NÃO ÂNGULO DÂ’ALI"),
+    ("lone \ud800 half", "lone \ufffd half"), ("mail john.doe+x@mail.host.org now", "mail <EMAIL> now"), ("user@example.com a@b c@localhost @decorator", None),
+    ("key AKIAABCDEFGHIJKLMNOP, not AKIAIOSFODNN7EXAMPLE", "key <AWS_KEY>, not AKIAIOSFODNN7EXAMPLE"), ("ghp_" + "a1B2" * 9, "<GITHUB_TOKEN>"),
+    ("AIza" + "x" * 35, "<GOOGLE_KEY>"), ("xoxb-1234567890-abcdefghijkl", "<SLACK_TOKEN>"), ("sk-" + "a1" * 20, "<API_KEY>"), ("task-force sk-learn disk_live", None),
+    ("hf_" + "aB3" * 11, "<HF_TOKEN>"), ("eyJ" + "a" * 20 + ".eyJ" + "b" * 20 + "." + "c" * 30, "<JWT>"), ("postgres://me:hunter22@db.host/x", "postgres://<PASSWORD>@db.host/x"),
+    ("-----BEGIN RSA PRIVATE KEY-----\n" + "MIIE" * 40 + "\n-----END RSA PRIVATE KEY-----", "<PRIVATE_KEY>"), ("https://host:80/a@b", None)])
+def test_scrub(text, after):
+    counts = Counter()
+    assert build_corpus.scrub(text, counts) == (text if after is None else after)
+    assert counts == Counter(re.findall("<([A-Z_]+)>", after or ""))
+
+
+def test_secrets_are_masked_in_conversations_and_their_arguments_stay_json(tmp_path):
+    given = {"to": "jane@corp.org", "lines": ["a\njoe@corp.org", 1, None], "é": "ü"}
+    r = Record("c", "instruction", "t", "MIT", [], messages=[chat_message("user", "Write to jane@corp.org"), chat_message("assistant", calls=[("send", given)])], tools=[])
+    before = r.to_json()
+    counts = Counter()
+    build_corpus.clean(r, counts)
+    assert json.loads(r.messages[1]["tool_calls"][0]["function"]["arguments"]) == {"to": "<EMAIL>", "lines": ["a\n<EMAIL>", 1, None], "é": "ü"}
+    assert r.messages[0]["content"] == "Write to <EMAIL>" and counts == {"EMAIL": 3}
+    untouched = Record.from_json(before.replace("@corp", " corp"))
+    assert build_corpus.clean(Record.from_json(untouched.to_json()), counts) == untouched
+
+
+WORDS = [f"word{i}" for i in range(400)]
+
+
+@pytest.mark.parametrize("domain, text, reason", [
+    ("text", "Too short.", "characters"), ("text", " ".join(WORDS), None), ("code", "x = 1", "characters"), ("text", "one line of a menu, as they are\n" * 9, "repeated lines"),
+    ("code", "    value = function(other, value)\n" * 9 + "\n".join(WORDS), None), ("text", "buy this now at once " * 30, "repeated runs"), ("text", "+-" * 100 + " ".join(WORDS[:20]), "symbols"),
+    ("code", "x=1;" * 2000 + "\n" + " ".join(WORDS), "repeated runs"), ("code", ";".join(f"v{i}=f(v{i + 1})" for i in range(2000)), "line length"), ("text", "\n".join(["— — —", *WORDS]), None)])
+def test_limits(domain, text, reason):
+    [measured] = build_corpus.measure([text], *build_corpus.shingle_hashes([text]))
+    assert set(measured) == set(build_corpus.LIMITS)
+    assert build_corpus.outside_limits(record("x", domain, text), measured) == reason
+
+
+def test_boilerplate_goes_from_prose_alone():
+    text = "Skip to main content\nThe tutorial begins.\n© 2024 Some Company, Inc. All rights reserved.\nIt uses cookies to bake.\nWe use cookies to improve your visit\nback to top"
+    counts = Counter()
+    assert build_corpus.clean(record("x", "text", text), counts).text == "The tutorial begins.\nIt uses cookies to bake.\n" and counts == {"lines of boilerplate": 4}
+    assert build_corpus.clean(record("x", "code", text), counts).text == text
 
 
 # ---- decontamination
@@ -428,14 +644,104 @@ def test_contaminated_documents_are_dropped_and_reported(tmp_path):
     assert "up to date" not in run("build_corpus.py", *options).stdout
 
 
-def test_finished_build_is_not_redone_and_a_changed_one_is(small_raw, tmp_path):
-    raw = tmp_path / "raw"
-    shutil.copytree(small_raw, raw)
-    arguments = ("build_corpus.py", "--raw", raw, "--out", tmp_path / "out", "--vocab-size", 512)
-    run(*arguments)
-    assert "up to date" in run(*arguments).stdout
-    write_raw(raw, [record("new", text="a text that was not there")])
-    assert "up to date" not in run(*arguments).stdout
+# ---- retrieval
+
+
+@pytest.fixture(scope="module")
+def seed_and_pool(raw, tmp_path_factory):
+    """Directories of records: documentation and tool use; and code without its docstrings and comments, among it documentation of another
+    package, which should be found."""
+    seed, code, documentation = [], [], []
+    for shard in sorted(raw.glob("*.jsonl")):
+        for r in map(Record.from_json, shard.open(encoding="utf-8")):
+            if r.domain == "code":
+                code.append(r)
+            elif "networkx" not in shard.name and r.domain in ("api_doc", "trajectory", "instruction"):
+                seed.append(r)
+            elif r.domain == "api_doc" and not r.id.startswith("api_doc:index"):
+                documentation.append(record("planted:" + r.id, "text", r.text.split("\n\n{")[0]))
+    rng, pool = random.Random(0), []
+    for r in rng.sample(code, 400):
+        try:
+            tree = ast.parse(r.text)
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(getattr(node, "body", None), list):
+                node.body = [n for n in node.body if not (isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant))] or [ast.Pass()]
+        text = ast.unparse(tree)
+        pool += [record(f"{r.id}:{at}", "code", text[at:at + 1500]) for at in range(0, min(len(text), 15_000), 1500)]
+    directories = [tmp_path_factory.mktemp(name) for name in ("seed", "pool")]
+    write_raw(directories[0], rng.sample(seed, 5000))
+    write_raw(directories[1], rng.sample(pool, 1400) + rng.sample(documentation, 200))
+    return directories
+
+
+@pytest.fixture(scope="module")
+def retrieved(seed_and_pool, tmp_path_factory):
+    seed, pool = seed_and_pool
+    out = tmp_path_factory.mktemp("retrieved")
+    return out, run("build_corpus.py", "--raw", seed, "--pool", pool, "--out", out, *SMALL, "--retrieve", 0.1).stdout
+
+
+def test_what_is_like_the_seed_is_found(retrieved, seed_and_pool):
+    (out, printed), (_, pool) = retrieved, seed_and_pool
+    built = Corpus(out)
+    records = [json.loads(line) for line in (pool / "records.jsonl").open(encoding="utf-8")]
+    planted = sum(r["id"].startswith("planted") for r in records) / len(records)
+    figures = built.manifest["retrieval"]
+    taken = [built.tokenizer.decode(d[:-1]) for d in built.documents("retrieved", "train")]
+    by_text = {build_corpus.clean(Record(**r), Counter()).text: r["id"] for r in records}
+    found = sum(by_text[t].startswith("planted") for t in taken) / len(taken)
+    assert 0.05 < planted < 0.3 and found > 3 * planted
+    assert figures["f1"] > 0.85 and figures["precision"] > 0.85 and figures["recall"] > 0.8 and figures["calibration_error"] < 0.1
+    assert "precision 0." in printed and "F1 0." in printed
+    scores = built.read("retrieved", "train", "score")
+    assert len(scores) == len(taken) and scores.min() >= figures["least"] - 1e-6 and abs(figures["taken"] - 0.1 * figures["pool"]) < 1
+    assert built.manifest["stages"]["wide"] == [*built.manifest["stages"]["seed"], "retrieved.train.bin"]
+    heldout = json.loads((out / "heldout_apis.json").read_text())
+    assert not [name for name in heldout if any(name in t for t in taken)]
+
+
+def test_a_threshold_decides_in_place_of_a_share(retrieved, seed_and_pool, tmp_path):
+    seed, pool = seed_and_pool
+    shutil.copytree(retrieved[0], tmp_path / "out")
+    run("build_corpus.py", "--raw", seed, "--pool", pool, "--out", tmp_path / "out", *SMALL, "--retrieve-above", 0.9)
+    manifest = Corpus(tmp_path / "out").manifest
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").open(encoding="utf-8")]
+    assert manifest["retrieval"]["least"] >= 0.9
+    assert all(r["probability"] < 0.9 for r in rejected if r["reason"] == "not of the seed's kind")
+    assert manifest["dropped"]["not of the seed's kind"] == manifest["retrieval"]["pool"] - manifest["retrieval"]["taken"]
+
+
+def test_an_encoder_in_place_of_the_classifier(small_raw, small, seed_and_pool, tmp_path):
+    import torch
+    import model
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load(small)
+    model.save(model.Transformer(model.Config(vocab_size=tokenizer.vocab_size, dim=64, n_layers=1, n_heads=1, n_kv_heads=1, hidden_dim=64)), tmp_path / "encoder")
+    tokenizer.save(tmp_path / "encoder")
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "part.jsonl").write_text("".join((seed_and_pool[1] / "records.jsonl").open(encoding="utf-8").readlines()[:400]), encoding="utf-8")
+    run("build_corpus.py", "--raw", small_raw, "--pool", tmp_path / "pool", "--out", tmp_path / "out", *SMALL, "--encoder", tmp_path / "encoder")
+    figures = Corpus(tmp_path / "out").manifest["retrieval"]
+    assert figures["f1"] > 0.7 and 30 <= figures["taken"] <= 40  # even random weights tell documentation from the rest by its words
+
+
+def test_too_small_a_pool_is_named(small_raw, tmp_path):
+    write_raw(tmp_path / "pool", [record("a")])
+    assert "--pool" in run("build_corpus.py", "--raw", small_raw, "--pool", tmp_path / "pool", "--out", tmp_path / "out", ok=False).stderr
+
+
+def test_show(retrieved):
+    out, _ = retrieved
+    printed = run("build_corpus.py", "--out", out, "--show", 7).stdout
+    headers = [line for line in printed.splitlines() if line.startswith("--- ")]
+    assert [h.split()[1].strip(",") for h in headers] == [
+        *(f"{d}.train" for d in ("api_doc", "trajectory", "instruction", "retrieved")), *(f"{d}.heldout" for d in ("api_doc", "trajectory", "instruction"))]
+    assert "learned" in headers[2] and "probability 0." in headers[3] and "symbols 0." in headers[0]
+    body = printed.split(headers[2])[1].split(headers[3])[0]
+    assert "<|im_start|>|" in body and "<tool_call>‖" in body and "<|im_end|>‖" in body
 
 
 def test_tampered_corpus_is_refused(small, tmp_path):
@@ -450,7 +756,10 @@ def test_tampered_corpus_is_refused(small, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--vocab-size", 9), "--vocab-size"),
+    ((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--retrieve", 2), "--retrieve"), (("--show", 1), "manifest.json"), (("--pool", "/no/such"), "/no/such"),
+    (("--tokenizer", "/no/such"), "/no/such"), (("--vocab-size", 9), "--vocab-size"),
     (("--benchmarks", "/no/such"), "--benchmarks")])
 def test_bad_input_is_named(tmp_path, arguments, named):
+    if arguments and arguments[0] in ("--pool", "--tokenizer"):
+        write_raw(tmp_path, [record("a")])
     assert named in run("build_corpus.py", "--raw", tmp_path, "--out", tmp_path / "out", *arguments, ok=False).stderr
