@@ -118,6 +118,8 @@ def main():
     pieces = sorted(find_pieces(shards, hashes, False) + find_pieces(pool, hashes, True))  # by content
     each(clean_piece, [(work / f"{p.key}.npy", p) for p in pieces], args.workers, "clean")
     documents = Documents(pieces, work)
+    if not len(documents):
+        fail(f"{args.raw}: no document is left after cleaning")
     dropped = drop_duplicates(documents, args)
     drop_contaminated(documents, dropped, args)
     retrieval = retrieve(documents, dropped, args) if pool else None
@@ -857,7 +859,7 @@ def encoder_hashes(directory):
 
 @functools.cache
 def load_encoder(directory):
-    import model as transformer  # a stage below, that only --encoder needs
+    import model as transformer  # the next stage, which imports none of the project, for --encoder alone
     try:
         return transformer.load(directory), Tokenizer.load(directory)
     except ValueError as error:
@@ -1275,6 +1277,7 @@ def byte_symbols():
     others = iter(range(256, 512))
     return [chr(b if b in printable else next(others)) for b in range(256)]
 
+
 def train_tokenizer(documents, dropped, divide, args):
     """The Tokenizer trained on a fair share of each domain's training text, or the one that was left when it was."""
     kept = hashlib.sha256(dropped.reason.tobytes()).hexdigest()
@@ -1363,22 +1366,7 @@ def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
     sides = np.concatenate([t["side"] for t in tokens])
     conversations = [i for i in number[sides == SPLITS.index("heldout")] if BINS[documents.index["bin"][i]] == "instruction"]
     lines = [r.to_json() for r in sorted((documents[i] for i in conversations), key=lambda r: (unit_hash(r.id), r.id))]
-    rejected, masked = Rejected(), Counter()
-    for name in documents.names:
-        left = read_json(documents.work / f"{name}.json")
-        rejected.merge(left["reasons"], left["sample"])
-        masked.update(left["masked"])
-    for i in np.flatnonzero(dropped.reason):
-        reason = Dropped.REASONS[dropped.reason[i]]
-        more = {"of": documents.index["id"][dropped.copy_of[i]].decode("utf-8", "replace")} if dropped.copy_of[i] >= 0 else {}
-        if i in dropped.match:
-            more = dict(zip(("match", "file"), dropped.match[i]))
-        if reason == "not of the seed's kind":
-            more = {"probability": round(float(documents.score[i]), 4)}
-        rejected.add(reason, documents.index["id"][i].decode("utf-8", "replace"), **more)
-    for i in number[sides == MENTIONS]:
-        rejected.add(f"{BINS[documents.index['bin'][i]]} mentions a held-out API", documents.index["id"][i].decode("utf-8", "replace"))
-    rejected.shrink()
+    rejected, masked = account(documents, dropped, number[sides == MENTIONS])
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
     write(out / "heldout.jsonl", "".join(line + "\n" for line in lines))
     write(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected.sample))
@@ -1390,6 +1378,27 @@ def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
     return {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files, "heldout_apis": len(heldout_apis),
             "dropped": dict(sorted(rejected.reasons.items())), "masked": dict(sorted(masked.items())), "shares": {d: n / total for d, n in shares.items()},
             "stages": {stage: [f"{d}.train.bin" for d in bins if shares[d]] for stage, bins in STAGES.items()}}
+
+
+def account(documents, dropped, mentioning):
+    """What was dropped, by reason with examples, and what was masked, by kind: in cleaning, and since."""
+    rejected, masked = Rejected(), Counter()
+    for name in documents.names:
+        left = read_json(documents.work / f"{name}.json")
+        rejected.merge(left["reasons"], left["sample"])
+        masked.update(left["masked"])
+    ids = documents.index["id"]
+    for i in np.flatnonzero(dropped.reason).tolist():
+        more = {"of": ids[dropped.copy_of[i]].decode("utf-8", "replace")} if dropped.copy_of[i] >= 0 else {}
+        if i in dropped.match:
+            more = dict(zip(("match", "file"), dropped.match[i]))
+        elif documents.score[i]:
+            more |= {"probability": round(float(documents.score[i]), 4)}
+        rejected.add(Dropped.REASONS[dropped.reason[i]], ids[i].decode("utf-8", "replace"), **more)
+    for i in mentioning:
+        rejected.add(f"{BINS[documents.index['bin'][i]]} mentions a held-out API", ids[i].decode("utf-8", "replace"))
+    rejected.shrink()
+    return rejected, masked
 
 
 def write_bin(out, name, chosen, tokens, tokenized, number, documents, tokenizer):

@@ -45,6 +45,7 @@ def parse_args():
     add("--tokens", type=number, default=1_200_000, help="tokens trained on, whatever their number in the corpus")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add_training_flags(parser, lr=5e-4)
+    parser.set_defaults(seq_len=768)  # so that nearly every conversation fits, and windows are full
     return parser.parse_args()
 
 

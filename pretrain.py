@@ -144,6 +144,9 @@ def setup(args):
     if args.compile == "auto":
         args.compile = "yes" if shutil.which(os.environ.get("CXX", "c++")) or shutil.which("cl") else "no"
     torch.set_float32_matmul_precision("high")
+    # Compiled for a CPU, the gradient of the embedding is else added up in whatever order the threads arrive.
+    torch.use_deterministic_algorithms(args.device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def bfloat16_pays():

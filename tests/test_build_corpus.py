@@ -225,7 +225,7 @@ def mine():
 ENCODING_CONSTRUCTORS = {{"mine": mine}}
 """)
     (tmp_path / "raw").mkdir()
-    write_raw(tmp_path / "raw", [record("a", text="Some text, of which there is not much."  * 3)])
+    write_raw(tmp_path / "raw", [record("a", text="Some text, of which there is not much, but enough for a document.")])
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--tokenizer", "mine")
     assert Corpus(tmp_path / "out").tokenizer.special["<|endoftext|>"] == 1500 and Corpus(tmp_path / "out").tokenizer.special["<|im_start|>"] == 1501

@@ -149,9 +149,12 @@ def test_seed_preset_mix_and_decay_matter(trained, corpus, tmp_path):
         out = tmp_path / option[0]
         run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *option)
         assert not equal(trained / "base", out / "base")
-    done = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "124m", *SHORT, "--preset", "124m", "--base-tokens", 1, "--stage1-tokens", 1,
-               "--stage2-tokens", 1, "--no-control")
-    assert load(tmp_path / "124m" / "base").config.n_layers == 12 and "stage2" in done.stdout
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), "--corpus", str(corpus), "--out", str(tmp_path / "124m"), *map(str, SHORT),
+                                "--preset", "124m", "--base-tokens", "1"])
+    while not (tmp_path / "124m" / "base" / "model.safetensors").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.kill()  # the later stages are as large
+    assert load(tmp_path / "124m" / "base").config.n_layers == 12
 
 
 @pytest.mark.parametrize("arguments, named", [
@@ -227,9 +230,12 @@ def test_learning_rate():
     assert rates[0] == 0.2 and rates[4] == 1.0 == max(rates) and 0.1 < rates[-1] < 0.102 and rates[5:] == sorted(rates[5:], reverse=True)
 
 
-def test_bfloat16_and_compile_run(corpus, tmp_path):
-    run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, "--base-tokens", 512, "--stage1-tokens", 512, "--stage2-tokens", 512,
-        "--no-control", "--dtype", "bfloat16", "--compile", "auto")
+def test_compiled_runs_in_bfloat16_are_equal(corpus, tmp_path):
+    """Without torch's deterministic algorithms the compiled gradient of the embedding differs from run to run."""
+    for name in ("first", "second"):
+        run("pretrain.py", "--corpus", corpus, "--out", tmp_path / name, *SHORT, "--base-tokens", 10240, "--stage1-tokens", 512, "--stage2-tokens", 512,
+            "--no-control", "--dtype", "bfloat16", "--compile", "auto")
+    assert equal(tmp_path / "first" / "base", tmp_path / "second" / "base")
     args = argparse.Namespace(device="cpu", dtype="auto", compile="auto", batch_tokens=2, seq_len=1)
     pretrain.setup(args)
     assert args.dtype in ("float32", "bfloat16") and args.compile in ("yes", "no")
