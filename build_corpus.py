@@ -159,6 +159,8 @@ def parse_args():
     for flag, value in ("--near-duplicates", args.near_duplicates), ("--retrieve", args.retrieve), ("--retrieve-above", args.retrieve_above or 0):
         if not 0 <= value <= 1:
             fail(f"{flag} {value}: must be between 0 and 1")
+    if args.workers < 1:
+        fail(f"--workers {args.workers}: at least one is needed")
     if not 0 < args.heldout < 1:
         fail(f"--heldout {args.heldout}: must be between 0 and 1")
     if args.benchmarks and not benchmark_files(args.benchmarks):

@@ -756,7 +756,7 @@ def test_tampered_corpus_is_refused(small, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, named", [
-    ((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--retrieve", 2), "--retrieve"), (("--show", 1), "manifest.json"), (("--pool", "/no/such"), "/no/such"),
+    ((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--retrieve", 2), "--retrieve"), (("--show", 1), "manifest.json"), (("--workers", 0), "--workers"), (("--pool", "/no/such"), "/no/such"),
     (("--tokenizer", "/no/such"), "/no/such"), (("--vocab-size", 9), "--vocab-size"),
     (("--benchmarks", "/no/such"), "--benchmarks")])
 def test_bad_input_is_named(tmp_path, arguments, named):
