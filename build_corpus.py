@@ -461,6 +461,11 @@ class Documents:
         file, entry = self.open(int(np.searchsorted(self.first, i, side="right")) - 1), self.index[i]
         return Record.from_json(os.pread(file.fileno(), int(entry["size"]), int(entry["start"])))  # seeking would move it for all processes
 
+    def of_piece(self, n):
+        """Yields the number and the Record of each document of a piece."""
+        lines = (self.work / f"{self.names[n]}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        return ((i, Record(**json.loads(line))) for i, line in enumerate(lines, int(self.first[n])))
+
     def is_in(self, *bins):
         """(N,) Whether each belongs to one of these bins."""
         return np.isin(self.index["bin"], [BINS.index(b) for b in bins])
@@ -703,17 +708,17 @@ def drop_contaminated(documents, dropped, args):
     jobs = [(documents.work / f"{hash_of(name, key)}.matches.json", n) for n, name in enumerate(documents.names)]
     benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
     each(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
+    kept = dropped.kept
     for path, n in jobs:
         found = {documents.first[n] + row: match for row, *match in read_json(path)}
-        dropped.match |= {i: match for i, match in found.items() if dropped.kept[i]}
+        dropped.match |= {i: match for i, match in found.items() if kept[i]}
     dropped.drop(list(dropped.match), "shares words or a call with a benchmark")
 
 
 def find_matches(path, n):
     """Leaves [row, words or call, file] of the documents of a piece that share something with the benchmarks."""
     documents, benchmarks = each.shared
-    records = (documents[i] for i in range(documents.first[n], documents.first[n + 1]))
-    matches = ((row, benchmarks.match(content_of(r), r.messages)) for row, r in enumerate(records))
+    matches = ((row, benchmarks.match(content_of(r), r.messages)) for row, (_, r) in enumerate(documents.of_piece(n)))
     write(path, json.dumps([[row, *match] for row, match in matches if match]))
 
 
@@ -814,7 +819,7 @@ def make_scorer(learned, encoder):
 
 def score_piece(path, n):
     documents, score = each.shared
-    records = (documents[i] for i in range(documents.first[n], documents.first[n + 1]))
+    records = (record for _, record in documents.of_piece(n))
     scores = [score([plain_text(r) for r in batch]) for batch in batches(records, lambda r: len(r.text), 500_000)]
     write_array(path, np.concatenate([np.zeros(0), *scores]))
 
@@ -1056,7 +1061,8 @@ class Tokenizer:
 
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32, faster."""
-        return np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=()) for part in self.parts(text)])
+        arrays = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in self.parts(text)]
+        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
     def normalised(self, text):
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
@@ -1326,7 +1332,7 @@ def tokenize(documents, dropped, divide, tokenizer, args):
     copies = np.array(sorted(divide.copies), np.int64)
     for n, name in enumerate(documents.names):
         first, end = documents.first[n], documents.first[n + 1]
-        kept = hashlib.sha256(dropped.kept[first:end].tobytes()).hexdigest()
+        kept = hashlib.sha256((dropped.reason[first:end] == 0).tobytes()).hexdigest()
         own = [[int(i - first), divide.copies[i]] for i in copies[np.searchsorted(copies, first):np.searchsorted(copies, end)].tolist()]
         jobs.append((documents.work / f"{hash_of(name, kept, own, depends)}.tokens.npy", n))
     each(tokenize_piece, jobs, args.workers, "tokenize", (documents, dropped, divide, tokenizer))
@@ -1336,23 +1342,25 @@ def tokenize(documents, dropped, divide, tokenizer, args):
 def tokenize_piece(path, n):
     """Leaves the ids of a piece's kept documents, each with an end of text (.ids.npy), the mask of its instructions (.mask.npy), and what they are."""
     documents, dropped, divide, tokenizer = each.shared
-    entries, ids, masks = [], [], []
-    for i in range(documents.first[n], documents.first[n + 1]):
-        if dropped.kept[i]:
-            record, bin = documents[i], BINS[documents.index["bin"][i]]
-            side = divide(i, record, bin)
-            if side is None:
-                entries.append((i - documents.first[n], 0, BINS.index(bin), MENTIONS))
-                continue
-            if record.text is not None:
-                encoded = tokenizer.encode_to_numpy(record.text)
-            else:
-                encoded, mask = tokenizer.render(record.messages, record.tools)
-                masks += [[*mask, 0]] if bin == "instruction" else []
-            entries.append((i - documents.first[n], len(encoded) + 1, BINS.index(bin), SPLITS.index(side)))
-            ids += [encoded, [tokenizer.end_of_text]]
-    write_array(path.with_suffix(".ids.npy"), np.concatenate([np.zeros(0, tokenizer.dtype), *(np.asarray(e, tokenizer.dtype) for e in ids)]))
-    write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.asarray(m, np.uint8) for m in masks)]))
+    first, end = documents.first[n:n + 2]
+    kept, bins = (dropped.reason[first:end] == 0).tolist(), documents.index["bin"][first:end].tolist()
+    entries, ids, masks, end_of_text = [], [], [], np.array([tokenizer.end_of_text], np.uint32)
+    for row, (i, record) in enumerate(documents.of_piece(n)):
+        if not kept[row]:
+            continue
+        side = divide(i, record, BINS[bins[row]])
+        if side is None:
+            entries.append((row, 0, bins[row], MENTIONS))
+            continue
+        if record.text is not None:
+            encoded = tokenizer.encode_to_numpy(record.text)
+        else:
+            encoded, mask = tokenizer.render(record.messages, record.tools)
+            masks += [[*mask, 0]] if record.domain == "instruction" else []
+        entries.append((row, len(encoded) + 1, bins[row], SPLITS.index(side)))
+        ids += [encoded, end_of_text]
+    write_array(path.with_suffix(".ids.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
+    write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.array(m, np.uint8) for m in masks)]))
     write_array(path, np.array(entries, TOKENS))
 
 
