@@ -1540,7 +1540,9 @@ def report(manifest, seconds):
     if figures := manifest["retrieval"]:
         print(f"retrieved {figures['taken']:,} of the pool's {figures['pool']:,} documents, of probability {figures['least']:.3f} and more. Of {figures['tested']:,.0f} documents "
               f"not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, F1 {figures['f1']:.3f}, calibration error {figures['calibration_error']:.3f}")
-    print(f"{manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, {seconds:.0f} s")
+    kept, tokens = (sum(entry.get(what, 0) for entry in manifest["files"].values()) for what in ("documents", "tokens"))
+    print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, {manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, "
+          f"{seconds:.0f} s, {tokens / max(1, seconds):,.0f} tokens/s")
 
 
 def show(args):
