@@ -1542,7 +1542,7 @@ def report(manifest, seconds):
               f"not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, F1 {figures['f1']:.3f}, calibration error {figures['calibration_error']:.3f}")
     kept, tokens = (sum(entry.get(what, 0) for entry in manifest["files"].values()) for what in ("documents", "tokens"))
     print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, {manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, "
-          f"{seconds:.0f} s, {tokens / max(1, seconds):,.0f} tokens/s")
+          f"{seconds:.0f} s" + f", {tokens / max(1, seconds):,.0f} tokens/s" * (seconds >= 1))
 
 
 def show(args):
