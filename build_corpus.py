@@ -433,6 +433,7 @@ def outside_limits(record, measured):
         if not lowest <= measured[name] <= highest and (name == "characters" or not chat):
             return name
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Duplicates and near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive Datasets, chapter 3)
 
