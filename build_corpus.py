@@ -66,7 +66,7 @@ LIMITS = {
     "symbols":        ((0, 0.4),        (0, 0.6)),         # share of characters other than letters, digits, white space: dumps
     "line length":    ((0, 5_000),      (0, 5_000)),       # mean characters of a line: minified code, encoded data
 }
-# What is replaced by its name wherever it stands. A text is searched only if it holds the hint: ours are from the issuers' documentation.
+# What is replaced by its name wherever it stands. A text is searched only if it holds the hint.
 SECRETS = {
     "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
     "EMAIL": ("@", r"\b[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+[a-zA-Z]{2,}\b"),
@@ -213,10 +213,12 @@ def hash_of(*parts):
 
 @functools.cache
 def program_hash():
+    """The SHA-256 of this file: another version of it does its work anew."""
     return sha256(__file__)
 
 
 def is_main():
+    """Whether this is the only rank, or the first of several."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -250,6 +252,7 @@ each.used = set()  # the keys of all files that this build needs
 
 
 def call(job):
+    """Do one of the jobs of each(), in a worker process."""
     function, arguments = job
     function(*arguments)
 
@@ -700,6 +703,7 @@ def whole_runs(texts):
     hashes, starts = shingle_hashes(texts, OVERLAP)
     return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
 
+
 def drop_contaminated(documents, dropped, args):
     """Drop the documents that share something with the test data, and keep what it is for the report."""
     files = benchmark_files(args.benchmarks)
@@ -764,7 +768,7 @@ def retrieve(documents, dropped, args):
         taken[candidates[best[:round(args.retrieve * len(candidates))]]] = True
     dropped.drop(pool & ~taken, "not of the seed's kind")
     return {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")} | {
-        "pool": int(pool.sum()), "taken": int(taken.sum()), "least": float(documents.score[taken].min()) if taken.any() else None}
+        "pool": int(pool.sum()), "taken": int(taken.sum()), "least": float(documents.score[taken].min(initial=1.0))}
 
 
 def plain_text(record):
@@ -819,6 +823,7 @@ def make_scorer(learned, encoder):
 
 
 def score_piece(path, n):
+    """Leaves the logarithm of the odds of each document of a piece of the pool."""
     documents, score = each.shared
     records = (record for _, record in documents.of_piece(n))
     scores = [score([plain_text(r) for r in batch]) for batch in batches(records, lambda r: len(r.text), 500_000)]
@@ -867,6 +872,7 @@ def encoder_hashes(directory):
 
 @functools.cache
 def load_encoder(directory):
+    """The (Transformer, Tokenizer) in a checkpoint directory."""
     import model as transformer  # the next stage, which imports none of the project, for --encoder alone
     try:
         return transformer.load(directory), Tokenizer.load(directory)
@@ -912,7 +918,7 @@ class Split:
     """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out API.
 
     Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one for which
-    such a record was dropped as a near duplicate: nothing in train resembles what is held out. One that only mentions a held-out API by
+    such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only mentions a held-out API by
     its qualified name is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
     split by a hash of their id; they have fewer documents, so a larger share is held out.
     """
@@ -1296,6 +1302,7 @@ def train_tokenizer(documents, dropped, divide, args):
 
 
 def leave_ranks(path, documents, dropped, divide, vocab_size):
+    """Leaves the ranks of a tokenizer trained on what is kept for training."""
     write(path, Tokenizer.train(training_texts(documents, dropped, divide), vocab_size).tiktoken_file())
 
 
@@ -1373,7 +1380,8 @@ def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
     files = {}
     for code, domain in enumerate(BINS):
         for side, split in enumerate(SPLITS):
-            files |= write_bin(out, f"{domain}.{split}", [(t["bin"] == code) & (t["side"] == side) for t in tokens], tokens, tokenized, number, documents, tokenizer)
+            chosen = [(t["bin"] == code) & (t["side"] == side) for t in tokens]
+            files |= write_bin(out, f"{domain}.{split}", chosen, tokens, tokenized, number, documents, tokenizer)
     sides = np.concatenate([t["side"] for t in tokens])
     conversations = [i for i in number[sides == SPLITS.index("heldout")] if BINS[documents.index["bin"][i]] == "instruction"]
     lines = [r.to_json() for r in sorted((documents[i] for i in conversations), key=lambda r: (unit_hash(r.id), r.id))]
@@ -1501,6 +1509,7 @@ def write_arrays(path, **arrays):
 
 
 def read_json(path):
+    """The JSON value in a file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -1529,6 +1538,7 @@ def sha256(path):
 
 
 def report(manifest, seconds):
+    """Print what a corpus holds, and what was dropped and masked on the way to it."""
     print(f"{'domain':<12} {'documents':>20} {'tokens':>22} {'share':>7}\n{'':<12} {'train':>10} {'held out':>9} {'train':>12} {'held out':>9}")
     for domain in BINS:
         train, heldout = (manifest["files"][f"{domain}.{s}.bin"] for s in SPLITS)
@@ -1539,15 +1549,16 @@ def report(manifest, seconds):
         for kind, count in manifest[what].items():
             print(f"{what} {count:,}: {kind}")
     if figures := manifest["retrieval"]:
-        print(f"retrieved {figures['taken']:,} of the pool's {figures['pool']:,} documents, of probability {figures['least']:.3f} and more. Of {figures['tested']:,.0f} documents "
-              f"not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, F1 {figures['f1']:.3f}, calibration error {figures['calibration_error']:.3f}")
+        print(f"retrieved {figures['taken']:,} of the pool's {figures['pool']:,} documents, of probability {figures['least']:.3f} and more. "
+              f"Of {figures['tested']:,.0f} documents not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, "
+              f"F1 {figures['f1']:.3f}, calibration error {figures['calibration_error']:.3f}")
     kept, tokens = (sum(entry.get(what, 0) for entry in manifest["files"].values()) for what in ("documents", "tokens"))
     print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, {manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, "
           f"{seconds:.0f} s" + f", {tokens / max(1, seconds):,.0f} tokens/s" * (seconds >= 1))
 
 
 def show(args):
-    """Print some documents of each bin, evenly spaced, token by token in two shades; what is learned in tuning in green."""
+    """Print documents of one bin after another, token by token in two shades; what is learned in tuning in green."""
     try:
         corpus = Corpus(args.out)
     except ValueError as error:

@@ -712,6 +712,7 @@ def test_a_threshold_decides_in_place_of_a_share(retrieved, seed_and_pool, tmp_p
     assert manifest["retrieval"]["least"] >= 0.9
     assert all(r["probability"] < 0.9 for r in rejected if r["reason"] == "not of the seed's kind")
     assert manifest["dropped"]["not of the seed's kind"] == manifest["retrieval"]["pool"] - manifest["retrieval"]["taken"]
+    assert "retrieved 0 of" in run("build_corpus.py", "--raw", seed, "--pool", pool, "--out", tmp_path / "out", *SMALL, "--retrieve-above", 1).stdout
 
 
 def test_an_encoder_in_place_of_the_classifier(small_raw, small, seed_and_pool, tmp_path):
