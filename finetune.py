@@ -18,7 +18,7 @@ import numpy as np
 import torch.distributed as dist
 
 from collect import HelpFormatter, fail, run_main
-from pretrain import add_training_flags, is_main, load_checkpoint, number, open_corpus, report, setup, train
+from pretrain import add_training_flags, is_main, load_checkpoint, number, open_corpus, report, settle_options, setup, train, training_options
 
 
 def main():
@@ -43,7 +43,6 @@ def parse_args():
     add("--init", default=None, metavar="DIR", help="checkpoint directory to tune (default: both models of pretrain.py)")
     add("--name", default="tuned", help="name of the run, with --init")
     add("--tokens", type=number, default=1_200_000, help="tokens trained on, whatever their number in the corpus")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
     add_training_flags(parser, lr=5e-4)
     parser.set_defaults(seq_len=768)  # so that nearly every conversation fits, and windows are full
     return parser.parse_args()
@@ -53,12 +52,13 @@ def tune(run, init, corpus, args):
     """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
     windows, too_long = pack(corpus, args.seq_len)
     batch_size = args.batch_tokens // args.seq_len
-    steps = max(1, args.tokens // (batch_size * args.seq_len))
+    steps = args.tokens // (batch_size * args.seq_len)
+    if steps < 1:
+        fail(f"--tokens {args.tokens:,} are less than a step of --batch-tokens {args.batch_tokens:,}")
     get_batch = packed_batches(corpus, windows, steps, batch_size, args.seq_len, args.seed)
-    options = {"init": str(init), "steps": steps, "corpus": corpus.sha256,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "lr", "attention_lr", "weight_decay", "seed",
-                                             "dtype", "compile")}}
-    train(run, lambda: load_checkpoint(init, corpus, args.device), get_batch, steps, options, corpus, args)
+    options = {"init": str(init), "steps": steps} | training_options(corpus, args)
+    settle_options(run, options)
+    train(run, lambda: load_checkpoint(init, corpus, dtype=None), get_batch, batch_size, steps, options, corpus, args)
     if is_main():
         count, used = sum(map(len, windows)), sum(b - a for w in windows for a, b in w) / (len(windows) * args.seq_len)
         print(f"{run.name}: {count:,} conversations in {len(windows):,} windows, {used:.1%} of positions used, "
@@ -90,17 +90,17 @@ def pack(corpus, seq_len):
 
 
 def packed_batches(corpus, windows, steps, batch_size, seq_len, seed):
-    """get_batch(step) -> ids, targets, segments (batch_size, T): targets are -100 where nothing is learned."""
+    """get_batch(step, rows) -> ids, targets, segments (len(rows), T) of those rows: targets are -100 where nothing is learned."""
     ids, mask = corpus.read("instruction", "train"), corpus.read("instruction", "train", "mask")
     rng = np.random.default_rng(seed)
     order = np.concatenate([rng.permutation(len(windows)) for _ in range(math.ceil(steps * batch_size / len(windows)))])
     padding = corpus.tokenizer.end_of_text
 
-    def get_batch(step):
-        x = np.full((batch_size, seq_len), padding, np.int64)
-        y = np.full((batch_size, seq_len), -100, np.int64)
-        segments = np.full((batch_size, seq_len), -1, np.int64)
-        for row, window in enumerate(order[step * batch_size:(step + 1) * batch_size]):
+    def get_batch(step, rows):
+        x = np.full((len(rows), seq_len), padding, np.int64)
+        y = np.full((len(rows), seq_len), -100, np.int64)
+        segments = np.full((len(rows), seq_len), -1, np.int64)
+        for row, window in enumerate(order[step * batch_size + np.asarray(rows)]):
             at = 0
             for n, (start, end) in enumerate(windows[window]):
                 conversation = ids[start:end].astype(np.int64)
@@ -108,8 +108,6 @@ def packed_batches(corpus, windows, steps, batch_size, seq_len, seed):
                 segments[row, at:at + end - start] = n
                 y[row, at:at + end - start - 1] = np.where(mask[start + 1:end], conversation[1:], -100)
                 at += end - start
-        if not (y >= 0).any():
-            fail(f"step {step}: no token to learn from; the instruction masks of {corpus.directory} are empty")
         return x, y, segments
 
     return get_batch

@@ -92,8 +92,8 @@ HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_h
             "max_seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
             "tie_embeddings": "tie_word_embeddings"}
 
-SHORT = 512  # windows up to this are packed by a mask, longer ones document by document: measured on a CPU, where a mask lets
-             # torch.compile keep a layer in one piece (1.6 times faster at 384), and from 1,024 on loses (tests/bench.py)
+SHORT = 768  # windows up to this are packed by a mask, longer ones document by document: on a CPU a mask lets torch.compile keep a
+             # layer in one piece, and from 1,024 on loses to the pieces (tests/bench.py packing)
 
 PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
     "tiny": dict(),
@@ -138,7 +138,27 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask=None, causal=False):
     """Fused attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
+    if mask is not None and q.shape[2] == k.shape[2] and q.dtype == torch.bfloat16 and compiled_for_cpu(q):
+        return compiled_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def compiled_for_cpu(x):
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def compiled_attention(q, k, v, mask, block=128):
+    """The same for a causal mask (B or 1, 1, T, T), a block of queries at a time over the keys up to its end: what torch.compile makes of
+    this on a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention)."""
+    T, D = q.shape[2:]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))    # (B, H, T, D)
+    blocks = []
+    for a in range(0, T, block):
+        b = min(T, a + block)
+        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5             # (B, H, b - a, b)
+        weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
+        blocks.append(weights.to(v.dtype) @ v[:, :, :b])
+    return torch.cat(blocks, 2)
 
 
 def causal_attention(q, k, v, window=None):
@@ -245,10 +265,12 @@ class Transformer(nn.Module):
         """The last layer's normed output (B, T, C). caches, positions (B, T) and mask (B, 1, T, S) serve `generate`."""
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)[None]      # (1, T)
-            if segments is not None and ids.shape[1] <= SHORT:
+            if ids.shape[1] <= SHORT and (segments is not None or compiled_for_cpu(ids)):
                 distance = positions.mT - positions                              # (T, T)
-                near = (distance >= 0) & (distance < (self.config.sliding_window or SHORT))
-                mask = (near & (segments[:, :, None] == segments[:, None, :]))[:, None]  # (B, 1, T, T)
+                mask = (distance >= 0) & (distance < (self.config.sliding_window or SHORT))
+                if segments is not None:
+                    mask = mask & (segments[:, :, None] == segments[:, None, :])  # (B, T, T)
+                mask = mask.view(-1, 1, *mask.shape[-2:])                        # (B or 1, 1, T, T)
         angles = (positions[..., None] * self.frequencies.to(ids.device))[:, None]  # (B, 1, T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                      # (B, T, C)
@@ -267,16 +289,19 @@ class Transformer(nn.Module):
         return 6 * weights + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
 
 
-def head_loss(x, weight, targets, chunk=2**25):
+CHUNK = 2**25  # logits that are held at a time
+
+
+def head_loss(x, weight, targets):
     """Sum of the cross-entropies of x (N, C) times weight (V, C) against targets (N,), -100 where nothing is learned.
 
-    The logits are made for a few tokens at a time, `chunk` numbers at most, and again in the backward pass, so that never all
+    The logits are made for a few tokens at a time, CHUNK numbers at most, and again in the backward pass, so that never all
     of them are held. (F.linear_cross_entropy does this too, but not under torch.compile.)
     """
     def loss(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100, reduction="sum")
 
-    size = max(1, chunk // len(weight))
+    size = max(1, CHUNK // len(weight))
     if len(x) <= size:
         return loss(x, targets)
     return sum(checkpoint(loss, a, b, use_reentrant=False) for a, b in zip(x.split(size), targets.split(size)))
@@ -306,14 +331,16 @@ def rotate(x, cos, sin):
 # Checkpoints: a Hugging Face directory
 
 
-def save(model, directory, shard_bytes=5 * 10**9):
+def save(model, directory, weights=None, shard_bytes=5 * 10**9):
     """Write config.json and the weights, in the type they have: model.safetensors, or several such files and their index.
 
-    The file that makes the directory valid appears last, whole or not at all.
+    weights: by name, where the model itself holds only a part of each. The file that makes the directory valid appears last, whole or
+    not at all.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}  # a tied head is listed once
+    weights = weights or dict(model.named_parameters())
+    tensors = {n: weights[n].detach().cpu().contiguous() for n, _ in model.named_parameters()}  # a tied head is listed once
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write(directory / "config.json", [json.dumps(model.config.to_hf(dtype), indent=1).encode()])
     shards, size = [{}], 0

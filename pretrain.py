@@ -9,40 +9,68 @@ Out:  out/base             trained on code and text alone (not with --init)
 
 Laptop:      python pretrain.py
 One GPU:     python pretrain.py --preset 124m --seq-len 1024 --batch-tokens 262144 --base-tokens 2e9 --stage1-tokens 2e9 --stage2-tokens 5e8
-One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --attention-lr 1 --practice 0 --stage1-tokens 1e10 ...
-Many nodes:  torchrun --nnodes=16 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --init DIR ...
+One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --shard --stage1-tokens 1e10 --stage2-tokens 2e9
+Many nodes:  torchrun --nnodes=12:16 --nproc_per_node=8 --max-restarts=9 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --init DIR ...
+What fits:   python pretrain.py --preset 8b --plan --gpus 128 --gpu a100-40g
 
-Killed or stopped, the same command goes on from the last saved step, bit for bit on a CPU. A batch is a function of (seed,
-step) alone, whatever the number of processes. The recipe is that of Hephaestus (arXiv 2502.06589, section 4).
+Killed or stopped, the same command (or --resume) goes on from the last checkpoint, bit for bit on a CPU. A batch is a function of
+(seed, step) alone, whatever the number of processes. The recipe is that of Hephaestus (arXiv 2502.06589, section 4).
 """
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
+import pickle
+import resource
 import shutil
+import signal
+import sys
+import threading
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import Corpus, Tokenizer, write
+from build_corpus import Corpus, Tokenizer, read_json, write
 from collect import HelpFormatter, fail, run_main
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # share of what was retrieved from a pool in the agent share of stage 1, where the corpus has it
 VALIDATED = ("api_doc", "trajectory", "code", "text")
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bf16, from the makers' datasheets
+
+CONTINUED = {  # defaults with --init, for a base of Llama 3's kind; without it they are those of --help, for a tiny model from scratch
+    "lr": 3e-5,               # a tenth of Llama 3 8B's peak (arXiv 2407.21783, table 3): re-warm to where the base's rate ended, then decay
+                              # (arXiv 2407.07263, section 4); higher rates learn more and forget more (arXiv 2403.08763, section 6)
+    "attention_lr": 1.0, "practice": 0.0, "warmup": 0.01,
+    "seq_len": 4096, "batch_tokens": 2**22,  # what Llama 3 8B began with (arXiv 2407.21783, section 3.4)
+}
+
+GPUS = {  # part of the device's name, dense bfloat16 FLOP/s, GB of memory: from the makers' datasheets
+    "a100-40g": ("A100", 312e12, 40), "a100-80g": ("A100", 312e12, 80), "h100-80g": ("H100", 989e12, 80), "h200-141g": ("H200", 989e12, 141),
+    "b200-180g": ("B200", 2250e12, 180), "rtx4090-24g": ("4090", 165e12, 24)}
 
 
 def main():
     args = parse_args()
+    if args.plan:
+        return plan(args)
     setup(args)
     corpus = open_corpus(args.corpus)
     agent, code, text = args.mix
@@ -73,8 +101,11 @@ def parse_args():
     add = parser.add_argument
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory for the runs")
-    add("--init", default=None, metavar="DIR", help="continue from this checkpoint directory instead of training a base; its "
-        "tokenizer must be the corpus's")
+    begin = parser.add_mutually_exclusive_group()
+    begin.add_argument("--init", default=None, metavar="DIR", help="continue from this checkpoint directory instead of training a base; "
+        "its tokenizer must be the corpus's. Then the defaults are " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in CONTINUED.items()))
+    begin.add_argument("--resume", action="store_true", help="go on with what is in --out, with the options it was started with; the same "
+        "command goes on as well")
     add("--preset", default="tiny", choices=transformer.PRESETS, help="shape of the model, where there is no --init")
     add("--base-tokens", type=number, default=1_200_000, help="tokens the base is trained on (1e9 is understood)")
     add("--stage1-tokens", type=number, default=1_600_000, help="tokens of stage 1")
@@ -83,10 +114,23 @@ def parse_args():
     add("--replay", type=float, default=0.25, help="share of code and text in stage 2, in the ratio of --mix")
     add("--practice", type=float, default=0.1, help="share of all windows turned into copying practice, which a base that was trained at "
         "length does not need")
+    add("--document-mask", default="auto", choices=["auto", "yes", "no"], help="let no token see another document of its window; auto: on a CPU")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the control without agent data")
-    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--plan", action="store_true", help="print what such a run needs on --gpus of the kind --gpu, and end: memory, tokens/s, days")
+    add("--gpus", type=int, default=8, help="of --plan: how many")
+    add("--gpu", default="h100-80g", choices=GPUS, help="of --plan: which")
+    add("--mfu", type=float, default=0.4, help="of --plan: the share of the GPU's peak that training reaches")
     add_training_flags(parser, lr=1.5e-3)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.resume:
+        if not (saved := Path(args.out) / "options.json").exists():
+            fail(f"--resume: there is no {saved}, so nothing to go on with")
+        parser.set_defaults(**read_json(saved))
+    elif args.init:
+        parser.set_defaults(**CONTINUED)
+    args = parser.parse_args()
+    del args.resume
+    return args
 
 
 def add_training_flags(parser, lr):
@@ -95,18 +139,27 @@ def add_training_flags(parser, lr):
     add("--seq-len", type=int, default=384, help="tokens of a window")
     add("--batch-tokens", type=number, default=1536, help="tokens of an optimizer step, over all processes")
     add("--micro-batch", type=int, default=16, help="windows of one forward pass; gradients of several add up to a step")
-    add("--lr", type=float, default=lr, help="peak learning rate; linear warm-up over 5%% of the steps, cosine decay to a tenth")
+    add("--lr", type=float, default=lr, help="peak learning rate, decayed to a tenth")
+    add("--schedule", default="cosine", choices=["cosine", "wsd"], help="after a linear warm-up the rate decays as a cosine, or it stays "
+        "(warmup-stable-decay) and falls linearly over the last fifth")
+    add("--warmup", type=float, default=0.05, help="share of the steps in which the rate rises")
     add("--attention-lr", type=float, default=0.3, help="rate of the attention weights, as a share of --lr: below 1, copying heads "
         "outlive a short training from scratch; with a base from elsewhere take 1")
     add("--weight-decay", type=float, default=0.1, help="decoupled decay of the matrices")
-    add("--val-windows", type=int, default=32, help="held-out windows of each domain in a validation, before the first step and after the last")
+    add("--val-windows", type=int, default=32, help="held-out windows of each domain in a validation")
+    add("--val-every", type=int, default=500, help="steps between validations; there is one before the first step and after the last")
+    add("--save-every", type=int, default=200, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints kept of a run")
     add("--seed", type=int, default=0, help="seed of weights and data order")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="of the matrix products; auto: bfloat16 where this "
         "machine multiplies it faster")
+    add("--shard", action="store_true", help="divide weights, gradients and optimizer among the processes (FSDP2), for a model that does "
+        "not fit otherwise")
     add("--activation-checkpointing", action="store_true", help="keep no layer's activations but compute them again in the backward pass: "
         "less memory, for one more forward pass")
     add("--compile", default="auto", choices=["auto", "yes", "no"], help="torch.compile; auto: where there is a C++ compiler")
+    add("--wandb", default=None, metavar="PROJECT", help="log to this project of Weights & Biases too (pip install wandb)")
 
 
 def number(text):
@@ -130,15 +183,25 @@ def normalise(weights, total=1.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and devices
 
+STOP = threading.Event()  # set by SIGTERM or Ctrl-C: training saves and ends
+
 
 def setup(args):
-    """Join the process group that torchrun made, if any, and settle what 'auto' means on this machine."""
+    """Join the process group that torchrun made, if any, settle what 'auto' means on this machine, and end in order when asked to."""
+    for name in ("seq_len", "batch_tokens", "micro_batch", "save_every", "val_every", "keep"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.batch_tokens < args.seq_len:
         fail(f"--batch-tokens {args.batch_tokens} is less than one window of --seq-len {args.seq_len}")
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # A worker that torchrun started again must not read from the store the address that its dead predecessor left there.
+        store, rank, world = next(rendezvous("env://"))
+        store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} of {world}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    elif args.shard:
+        fail("--shard divides the model among the processes of torchrun: torchrun --nproc_per_node=8 ...")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" or bfloat16_pays() else "float32"
     if args.compile == "auto":
@@ -147,6 +210,8 @@ def setup(args):
     # Compiled for a CPU, the gradient of the embedding is else added up in whatever order the threads arrive.
     torch.use_deterministic_algorithms(args.device == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: STOP.set())
 
 
 def bfloat16_pays():
@@ -171,6 +236,13 @@ def is_main():
     return rank_and_world()[0] == 0
 
 
+def add_up(x):
+    """The tensor, summed over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
 def open_corpus(directory):
     """The Corpus, or exit with what is wrong with it."""
     try:
@@ -179,10 +251,10 @@ def open_corpus(directory):
         fail(error)
 
 
-def load_checkpoint(directory, corpus, device):
+def load_checkpoint(directory, corpus, device="cpu", dtype=torch.float32):
     """The model in a checkpoint directory, with room for every token of the corpus, or an error if their tokenizers differ."""
     try:
-        model = transformer.load(directory, device)
+        model = transformer.load(directory, device, dtype)
     except ValueError as error:
         fail(error)
     ours, named = corpus.tokenizer, (Path(directory) / "tokenizer.json").exists()
@@ -193,6 +265,24 @@ def load_checkpoint(directory, corpus, device):
     if model.config.vocab_size < ours.vocab_size:  # it lacks some of the chat format's tokens
         transformer.grow_vocabulary(model, ours.vocab_size)
     return model
+
+
+def distribute(model, args):
+    """The model as it is trained: on its device, compiled, and with several processes a copy in each (DDP) or, with --shard, a part
+    of every tensor in each (FSDP2): a layer's weights are brought together when it runs."""
+    layers = model.model["layers"]
+    if args.compile == "yes":
+        for module in layers if args.shard else [model]:
+            module.compile()
+    if args.shard:
+        half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)  # rotary angles need float32
+        policy = half if args.dtype == "bfloat16" else MixedPrecisionPolicy()
+        mesh = init_device_mesh(args.device, (dist.get_world_size(),))
+        for module in [*layers, model]:  # one after the other, so that no process ever holds the whole in float32
+            fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+        return model
+    model.float().to(args.device)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -237,23 +327,58 @@ def copying_practice(window, rng):
     return window
 
 
-def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practice=0.0):
-    """get_batch(step) -> ids, targets (batch_size, T) of a whole optimizer step, and the epochs of each domain.
+def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practice=0.0, document_mask=False):
+    """get_batch(step, rows) -> ids, targets (len(rows), T) of those rows of a step's batch, and the epochs of each domain.
 
-    seed: a list of integers. practice: the share of windows turned into copying practice.
+    seed: a list of integers. practice: the share of windows turned into copying practice. document_mask: get_batch gives segments too,
+    which number a window's documents.
     """
     names, order, windows, epochs = plan_windows(corpus, weights, n_windows, seq_len, seed)
     bins = [corpus.read(name, "train") for name in names]
 
-    def get_batch(step):
-        chosen = range(step * batch_size, (step + 1) * batch_size)
-        rows = np.stack([bins[order[i]][windows[i] * seq_len:][:seq_len + 1] for i in chosen]).astype(np.int64)
-        rng = np.random.default_rng([*seed, step])
-        for row in np.flatnonzero(rng.random(batch_size) < practice):
-            rows[row] = copying_practice(rows[row], rng)
-        return rows[:, :-1], rows[:, 1:]
+    def get_batch(step, rows):
+        chosen = step * batch_size + np.asarray(rows)
+        batch = np.stack([bins[order[i]][windows[i] * seq_len:][:seq_len + 1] for i in chosen]).astype(np.int64)  # (rows, T + 1)
+        segments = number_documents(batch[:, :-1], corpus.tokenizer.end_of_text) if document_mask else None
+        for row, i in enumerate(chosen):
+            rng = np.random.default_rng([*seed, i])
+            if rng.random() < practice:
+                batch[row] = copying_practice(batch[row], rng)
+                if document_mask:
+                    segments[row] = 0
+        return batch[:, :-1], batch[:, 1:], *([segments] if document_mask else [])
 
     return get_batch, epochs
+
+
+def number_documents(ids, end_of_text):
+    """For each token of ids (B, T), how many documents of its window have ended before it."""
+    ends = ids == end_of_text
+    return ends.cumsum(1) - ends
+
+
+def own_rows(count, rank, world):
+    """Every rank's rows of a batch: as many for each, of which those from `count` on are there to learn nothing."""
+    return np.arange(rank, math.ceil(count / world) * world, world)
+
+
+def prefetch(get_batch, batch_size, steps, args):
+    """Yields for each step the tensors of this rank's rows, (rows, T) each, while a thread reads those of the next."""
+    rows = own_rows(batch_size, *rank_and_world())
+
+    def fetch(step):
+        ids, targets, *segments = get_batch(step, rows % batch_size)
+        targets = np.where(rows[:, None] < batch_size, targets, -100)
+        tensors = [torch.from_numpy(np.ascontiguousarray(a)) for a in (ids, targets, *segments)]
+        return [t.pin_memory() for t in tensors] if args.device == "cuda" else tensors
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(fetch, steps[0]) if steps else None
+        for step in steps:
+            ready = coming.result()
+            if step != steps[-1]:
+                coming = pool.submit(fetch, step + 1)
+            yield ready
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,112 +435,142 @@ def wire_copying_heads(model):
 def pretrain(name, init, weights, tokens, corpus, args):
     """One stage: from a checkpoint directory (or fresh weights) to the run directory out/<name>, which is returned."""
     batch_size = args.batch_tokens // args.seq_len
-    steps = max(1, tokens // (batch_size * args.seq_len))
+    steps = tokens // (batch_size * args.seq_len)
+    if steps < 1:
+        fail(f"{name}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}; see --base-tokens, --stage1-tokens "
+             "and --stage2-tokens")
+    mask = args.document_mask == "yes" or args.document_mask == "auto" and args.device == "cpu"
     get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size,
-                                       [args.seed, sum(name.encode())], args.practice)
+                                       [args.seed, sum(name.encode())], args.practice, mask)
     run = Path(args.out) / name
-    options = {"init": str(init), "weights": weights, "steps": steps, "corpus": corpus.sha256, "preset": args.preset,
-               **{k: getattr(args, k) for k in ("seq_len", "batch_tokens", "micro_batch", "practice", "lr", "attention_lr", "weight_decay", "seed",
-                                             "dtype", "compile")}}
+    options = {"init": str(init), "weights": weights, "steps": steps, "preset": args.preset, "document_mask": mask,
+               "practice": args.practice} | training_options(corpus, args)
 
     def make_model():
         if init:
-            return load_checkpoint(init, corpus, args.device)
+            return load_checkpoint(init, corpus, dtype=None)
         torch.manual_seed(args.seed)
         config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **transformer.PRESETS[args.preset])
         model = transformer.Transformer(config)
         wire_copying_heads(model)
-        return model.to(args.device)
+        return model
 
-    train(run, make_model, get_batch, steps, options, corpus, args)
-    if is_main() and epochs:
+    settle_options(run, options)
+    if is_main():
+        write(Path(args.out) / "options.json", json.dumps(vars(args), indent=1))
+    train(run, make_model, get_batch, batch_size, steps, options, corpus, args)
+    if is_main():
         print(f"{name}: epochs " + ", ".join(f"{d} {e:.2f}" for d, e in epochs.items()))
     return run
 
 
-def train(run, make_model, get_batch, steps, options, corpus, args):
+def training_options(corpus, args):
+    """What a run's result depends on, and so may not change on the way."""
+    return {"corpus": corpus.sha256, "tokenizer": corpus.manifest["tokenizer_sha256"]} | {k: getattr(args, k) for k in (
+        "seq_len", "batch_tokens", "lr", "schedule", "warmup", "attention_lr", "weight_decay", "seed", "dtype", "compile")}
+
+
+def settle_options(run, options):
+    """Write down what a run depends on, or exit if it was begun with something else."""
+    saved, now = run / "train_state" / "options.json", json.loads(json.dumps(options))
+    if saved.exists() and (before := read_json(saved)) != now:
+        changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)]
+        fail(f"{run} holds a run with other options: {'; '.join(changed)}. Remove it, or choose another --out")
+    if is_main():
+        saved.parent.mkdir(parents=True, exist_ok=True)
+        write(saved, json.dumps(now))
+
+
+def train(run, make_model, get_batch, batch_size, steps, options, corpus, args):
     """Train for `steps` optimizer steps and leave a checkpoint directory in `run`; go on where an earlier run stopped.
 
-    get_batch(step) gives ids, targets (and segments) of the whole step; each process takes its rows. The loss is the sum over the
-    targets, divided once by their number over all processes and micro-batches.
+    get_batch(step, rows) gives ids, targets and perhaps segments of those rows of a step's batch; each process takes its own. The loss is
+    the sum over the targets, divided once by their number over all processes and micro-batches.
     """
     rank, world = rank_and_world()
-    state_file = run / "train_state" / "state.pt"
-    state = torch.load(state_file, map_location=args.device, weights_only=True) if state_file.exists() else None
-    if state and state["options"] != options:
-        changed = [f"{k} was {state['options'].get(k)!r}, now {v!r}" for k, v in options.items() if state["options"].get(k) != v]
-        fail(f"{run} holds a run with other options: {'; '.join(changed)}. Remove it, or choose another --out")
-    if state and state["step"] == steps and any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+    checkpoints = Checkpoints(run / "train_state", args.keep)
+    if any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         return
-    (run / "train_state").mkdir(parents=True, exist_ok=True)
-
     model = make_model()
-    model.checkpointing = args.activation_checkpointing
-    batch_size = len(get_batch(0)[0])
-    if batch_size % world:
-        fail(f"a step of {batch_size} windows cannot be divided among {world} processes: change --batch-tokens")
     if args.seq_len > model.config.max_seq_len:
         fail(f"--seq-len {args.seq_len}: the model has {model.config.max_seq_len} positions")
+    model.checkpointing = args.activation_checkpointing
+    flops = model.flops_per_token(args.seq_len)
+    forward = distribute(model, args)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.95), fused=True)
-    start = 0
-    if state:
-        start = state["step"]
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    forward = torch.compile(model) if args.compile == "yes" else model
-    ddp = DistributedDataParallel(forward) if world > 1 else forward
+    start, skipped = checkpoints.load(model, optimizer)
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    peak = next((f for device, f in PEAK_FLOPS.items() if args.device == "cuda" and device in torch.cuda.get_device_name()), None)
-    metrics = keep_metrics(run, start)
+    peak = next((peak for name, peak, _ in GPUS.values() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
+    metrics = Metrics(run, start, options, args)
+    in_a_row = 0
 
+    batches = prefetch(get_batch, batch_size, range(start, steps), args)
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
-    clock, logged, waited = time.perf_counter(), start, 0.0
     for step in range(start, steps + 1):
-        if step == 0 or step == steps > start:
-            losses = validation(forward, corpus, args, autocast)
-            log(metrics, rank, step=step, **{f"loss/{d}": v for d, v in losses.items()})
-        if step == steps or (step > start and step % args.save_every == 0):
-            save_state(state_file, model, optimizer, step, options, rank)
-        if step == steps:
+        if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
+            metrics.log(step=step, **{f"loss/{d}": v for d, v in validation(model, corpus, options, args, autocast).items()})
+        stop = add_up(torch.tensor(float(STOP.is_set()))).item()  # so that all processes stop at the same step
+        if step > start and (step % args.save_every == 0 or step == steps or stop):
+            checkpoints.save(step, skipped, model, optimizer)
+        if step == steps or stop:
             break
 
-        fetched = time.perf_counter()
-        arrays = get_batch(step)
-        learned = int((arrays[1] >= 0).sum())
-        rows = [torch.from_numpy(np.ascontiguousarray(a[rank::world])).to(args.device, non_blocking=True) for a in arrays]
-        waited += time.perf_counter() - fetched
-        lr = learning_rate(step, steps, args.lr)
+        started = time.perf_counter()
+        tensors = next(batches)
+        waited = time.perf_counter() - started
+        learned = int(add_up((tensors[1] >= 0).sum()))
+        if not learned:
+            fail(f"{run}, step {step}: no token to learn from; are the masks of {corpus.directory} empty?")
+        tensors = [t.to(args.device, non_blocking=True) for t in tensors]
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-        total = torch.zeros((), device=args.device)
-        for i in range(0, len(rows[0]), args.micro_batch):
-            last = i + args.micro_batch >= len(rows[0])
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():
-                with autocast:
-                    loss = ddp(*(a[i:i + args.micro_batch] for a in rows))
-                (loss * (world / learned)).backward()  # DDP averages over processes
-            total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            group["lr"] = learning_rate(step, steps, args) * group["lr_scale"]
+        loss, norm = forward_and_backward(model, forward, tensors, learned, autocast, args)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
         optimizer.zero_grad(set_to_none=True)
-        bar.update()
 
-        if (step + 1) % 10 == 0 or step + 1 == steps:
-            if world > 1:
-                dist.all_reduce(total)
-            seconds, clock = time.perf_counter() - clock, time.perf_counter()
-            rate = (step + 1 - logged) * batch_size * args.seq_len / seconds
-            mfu = rate * model.flops_per_token(args.seq_len) / (peak * world) if peak else None
-            log(metrics, rank, step=step + 1, tokens=(step + 1) * batch_size * args.seq_len, loss=total.item() / learned, lr=lr,
-                grad_norm=norm.item(), tokens_per_second=rate, mfu=mfu, data_wait=waited / seconds)
-            bar.set_postfix_str(f"loss {total.item() / learned:.3f}, {rate:,.0f} tokens/s")
-            logged, waited = step + 1, 0.0
+        seconds = time.perf_counter() - started
+        rate = batch_size * args.seq_len / seconds
+        metrics.log(step=step + 1, tokens=(step + 1) * batch_size * args.seq_len, loss=loss, lr=learning_rate(step, steps, args), grad_norm=norm,
+                    ms=1000 * seconds, tokens_per_second=rate, **{"mfu": rate * flops / (peak * world)} if peak else {},
+                    data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
+        bar.update()
+        checkpoints.look_after()
+        if in_a_row == 10:
+            checkpoints.finish()
+            fail(f"{run}: loss or gradient was not finite in ten steps in a row; the last checkpoint is {checkpoints.newest() or 'none'}")
     bar.close()
+    batches.close()
+    checkpoints.finish()
+    if stop and step < steps:
+        if rank == 0:
+            print(f"{run.name}: stopped after step {step} of {steps}" + ", which is saved" * (step > 0) + "; the same command goes on")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(0)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         corpus.tokenizer.save(run)
-        transformer.save(model, run)  # last: with the weights the run is finished
-    if world > 1:
+        transformer.save(model, run, weights)  # last: with the weights the run is finished
+    if dist.is_initialized():
         dist.barrier()
+
+
+def forward_and_backward(model, forward, tensors, learned, autocast, args):
+    """Put the clipped gradient of a step's mean loss into the model. Returns the loss (nats a learned token) and the gradient's norm."""
+    total, (_, world) = torch.zeros((), device=args.device), rank_and_world()
+    for i in range(0, len(tensors[0]), args.micro_batch):
+        last = i + args.micro_batch >= len(tensors[0])
+        with contextlib.nullcontext() if last or forward is model else forward.no_sync():  # DDP adds up over processes once, at the last
+            with autocast:
+                loss = forward(*(t[i:i + args.micro_batch] for t in tensors))
+            (loss * (world / learned)).backward()  # DDP and FSDP average over processes
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return add_up(total).item() / learned, (norm.full_tensor() if args.shard else norm).item()
 
 
 def parameter_groups(model, args):
@@ -428,56 +583,158 @@ def parameter_groups(model, args):
              "lr_scale": args.attention_lr if attention else 1.0} for (attention, matrix), parameters in groups.items()]
 
 
-def learning_rate(step, steps, peak):
-    """Linear warm-up over the first 5% of the steps, then a cosine to a tenth of the peak."""
-    warmup = max(1, steps // 20)
+def learning_rate(step, steps, args):
+    """Linear warm-up, then a cosine to a tenth of the peak, or (arXiv 2404.06395) the peak, and a line to its tenth over the last fifth."""
+    warmup = max(1, int(args.warmup * steps))
     if step < warmup:
-        return peak * (step + 1) / warmup
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "wsd":
+        return args.lr * min(1.0, 0.1 + 0.9 * (steps - step) / (0.2 * steps))
     progress = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 @torch.no_grad()
-def validation(forward, corpus, args, autocast):
-    """Mean loss (nats a token) on the first held-out windows of each domain, which no step trains on."""
+def validation(model, corpus, options, args, autocast):
+    """Mean loss (nats a token) on the first held-out windows of each domain, which no step trains on. Each process takes its share."""
+    rank, world = rank_and_world()
     losses = {}
     for domain in VALIDATED:
         ids = corpus.read(domain, "heldout")
         count = min(args.val_windows, (len(ids) - 1) // args.seq_len)
         if count == 0:
             continue
-        rows = torch.from_numpy(np.stack([ids[i * args.seq_len:][:args.seq_len + 1] for i in range(count)]).astype(np.int64)).to(args.device)
+        rows = own_rows(count, rank, world)
+        windows = np.stack([ids[i * args.seq_len:][:args.seq_len + 1] for i in rows % count]).astype(np.int64)
+        batch = [windows[:, :-1], np.where(rows[:, None] < count, windows[:, 1:], -100)]
+        if options.get("document_mask"):
+            batch.append(number_documents(windows[:, :-1], corpus.tokenizer.end_of_text))
+        batch = [torch.from_numpy(np.ascontiguousarray(a)).to(args.device) for a in batch]
         total = torch.zeros((), device=args.device)
-        for i in range(0, count, args.micro_batch):
-            batch = rows[i:i + args.micro_batch]
+        for i in range(0, len(rows), args.micro_batch):
             with autocast:
-                total += forward(batch[:, :-1], batch[:, 1:].contiguous())
-        losses[domain] = total.item() / (count * args.seq_len)
+                total += model(*(a[i:i + args.micro_batch] for a in batch))
+        losses[domain] = add_up(total).item() / (count * args.seq_len)
     return losses
 
 
-def save_state(path, model, optimizer, step, options, rank):
-    """Everything a run needs to go on, in one file that appears whole or not at all."""
-    if rank == 0:
-        temporary = path.with_name("state.tmp")
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "options": options}, temporary)
-        temporary.replace(path)
+def memory_gb(device):
+    """The most that this process has held so far: on the GPU, or else in all."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-def keep_metrics(run, step):
-    """The metrics file, cut back to the step that training goes on from."""
-    path = run / "metrics.jsonl"
-    kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step] if path.exists() and step else []
-    if is_main():
-        write(path, "".join(line + "\n" for line in kept))
-    return path
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints of a run that goes on, and its metrics
 
 
-def log(path, rank, **values):
-    """Append one line to the metrics, without the values that are None."""
-    if rank == 0:
-        with open(path, "a") as file:
-            file.write(json.dumps({k: v for k, v in values.items() if v is not None}) + "\n")
+class Checkpoints:
+    """The last `keep` states of a run, each in a directory step-<n>, in parts that fit any number of processes.
+
+    A state is copied at once and written while training goes on. It counts from the moment when its index, .metadata, appears,
+    which torch.distributed.checkpoint writes last and under another name first.
+    """
+
+    def __init__(self, directory, keep):
+        self.directory, self.keep, self.saving = directory, keep, None
+        self.own_group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the writing thread's
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+    def newest(self):
+        """The directory of the newest whole state, or None."""
+        return max((p.parent for p in self.directory.glob("step-*/.metadata")), key=lambda p: int(p.name[5:]), default=None)
+
+    def save(self, step, skipped, model, optimizer):
+        """Begin to save the state before `step`. Blocks while it is copied, and until the one before is written."""
+        self.finish()
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments, "skipped": torch.tensor(skipped)}
+        self.saving = dcp.async_save(state, checkpoint_id=self.directory / f"step-{step}", process_group=self.own_group,
+                                     no_dist=self.own_group is None)
+
+    def look_after(self):
+        if self.saving and self.saving.done():
+            self.finish()
+
+    def finish(self):
+        """Wait until what is being saved is saved, and remove what is older than the last `keep`; a full disk ends the run."""
+        try:
+            if self.saving:
+                self.saving.result()
+        except (Exception, CheckpointException) as error:
+            fail(f"{self.directory}: a checkpoint could not be saved: {first_cause(error)}. The last whole one is {self.newest() or 'none'}")
+        if self.saving and is_main():
+            newest_last = sorted(self.directory.glob("step-*"), key=lambda p: ((p / ".metadata").exists(), int(p.name[5:])))
+            for old in newest_last[:-self.keep]:
+                shutil.rmtree(old)
+        self.saving = None
+
+    def load(self, model, optimizer):
+        """Put the newest state into the model and optimizer. Returns its step and the number of steps skipped by then."""
+        if not (newest := self.newest()):
+            return 0, 0
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments, "skipped": torch.tensor(0)}
+        try:
+            with open(newest / ".metadata", "rb") as index:
+                IndexUnpickler(index).load()
+            dcp.load(state, checkpoint_id=newest, process_group=self.own_group, no_dist=self.own_group is None)
+        except (Exception, CheckpointException) as error:
+            fail(f"{newest} cannot be read: {first_cause(error)}. Remove it to go on from the checkpoint before")
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        return int(newest.name[5:]), int(state["skipped"])
+
+
+def first_cause(error):
+    """The exception that began it, in whichever process."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    while before := error.__cause__ or error.__context__:
+        error = before
+    return error
+
+
+class IndexUnpickler(pickle.Unpickler):
+    """Reads a checkpoint's index, which is a pickle, only if it names nothing but what such an index consists of."""
+
+    def find_class(self, module, name):
+        if module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.serialization", "pathlib") \
+                or module == "torch" and name in ("Size", "float32", "bfloat16", "int64"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its index asks for {module}.{name}")
+
+
+class Metrics:
+    """metrics.jsonl, cut back to the step that training goes on from; a dense line for each step; and Weights & Biases if asked for."""
+
+    def __init__(self, run, start, options, args):
+        self.path, self.steps, self.wandb = run / "metrics.jsonl", options["steps"], None
+        if not is_main():
+            return
+        kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start] if self.path.exists() and start else []
+        write(self.path, "".join(line + "\n" for line in kept))
+        if args.wandb:
+            try:
+                wandb = importlib.import_module("wandb")
+            except ImportError:
+                fail("--wandb needs the package wandb: pip install wandb")
+            self.wandb = wandb.init(project=args.wandb, name=run.name, config=options, resume="allow", id=f"{run.parent.name}-{run.name}")
+
+    def log(self, **values):
+        if not is_main():
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n")  # JSON has no NaN
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
+        losses = {k.removeprefix("loss/"): v for k, v in values.items() if k.startswith("loss/")}
+        line = "held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in losses.items())
+        if "tokens" in values:
+            line = (f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {values['ms']:,.0f} ms"
+                    + f"  {values['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else "") + f"  data wait {values['data_wait']:.1%}"
+                    + f"  skipped {values['skipped']}" * (values["skipped"] > 0))
+        tqdm.write(f"{self.path.parent.name} {values['step']}/{self.steps}  {line}")
 
 
 def report(runs):
@@ -488,7 +745,74 @@ def report(runs):
         rates = sorted(line["tokens_per_second"] for line in lines if "tokens" in line)
         losses = [line for line in lines if "loss/code" in line][-1]
         print(f"{run.name:<16} {last['step']:>6,} {last['tokens']:>12,} {rates[len(rates) // 2]:>9,.0f}   "
-              + ", ".join(f"{d} {losses[f'loss/{d}']:.3f}" for d in VALIDATED if f"loss/{d}" in losses))
+              + ", ".join(f"{d} {losses[f'loss/{d}'] or math.nan:.3f}" for d in VALIDATED if f"loss/{d}" in losses))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run needs
+
+
+def plan(args):
+    """Print memory a GPU, speed and days of a run on --gpus of the kind --gpu; none of them is needed for it."""
+    config = transformer.Config(vocab_size=128_256, **transformer.PRESETS[args.preset])
+    if args.init:
+        try:
+            config = transformer.Config.from_hf(transformer.read_json(Path(args.init) / "config.json"))
+        except ValueError as error:
+            fail(error)
+    with torch.device("meta"):
+        model = transformer.Transformer(config)
+    _, peak, room = GPUS[args.gpu]
+    flops = model.flops_per_token(args.seq_len)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:.3g} FLOPs a token, windows of {args.seq_len:,} tokens, "
+          f"{args.micro_batch} at a time, on {args.gpus} {args.gpu}\n")
+    print("GB a GPU                     weights  gradients  optimizer  activations  logits    all        tokens/s  days for 103e9 tokens")
+    for shard in (False, True):
+        for checkpointing in (False, True):
+            parts = memory(model, args.seq_len, args.micro_batch, args.gpus if shard else 1, shard, checkpointing, "bfloat16")
+            total = sum(parts.values()) / 1e9
+            rate = args.gpus * peak * args.mfu / flops * (0.75 if checkpointing else 1)  # of four passes, one is done again
+            print(f"{'FSDP2 (--shard)' if shard else 'DDP':<16}{'checkpoint' if checkpointing else '':<10}"
+                  + "".join(f"{b / 1e9:>{width}.1f}" for b, width in zip(parts.values(), (10, 11, 11, 13, 8)))
+                  + f"{total:>7.1f} {'fits' if total < 0.9 * room else '':<4} {rate:>10,.0f} {103e9 / rate / 86400:>14.1f}")
+    print(f"\nIt fits if a tenth of {room} GB is left for what is not counted. Speed is at {args.mfu:.0%} of {peak / 1e12:,.0f} TFLOP/s (--mfu). "
+          "The paper's run, an 8B model on 128 A100s of 40 GB, took 11.1 days.")
+
+
+def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
+    """Bytes a process needs to train a model (on the meta device) without torch.compile: {"weights", "gradients", "optimizer", "activations",
+    "logits"}. Activations are counted, not estimated: what autograd keeps of one layer that runs on fake tensors."""
+    c, layers, bfloat16 = model.config, model.config.n_layers, dtype == "bfloat16"
+    count, layer = (sum(p.numel() for p in module.parameters()) for module in (model, model.model["layers"][0]))
+    whole = count - (layers - 2) * layer if shard else 0  # brought together: embedding and head, the layer that runs and the next
+    stream = micro_batch * seq_len * c.dim * (2 if shard and bfloat16 else 4)  # what a layer begins with
+    kept = kept_for_backward(model.model["layers"][0], seq_len, micro_batch, shard, dtype)
+    if checkpointing:
+        cast = 0 if shard or not bfloat16 else 2 * (layers - 1) * layer  # autocast remembers the weights in bfloat16
+        activations = kept + cast + layers * stream
+    else:
+        activations = layers * kept
+    return {"weights": 4 * count // world + whole * (2 if bfloat16 else 4), "gradients": 4 * count // world + whole * (2 if bfloat16 else 4),
+            "optimizer": 8 * count // world, "activations": activations,
+            "logits": 16 * min(micro_batch * seq_len * c.vocab_size, max(transformer.CHUNK, c.vocab_size))}  # in both types, with gradients
+
+
+def kept_for_backward(layer, seq_len, micro_batch, shard, dtype):
+    """Bytes that autograd keeps of one layer (on the meta device), without the layer's own parameters."""
+    kept, c = {}, layer.self_attn.config
+
+    def pack(tensor):
+        kept[id(tensor.untyped_storage())] = tensor.untyped_storage()
+        return tensor
+
+    with FakeTensorMode():
+        dtype_kept = torch.bfloat16 if shard and dtype == "bfloat16" else torch.float32
+        own = {n: torch.empty(p.shape, dtype=dtype_kept, requires_grad=True) for n, p in layer.named_parameters()}
+        x = torch.empty(micro_batch, seq_len, c.dim, dtype=dtype_kept, requires_grad=True)
+        rope = torch.empty(2, 1, 1, seq_len, c.head_dim // 2)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            torch.func.functional_call(layer, own, (x, tuple(rope)))
+        return sum(storage.nbytes() for storage in kept.values()) - sum(p.nbytes for p in own.values() if id(p.untyped_storage()) in kept)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python tests/bench.py generation     tokens/s of model.generate and transformers' generate
     python tests/bench.py loss           memory of the loss with a large vocabulary, in chunks and plain
     python tests/bench.py load           seconds and memory of loading a checkpoint, and of reading its file
+    python tests/bench.py attention      compiled attention on a CPU, and the fused kernel
+    python tests/bench.py train --nanogpt DIR    tokens/s of the training loop, and of nanoGPT's, whose directory is DIR
     python tests/bench.py packing        packed attention with a mask, and document by document
     python tests/bench.py minhash        signatures a second, and datasketch's (and datatrove's, where that is installed)
     python tests/bench.py dedup          seconds and memory of dropping near duplicates from 10,000 to 1,000,000 documents
@@ -13,10 +15,16 @@
 Needs tests/requirements.txt; memory is measured on Linux. No tests: a number that depends on the machine must not fail one.
 """
 import argparse
+import contextlib
+import functools
+import io
+import json
 import multiprocessing
+import pickle
 import random
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,12 +34,14 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import build_corpus
 import model as transformer
+import pretrain
 from collect import Record
 
 
@@ -39,8 +49,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=BENCHES)
     parser.add_argument("--rounds", type=int, default=5, help="interleaved runs, of which the median counts")
+    parser.add_argument("--nanogpt", metavar="DIR", help="nanoGPT's directory, to train beside it")
     args = parser.parse_args()
     torch.manual_seed(0)
+    BENCHES["train"] = functools.partial(train, nanogpt=args.nanogpt)
     for what in args.what:
         BENCHES[what](args.rounds)
 
@@ -127,6 +139,85 @@ def load(rounds):
         size = (Path(directory) / "model.safetensors").stat().st_size / 2**20
         ours, bytes_read = in_process(rounds, load_once, directory, True), in_process(rounds, load_once, directory, False)
     print(f"load: {size:,.0f} MB in {ours[0]:.2f} s with {ours[1]:,.0f} MB of memory; its bytes alone {bytes_read[0]:.2f} s, {bytes_read[1]:,.0f} MB")
+
+
+def attention(rounds):
+    """Forward and backward in bfloat16: heads of 64, under a mask."""
+    torch.use_deterministic_algorithms(True)
+    for batch, heads, T in ((16, 4, 256), (4, 3, 384), (2, 3, 768)):
+        q, k, v = (torch.randn(batch, heads, T, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        mask = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+        ours = torch.compile(transformer.compiled_attention)
+        seconds = interleaved(4 * rounds, compiled=lambda: ours(q, k, v, mask).sum().backward(),
+                              kernel=lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask).sum().backward())
+        print(f"attention, {batch} windows of {T}: compiled {1e3 * seconds['compiled']:.1f} ms, kernel {1e3 * seconds['kernel']:.1f} ms; "
+              f"{seconds['kernel'] / seconds['compiled']:.2f} times")
+
+
+class RandomTokens:
+    """Stands for a corpus of a million random tokens."""
+    directory, tokenizer = "random", build_corpus.Tokenizer({bytes([i]): i for i in range(256)})
+
+    def read(self, domain, split):
+        return np.random.default_rng(0).integers(4096, size=10**6, dtype=np.uint16)
+
+
+def train_once(steps, windows, T, document_mask=True):
+    """Lines of metrics of a run of pretrain.py's loop: 4 layers, 256 wide, vocabulary of 4,096, with its defaults for this machine."""
+    parser = argparse.ArgumentParser()
+    pretrain.add_training_flags(parser, lr=1e-3)
+    args = parser.parse_args(["--seq-len", str(T), "--val-windows", "16", "--save-every", "100000", "--val-every", "100000", "--device", "cpu"])
+    args.batch_tokens = windows * T
+    pretrain.setup(args)
+    config = transformer.Config(vocab_size=4096, dim=256, n_layers=4, n_heads=4, n_kv_heads=4, hidden_dim=688)
+    get_batch, _ = pretrain.window_batches(RandomTokens(), {"code": 1}, steps * windows, T, windows, [0], document_mask=document_mask)
+    with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+        run = Path(directory) / "run"
+        pretrain.train(run, lambda: transformer.Transformer(config), get_batch, windows, steps, {"steps": steps}, RandomTokens(), args)
+        return [line for line in map(json.loads, (run / "metrics.jsonl").open()) if "tokens" in line]
+
+
+def nanogpt_once(directory, flags):
+    """Milliseconds of a step of its train.py."""
+    done = subprocess.run([sys.executable, *flags], cwd=directory, capture_output=True, text=True)
+    times = [float(t) for t in re.findall(r"time ([0-9.]+)ms", done.stdout)]
+    if len(times) < 20:
+        sys.exit(f"nanoGPT did not train: {done.stderr}")
+    return statistics.median(times[5:])
+
+
+def train(rounds, nanogpt):
+    """16 windows of 256 tokens a step, the data in files, on all cores; nanoGPT of the same size as its README says for a CPU, and
+    with bfloat16 and compile."""
+    rate, waits = {}, []
+    with tempfile.TemporaryDirectory() as copy, ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        def ours(document_mask):
+            lines = pool.submit(train_once, 40, 16, 256, document_mask).result()[5:]
+            waits.extend(line["data_wait"] for line in lines)
+            return statistics.median(line["ms"] for line in lines)
+
+        runs = {"ours": lambda: ours(True), "ours without document mask": lambda: ours(False)}
+        if nanogpt:
+            shutil.copytree(nanogpt, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", "data", "assets"))
+            data = Path(copy, "data", "random")
+            data.mkdir(parents=True)
+            for name in ("train.bin", "val.bin"):
+                RandomTokens().read(None, None).tofile(data / name)
+            (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4096}))
+            source = Path(copy, "train.py").read_text()
+            Path(copy, "train_bfloat16.py").write_text(source.replace("ctx = nullcontext() if device_type == 'cpu' else ", "ctx = "))
+            flags = ["--dataset=random", "--eval_iters=1", "--log_interval=1", "--batch_size=16", "--block_size=256", "--n_layer=4", "--n_head=4",
+                     "--n_embd=256", "--gradient_accumulation_steps=1", "--max_iters=40", "--device=cpu"]
+            runs["nanoGPT"] = lambda: nanogpt_once(copy, ["train.py", *flags, "--compile=False", "--dtype=float32"])
+            runs["nanoGPT, bfloat16 and compile"] = lambda: nanogpt_once(copy, ["train_bfloat16.py", *flags, "--compile=True", "--dtype=bfloat16"])
+        for i in range(rounds):
+            for name, run in runs.items():
+                rate.setdefault(name, []).append(16 * 256 / run() * 1000)
+        rate = {name: statistics.median(r) for name, r in rate.items()}
+        for name, r in rate.items():
+            print(f"train: {name} {r:,.0f} tokens/s" + f"; ours {rate['ours'] / r:.2f} times" * (name != "ours"))
+        lines = pool.submit(train_once, 2000, 2, 128).result()
+    print(f"train: data wait {statistics.mean(waits):.2%} of a step; memory after 200 steps {lines[199]['memory_gb']:.3f} GB, after 2,000 {lines[-1]['memory_gb']:.3f} GB")
 
 
 def packing(rounds):
@@ -274,7 +365,7 @@ def build(rounds):
         print(f"build: {size:,.0f} MB of records in {seconds:.0f} s, {size / seconds:.1f} MB/s, {peak:,.0f} MB of memory")
 
 
-BENCHES = {"generation": generation, "loss": loss, "load": load, "packing": packing, "minhash": minhash, "dedup": dedup,
+BENCHES = {"generation": generation, "loss": loss, "load": load, "attention": attention, "train": train, "packing": packing, "minhash": minhash, "dedup": dedup,
            "tokenize": tokenize, "bpe": bpe, "build": build}
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes on the same cores wait for each other
 
 
 def run(script, *args, ok=True, timeout=300):
@@ -22,25 +25,37 @@ def run(script, *args, ok=True, timeout=300):
     return done
 
 
+def made_once(tmp_path_factory, name, *command):
+    """The directory that a script fills, made once for all of pytest's processes."""
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent
+    with FileLock(place / f"{name}.lock"):
+        if not (place / f"{name}.made").exists():
+            run(*command, "--out", place / name)
+            (place / f"{name}.made").touch()
+    return place / name
+
+
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
     """data/raw as `python collect.py` writes it where nothing but our requirements is installed, the small packages left out."""
-    path = tmp_path_factory.mktemp("raw")
-    run("collect.py", "--out", path, "python:stdlib,torch,numpy,sympy,networkx,mpmath", "synthesize:python")
-    return path
+    return made_once(tmp_path_factory, "raw", "collect.py", "python:stdlib,torch,numpy,sympy,networkx,mpmath", "synthesize:python")
 
 
 @pytest.fixture(scope="session")
 def corpus(raw, tmp_path_factory):
     """data/corpus of those records, as `python build_corpus.py` writes it."""
-    path = tmp_path_factory.mktemp("corpus")
-    run("build_corpus.py", "--raw", raw, "--out", path)
-    return path
+    return made_once(tmp_path_factory, "corpus", "build_corpus.py", "--raw", raw)
 
 
 @pytest.fixture(scope="session")
 def small_raw(tmp_path_factory):
     """Records of two small packages."""
-    path = tmp_path_factory.mktemp("small_raw")
-    run("collect.py", "--out", path, "--code-mb", 0.2, "python:mpmath,requests", "synthesize:python")
-    return path
+    return made_once(tmp_path_factory, "small_raw", "collect.py", "--code-mb", 0.2, "python:mpmath,requests", "synthesize:python")
+
+
+@pytest.fixture(scope="session")
+def small_corpus(small_raw, tmp_path_factory):
+    """Of these, some 120,000 tokens of code and 7,000 of text."""
+    return made_once(tmp_path_factory, "small_corpus", "build_corpus.py", "--raw", small_raw)

@@ -1,4 +1,5 @@
 import argparse
+import re
 import shutil
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_both_models_get_the_same_tuning(corpus, start):
     ours, before = load(start / "ours"), load(start / "stage2")
     assert any(not torch.equal(p, q) for p, q in zip(ours.parameters(), before.parameters()))
     again = run(*arguments)  # finished: nothing is trained again
-    assert again.stdout == done.stdout
+    assert again.stdout.splitlines() == [line for line in done.stdout.splitlines() if not re.match(r"(ours|control) \d+/5 ", line)]
     run("finetune.py", "--corpus", corpus, "--out", start, "--tokens", 5120, *SMALL, "--init", start / "stage2", "--name", "mine", "--save-every", 2)
     assert all(torch.equal(p, q) for p, q in zip(load(start / "mine").parameters(), ours.parameters()))
 
@@ -54,7 +55,7 @@ def test_only_what_the_assistant_writes_is_learned(corpus):
     get_batch = finetune.packed_batches(built, windows, 4, 8, 384, 0)
     decode = built.tokenizer.decode
     for step in range(4):
-        for x, y, segments in zip(*get_batch(step)):
+        for x, y, segments in zip(*get_batch(step, range(8))):
             learned = y >= 0
             assert (y[:-1][learned[:-1]] == x[1:][learned[:-1]]).all()
             assert (segments[:-1][learned[:-1]] == segments[1:][learned[:-1]]).all()  # never across conversations

@@ -2,11 +2,13 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +19,17 @@ import pretrain
 from build_corpus import Corpus
 from conftest import ROOT, run
 from model import load, read_safetensors
+from pretrain import own_rows
 
 SMALL = ["--seq-len", 64, "--batch-tokens", 512, "--micro-batch", 4, "--val-windows", 8, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
+FRESH = ["--lr", 1.5e-3, "--attention-lr", 0.3, "--practice", 0.1, "--warmup", 0.05]  # the defaults without --init
 SHORT = ["--base-tokens", 5120, "--stage1-tokens", 5120, "--stage2-tokens", 5120, *SMALL]
 
 
 @pytest.fixture(scope="module")
-def trained(corpus, tmp_path_factory):
+def trained(small_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT)
+    run("pretrain.py", "--corpus", small_corpus, "--out", out, *SHORT, "--val-every", 4)
     return out
 
 
@@ -38,12 +42,36 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 
-def test_runs_metrics_and_checkpoints(trained, corpus):
+def metrics(run_directory):
+    """Its lines without what depends on the machine and the moment."""
+    lines = [json.loads(line) for line in (run_directory / "metrics.jsonl").open()]
+    return [{k: v for k, v in line.items() if k not in ("ms", "tokens_per_second", "data_wait", "memory_gb")} for line in lines]
+
+
+def start(*command, **options):
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def torchrun(*command):
+    """Two processes of one thread each."""
+    return start(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for_step(process, run_directory, step):
+    """Until the process has logged this step: it is then in the middle of the next one."""
+    path, deadline = run_directory / "metrics.jsonl", time.time() + 120
+    while not (path.exists() and f'"step": {step}, "tokens"' in path.read_text()) and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[0]
+
+
+def test_runs_metrics_and_checkpoints(trained, small_corpus):
     for name in ("base", "stage1", "stage2", "control-stage1", "control-stage2"):
         lines = [json.loads(line) for line in (trained / name / "metrics.jsonl").open()]
-        assert lines[0]["step"] == 0 and {f"loss/{d}" for d in pretrain.VALIDATED} <= lines[0].keys()
+        validated = [line["step"] for line in lines if "tokens" not in line]
+        assert validated == [0, 4, 8, 10] and {f"loss/{d}" for d in pretrain.VALIDATED} <= lines[0].keys()
         assert lines[-1]["step"] == 10 and lines[-2]["tokens"] == 5120 and {"loss", "lr", "grad_norm", "tokens_per_second"} <= lines[-2].keys()
-        assert load(trained / name).config.vocab_size == Corpus(corpus).tokenizer.vocab_size
+        assert load(trained / name).config.vocab_size == Corpus(small_corpus).tokenizer.vocab_size
         assert (trained / name / "tokenizer.json").exists() and (trained / name / "generation_config.json").exists()
     first, last = ([json.loads(line) for line in (trained / "base" / "metrics.jsonl").open()][i]["loss/code"] for i in (0, -1))
     assert last < first  # it learns
@@ -58,59 +86,193 @@ def test_transformers_loads_a_run(trained):
     torch.testing.assert_close(model(ids).logits, load(trained / "stage2")(ids), atol=1e-4, rtol=1e-4)
 
 
-def test_killed_run_goes_on_bit_for_bit(trained, corpus, tmp_path):
-    """kill -9 in the middle of a stage, twice; then weights and losses are those of the unbroken run."""
-    command = [sys.executable, str(ROOT / "pretrain.py"), "--corpus", str(corpus), "--out", str(tmp_path), "--save-every", "1", *map(str, SHORT)]
-    for stage in ("base", "stage2"):
-        state = tmp_path / stage / "train_state" / "state.pt"
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.time() + 120
-        while not state.exists() and time.time() < deadline:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert state.exists() and not (tmp_path / stage / "model.safetensors").exists()
-    subprocess.run(command, check=True, capture_output=True)
-    for name in ("base", "stage1", "stage2", "control-stage1", "control-stage2"):
-        assert equal(trained / name, tmp_path / name), name
-        ours, theirs = ([{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_second", "data_wait")}
-                         for line in (d / name / "metrics.jsonl").open()] for d in (trained, tmp_path))
-        assert ours == theirs, name
+TWENTY = ["--no-control", "--mix", "0:1:1", "--base-tokens", 20 * 1536, "--stage1-tokens", 1536, "--stage2-tokens", 1536, "--seq-len", 128,
+          "--batch-tokens", 1536, "--micro-batch", 2, "--val-windows", 2, "--save-every", 4, "--compile", "no", "--dtype", "float32", "--device", "cpu",
+          "--replay", 1]
 
 
-def test_two_processes_train_what_one_trains(corpus, tmp_path):
-    """With accumulation; three steps, since Adam turns the rounding in vanishing gradients into whole steps, which then grow."""
-    arguments = ["--corpus", str(corpus), "--no-control", *map(str, SMALL), "--micro-batch", "2", "--base-tokens", "1536", "--stage1-tokens", "512",
-                 "--stage2-tokens", "512"]
+@pytest.fixture(scope="module")
+def twenty(small_corpus, tmp_path_factory):
+    """20 steps of six micro-batches, in which the domain text is read more than twice and code not once."""
+    out = tmp_path_factory.mktemp("twenty")
+    assert "base: epochs code 0.13, text 2.26" in run("pretrain.py", "--corpus", small_corpus, "--out", out, *TWENTY).stdout
+    return out
+
+
+def test_killed_run_goes_on_bit_for_bit(twenty, small_corpus, tmp_path):
+    """kill -9 within a step, in the second epoch of a domain and later; then weights and losses are those of the unbroken run."""
+    command = [sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY]
+    for step in (5, 10, 17):
+        process = start(*command)
+        wait_for_step(process, tmp_path / "base", step)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL and not (tmp_path / "base" / "model.safetensors").exists()
+    assert start(*command).wait() == 0
+    for name in ("base", "stage1", "stage2"):
+        assert equal(twenty / name, tmp_path / name) and metrics(twenty / name) == metrics(tmp_path / name), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end_it_saves_and_exits_with_0(number, twenty, small_corpus, tmp_path):
+    """And --resume goes on without the other options; --init beside it is refused."""
+    process = start(sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY,
+                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    wait_for_step(process, tmp_path / "base", 6)
+    process.send_signal(number)
+    output = process.communicate()[0]
+    step = int(re.search(r"base: stopped after step (\d+) of 20, which is saved", output)[1])
+    assert process.returncode == 0 and 6 <= step <= 9 and (tmp_path / "base" / "train_state" / f"step-{step}" / ".metadata").exists()
+    if number == signal.SIGINT:
+        return
+    assert "not allowed with argument" in run("pretrain.py", "--out", tmp_path, "--resume", "--init", twenty / "base", ok=False).stderr
+    run("pretrain.py", "--out", tmp_path, "--resume")
+    assert equal(twenty / "stage2", tmp_path / "stage2") and metrics(twenty / "base") == metrics(tmp_path / "base")
+
+
+def test_resume_without_a_run(tmp_path):
+    assert "nothing to go on with" in run("pretrain.py", "--out", tmp_path, "--resume", ok=False).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_torchrun_goes_on_after_a_lost_worker_and_an_order_to_end(number, small_corpus, tmp_path):
+    """A killed worker is started anew by torchrun and the result is bit for bit the same; asked to end, all stop at one step.
+
+    What two processes left, one can go on with: the same batches, and so the same losses but for the order of summation.
+    """
+    command = [ROOT / "pretrain.py", "--corpus", small_corpus, *TWENTY, "--base-tokens", 8 * 1536, "--save-every", 2, "--shard"]
+    process = torchrun("--max-restarts=1", *command, "--out", tmp_path / "two")
+    wait_for_step(process, tmp_path / "two" / "base", 4)
+    if number == signal.SIGKILL:
+        children = [int(p.parent.name) for p in Path("/proc").glob("*/stat") if p.parent.name.isdigit() and parent(p) == process.pid]
+        os.kill(children[-1], signal.SIGKILL)
+        assert process.wait() == 0, process.communicate()[0]
+        assert torchrun(*command, "--out", tmp_path / "unbroken").wait() == 0
+        assert equal(tmp_path / "two" / "base", tmp_path / "unbroken" / "base") and equal(tmp_path / "two" / "stage2", tmp_path / "unbroken" / "stage2")
+    else:
+        process.terminate()
+        assert re.search(r"base: stopped after step \d of 8, which is saved", process.communicate()[0])
+        command.remove("--shard")
+        for out in ("two", "one"):
+            assert start(sys.executable, *command, "--out", tmp_path / out).wait() == 0
+        for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
+            assert a == pytest.approx(b, rel=2e-3)
+
+
+def parent(stat):
+    try:
+        return int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:  # it has ended
+        return None
+
+
+def test_two_processes_train_what_one_trains(twenty, small_corpus, tmp_path):
+    """DDP and FSDP2 against one process: conversations, whose masks differ in size, six micro-batches, three for each process.
+
+    Five steps at a rate of 5e-4; a tenth of one step's reach is allowed for the order of summation.
+    """
+    command = [ROOT / "finetune.py", "--corpus", small_corpus, "--init", twenty / "base", "--seq-len", 256, "--batch-tokens", 3072, "--micro-batch", 2,
+               "--tokens", 5 * 3072, "--val-windows", 3, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
+    assert start(sys.executable, *command, "--out", tmp_path / "one").wait() == 0
+    one, lines = weights(tmp_path / "one" / "tuned"), metrics(tmp_path / "one" / "tuned")
+    for option in ([], ["--shard"], ["--shard", "--activation-checkpointing"]):
+        out = tmp_path / str(len(option))
+        process = torchrun(*command, "--out", out, *option)
+        assert process.wait() == 0, process.communicate()[0]
+        two = weights(out / "tuned")
+        assert max((one[n] - two[n]).abs().max() for n in one) < 5e-5
+        for a, b in zip(lines, metrics(out / "tuned"), strict=True):  # the norm shows a wrong scale, which Adam would hide
+            assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_rank_without_rows_learns_nothing(small_corpus, tmp_path):
+    """A step of one window on two processes."""
+    arguments = ["--corpus", small_corpus, *TWENTY, "--batch-tokens", 128, "--base-tokens", 128 * 3, "--stage1-tokens", 128, "--stage2-tokens", 128, "--val-windows", 3]
     run("pretrain.py", *arguments, "--out", tmp_path / "one")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master-port=29517", str(ROOT / "pretrain.py"), *arguments,
-               "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "two" / "control-stage1").exists()
-    one, two = weights(tmp_path / "one" / "base"), weights(tmp_path / "two" / "base")
-    for name in one:
-        assert (two[name] - one[name]).norm() <= 1e-2 * one[name].norm() + 1e-4, name
-    for stage in ("base", "stage1", "stage2"):
-        one, two = ([json.loads(line) for line in (tmp_path / d / stage / "metrics.jsonl").open()] for d in ("one", "two"))
-        for a, b in zip(one, two, strict=True):
-            for key in ("loss", "grad_norm", "loss/code", "loss/api_doc"):  # the norm shows a wrong scale, which Adam would hide
-                assert a.get(key) == pytest.approx(b.get(key), rel=2e-3), (stage, a["step"], key)
+    assert torchrun(ROOT / "pretrain.py", *arguments, "--out", tmp_path / "two").wait() == 0
+    for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_other_options_are_refused_by_name(trained, corpus):
-    message = run("pretrain.py", "--corpus", corpus, "--out", trained, *SHORT, "--lr", 0.5, ok=False).stderr
+def test_the_last_states_are_kept_and_a_full_disk_leaves_them(twenty, small_corpus, tmp_path):
+    command = [sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY, "--keep", 3, "--save-every", 1]
+    process = start(*command)
+    wait_for_step(process, tmp_path / "base", 8)
+    process.kill()
+    process.wait()
+    states = tmp_path / "base" / "train_state"
+    whole = [p.parent for p in states.glob("*/.metadata")]
+    assert 3 <= len(whole) <= 4 and len(list(states.glob("step-*"))) <= 5
+    full = start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))  # no file may grow beyond 1 MB
+    output = full.communicate()[0]
+    last = max(whole, key=lambda p: int(p.name[5:]))
+    assert full.returncode == 2 and "could not be saved" in output and "File too large" in output and f"The last whole one is {last}" in output
+    assert "Traceback" not in output.split("error:")[1].split("The last whole")[1]
+    assert start(*command).wait() == 0
+    assert equal(twenty / "stage2", tmp_path / "stage2") and len(list(states.glob("step-*"))) == 3
+
+
+def test_a_broken_state_is_named(twenty, small_corpus, tmp_path):
+    """Cut off, or with an index that would run code."""
+    shutil.copytree(twenty / "base", tmp_path / "out" / "base")
+    state = tmp_path / "out" / "base" / "train_state" / "step-20"
+    (tmp_path / "out" / "base" / "model.safetensors").unlink()
+    (state / ".metadata").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "ran").encode() + b"'\ntR.")
+    arguments = ["--corpus", small_corpus, "--out", tmp_path / "out", *TWENTY]
+    assert "its index asks for os.system" in run("pretrain.py", *arguments, ok=False).stderr and not (tmp_path / "ran").exists()
+    shutil.copy(twenty / "base" / "train_state" / "step-20" / ".metadata", state)
+    os.truncate(state / "__0_0.distcp", 10**6)
+    assert f"{state} cannot be read" in run("pretrain.py", *arguments, ok=False).stderr
+    shutil.rmtree(state)  # as the message says
+    run("pretrain.py", *arguments)
+    assert equal(twenty / "base", tmp_path / "out" / "base")
+
+
+def test_steps_that_are_not_finite_are_skipped(twenty, small_corpus, tmp_path):
+    """A base in which the embedding of a token that comes in one of 20 steps, or in all, is not a number."""
+    get_batch, _ = pretrain.window_batches(Corpus(small_corpus), {"code": 1}, 160, 64, 8, [0, sum(b"stage1")])
+    steps_with = np.zeros(2048, int)
+    for step in range(20):
+        steps_with[np.unique(get_batch(step, range(8))[0])] += 1
+    for wanted in (1, 20):
+        base, out = tmp_path / f"base{wanted}", tmp_path / f"out{wanted}"
+        shutil.copytree(twenty / "base", base, ignore=shutil.ignore_patterns("train_state", "metrics.jsonl"))
+        model = load(base)
+        with torch.no_grad():
+            model.model["embed_tokens"].weight[np.flatnonzero(steps_with == wanted)[0]] = torch.nan
+        transformer.save(model, base)
+        done = run("pretrain.py", "--corpus", small_corpus, "--out", out, "--init", base, *SMALL, "--no-control", "--mix", "0:1:0", "--replay", 1, "--val-windows", 1,
+                   "--stage1-tokens", 512 * 20, "--stage2-tokens", 512, "--save-every", 4, ok=wanted == 1)
+        lines = [line for line in metrics(out / "stage1") if "tokens" in line]
+        if wanted == 1:
+            assert len(lines) == 20 and lines[-1]["skipped"] == 1 and sum(line["loss"] is None for line in lines) == 1
+        else:
+            assert len(lines) == 10 and "not finite in ten steps in a row; the last checkpoint is" in done.stderr and "step-8" in done.stderr
+
+
+def test_wandb(small_corpus, tmp_path):
+    """A package of that name gets every line; without it there is a clear error."""
+    arguments = ["--corpus", small_corpus, "--out", tmp_path / "out", *SHORT, "--base-tokens", 1024, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control"]
+    assert "pip install wandb" in run("pretrain.py", *arguments, "--wandb", "agents", ok=False).stderr
+    (tmp_path / "wandb.py").write_text("def init(**options):\n    print('init', options['project'], options['name'])\n    import wandb\n    return wandb\n"
+                                       "def log(values, step):\n    print('logged', step, sorted(values))\n")
+    done = start(sys.executable, ROOT / "pretrain.py", *arguments, "--wandb", "agents", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    output = done.communicate()[0]
+    assert "init agents base" in output and "init agents stage2" in output and re.search(r"logged 2 .*'grad_norm'.*'loss'.*'tokens_per_second'", output)
+
+
+def test_other_options_are_refused_by_name(trained, small_corpus):
+    message = run("pretrain.py", "--corpus", small_corpus, "--out", trained, *SHORT, "--lr", 0.5, ok=False).stderr
     assert "lr was 0.0015, now 0.5" in message
 
 
-def test_init_takes_a_checkpoint_and_trains_no_base(trained, corpus, tmp_path):
+def test_init_takes_a_checkpoint_and_trains_no_base(trained, small_corpus, tmp_path):
     shutil.copytree(trained / "base", tmp_path / "downloaded", ignore=shutil.ignore_patterns("train_state", "metrics.jsonl"))
-    run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out", "--init", tmp_path / "downloaded", *SHORT, "--no-control")
+    run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "out", "--init", tmp_path / "downloaded", *SHORT, "--no-control", *FRESH)
     assert not (tmp_path / "out" / "base").exists()
     assert equal(trained / "stage2", tmp_path / "out" / "stage2")
 
 
-def test_a_downloaded_base_with_its_own_tokenizer(small_raw, trained, corpus, tmp_path):
+def test_a_downloaded_base_with_its_own_tokenizer(small_raw, small_corpus, tmp_path):
     """A transformers model without our chat tokens: the corpus takes its tokenizer, the model grows, transformers loads the result."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -128,41 +290,65 @@ def test_a_downloaded_base_with_its_own_tokenizer(small_raw, trained, corpus, tm
         "--no-control")
     grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "stage2")
     assert type(grown).__name__ == "LlamaForCausalLM" and grown.config.vocab_size == size + 8
-    message = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out2", "--init", base, *SHORT, ok=False).stderr
+    message = run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "out2", "--init", base, *SHORT, ok=False).stderr
     assert "its tokenizer is not the corpus's" in message and f"--tokenizer {base}" in message
 
 
 @pytest.mark.parametrize("size", [1000, 3000])
-def test_another_vocabulary_is_refused(size, corpus, tmp_path):
+def test_another_vocabulary_is_refused(size, small_corpus, tmp_path):
     transformer.save(transformer.Transformer(transformer.Config(vocab_size=size)), tmp_path / "base")
-    message = run("pretrain.py", "--corpus", corpus, "--out", tmp_path / "out", "--init", tmp_path / "base", *SHORT, ok=False).stderr
+    message = run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "out", "--init", tmp_path / "base", *SHORT, ok=False).stderr
     assert f"vocabulary of {size}, but the corpus has 2048" in message
 
 
-def test_activation_checkpointing_trains_the_same(trained, corpus, tmp_path):
-    run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", "--activation-checkpointing")
+def test_activation_checkpointing_trains_the_same(trained, small_corpus, tmp_path):
+    run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", "--activation-checkpointing")
     assert equal(trained / "base", tmp_path / "base")
 
 
-def test_seed_preset_mix_and_decay_matter(trained, corpus, tmp_path):
-    for option in (["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"], ["--attention-lr", 1], ["--practice", 0.5]):
-        out = tmp_path / option[0]
-        run("pretrain.py", "--corpus", corpus, "--out", out, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *option)
-        assert not equal(trained / "base", out / "base")
-    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), "--corpus", str(corpus), "--out", str(tmp_path / "124m"), *map(str, SHORT),
-                                "--preset", "124m", "--base-tokens", "1"])
-    while not (tmp_path / "124m" / "base" / "model.safetensors").exists() and process.poll() is None:
-        time.sleep(0.1)
-    process.kill()  # the later stages are as large
-    assert load(tmp_path / "124m" / "base").config.n_layers == 12
+@pytest.mark.parametrize("option", [["--seed", 1], ["--weight-decay", 0.9], ["--mix", "0:1:0"], ["--attention-lr", 1], ["--practice", 0.5], ["--document-mask", "no"],
+                                    ["--schedule", "wsd"], ["--warmup", 0.5]])
+def test_options_matter(option, trained, small_corpus, tmp_path):
+    run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *option)
+    assert not equal(trained / "base", tmp_path / "base")
+
+
+def test_plan_tells_what_a_run_needs(small_corpus, tmp_path):
+    """The difference in memory between a run of 88 million parameters and a tiny one, against the plan's. (With the threshold, what is freed is
+    given back at once.)"""
+    measured, planned = [], []
+    for preset in ("124m", "tiny"):
+        process = start(sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path / preset, *SHORT, "--preset", preset, "--seq-len", 128,
+                        "--batch-tokens", 1024, "--base-tokens", 2048, "--val-windows", 1, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})
+        wait_for_step(process, tmp_path / preset / "base", 2)
+        process.kill()
+        process.wait()
+        measured.append([json.loads(line) for line in (tmp_path / preset / "base" / "metrics.jsonl").open() if "memory_gb" in line][1]["memory_gb"])
+        config = transformer.Config(vocab_size=Corpus(small_corpus).tokenizer.vocab_size, **transformer.PRESETS[preset])
+        with torch.device("meta"):
+            model = transformer.Transformer(config)
+        planned.append(sum(pretrain.memory(model, 128, 4, 1, False, False, "float32").values()) / 1e9)
+    assert planned[0] - planned[1] == pytest.approx(measured[0] - measured[1], rel=0.1)
+
+
+def test_plan_prints_a_table():
+    """The parameters of Llama 3 8B; what a process holds of a state of 16 bytes a parameter; days that follow from the rate."""
+    table = run("pretrain.py", "--preset", "8b", "--plan", "--gpus", 128, "--gpu", "a100-40g", "--seq-len", 4096, "--micro-batch", 1, "--mfu", 0.3).stdout
+    rows = {line[:26].strip(): [float(x.replace(",", "")) for x in line[26:].replace("fits", "").split()] for line in table.splitlines() if line[:3] in ("DDP", "FSD")}
+    assert "8,030,261,248 parameters" in table and "11.1 days" in table
+    assert rows["DDP"][:3] == [32.1, 32.1, 64.2] and [line for line in table.splitlines() if "fits" in line][0].startswith("FSDP2 (--shard) checkpoint")
+    flops = 6 * (8_030_261_248 - 128_256 * 4096) + 12 * 32 * 4096 * 4096
+    assert rows["DDP"][6] == pytest.approx(128 * 312e12 * 0.3 / flops, rel=0.01) and rows["DDP"][7] == pytest.approx(103e9 / rows["DDP"][6] / 86400, abs=0.06)
+    assert rows["FSDP2 (--shard)"][2] == 0.5
 
 
 @pytest.mark.parametrize("arguments, named", [
-    (["--corpus", "nowhere"], "nowhere"), (["--init", "nowhere"], "nowhere"), (["--mix", "1:2"], "--mix"), (["--seq-len", 1024], "--batch-tokens"),
-    (["--seq-len", 10**7, "--batch-tokens", 10**7], "no window"),
+    (["--corpus", "nowhere"], "nowhere"), (["--init", "nowhere"], "nowhere"), (["--mix", "1:2"], "--mix"), (["--seq-len", 1024], "--batch-tokens"), (["--base-tokens", 100], "less than a step"),
+    (["--shard"], "torchrun"), (["--keep", 0], "--keep"), (["--init", "nowhere", "--batch-tokens", 10**7], "less than a step"),
+    (["--seq-len", 10**7, "--batch-tokens", 10**7, "--base-tokens", 10**7], "no window"),
     (["--preset", "huge"], "huge")])
-def test_bad_input_is_named(corpus, tmp_path, arguments, named):
-    assert named in run("pretrain.py", "--corpus", corpus, "--out", tmp_path, *SHORT, *arguments, ok=False).stderr
+def test_bad_input_is_named(small_corpus, tmp_path, arguments, named):
+    assert named in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *SHORT, *arguments, ok=False).stderr
 
 
 # ---- data order
@@ -177,8 +363,18 @@ class FakeCorpus:
         return np.arange(self.sizes[domain], dtype=np.uint32) + 10**6 * (domain == "text")
 
 
+    class tokenizer:
+        end_of_text = 10**6 + 55
+
+
+def batches(weights, n_windows, seq_len, batch_size, seed=0, **options):
+    """get_batch of a step's whole batch, and the epochs."""
+    get_batch, epochs = pretrain.window_batches(FakeCorpus(), weights, n_windows, seq_len, batch_size, [seed], **options)
+    return lambda step: get_batch(step, range(batch_size)), epochs
+
+
 def test_windows_without_replacement_and_exact_shares():
-    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 0.5, "text": 0.5}, 200, 10, 10, [0])
+    get_batch, epochs = batches({"code": 0.5, "text": 0.5}, 200, 10, 10)
     starts = [row[0] for step in range(20) for row in get_batch(step)[0]]
     code, text = [s for s in starts if s < 10**6], [s for s in starts if s >= 10**6]
     assert sorted(code) == list(range(0, 1000, 10)) and len(text) == len(set(text)) == 100  # code: one epoch, each window once
@@ -187,21 +383,50 @@ def test_windows_without_replacement_and_exact_shares():
     assert (targets[:, :-1] == ids[:, 1:]).all() and (targets[:, -1] == ids[:, -1] + 1).all()
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_one_epoch_shows_each_window_once_over_the_ranks(world):
+    get_batch, _ = pretrain.window_batches(FakeCorpus(), {"text": 1}, 1000, 10, 10, [0])
+    seen = [row[0] - 10**6 for step in range(100) for rank in range(world) for row in get_batch(step, own_rows(10, rank, world)[own_rows(10, rank, world) < 10])[0]]
+    assert sorted(seen) == list(range(0, 10_000, 10)) and len({len(own_rows(10, rank, world)) for rank in range(world)}) == 1
+
+
+@pytest.mark.parametrize("mix", [(1, 1), (1, 3), (5, 1), (0.37, 0.63)])
+def test_the_mixture_is_as_asked_by_tokens(mix, small_corpus):
+    """Also of domains whose documents differ tenfold in length, and when the small one is read again and again; at every tenth of the run."""
+    corpus = Corpus(small_corpus)
+    lengths = [np.mean([len(d) for d in corpus.documents(name, "train")]) for name in ("code", "text")]
+    get_batch, epochs = pretrain.window_batches(corpus, {"code": mix[0], "text": mix[1]}, 4000, 64, 40, [0])
+    code, text = (set(map(bytes, corpus.read(name, "train")[:-1][:(len(corpus.read(name, "train")) - 1) // 64 * 64].reshape(-1, 64).astype(np.int64)))
+                  for name in ("code", "text"))
+    in_code = [bytes(row) in code for step in range(100) for row in get_batch(step, range(40))[0]]
+    assert lengths[0] > 10 * lengths[1] and epochs["text"] > 2 and not code & text
+    assert abs(np.mean(in_code) - mix[0] / sum(mix)) < 0.005
+
+
 def test_second_epoch_is_whole_and_in_another_order():
-    get_batch, epochs = pretrain.window_batches(FakeCorpus(), {"code": 1.0, "text": 0.0}, 200, 10, 100, [0])
+    get_batch, epochs = batches({"code": 1.0, "text": 0.0}, 200, 10, 100)
     first, second = ([row[0] for row in get_batch(step)[0]] for step in (0, 1))
     assert sorted(first) == sorted(second) and first != second and epochs == {"code": 2.0}
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
-    batches = [pretrain.window_batches(FakeCorpus(), {"code": 1, "text": 2}, 100, 10, 10, [seed])[0] for seed in (0, 0, 1)]
-    batches[0](1)  # history does not matter
-    assert all(np.array_equal(a, b) for a, b in zip(batches[0](7), batches[1](7)))
-    assert not np.array_equal(batches[0](7)[0], batches[2](7)[0])
+    """And a row of it, practice included, does not depend on which others are asked for."""
+    a, b, other = (batches({"code": 1, "text": 2}, 100, 10, 10, seed, practice=0.5)[0] for seed in (0, 0, 1))
+    a(1)  # history does not matter
+    assert np.array_equal(a(7), b(7)) and not np.array_equal(a(7), other(7))
+    get_batch, _ = pretrain.window_batches(FakeCorpus(), {"code": 1, "text": 2}, 100, 10, 10, [0], 0.5)
+    assert np.array_equal(get_batch(7, [4, 9])[0], a(7)[0][[4, 9]])
+
+
+def test_document_mask_numbers_the_documents_of_a_window():
+    get_batch, _ = batches({"text": 1}, 1000, 10, 1000, document_mask=True)
+    ids, _, segments = get_batch(0)
+    row = int(np.flatnonzero(ids[:, 0] == 10**6 + 50)[0])
+    assert segments[row].tolist() == [0] * 6 + [1] * 4 and segments.sum() == 4  # the end of a document belongs to it
 
 
 def test_copying_practice():
-    plain, practised = (pretrain.window_batches(FakeCorpus(), {"text": 1}, 100, 100, 100, [0], share)[0](0)[0] for share in (0, 0.3))
+    plain, practised = (batches({"text": 1}, 100, 100, 100, practice=share)[0](0)[0] for share in (0, 0.3))
     changed = [row for row, (a, b) in enumerate(zip(plain, practised)) if not np.array_equal(a, b)]
     assert 15 <= len(changed) <= 45
     for row in changed:  # of the window's own tokens, many more than once, and where one stands again what follows is often the same
@@ -226,17 +451,17 @@ def test_an_untrained_model_copies(preset, copies):
 
 
 def test_learning_rate():
-    rates = [pretrain.learning_rate(s, 100, 1.0) for s in range(100)]
-    assert rates[0] == 0.2 and rates[4] == 1.0 == max(rates) and 0.1 < rates[-1] < 0.102 and rates[5:] == sorted(rates[5:], reverse=True)
+    cosine, wsd = ([pretrain.learning_rate(s, 100, argparse.Namespace(lr=1.0, warmup=0.05, schedule=name)) for s in range(100)] for name in ("cosine", "wsd"))
+    assert cosine[:5] == wsd[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert max(cosine) == 1.0 and 0.1 < cosine[-1] < 0.102 and cosine[5:] == sorted(cosine[5:], reverse=True)
+    assert wsd[4:80] == [1.0] * 76 and wsd[90] == pytest.approx(0.55) and 0.1 < wsd[99] < 0.15
 
 
-def test_compiled_runs_in_bfloat16_are_equal(corpus, tmp_path):
-    """Without torch's deterministic algorithms the compiled gradient of the embedding differs from run to run."""
-    for name in ("first", "second"):
-        run("pretrain.py", "--corpus", corpus, "--out", tmp_path / name, *SHORT, "--base-tokens", 10240, "--stage1-tokens", 512, "--stage2-tokens", 512,
-            "--no-control", "--dtype", "bfloat16", "--compile", "auto")
+def test_compiled_runs_in_bfloat16_are_equal(small_corpus, tmp_path):
+    """Without torch's deterministic algorithms the compiled gradient of the embedding differs from run to run. And not far from the eager run."""
+    for name, compiled in (("first", "auto"), ("second", "auto"), ("eager", "no")):
+        run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / name, *SHORT, "--base-tokens", 10240, "--stage1-tokens", 512, "--stage2-tokens", 512,
+            "--no-control", "--dtype", "bfloat16", "--compile", compiled)
     assert equal(tmp_path / "first" / "base", tmp_path / "second" / "base")
-    args = argparse.Namespace(device="cpu", dtype="auto", compile="auto", batch_tokens=2, seq_len=1)
-    pretrain.setup(args)
-    assert args.dtype in ("float32", "bfloat16") and args.compile in ("yes", "no")
-    assert re.fullmatch(r"(yes|no)", args.compile)
+    for a, b in zip(metrics(tmp_path / "first" / "base"), metrics(tmp_path / "eager" / "base"), strict=True):
+        assert a == pytest.approx(b, rel=0.02)
