@@ -173,6 +173,7 @@ def train_once(steps, windows, T, document_mask=True):
     get_batch, _ = pretrain.window_batches(RandomTokens(), {"code": 1}, steps * windows, T, windows, [0], document_mask=document_mask)
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         run = Path(directory) / "run"
+        pretrain.settle_options(run, {"steps": steps})
         pretrain.train(run, lambda: transformer.Transformer(config), get_batch, windows, steps, {"steps": steps}, RandomTokens(), args)
         return [line for line in map(json.loads, (run / "metrics.jsonl").open()) if "tokens" in line]
 

@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -143,8 +144,7 @@ def test_torchrun_goes_on_after_a_lost_worker_and_an_order_to_end(number, small_
     process = torchrun("--max-restarts=1", *command, "--out", tmp_path / "two")
     wait_for_step(process, tmp_path / "two" / "base", 4)
     if number == signal.SIGKILL:
-        children = [int(p.parent.name) for p in Path("/proc").glob("*/stat") if p.parent.name.isdigit() and parent(p) == process.pid]
-        os.kill(children[-1], signal.SIGKILL)
+        os.kill(children(process)[-1], signal.SIGKILL)
         assert process.wait() == 0, process.communicate()[0]
         assert torchrun(*command, "--out", tmp_path / "unbroken").wait() == 0
         assert equal(tmp_path / "two" / "base", tmp_path / "unbroken" / "base") and equal(tmp_path / "two" / "stage2", tmp_path / "unbroken" / "stage2")
@@ -156,6 +156,27 @@ def test_torchrun_goes_on_after_a_lost_worker_and_an_order_to_end(number, small_
             assert start(sys.executable, *command, "--out", tmp_path / out).wait() == 0
         for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
             assert a == pytest.approx(b, rel=2e-3)
+
+
+def test_a_lost_node_is_done_without(twenty, small_corpus, tmp_path):
+    """Two nodes of one process under --nnodes=1:2; with the second killed, agent and worker, the first goes on alone to the same losses."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d",
+               f"--rdzv-endpoint=localhost:{port}", "--rdzv-conf=last_call_timeout=5", ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY]
+    first, second = (start(*command, env=os.environ | {"OMP_NUM_THREADS": "1"}) for _ in range(2))
+    wait_for_step(first, tmp_path / "base", 6)
+    for process in (*children(second), second.pid):
+        os.kill(process, signal.SIGKILL)
+    assert first.wait() == 0, first.communicate()[0]
+    assert len(list((tmp_path / "base" / "train_state" / "step-20").glob("*.distcp"))) == 1  # written by one process
+    for a, b in zip(metrics(twenty / "base"), metrics(tmp_path / "base"), strict=True):
+        assert a == pytest.approx(b, rel=2e-3)
+
+
+def children(process):
+    return [int(p.parent.name) for p in Path("/proc").glob("*/stat") if p.parent.name.isdigit() and parent(p) == process.pid]
 
 
 def parent(stat):
