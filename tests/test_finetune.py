@@ -1,4 +1,6 @@
 import argparse
+import hashlib
+import json
 import re
 import shutil
 
@@ -70,36 +72,30 @@ def test_a_user_text_changes_no_target(corpus, tmp_path):
     shutil.copytree(corpus, tmp_path / "corpus")
     built = Corpus(tmp_path / "corpus")
     windows, _ = finetune.pack(built, 384)
-    before = finetune.packed_batches(built, windows, 1, 8, 384, 0)(0)
+    before = finetune.packed_batches(built, windows, 1, 8, 384, 0)(0, range(8))
     ids, mask = built.read("instruction", "train"), built.read("instruction", "train", "mask")
     changed = np.where(mask, ids, 5).astype(ids.dtype)
     changed.tofile(tmp_path / "corpus" / "instruction.train.bin")
-    after = finetune.packed_batches(built, windows, 1, 8, 384, 0)(0)
+    after = finetune.packed_batches(built, windows, 1, 8, 384, 0)(0, range(8))
     assert np.array_equal(before[1], after[1]) and not np.array_equal(before[0], after[0])
 
 
-def test_nothing_to_learn_is_an_error(corpus, capsys):
-    built = Corpus(corpus)
-
-    class Unmasked:
-        directory = corpus
-        tokenizer = built.tokenizer
-
-        def read(self, domain, split, suffix="bin"):
-            array = built.read(domain, split, suffix)
-            return array * 0 if suffix == "mask" else array
-
-    windows, _ = finetune.pack(built, 384)
-    with pytest.raises(SystemExit) as stopped:
-        finetune.packed_batches(Unmasked(), windows, 1, 2, 384, 0)(0)
-    assert stopped.value.code == 2 and "no token to learn" in capsys.readouterr().err
+def test_nothing_to_learn_is_an_error(corpus, start, tmp_path):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    mask, manifest = tmp_path / "corpus" / "instruction.train.mask", tmp_path / "corpus" / "manifest.json"
+    mask.write_bytes(bytes(mask.stat().st_size))
+    content = json.loads(manifest.read_text())
+    content["files"][mask.name]["sha256"] = hashlib.sha256(mask.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(content))
+    error = run("finetune.py", "--corpus", tmp_path / "corpus", "--out", tmp_path, "--init", start / "stage2", "--tokens", 5120, *SMALL, ok=False).stderr
+    assert "no token to learn from" in error
 
 
 def test_packed_and_unpacked_gradients_agree(corpus):
     built = Corpus(corpus)
     windows, _ = finetune.pack(built, 384)
     window = next(w for w in windows if len(w) > 1)
-    x, y, segments = (torch.from_numpy(a) for a in finetune.packed_batches(built, [window], 1, 1, 384, 0)(0))
+    x, y, segments = (torch.from_numpy(a) for a in finetune.packed_batches(built, [window], 1, 1, 384, 0)(0, [0]))
     torch.manual_seed(0)
     model = Transformer(Config(vocab_size=built.tokenizer.vocab_size, dim=32, n_layers=2, n_heads=2, n_kv_heads=1, head_dim=16, hidden_dim=32))
     model(x, y, segments).backward()

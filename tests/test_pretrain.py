@@ -485,4 +485,4 @@ def test_compiled_runs_in_bfloat16_are_equal(small_corpus, tmp_path):
             "--no-control", "--dtype", "bfloat16", "--compile", compiled)
     assert equal(tmp_path / "first" / "base", tmp_path / "second" / "base")
     for a, b in zip(metrics(tmp_path / "first" / "base"), metrics(tmp_path / "eager" / "base"), strict=True):
-        assert a == pytest.approx(b, rel=0.02)
+        assert a.get("loss") == pytest.approx(b.get("loss"), rel=0.01)
