@@ -622,7 +622,9 @@ def memory_gb(device):
     """The most that this process has held so far: on the GPU, or else in all."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    if (status := Path("/proc/self/status")).exists():  # getrusage would count what the parent process held
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
