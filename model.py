@@ -144,6 +144,7 @@ def attend(q, k, v, mask=None, causal=False):
 
 
 def compiled_for_cpu(x):
+    """Whether torch.compile is at work, for a CPU."""
     return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 

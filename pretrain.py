@@ -56,10 +56,10 @@ RETRIEVED = 0.3  # share of what was retrieved from a pool in the agent share of
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 
 CONTINUED = {  # defaults with --init, for a base of Llama 3's kind; without it they are those of --help, for a tiny model from scratch
-    "lr": 3e-5,               # a tenth of Llama 3 8B's peak (arXiv 2407.21783, table 3): re-warm to where the base's rate ended, then decay
-                              # (arXiv 2407.07263, section 4); higher rates learn more and forget more (arXiv 2403.08763, section 6)
+    "lr": 3e-5,  # a tenth of Llama 3 8B's peak (arXiv 2407.21783, table 3): re-warm to a rate such as the base's training ended with, then
+                 # decay (arXiv 2407.07263); higher rates learn more of the new and forget more of the old (arXiv 2403.08763)
     "attention_lr": 1.0, "practice": 0.0, "warmup": 0.01,
-    "seq_len": 4096, "batch_tokens": 2**22,  # what Llama 3 8B began with (arXiv 2407.21783, section 3.4)
+    "seq_len": 4096, "batch_tokens": 2**22,  # what the largest Llama 3 began with (arXiv 2407.21783, section 3.4)
 }
 
 GPUS = {  # part of the device's name, dense bfloat16 FLOP/s, GB of memory: from the makers' datasheets
@@ -233,6 +233,7 @@ def rank_and_world():
 
 
 def is_main():
+    """Whether this process is the one that prints and writes."""
     return rank_and_world()[0] == 0
 
 
@@ -734,12 +735,14 @@ class Metrics:
         line = "held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in losses.items())
         if "tokens" in values:
             line = (f"loss {values['loss']:.3f}  lr {values['lr']:.2e}  norm {values['grad_norm']:.2f}  {values['ms']:,.0f} ms"
-                    + f"  {values['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else "") + f"  data wait {values['data_wait']:.1%}"
+                    + f"  {values['tokens_per_second']:,.0f} tokens/s" + (f"  MFU {values['mfu']:.1%}" if "mfu" in values else "")
+                    + f"  data wait {values['data_wait']:.1%}"
                     + f"  skipped {values['skipped']}" * (values["skipped"] > 0))
         tqdm.write(f"{self.path.parent.name} {values['step']}/{self.steps}  {line}")
 
 
 def report(runs):
+    """Print a line for each run: steps, tokens, median speed, the last held-out losses."""
     print(f"{'run':<16} {'steps':>6} {'tokens':>12} {'tokens/s':>9}   held-out loss at the end (nats a token)")
     for run in runs:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
