@@ -99,7 +99,7 @@ def packed_batches(corpus, windows, steps, batch_size, seq_len, seed):
     def get_batch(step, rows):
         x = np.full((len(rows), seq_len), padding, np.int64)
         y = np.full((len(rows), seq_len), -100, np.int64)
-        segments = np.full((len(rows), seq_len), -1, np.int64)
+        segments = np.full((len(rows), seq_len), -1, np.int32)
         for row, window in enumerate(order[step * batch_size + np.asarray(rows)]):
             at = 0
             for n, (start, end) in enumerate(windows[window]):

@@ -265,10 +265,11 @@ class Transformer(nn.Module):
     def hidden(self, ids, segments=None, caches=None, positions=None, mask=None):
         """The last layer's normed output (B, T, C). caches, positions (B, T) and mask (B, 1, T, S) serve `generate`."""
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None]      # (1, T)
+            positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)[None]  # (1, T)
             if ids.shape[1] <= SHORT and (segments is not None or compiled_for_cpu(ids)):
-                distance = positions.mT - positions                              # (T, T)
-                mask = (distance >= 0) & (distance < (self.config.sliding_window or SHORT))
+                mask = positions <= positions.mT                                 # (T, T)
+                if self.config.sliding_window:
+                    mask = mask & (positions > positions.mT - self.config.sliding_window)
                 if segments is not None:
                     mask = mask & (segments[:, :, None] == segments[:, None, :])  # (B, T, T)
                 mask = mask.view(-1, 1, *mask.shape[-2:])                        # (B or 1, 1, T, T)

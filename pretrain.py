@@ -18,6 +18,7 @@ Killed or stopped, the same command (or --resume) goes on from the last checkpoi
 """
 import argparse
 import contextlib
+import ctypes
 import importlib
 import json
 import math
@@ -183,6 +184,7 @@ def normalise(weights, total=1.0):
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and devices
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h: what is free at the heap's end, and single blocks, go back from this size on
 STOP = threading.Event()  # set by SIGTERM or Ctrl-C: training saves and ends
 
 
@@ -210,6 +212,11 @@ def setup(args):
     # Compiled for a CPU, the gradient of the embedding is else added up in whatever order the threads arrive.
     torch.use_deterministic_algorithms(args.device == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # glibc keeps what a step frees for the next: the system would clear every page that it lends anew.
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: STOP.set())
 
@@ -355,7 +362,7 @@ def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practi
 def number_documents(ids, end_of_text):
     """For each token of ids (B, T), how many documents of its window have ended before it."""
     ends = ids == end_of_text
-    return ends.cumsum(1) - ends
+    return ends.cumsum(1, dtype=np.int32) - ends
 
 
 def own_rows(count, rank, world):

@@ -197,7 +197,7 @@ def train(rounds, nanogpt):
             waits.extend(line["data_wait"] for line in lines)
             return statistics.median(line["ms"] for line in lines)
 
-        runs = {"ours": lambda: ours(True), "ours without document mask": lambda: ours(False)}
+        runs = {"ours": lambda: ours(False), "ours with documents masked": lambda: ours(True)}  # nanoGPT masks none
         if nanogpt:
             shutil.copytree(nanogpt, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".git", "data", "assets"))
             data = Path(copy, "data", "random")
