@@ -6,12 +6,14 @@ Out:  out/base             trained on code and text alone (not with --init)
       out/stage2           from stage 1: the agent data, with --replay of code and text
       out/control-stage1, out/control-stage2    from the same base for the same tokens, without agent data
       each a Hugging Face checkpoint directory with metrics.jsonl and train_state/
+      out/scaling          with --scaling-law instead: the losses of many small runs, scaling_law.jsonl, and with --plot a picture
 
 Laptop:      python pretrain.py
 One GPU:     python pretrain.py --preset 124m --seq-len 1024 --batch-tokens 262144 --base-tokens 2e9 --stage1-tokens 2e9 --stage2-tokens 5e8
 One node:    torchrun --nproc_per_node=8 pretrain.py --init DIR --shard --stage1-tokens 1e10 --stage2-tokens 2e9
 Many nodes:  torchrun --nnodes=12:16 --nproc_per_node=8 --max-restarts=9 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 pretrain.py --init DIR ...
 What fits:   python pretrain.py --preset 8b --plan --gpus 128 --gpu a100-40g
+How much agent data:  python pretrain.py --scaling-law, or under torchrun, where every process trains runs of its own
 
 Killed or stopped, the same command (or --resume) goes on from the last checkpoint, bit for bit on a CPU. A batch is a function of
 (seed, step) alone, whatever the number of processes. The recipe is that of Hephaestus (arXiv 2502.06589, section 4).
@@ -20,6 +22,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib
+import io
 import json
 import math
 import os
@@ -54,6 +57,7 @@ from collect import HelpFormatter, fail, run_main
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # share of what was retrieved from a pool in the agent share of stage 1, where the corpus has it
+EQUAL = round(1 / 3, 3)  # the share of agent data in 1 : 1 : 1
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 
 CONTINUED = {  # defaults with --init, for a base of Llama 3's kind; without it they are those of --help, for a tiny model from scratch
@@ -72,12 +76,13 @@ def main():
     args = parse_args()
     if args.plan:
         return plan(args)
-    setup(args)
+    setup(args, together=not args.scaling_law)
     corpus = open_corpus(args.corpus)
+    if args.scaling_law:
+        return scaling_law(corpus, args)
     agent, code, text = args.mix
     general = {"code": code, "text": text}
-    retrieved = RETRIEVED * ("retrieved.train.bin" in corpus.manifest["stages"]["wide"])
-    wide = {name: agent * (1 - retrieved) * share for name, share in AGENT.items()} | {"retrieved": agent * retrieved} | general
+    wide = wide_mixture(agent, general, corpus)
     seed_data = {name: (1 - args.replay) * share for name, share in AGENT.items()} | normalise(general, args.replay)
     out = Path(args.out)
 
@@ -97,6 +102,12 @@ def main():
         dist.destroy_process_group()
 
 
+def wide_mixture(agent, general, corpus):
+    """Weights of the domains for a share of agent data, the rest being code and text in the ratio of `general`."""
+    retrieved = RETRIEVED * ("retrieved.train.bin" in corpus.manifest["stages"]["wide"])
+    return {d: agent * (1 - retrieved) * share for d, share in AGENT.items()} | {"retrieved": agent * retrieved} | normalise(general, 1 - agent)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -107,7 +118,10 @@ def parse_args():
         "its tokenizer must be the corpus's. Then the defaults are " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in CONTINUED.items()))
     begin.add_argument("--resume", action="store_true", help="go on with what is in --out, with the options it was started with; the same "
         "command goes on as well")
-    add("--preset", default="tiny", choices=transformer.PRESETS, help="shape of the model, where there is no --init")
+    begin.add_argument("--scaling-law", action="store_true", help="train small models at many shares of agent data, fit loss against share, and "
+        "check the best one; the same command goes on")
+    add("--preset", default="tiny", type=shape, metavar="SHAPE", help="shape of the model, where there is no --init: one of "
+        f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256")
     add("--base-tokens", type=number, default=1_200_000, help="tokens the base is trained on (1e9 is understood)")
     add("--stage1-tokens", type=number, default=1_600_000, help="tokens of stage 1")
     add("--stage2-tokens", type=number, default=1_600_000, help="tokens of stage 2")
@@ -117,6 +131,14 @@ def parse_args():
         "length does not need")
     add("--document-mask", default="auto", choices=["auto", "yes", "no"], help="let no token see another document of its window; auto: on a CPU")
     add("--control", action=argparse.BooleanOptionalAction, default=True, help="also train the control without agent data")
+    add("--ratios", type=listed(share), default="0,0.1,0.25,0.4,0.6,0.8,0.95", help="of --scaling-law: shares of agent data; the rest is "
+        "code and text as in --mix")
+    add("--sizes", type=listed(lambda text: text if Path(text).is_dir() else shape(text)), default="2x192,4x192,4x256", help="of --scaling-law: "
+        "shapes, or checkpoint directories to begin from; the last is left out of the fit, for the check")
+    add("--tokens", type=listed(number), default="150e3,300e3,450e3", help="of --scaling-law: tokens of a run; the last is for the check")
+    add("--seeds", type=int, default=2, help="of --scaling-law: runs of each kind in the grid, and twice as many in the check")
+    add("--weights", type=weights, default="agent=1,code=1,text=1", help="of --scaling-law: what the losses count, each relative to the base's")
+    add("--plot", action="store_true", help="of --scaling-law: draw out/scaling/scaling_law.png, with matplotlib")
     add("--plan", action="store_true", help="print what such a run needs on --gpus of the kind --gpu, and end: memory, tokens/s, days")
     add("--gpus", type=int, default=8, help="of --plan: how many")
     add("--gpu", default="h100-80g", choices=GPUS, help="of --plan: which")
@@ -127,7 +149,7 @@ def parse_args():
         if not (saved := Path(args.out) / "options.json").exists():
             fail(f"--resume: there is no {saved}, so nothing to go on with")
         parser.set_defaults(**read_json(saved))
-    elif args.init:
+    elif args.init or args.scaling_law and any(Path(size).is_dir() for size in args.sizes):
         parser.set_defaults(**CONTINUED)
     args = parser.parse_args()
     del args.resume
@@ -168,6 +190,48 @@ def number(text):
     return int(float(text))
 
 
+def listed(kind):
+    """The type of a list with commas between."""
+    def parse(text):
+        return [kind(part) for part in text.split(",")]
+    return parse
+
+
+def share(text):
+    """A number from 0 to below 1."""
+    if not 0 <= float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
+    return float(text)
+
+
+def shape(text):
+    """The name of a preset, or LAYERSxWIDTH."""
+    try:
+        shape_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(transformer.PRESETS)}, nor LAYERSxWIDTH with a multiple of 64") from None
+    return text
+
+
+def shape_of(name):
+    """The fields of a Config for a preset, or for LAYERSxWIDTH with heads of 64. Raises ValueError."""
+    if name in transformer.PRESETS:
+        return transformer.PRESETS[name]
+    layers, dim = map(int, name.split("x"))
+    if layers < 1 or dim < 64 or dim % 64:
+        raise ValueError(name)
+    return dict(n_layers=layers, dim=dim, n_heads=dim // 64, n_kv_heads=dim // 64, hidden_dim=64 * round(dim * 8 / 3 / 64))
+
+
+def weights(text):
+    """'agent=1,code=1,text=1' as {name: weight}."""
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    found = {name: float(number) for name, _, number in pairs}
+    if not found.keys() <= {"agent", "code", "text"} or min(found.values()) < 0 or sum(found.values()) <= 0:
+        raise argparse.ArgumentTypeError("weights such as agent=1,code=1,text=1")
+    return {name: found.get(name, 0.0) for name in ("agent", "code", "text")}
+
+
 def ratio(text):
     """'agent:code:text' as shares that add up to 1."""
     parts = [float(p) for p in text.split(":")]
@@ -188,16 +252,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h: what is free at the 
 STOP = threading.Event()  # set by SIGTERM or Ctrl-C: training saves and ends
 
 
-def setup(args):
-    """Join the process group that torchrun made, if any, settle what 'auto' means on this machine, and end in order when asked to."""
+def setup(args, together=True):
+    """Settle what 'auto' means on this machine, end in order when asked to, and, to train together, join the group that torchrun made."""
     for name in ("seq_len", "batch_tokens", "micro_batch", "save_every", "val_every", "keep"):
         if getattr(args, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.batch_tokens < args.seq_len:
         fail(f"--batch-tokens {args.batch_tokens} is less than one window of --seq-len {args.seq_len}")
-    if "RANK" in os.environ:
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "RANK" in os.environ and args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if "RANK" in os.environ and together:
         # A worker that torchrun started again must not read from the store the address that its dead predecessor left there.
         store, rank, world = next(rendezvous("env://"))
         store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} of {world}", store)
@@ -237,6 +301,15 @@ def bfloat16_pays():
 def rank_and_world():
     """This process's number and how many there are; (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def optional(module, flag):
+    """A module of a package that only this flag needs, or exit with how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        fail(f"{flag} needs the package {package}: pip install {package}")
 
 
 def is_main():
@@ -458,13 +531,13 @@ def pretrain(name, init, weights, tokens, corpus, args):
         if init:
             return load_checkpoint(init, corpus, dtype=None)
         torch.manual_seed(args.seed)
-        config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **transformer.PRESETS[args.preset])
+        config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **shape_of(args.preset))
         model = transformer.Transformer(config)
         wire_copying_heads(model)
         return model
 
     settle_options(run, options)
-    if is_main():
+    if is_main() and not args.scaling_law:
         write(Path(args.out) / "options.json", json.dumps(vars(args), indent=1))
     train(run, make_model, get_batch, batch_size, steps, options, corpus, args)
     if is_main():
@@ -725,10 +798,7 @@ class Metrics:
         kept = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= start] if self.path.exists() and start else []
         write(self.path, "".join(line + "\n" for line in kept))
         if args.wandb:
-            try:
-                wandb = importlib.import_module("wandb")
-            except ImportError:
-                fail("--wandb needs the package wandb: pip install wandb")
+            wandb = optional("wandb", "--wandb")
             self.wandb = wandb.init(project=args.wandb, name=run.name, config=options, resume="allow", id=f"{run.parent.name}-{run.name}")
 
     def log(self, **values):
@@ -761,12 +831,300 @@ def report(runs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The scaling law of the mixture
+
+TARGETS = ("agent", "code", "text")
+FORMS = {  # of loss against the share of agent data r: coefficients that are searched, within bounds. The others are linear: solved for.
+    "power": {"alpha": (0.05, 8)},      # c + k·r^alpha, the paper's
+    "exponential": {"t": (-20, 20)},    # c + k·exp(t·r): Ye et al. 2024, arXiv 2403.16952
+    # E + A/N^alpha + B·s^eta/D^beta + C/(s + epsilon)^gamma of N parameters, D tokens and the share s of the domain that is measured: Que et
+    # al. 2024, arXiv 2406.01375. It is fitted to all runs at once, the others to each size and budget apart.
+    "D-CPT": {"alpha": (0.05, 2), "eta": (0.05, 2), "beta": (0.05, 2), "epsilon": (0.01, 1), "gamma": (0.05, 2)}}
+
+
+def scaling_law(corpus, args):
+    """Train small models at many shares of agent data, fit their losses, and check the share found at a size and budget not fitted.
+
+    Each run goes on from the base of its size. A run that is done is known by its result.json, so the same command goes on, and
+    processes under torchrun share out the runs.
+    """
+    if min(len({Path(size).name for size in args.sizes}), len(set(args.tokens))) < 3 or len(set(args.ratios)) < 5 or args.seeds < 1:
+        fail("--scaling-law needs at least three --sizes and --tokens, of which the last are left out of the fit, five --ratios and a seed")
+    pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
+    out, seeds = Path(args.out) / "scaling", range(args.seed, args.seed + args.seeds)
+    settle_options(out, {k: getattr(args, k) for k in ("base_tokens", "mix", "practice", "document_mask", "val_windows")}
+                   | training_options(corpus, args))
+    bases = {size: size if Path(size).is_dir() else out / f"base-{size}" for size in args.sizes}
+    small_runs({f"base-{size}": (None, size, args.base_tokens, 0.0, args.seed) for size in args.sizes if size != bases[size]}, corpus, args)
+
+    def measure(sizes, budgets, ratios, seeds):
+        return small_runs({f"{Path(size).name}-{tokens}-{r:g}-{seed}": (bases[size], size, tokens, r, seed)
+                           for seed in seeds for size in sizes for tokens in budgets for r in ratios}, corpus, args)
+
+    *sizes, largest = args.sizes
+    *budgets, longest = args.tokens
+    runs = measure(sizes, budgets, args.ratios, seeds)
+    code_share = args.mix[1] / (args.mix[1] + args.mix[2])
+    errors = {form: left_out_error(form, runs, code_share) for form in FORMS}
+    law = Law(min(errors, key=errors.get), runs, code_share)
+    target = parameters_of(largest, corpus), longest
+    r = np.linspace(min(args.ratios), max(args.ratios), 191)
+    best = round(float(r[law.objective(r, *target, args.weights)[0].argmin()]), 2)
+    third = round((best + r[-1]) / 2 if best < 0.5 else best / 2, 2)
+    check = measure([largest], [longest], dict.fromkeys([best, EQUAL, third]), range(args.seed, args.seed + 2 * args.seeds))
+    if int(os.environ.get("RANK", 0)) == 0:
+        write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
+        law = law.with_draws(runs)
+        report_law(law, runs, check, errors, target, args)
+        if pyplot:
+            draw_law(law, runs, check, args, pyplot)
+
+
+def parameters_of(size, corpus):
+    """How many weights multiply in a model of that shape or in that directory: all but the table of embeddings."""
+    try:
+        config = transformer.Config.from_hf(transformer.read_json(Path(size) / "config.json")) if Path(size).is_dir() \
+            else transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **shape_of(size))
+    except ValueError as error:
+        fail(error)
+    with torch.device("meta"):
+        return transformer.Transformer(config).flops_per_token(0) // 6
+
+
+def small_runs(jobs, corpus, args):
+    """Train what is not yet done of {name: (init, size, tokens, agent share, seed)}, as far as it is this process's turn, and wait for the
+    rest. Returns what was measured: of each run its losses, and those of the base it began from."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    files = [Path(args.out) / "scaling" / name / "result.json" for name in jobs]
+    for i, (file, (init, size, tokens, r, seed)) in enumerate(zip(files, tqdm(jobs.values(), desc="runs", disable=None if rank == 0 else True))):
+        if i % world != rank or file.exists():
+            continue
+        own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
+        weights = wide_mixture(r, dict(zip(("code", "text"), args.mix[1:])), corpus)
+        with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
+            run = pretrain(f"scaling/{file.parent.name}", init, weights, tokens, corpus, own)
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        before, after = ({k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")} for line in (lines[0], lines[-1]))
+        for losses in (before, after):
+            losses["agent"] = sum(share * losses[d] for d, share in AGENT.items())
+        write(file, json.dumps({"size": str(size), "parameters": parameters_of(size, corpus), "tokens": tokens, "ratio": r, "seed": seed,
+                                "loss": after, "base": before}))
+        tqdm.write(f"{file.parent.name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
+        shutil.rmtree(run / "train_state")
+        if init:
+            for weights_file in run.glob("model*"):
+                weights_file.unlink()
+    while not all(file.exists() for file in files):
+        if STOP.wait(1):
+            sys.exit(0)
+    return [read_json(file) for file in files]
+
+
+class Law:
+    """Curves of loss against the share of agent data in one of FORMS, fitted to runs by variable projection (Golub & Pereyra 1973).
+
+    losses: {target: (draws, runs)}, of which the first row leads the search; by default the runs' own. Every row is fitted.
+    """
+
+    def __init__(self, form, runs, code_share, losses=None):
+        self.form, self.code_share, self.curves = form, code_share, {}
+        self.base = max(runs, key=lambda run: run["parameters"])["base"]
+        self.losses = losses or {t: np.array([[run["loss"][t] for run in runs]]) for t in TARGETS}
+        self.points = n, d, r = [np.array([run[k] for run in runs], float) for k in ("parameters", "tokens", "ratio")]
+        for cell in {self.cell(*nd) for nd in zip(n, d)}:
+            inside = [self.cell(*nd) == cell for nd in zip(n, d)]
+            for t in TARGETS:
+                x = r[inside], n[inside], d[inside], self.share(t, r[inside])
+                self.curves[cell, t] = fit(form, x, self.losses[t][:, inside])
+
+    def cell(self, n, d):
+        return None if self.form == "D-CPT" else (n, d)
+
+    def share(self, target, r):
+        """The share of the target's own domain where that of agent data is r."""
+        return {"agent": r, "code": (1 - r) * self.code_share, "text": (1 - r) * (1 - self.code_share)}[target]
+
+    def predict(self, target, r, n, d):
+        """Losses (draws, len(r)). A form that knows neither size nor budget gives those of the largest it was fitted to."""
+        cell = self.cell(n, d) if (self.cell(n, d), target) in self.curves else max(cell for cell, _ in self.curves)
+        p, linear = self.curves[cell, target]
+        return np.einsum("prm,pm->pr", basis(self.form, p, (r, np.full_like(r, n), np.full_like(r, d), self.share(target, r))), linear)
+
+    def objective(self, r, n, d, weights):
+        """The weighted mean of the losses, each relative to that of the largest base: (draws, len(r))."""
+        return sum(w * self.predict(t, r, n, d) / self.base[t] for t, w in weights.items()) / sum(weights.values())
+
+    def residuals(self, target):
+        """Measured minus fitted loss of each run, (runs,)."""
+        n, d, r = self.points
+        return self.losses[target][0] - np.array([self.predict(target, r[i:i + 1], n[i], d[i])[0, 0] for i in range(len(r))])
+
+    def with_draws(self, runs, draws=1000):
+        """The same law, fitted to `draws` bootstrap samples besides: the residuals of whole runs, all targets together, are dealt out anew."""
+        count = len(runs)
+        free = count - len(self.curves) / len(TARGETS) * (len(FORMS[self.form]) + len(next(iter(self.curves.values()))[1][0]))
+        rng = np.random.default_rng(0)
+        dealt = rng.integers(count, size=(draws, count))
+        spread = (count / free * free / rng.chisquare(free, (draws, 1))) ** 0.5  # residuals are smaller than the noise, and tell it inexactly
+        losses = {}
+        for t in TARGETS:
+            residuals = self.residuals(t)
+            losses[t] = np.concatenate([self.losses[t][:1], self.losses[t][:1] - residuals + spread * residuals[dealt]])
+        return Law(self.form, runs, self.code_share, losses)
+
+
+def basis(form, p, x):
+    """The columns whose linear combination is the loss, (P, points, columns), for nonlinear coefficients p (P, k) of the form.
+
+    x: the share of agent data, parameters, tokens and the share of the measured domain, (points,) each.
+    """
+    r, n, d, s = x
+    p = p.T[:, :, None]                                                          # (k, P, 1)
+    if form == "power":
+        columns = [r ** p[0]]
+    elif form == "exponential":
+        columns = [np.exp(p[0] * r)]
+    else:
+        alpha, eta, beta, epsilon, gamma = p
+        columns = [(n / 1e6) ** -alpha, s ** eta / (d / 1e6) ** beta, (s + epsilon) ** -gamma]
+    return np.stack([np.ones_like(columns[0]), *columns], -1)
+
+
+def fit(form, x, y, rounds=60, tries=100):
+    """Least squares for each row of y (draws, points): nonlinear coefficients (draws, k) and linear ones (draws, columns).
+
+    Given the nonlinear ones the best linear ones follow exactly, by an orthogonal projection. So only the former are searched: at random in
+    a box that shrinks about the best for the first row. All rows share the candidates, which are many near that best, and their projections.
+    """
+    low, high = np.array(list(FORMS[form].values())).T
+    rng, width = np.random.default_rng(0), high - low
+    p, most = np.tile((low + high) / 2, (len(y), 1)), np.full(len(y), -np.inf)
+    for _ in range(rounds):
+        candidates = np.clip(p[0] + width * rng.uniform(-1, 1, (tries * len(low), len(low))), low, high)
+        q = np.linalg.qr(basis(form, candidates, x))[0]                          # (candidates, points, columns)
+        explained = np.square(np.tensordot(y, q, (1, 1))).sum(-1)               # (draws, candidates)
+        i = explained.argmax(1)
+        better = explained.max(1) > most
+        p[better], most[better] = candidates[i[better]], explained.max(1)[better]
+        width = 0.9 * width
+    linear = np.stack([np.linalg.lstsq(b, row, rcond=None)[0] for b, row in zip(basis(form, p, x), y)])
+    return p, linear
+
+
+def left_out_error(form, runs, code_share):
+    """Root mean square error (nats) of the losses at each inner share, predicted from the runs at all other shares."""
+    errors = []
+    for r in sorted({run["ratio"] for run in runs})[1:-1]:
+        law = Law(form, [run for run in runs if run["ratio"] != r], code_share)
+        errors += [law.predict(t, np.array([r]), run["parameters"], run["tokens"])[0, 0] - run["loss"][t]
+                   for run in runs if run["ratio"] == r for t in TARGETS]
+    return float(np.sqrt(np.mean(np.square(errors))))
+
+
+def report_law(law, runs, check, errors, target, args):
+    """Print what was measured, the fits, the best share and its check, as tables and in words."""
+    ratios = sorted(set(args.ratios))
+    r = np.linspace(ratios[0], ratios[-1], 191)
+    print(f"\nHeld-out loss (nats a token) by share of agent data, {args.seeds} seeds. Relative: the mean of loss / base's, "
+          + ", ".join(f"{t} counted {w:g}" for t, w in args.weights.items()))
+    print(f"{'size':<10}{'tokens':>12} {'':<9}" + "".join(f"{x:>7g}" for x in ratios) + "   best share [95%]")
+    for (n, d, size), inside in cells(runs):
+        for t in TARGETS:
+            print(f"{size:<10}{d:>12,} {t:<9}" + row(inside, ratios, lambda run: run["loss"][t]))
+        print(f"{'':<23}{'relative':<9}" + row(inside, ratios, lambda run: relative(run, law.base, args)) + "   " + best_share(law, r, n, d, args))
+
+    print(f"\n{'form':<13}{'of':<7}{'R2':>7}{'residual: rms':>15}{'largest, at share':>19}{'left-out error':>16}   searched coefficients, "
+          "where a size and budget has its own: of the largest")
+    for form, error in errors.items():
+        fitted = law if form == law.form else Law(form, runs, law.code_share)
+        for t in TARGETS:
+            residual, (p, _) = fitted.residuals(t), fitted.curves[max(fitted.curves)[0], t]
+            worst = np.abs(residual).argmax()
+            print(f"{form:<13}{t:<7}{1 - residual.var() / fitted.losses[t][0].var():>7.4f}{np.sqrt(np.mean(residual ** 2)):>15.4f}"
+                  f"{residual[worst]:>+14.4f} {runs[worst]['ratio']:<4g}{error:>16.4f}   "
+                  + ", ".join(f"{name} {v[0]:.2f}" + interval(v[1:]) * (len(v) > 1) for name, v in zip(FORMS[form], p.T)))
+    print(f"Chosen for its error on shares left out of the fit: {law.form}")
+
+    shares = list(dict.fromkeys(run["ratio"] for run in check))
+    (n, d, size), _ = cells(check)[0]
+    seeds = sorted({run["seed"] for run in check})
+    print(f"\nCheck at {size}, {d:,} tokens, of which nothing was fitted, {len(seeds)} seeds. In brackets what the law foretold")
+    print(f"{'share':>7}" + "".join(f"{t:>17}" for t in TARGETS) + f"{'relative':>10}   minus that of {shares[0]:g} [95%]")
+    for x in shares:
+        foretold = {t: law.predict(t, np.array([x]), n, d)[0, 0] for t in TARGETS}
+        gap = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference(check, x, shares[0], args))
+        print(f"{x:>7.3g}" + "".join(f"{row(check, [x], lambda run: run['loss'][t]):>9} ({foretold[t]:.3f})" for t in TARGETS)
+              + f"{row(check, [x], lambda run: relative(run, run['base'], args)):>10}   {gap if x != shares[0] else ''}")
+
+    curve = law.objective(r, n, d, args.weights)[0]
+    middle, low, high = difference(check, EQUAL, shares[0], args)
+    print(f"\nIn words: at {size} and {d:,} tokens the law puts the best share of agent data at {best_share(law, r, n, d, args)}, "
+          f"with {curve.min():.4f} of the base's loss against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1.")
+    if curve.argmin() in (0, len(r) - 1):
+        print("There is no optimum inside: the curve is lowest at an end of the shares that were tried.")
+    print(f"Trained there, a share of {shares[0]:g} " + ("beats" if low > 0 else "loses to" if high < 0 else "is not to be told from")
+          + f" 1 : 1 : 1, which has {middle:+.4f} [{low:+.4f}, {high:+.4f}] of the base's loss more. The paper found its best share near 0.36.")
+
+
+def cells(runs):
+    """[((parameters, tokens, name of the size), the runs of it), ...]"""
+    keys = sorted({(run["parameters"], run["tokens"], run["size"]) for run in runs})
+    return [((n, d, Path(size).name), [run for run in runs if (run["size"], run["tokens"]) == (size, d)]) for n, d, size in keys]
+
+
+def row(runs, ratios, of):
+    """The mean of what `of` says of the runs at each share."""
+    return "".join(f"{np.mean([of(run) for run in runs if run['ratio'] == x]):>7.3f}" for x in ratios)
+
+
+def relative(run, base, args):
+    """What a run scored by --weights: the weighted mean of its losses over the base's."""
+    return sum(w * run["loss"][t] / base[t] for t, w in args.weights.items()) / sum(args.weights.values())
+
+
+def difference(check, share, best, args):
+    """Of the relative loss, between two shares in pairs of one seed: mean, and Student's 95% interval."""
+    score = {(run["ratio"], run["seed"]): relative(run, run["base"], args) for run in check}
+    gaps = np.array([score[share, seed] - score[best, seed] for seed in {run["seed"] for run in check}])
+    t = np.quantile(np.random.default_rng(0).standard_t(len(gaps) - 1, 10**6), 0.975)  # within 0.5% where there are four seeds
+    return gaps.mean(), *(gaps.mean() + np.array([-t, t]) * gaps.std(ddof=1) / len(gaps) ** 0.5)
+
+
+def interval(draws):
+    """The middle 95% of bootstrap draws."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f" [{low:.2f}, {high:.2f}]"
+
+
+def best_share(law, r, n, d, args):
+    """The share of least loss among r, with its interval, or at which end it lies."""
+    best = r[law.objective(r, n, d, args.weights).argmin(1)]
+    return f"{best[0]:.2f}{interval(best[1:])}" + (", the lowest tried" if best[0] == r[0] else ", the highest tried" if best[0] == r[-1] else "")
+
+
+def draw_law(law, runs, check, args, pyplot):
+    """Draw out/scaling/scaling_law.png: runs as dots, what was fitted as lines, the check as stars, what was foretold as broken lines."""
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
+    r = np.linspace(min(args.ratios), max(args.ratios), 191)
+    for i, ((n, d, size), inside) in enumerate(cells(runs) + cells(check)):
+        dots, line, label = ("o", "-", "") if inside[0] in runs else ("*", "--", ", left out")
+        curves = {t: (law.predict(t, r, n, d)[0], [run["loss"][t] for run in inside]) for t in TARGETS}
+        curves["relative"] = law.objective(r, n, d, args.weights)[0], [relative(run, law.base, args) for run in inside]
+        for axis, (title, (curve, losses)) in zip(axes, curves.items()):
+            axis.plot([run["ratio"] for run in inside], losses, dots, color=f"C{i}", markersize=5)
+            axis.plot(r, curve, line, color=f"C{i}", label=f"{size}, {d:,} tokens{label}")
+            axis.set(title=title, xlabel="share of agent data", ylabel="held-out loss" + (" / base's" if title == "relative" else " (nats a token)"))
+    axes[-1].legend(fontsize=8)
+    figure.savefig(Path(args.out) / "scaling" / "scaling_law.png", dpi=100)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What a run needs
 
 
 def plan(args):
     """Print memory a GPU, speed and days of a run on --gpus of the kind --gpu; none of them is needed for it."""
-    config = transformer.Config(vocab_size=128_256, **transformer.PRESETS[args.preset])
+    config = transformer.Config(vocab_size=128_256, **shape_of(args.preset))
     if args.init:
         try:
             config = transformer.Config.from_hf(transformer.read_json(Path(args.init) / "config.json"))

@@ -489,3 +489,138 @@ def test_compiled_runs_in_bfloat16_are_equal(small_corpus, tmp_path):
     assert equal(tmp_path / "first" / "base", tmp_path / "second" / "base")
     for a, b in zip(metrics(tmp_path / "first" / "base"), metrics(tmp_path / "eager" / "base"), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), rel=0.01)
+
+
+# The scaling law of the mixture
+
+SHARES = [0, 0.1, 0.25, 0.4, 0.6, 0.8, 0.95]
+CURVES = {  # of each form for each target: c, k and what is searched
+    "power": {"agent": (3.2, -1.1, 0.4), "code": (2.9, 0.25, 2.2), "text": (3.4, 0.2, 3.0)},
+    "exponential": {"agent": (2.1, 1.2, -4.0), "code": (2.9, 0.02, 2.5), "text": (3.4, 0.01, 3.0)}}
+BASE = {"agent": 7.0, "code": 3.0, "text": 4.0}
+WEIGHTS = {"agent": 1.0, "code": 1.0, "text": 1.0}
+
+
+def curve(form, target, r):
+    c, k, p = CURVES[form][target]
+    return c + k * (r ** p if form == "power" else np.exp(p * r))
+
+
+def d_cpt(target, r, n, d):
+    """A law of the D-CPT form, every target with its own share."""
+    s = r if target == "agent" else (1 - r) / 2
+    return 2 + 0.3 * (n / 1e6) ** -0.4 + 0.2 * s ** 0.3 / (d / 1e6) ** 0.2 + 0.15 * (s + 0.05) ** -0.6
+
+
+def runs_of(loss, noise=0.0, sizes=(1e6, 2e6), budgets=(150_000, 300_000), seeds=2, draw=0):
+    """Runs of a scaling law whose losses are loss(target, r, n, d) with normal noise."""
+    rng = np.random.default_rng(draw)
+    return [{"parameters": n, "tokens": d, "ratio": r, "seed": seed, "size": str(n), "base": BASE,
+             "loss": {t: loss(t, r, n, d) + noise * rng.standard_normal() for t in pretrain.TARGETS}}
+            for n in sizes for d in budgets for r in SHARES for seed in range(seeds)]
+
+
+def of_form(form):
+    return d_cpt if form == "D-CPT" else lambda t, r, n, d: curve(form, t, r)
+
+
+@pytest.mark.parametrize("form", pretrain.FORMS)
+def test_fits_without_noise_are_exact(form):
+    """The searched coefficients where they are told apart by the data; for D-CPT, what matters of them: losses where nothing was fitted."""
+    law = pretrain.Law(form, runs_of(of_form(form), sizes=(1e6, 2e6, 4e6), budgets=(1e5, 3e5, 9e5), seeds=1), 0.5)
+    r = np.linspace(0, 0.95, 20)
+    for t in pretrain.TARGETS:
+        assert np.abs(law.residuals(t)).max() < (5e-3 if form == "D-CPT" else 1e-4)
+        assert law.predict(t, r, 8e6, 2e6)[0] == pytest.approx(of_form(form)(t, r, 8e6, 2e6), abs=0.02 if form == "D-CPT" else 1e-4)
+        if form != "D-CPT":
+            assert law.curves[(4e6, 9e5), t][0][0, 0] == pytest.approx(CURVES[form][t][2], abs=0.01)
+
+
+@pytest.mark.parametrize("form", ["power", "exponential"])
+def test_the_form_is_told_by_what_was_left_out(form):
+    runs = runs_of(of_form(form), noise=0.002)
+    errors = {other: pretrain.left_out_error(other, runs, 0.5) for other in pretrain.FORMS}
+    assert errors[form] < 0.004 and errors[form] < min(e for other, e in errors.items() if other != form)
+
+
+@pytest.mark.parametrize("form", ["power", "exponential"])
+def test_intervals_cover_the_truth(form):
+    """Over 200 draws of noise the 95% intervals of the searched coefficients and of the best share hold the true ones in 95% of the draws, less
+    twice what chance takes from such a share of 200, which is 3%."""
+    r = np.linspace(0, 0.95, 951)
+    truth = {t: CURVES[form][t][2] for t in pretrain.TARGETS} | {"best": r[sum(curve(form, t, r) / BASE[t] for t in pretrain.TARGETS).argmin()]}
+    covered = dict.fromkeys(truth, 0)
+    for draw in range(200):
+        runs = runs_of(of_form(form), 0.01, sizes=[2e6], budgets=[300_000], draw=draw)
+        law = pretrain.Law(form, runs, 0.5).with_draws(runs, draws=200)
+        draws = {t: law.curves[(2e6, 300_000), t][0][1:, 0] for t in pretrain.TARGETS}
+        draws["best"] = r[law.objective(r, 2e6, 300_000, WEIGHTS)[1:].argmin(1)]
+        for name in truth:
+            low, high = np.quantile(draws[name], [0.025, 0.975])
+            covered[name] += low <= truth[name] <= high
+    assert min(covered.values()) >= 184, covered
+
+
+def test_no_optimum_inside_is_said():
+    """Losses that only fall with the share of agent data, and such that only rise."""
+    r = np.linspace(0, 0.95, 191)
+    for slope, words in ((-0.1, "the highest tried"), (0.1, "the lowest tried")):
+        runs = runs_of(lambda t, x, n, d: 3 + slope * np.exp(x), noise=0.001)
+        law = pretrain.Law("exponential", runs, 0.5).with_draws(runs, draws=20)
+        assert pretrain.best_share(law, r, 2e6, 300_000, argparse.Namespace(weights=WEIGHTS)).endswith(words)
+
+
+LAW = ["--scaling-law", "--sizes", "1x64,2x64,1x128", "--tokens", "512,1024,1536", "--ratios", "0,0.2,0.4,0.6,0.8", "--seeds", 1, "--base-tokens", 1024, *SMALL]
+
+
+def test_scaling_law(small_corpus, tmp_path):
+    """Killed and begun again it trains no run twice; two processes find the same losses and say the same."""
+    command = [ROOT / "pretrain.py", "--corpus", small_corpus, *LAW]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = start(sys.executable, *command, "--out", tmp_path / "one", env=environment)
+    while len(done := {p: p.stat().st_mtime_ns for p in tmp_path.glob("one/scaling/*/result.json")}) < 8 and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process = start(sys.executable, *command, "--out", tmp_path / "one", "--plot", env=environment)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert all(p.stat().st_mtime_ns == before for p, before in done.items())
+    runs = [json.loads(line) for line in (tmp_path / "one" / "scaling" / "scaling_law.jsonl").open()]
+    assert len(runs) == 2 * 2 * 5 + 3 * 2 and all(set(pretrain.VALIDATED) < run["loss"].keys() for run in runs)
+    assert (tmp_path / "one" / "scaling" / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("one/scaling/*-*-*-*/*.safetensors")) and list(tmp_path.glob("one/scaling/base-*/model.safetensors"))
+    assert {"power", "exponential", "D-CPT"} <= set(said.split()) and re.search(r"Trained there, a share of \S+ (beats|loses to|is not to be told from) 1 : 1 : 1", said)
+    process = torchrun(*command, "--out", tmp_path / "two")
+    again = process.communicate()[0]
+    assert process.returncode == 0, again
+    assert (tmp_path / "two" / "scaling" / "scaling_law.jsonl").read_text() == (tmp_path / "one" / "scaling" / "scaling_law.jsonl").read_text()
+    assert said[said.index("Held-out loss"):].strip() in again
+    assert "batch_tokens was 512, now 256" in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "two", *LAW, "--batch-tokens", 256, ok=False).stderr
+
+
+def test_scaling_law_from_checkpoints(trained, small_corpus, tmp_path):
+    """--sizes may be directories; a run's base is then what lies there, and nothing in it is touched."""
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    directories = ",".join(str(trained / name) for name in ("base", "stage1", "stage2"))
+    run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *FRESH, "--sizes", directories, "--weights", "agent=1,code=3")
+    runs = [json.loads(line) for line in (tmp_path / "scaling" / "scaling_law.jsonl").open()]
+    last = [line for line in metrics(trained / "stage1") if "loss/code" in line][-1]
+    assert {run["base"]["code"] for run in runs if run["size"].endswith("stage1")} == {last["loss/code"]}
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--sizes", "1x64,2x64"], "at least three --sizes"), (["--tokens", "512,1024"], "at least three --sizes and --tokens"),
+    (["--ratios", "0,0.2,0.4"], "five --ratios"), (["--ratios", "0,0.2,0.4,0.6,1"], "1 is not a share"), (["--seeds", 0], "a seed"),
+    (["--sizes", "1x64,2x64,2x65"], "2x65 is none of tiny"), (["--sizes", "huge"], "huge is none of tiny"), (["--weights", "agents=1"], "weights such as"),
+    (["--weights", "agent=0"], "weights such as"), (["--resume"], "not allowed with argument"), (["--shard"], "--shard divides"),
+    (["--tokens", "100,200,300"], "less than a step")])
+def test_scaling_law_bad_options(options, message, small_corpus, tmp_path):
+    assert message in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *options, ok=False).stderr
+
+
+def test_plot_without_matplotlib(small_corpus, tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError\n")
+    process = start(sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, "--plot", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert "--plot needs the package matplotlib: pip install matplotlib" in process.communicate()[0] and process.returncode == 2
