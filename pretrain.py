@@ -850,6 +850,8 @@ def scaling_law(corpus, args):
     """
     if min(len({Path(size).name for size in args.sizes}), len(set(args.tokens))) < 3 or len(set(args.ratios)) < 5 or args.seeds < 1:
         fail("--scaling-law needs at least three --sizes and --tokens, of which the last are left out of the fit, five --ratios and a seed")
+    if not args.mix[1] + args.mix[2]:
+        fail("--scaling-law: --mix tells how code and text divide what is not agent data, and here has neither")
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
     out, seeds = Path(args.out) / "scaling", range(args.seed, args.seed + args.seeds)
     settle_options(out, {k: getattr(args, k) for k in ("base_tokens", "mix", "practice", "document_mask", "val_windows")}
@@ -874,10 +876,11 @@ def scaling_law(corpus, args):
     check = measure([largest], [longest], dict.fromkeys([best, EQUAL, third]), range(args.seed, args.seed + 2 * args.seeds))
     if int(os.environ.get("RANK", 0)) == 0:
         write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
-        law = law.with_draws(runs)
-        report_law(law, runs, check, errors, target, args)
+        laws = {form: Law(form, runs, code_share).with_draws(runs) for form in FORMS}
+        law = laws[law.form]
+        report_law(law, laws, errors, runs, check, args)
         if pyplot:
-            draw_law(law, runs, check, args, pyplot)
+            draw_law(law, laws["D-CPT"], runs, check, args, pyplot)
 
 
 def parameters_of(size, corpus):
@@ -905,6 +908,8 @@ def small_runs(jobs, corpus, args):
             run = pretrain(f"scaling/{file.parent.name}", init, weights, tokens, corpus, own)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         before, after = ({k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")} for line in (lines[0], lines[-1]))
+        if absent := [d for d in VALIDATED if after.get(d) is None or before[d] is None]:
+            fail(f"{run}: no finite held-out loss of {', '.join(absent)}")
         for losses in (before, after):
             losses["agent"] = sum(share * losses[d] for d, share in AGENT.items())
         write(file, json.dumps({"size": str(size), "parameters": parameters_of(size, corpus), "tokens": tokens, "ratio": r, "seed": seed,
@@ -990,7 +995,7 @@ def basis(form, p, x):
     return np.stack([np.ones_like(columns[0]), *columns], -1)
 
 
-def fit(form, x, y, rounds=60, tries=100):
+def fit(form, x, y, rounds=60, tries=20):
     """Least squares for each row of y (draws, points): nonlinear coefficients (draws, k) and linear ones (draws, columns).
 
     Given the nonlinear ones the best linear ones follow exactly, by an orthogonal projection. So only the former are searched: at random in
@@ -1000,7 +1005,7 @@ def fit(form, x, y, rounds=60, tries=100):
     rng, width = np.random.default_rng(0), high - low
     p, most = np.tile((low + high) / 2, (len(y), 1)), np.full(len(y), -np.inf)
     for _ in range(rounds):
-        candidates = np.clip(p[0] + width * rng.uniform(-1, 1, (tries * len(low), len(low))), low, high)
+        candidates = np.clip(p[0] + width * rng.uniform(-1, 1, (tries * len(low) ** 2, len(low))), low, high)
         q = np.linalg.qr(basis(form, candidates, x))[0]                          # (candidates, points, columns)
         explained = np.square(np.tensordot(y, q, (1, 1))).sum(-1)               # (draws, candidates)
         i = explained.argmax(1)
@@ -1021,8 +1026,8 @@ def left_out_error(form, runs, code_share):
     return float(np.sqrt(np.mean(np.square(errors))))
 
 
-def report_law(law, runs, check, errors, target, args):
-    """Print what was measured, the fits, the best share and its check, as tables and in words."""
+def report_law(law, laws, errors, runs, check, args):
+    """Print what was measured, the fits in each form, the best share by the chosen law and its check, as tables and in words."""
     ratios = sorted(set(args.ratios))
     r = np.linspace(ratios[0], ratios[-1], 191)
     print(f"\nHeld-out loss (nats a token) by share of agent data, {args.seeds} seeds. Relative: the mean of loss / base's, "
@@ -1031,39 +1036,41 @@ def report_law(law, runs, check, errors, target, args):
     for (n, d, size), inside in cells(runs):
         for t in TARGETS:
             print(f"{size:<10}{d:>12,} {t:<9}" + row(inside, ratios, lambda run: run["loss"][t]))
-        print(f"{'':<23}{'relative':<9}" + row(inside, ratios, lambda run: relative(run, law.base, args)) + "   " + best_share(law, r, n, d, args))
+        print(f"{'':<23}{'relative':<9}" + row(inside, ratios, lambda run: relative(run, run["base"], args), 4)
+              + "   " + best_share(law, r, n, d, args))
 
     print(f"\n{'form':<13}{'of':<7}{'R2':>7}{'residual: rms':>15}{'largest, at share':>19}{'left-out error':>16}   searched coefficients, "
-          "where a size and budget has its own: of the largest")
-    for form, error in errors.items():
-        fitted = law if form == law.form else Law(form, runs, law.code_share)
+          "where each size and budget has its own: of the largest [95%]")
+    for form, fitted in laws.items():
         for t in TARGETS:
             residual, (p, _) = fitted.residuals(t), fitted.curves[max(fitted.curves)[0], t]
             worst = np.abs(residual).argmax()
             print(f"{form:<13}{t:<7}{1 - residual.var() / fitted.losses[t][0].var():>7.4f}{np.sqrt(np.mean(residual ** 2)):>15.4f}"
-                  f"{residual[worst]:>+14.4f} {runs[worst]['ratio']:<4g}{error:>16.4f}   "
-                  + ", ".join(f"{name} {v[0]:.2f}" + interval(v[1:]) * (len(v) > 1) for name, v in zip(FORMS[form], p.T)))
+                  f"{residual[worst]:>+14.4f} {runs[worst]['ratio']:<4g}{errors[form]:>16.4f}   "
+                  + ", ".join(f"{name} {v[0]:.2f}{interval(v[1:])}" for name, v in zip(FORMS[form], p.T)))
     print(f"Chosen for its error on shares left out of the fit: {law.form}")
 
     shares = list(dict.fromkeys(run["ratio"] for run in check))
     (n, d, size), _ = cells(check)[0]
     seeds = sorted({run["seed"] for run in check})
-    print(f"\nCheck at {size}, {d:,} tokens, of which nothing was fitted, {len(seeds)} seeds. In brackets what the law foretold")
+    print(f"\nCheck at {size}, {d:,} tokens, of which nothing was fitted, {len(seeds)} seeds. In brackets what D-CPT foretold")
     print(f"{'share':>7}" + "".join(f"{t:>17}" for t in TARGETS) + f"{'relative':>10}   minus that of {shares[0]:g} [95%]")
     for x in shares:
-        foretold = {t: law.predict(t, np.array([x]), n, d)[0, 0] for t in TARGETS}
+        foretold = {t: laws["D-CPT"].predict(t, np.array([x]), n, d)[0, 0] for t in TARGETS}
         gap = "{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference(check, x, shares[0], args))
         print(f"{x:>7.3g}" + "".join(f"{row(check, [x], lambda run: run['loss'][t]):>9} ({foretold[t]:.3f})" for t in TARGETS)
-              + f"{row(check, [x], lambda run: relative(run, run['base'], args)):>10}   {gap if x != shares[0] else ''}")
+              + f"{row(check, [x], lambda run: relative(run, run['base'], args), 4):>10}   {gap if x != shares[0] else ''}")
 
     curve = law.objective(r, n, d, args.weights)[0]
     middle, low, high = difference(check, EQUAL, shares[0], args)
-    print(f"\nIn words: at {size} and {d:,} tokens the law puts the best share of agent data at {best_share(law, r, n, d, args)}, "
-          f"with {curve.min():.4f} of the base's loss against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1.")
+    print(f"\nIn words: for {size} and {d:,} tokens the {law.form} law puts the best share of agent data at {best_share(law, r, n, d, args)}, with "
+          f"{curve.min():.4f} of the base's loss against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1"
+          + (f" (it knows no size or budget, and answers for the largest fitted; D-CPT, which does, says {best_share(laws['D-CPT'], r, n, d, args)})"
+             if law.form != "D-CPT" else "") + ".")
     if curve.argmin() in (0, len(r) - 1):
         print("There is no optimum inside: the curve is lowest at an end of the shares that were tried.")
     print(f"Trained there, a share of {shares[0]:g} " + ("beats" if low > 0 else "loses to" if high < 0 else "is not to be told from")
-          + f" 1 : 1 : 1, which has {middle:+.4f} [{low:+.4f}, {high:+.4f}] of the base's loss more. The paper found its best share near 0.36.")
+          + f" 1 : 1 : 1, which has {middle:+.4f} [{low:+.4f}, {high:+.4f}] of the base's loss by comparison. The paper's best was near 0.36.")
 
 
 def cells(runs):
@@ -1072,9 +1079,9 @@ def cells(runs):
     return [((n, d, Path(size).name), [run for run in runs if (run["size"], run["tokens"]) == (size, d)]) for n, d, size in keys]
 
 
-def row(runs, ratios, of):
+def row(runs, ratios, of, digits=3):
     """The mean of what `of` says of the runs at each share."""
-    return "".join(f"{np.mean([of(run) for run in runs if run['ratio'] == x]):>7.3f}" for x in ratios)
+    return "".join(f"{np.mean([of(run) for run in runs if run['ratio'] == x]):>7.{digits}f}" for x in ratios)
 
 
 def relative(run, base, args):
@@ -1102,18 +1109,18 @@ def best_share(law, r, n, d, args):
     return f"{best[0]:.2f}{interval(best[1:])}" + (", the lowest tried" if best[0] == r[0] else ", the highest tried" if best[0] == r[-1] else "")
 
 
-def draw_law(law, runs, check, args, pyplot):
-    """Draw out/scaling/scaling_law.png: runs as dots, what was fitted as lines, the check as stars, what was foretold as broken lines."""
+def draw_law(law, beyond, runs, check, args, pyplot):
+    """Draw out/scaling/scaling_law.png: runs as dots, the law as lines; the check as stars, what a law foretold beyond the grid as broken lines."""
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
     r = np.linspace(min(args.ratios), max(args.ratios), 191)
     for i, ((n, d, size), inside) in enumerate(cells(runs) + cells(check)):
-        dots, line, label = ("o", "-", "") if inside[0] in runs else ("*", "--", ", left out")
-        curves = {t: (law.predict(t, r, n, d)[0], [run["loss"][t] for run in inside]) for t in TARGETS}
-        curves["relative"] = law.objective(r, n, d, args.weights)[0], [relative(run, law.base, args) for run in inside]
+        curve_of, dots, line, label = (law, "o", "-", law.form) if inside[0] in runs else (beyond, "*", "--", f"left out; {beyond.form}")
+        curves = {t: (curve_of.predict(t, r, n, d)[0], [run["loss"][t] for run in inside]) for t in TARGETS}
+        curves["relative"] = curve_of.objective(r, n, d, args.weights)[0], [relative(run, law.base, args) for run in inside]
         for axis, (title, (curve, losses)) in zip(axes, curves.items()):
             axis.plot([run["ratio"] for run in inside], losses, dots, color=f"C{i}", markersize=5)
-            axis.plot(r, curve, line, color=f"C{i}", label=f"{size}, {d:,} tokens{label}")
-            axis.set(title=title, xlabel="share of agent data", ylabel="held-out loss" + (" / base's" if title == "relative" else " (nats a token)"))
+            axis.plot(r, curve, line, color=f"C{i}", label=f"{size}, {d:,} tokens ({label})")
+            axis.set(title=title, xlabel="share of agent data", ylabel="loss / largest base's" if title == "relative" else "loss (nats a token)")
     axes[-1].legend(fontsize=8)
     figure.savefig(Path(args.out) / "scaling" / "scaling_law.png", dpi=100)
 

@@ -573,9 +573,11 @@ def test_no_optimum_inside_is_said():
 LAW = ["--scaling-law", "--sizes", "1x64,2x64,1x128", "--tokens", "512,1024,1536", "--ratios", "0,0.2,0.4,0.6,0.8", "--seeds", 1, "--base-tokens", 1024, *SMALL]
 
 
-def test_scaling_law(small_corpus, tmp_path):
-    """Killed and begun again it trains no run twice; two processes find the same losses and say the same."""
-    command = [ROOT / "pretrain.py", "--corpus", small_corpus, *LAW]
+def test_scaling_law(trained, small_corpus, tmp_path):
+    """Killed and begun again it trains no run twice; two processes find the same losses and say the same. One of the sizes is a checkpoint, in
+    which nothing is touched."""
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    command = [ROOT / "pretrain.py", "--corpus", small_corpus, *LAW, *FRESH, "--sizes", f"1x64,2x64,{trained / 'stage1'}", "--weights", "agent=1,code=3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = start(sys.executable, *command, "--out", tmp_path / "one", env=environment)
     while len(done := {p: p.stat().st_mtime_ns for p in tmp_path.glob("one/scaling/*/result.json")}) < 8 and process.poll() is None:
@@ -585,9 +587,12 @@ def test_scaling_law(small_corpus, tmp_path):
     process = start(sys.executable, *command, "--out", tmp_path / "one", "--plot", env=environment)
     said = process.communicate()[0]
     assert process.returncode == 0, said
-    assert all(p.stat().st_mtime_ns == before for p, before in done.items())
+    assert all(p.stat().st_mtime_ns == then for p, then in done.items())
     runs = [json.loads(line) for line in (tmp_path / "one" / "scaling" / "scaling_law.jsonl").open()]
     assert len(runs) == 2 * 2 * 5 + 3 * 2 and all(set(pretrain.VALIDATED) < run["loss"].keys() for run in runs)
+    last = [line for line in metrics(trained / "stage1") if "loss/code" in line][-1]
+    assert {run["base"]["code"] for run in runs if run["size"].endswith("stage1")} == {last["loss/code"]}
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
     assert (tmp_path / "one" / "scaling" / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("one/scaling/*-*-*-*/*.safetensors")) and list(tmp_path.glob("one/scaling/base-*/model.safetensors"))
     assert {"power", "exponential", "D-CPT"} <= set(said.split()) and re.search(r"Trained there, a share of \S+ (beats|loses to|is not to be told from) 1 : 1 : 1", said)
@@ -596,18 +601,7 @@ def test_scaling_law(small_corpus, tmp_path):
     assert process.returncode == 0, again
     assert (tmp_path / "two" / "scaling" / "scaling_law.jsonl").read_text() == (tmp_path / "one" / "scaling" / "scaling_law.jsonl").read_text()
     assert said[said.index("Held-out loss"):].strip() in again
-    assert "batch_tokens was 512, now 256" in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "two", *LAW, "--batch-tokens", 256, ok=False).stderr
-
-
-def test_scaling_law_from_checkpoints(trained, small_corpus, tmp_path):
-    """--sizes may be directories; a run's base is then what lies there, and nothing in it is touched."""
-    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
-    directories = ",".join(str(trained / name) for name in ("base", "stage1", "stage2"))
-    run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *FRESH, "--sizes", directories, "--weights", "agent=1,code=3")
-    runs = [json.loads(line) for line in (tmp_path / "scaling" / "scaling_law.jsonl").open()]
-    last = [line for line in metrics(trained / "stage1") if "loss/code" in line][-1]
-    assert {run["base"]["code"] for run in runs if run["size"].endswith("stage1")} == {last["loss/code"]}
-    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    assert "batch_tokens was 512, now 256" in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "two", *LAW, *FRESH, "--batch-tokens", 256, ok=False).stderr
 
 
 @pytest.mark.parametrize("options, message", [
@@ -615,7 +609,7 @@ def test_scaling_law_from_checkpoints(trained, small_corpus, tmp_path):
     (["--ratios", "0,0.2,0.4"], "five --ratios"), (["--ratios", "0,0.2,0.4,0.6,1"], "1 is not a share"), (["--seeds", 0], "a seed"),
     (["--sizes", "1x64,2x64,2x65"], "2x65 is none of tiny"), (["--sizes", "huge"], "huge is none of tiny"), (["--weights", "agents=1"], "weights such as"),
     (["--weights", "agent=0"], "weights such as"), (["--resume"], "not allowed with argument"), (["--shard"], "--shard divides"),
-    (["--tokens", "100,200,300"], "less than a step")])
+    (["--tokens", "100,200,300"], "less than a step"), (["--mix", "1:0:0"], "has neither")])
 def test_scaling_law_bad_options(options, message, small_corpus, tmp_path):
     assert message in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *options, ok=False).stderr
 
