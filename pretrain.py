@@ -557,7 +557,7 @@ def settle_options(run, options):
     if saved.exists() and (before := read_json(saved)) != now:
         changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in before | now if before.get(k) != now.get(k)]
         fail(f"{run} holds a run with other options: {'; '.join(changed)}. Remove it, or choose another --out")
-    if is_main():
+    if is_main() and not saved.exists():
         saved.parent.mkdir(parents=True, exist_ok=True)
         write(saved, json.dumps(now))
 
@@ -853,7 +853,9 @@ def scaling_law(corpus, args):
     if not args.mix[1] + args.mix[2]:
         fail("--scaling-law: --mix tells how code and text divide what is not agent data, and here has neither")
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
-    out, seeds = Path(args.out) / "scaling", range(args.seed, args.seed + args.seeds)
+    out, seeds, rank = Path(args.out) / "scaling", range(args.seed, args.seed + args.seeds), int(os.environ.get("RANK", 0))
+    while rank and not (out / "train_state" / "options.json").exists():  # which the first process writes
+        time.sleep(0.1)
     settle_options(out, {k: getattr(args, k) for k in ("base_tokens", "mix", "practice", "document_mask", "val_windows")}
                    | training_options(corpus, args))
     bases = {size: size if Path(size).is_dir() else out / f"base-{size}" for size in args.sizes}
@@ -874,7 +876,7 @@ def scaling_law(corpus, args):
     best = round(float(r[law.objective(r, *target, args.weights)[0].argmin()]), 2)
     third = round((best + r[-1]) / 2 if best < 0.5 else best / 2, 2)
     check = measure([largest], [longest], dict.fromkeys([best, EQUAL, third]), range(args.seed, args.seed + 2 * args.seeds))
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
         laws = {form: Law(form, runs, code_share).with_draws(runs) for form in FORMS}
         law = laws[law.form]
