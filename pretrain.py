@@ -972,7 +972,7 @@ class Law:
         free = count - len(self.curves) / len(TARGETS) * (len(FORMS[self.form]) + len(next(iter(self.curves.values()))[1][0]))
         rng = np.random.default_rng(0)
         dealt = rng.integers(count, size=(draws, count))
-        spread = (count / free * free / rng.chisquare(free, (draws, 1))) ** 0.5  # residuals are smaller than the noise, and tell it inexactly
+        spread = (count / rng.chisquare(free, (draws, 1))) ** 0.5  # residuals are smaller than the noise, and tell it inexactly
         losses = {}
         for t in TARGETS:
             residuals = self.residuals(t)
