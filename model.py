@@ -41,7 +41,8 @@ class Config:
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    model_type: str = "qwen2"           # one of FAMILIES: qwen2 has biases on q, k and v, qwen3 norms on q and k
+    model_type: str = "llama"           # one of FAMILIES: qwen2 has biases on q, k and v, qwen3 norms on q and k
+    attention_bias: bool = True         # of llama: biases on q, k, v and o, which Meta's models have not
     rope_scaling: dict | None = None    # {"rope_type": "linear", "factor"} or Llama 3.1's, as config.json has it
     sliding_window: int | None = None   # of mistral: how many tokens one sees, itself included
 
@@ -51,6 +52,8 @@ class Config:
                   **{hf: getattr(self, name) for name, hf in HF_NAMES.items()}}
         if self.rope_scaling:
             config["rope_scaling"] = self.rope_scaling
+        if self.model_type == "llama":
+            config["attention_bias"] = self.attention_bias
         if self.model_type == "mistral":
             config["sliding_window"] = self.sliding_window
         return config
@@ -61,8 +64,9 @@ class Config:
         kind = config.get("model_type")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        accepted = {"model_type": tuple(FAMILIES), "hidden_act": ("silu", None), "attention_bias": (False, None), "mlp_bias": (False, None),
-                    "use_sliding_window": (False, None), "partial_rotary_factor": (1, None), "quantization_config": (None,)}
+        accepted = {"model_type": tuple(FAMILIES), "hidden_act": ("silu", None), "mlp_bias": (False, None),
+                    "attention_bias": (False, None, kind == "llama"), "use_sliding_window": (False, None), "partial_rotary_factor": (1, None),
+                    "quantization_config": (None,)}
         for key, values in accepted.items():
             if config.get(key) not in values:
                 raise ValueError(f"config.json: {key} {config.get(key)!r} is not supported, only {', '.join(map(repr, values))}")
@@ -84,7 +88,7 @@ class Config:
                 raise ValueError(f"config.json: {', '.join(missing)} of the rope scaling missing")
             scaling = {"rope_type": rope_type, **{key: rope[key] for key in wanted}}
         window = config.get("sliding_window", 4096) if kind == "mistral" else None
-        return cls(**known, model_type=kind, rope_scaling=scaling, sliding_window=window)
+        return cls(**known, model_type=kind, attention_bias=bool(config.get("attention_bias")), rope_scaling=scaling, sliding_window=window)
 
 
 HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
@@ -98,8 +102,9 @@ SHORT = 768  # windows up to this are packed by a mask, longer ones document by 
 PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
     "tiny": dict(),
     "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True),
-    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192, model_type="llama"),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True,
+               attention_bias=False),
+    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192, attention_bias=False),
 }
 
 
@@ -109,11 +114,12 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
-        bias = c.model_type == "qwen2"
+        everywhere = c.model_type == "llama" and c.attention_bias
+        bias = everywhere or c.model_type == "qwen2"
         self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=bias)
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=everywhere)
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
@@ -284,11 +290,12 @@ class Transformer(nn.Module):
         return self.model["norm"](x)
 
     def flops_per_token(self, seq_len):
-        """Of a training step: 6 per weight that multiplies, and 12·layers·heads·head_dim·T for attention (arXiv 2204.02311)."""
+        """Of a training step: 6 per weight that multiplies (4 if it is frozen), and 12·layers·heads·head_dim·T for attention
+        (arXiv 2204.02311)."""
         c = self.config
-        weights = sum(p.numel() for n, p in self.named_parameters() if p.dim() == 2 and "embed_tokens" not in n)
-        weights += c.vocab_size * c.dim if c.tie_embeddings else 0
-        return 6 * weights + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
+        flops = {n: (6 if p.requires_grad else 4) * p.numel() for n, p in self.named_parameters() if p.dim() == 2}
+        head = flops.pop("model.embed_tokens.weight")
+        return sum(flops.values()) + head * c.tie_embeddings + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
 
 
 CHUNK = 2**25  # logits that are held at a time

@@ -27,6 +27,7 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 MODELS = {  # name: (configuration class, its options)
     "llama": ("LlamaConfig", dict()),
     "llama, every head its own keys, tied": ("LlamaConfig", dict(num_key_value_heads=4, tie_word_embeddings=True)),
+    "llama, with biases": ("LlamaConfig", dict(attention_bias=True)),
     "llama 3.1": ("LlamaConfig", dict(rope_parameters=LLAMA3)),
     "llama 3.2, tied": ("LlamaConfig", dict(rope_parameters=LLAMA3 | {"factor": 32.0, "rope_theta": 500000.0}, tie_word_embeddings=True, head_dim=16)),
     "llama, linear scaling": ("LlamaConfig", dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0))),
@@ -203,9 +204,9 @@ def test_hostile_headers(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"model_type": "mamba"}, {"rope scaling": 0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"hidden_act": "gelu"}, {"attention_bias": True},
+    {"model_type": "mamba"}, {"rope scaling": 0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"hidden_act": "gelu"}, {"attention_bias": True, "model_type": "qwen3"},
     {"use_sliding_window": True}, {"partial_rotary_factor": 0.5}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True},
-    {"low_freq_factor": 0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, {"num_key_value_heads": None}], ids=str)
+    {"low_freq_factor": 0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, {"num_key_value_heads": None, "model_type": "qwen3", "attention_bias": False}], ids=str)
 def test_what_it_cannot_represent_is_refused(change, tmp_path):
     save(tiny(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
