@@ -776,7 +776,8 @@ def plain_text(record):
     if record.text is not None:
         return re.sub(r"^(?:\{.*\}|Package: .*)$", "", record.text[:LONGEST_SCORED], flags=re.M)
     return "\n".join(part for m in record.messages for part in
-                     [m.get("content") or "", *(f"{c['function']['name']} {c['function']['arguments']}" for c in m.get("tool_calls") or [])])
+                     [m.get("reasoning_content") or "", m.get("content") or "",
+                      *(f"{c['function']['name']} {c['function']['arguments']}" for c in m.get("tool_calls") or [])])
 
 
 def train_scorer(path, documents, seed, pool, encoder):
@@ -956,8 +957,8 @@ def mention_finder(names):
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-TOOL_TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
-SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TOOL_TAGS)
+TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
 # What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore before them; numbers
 # of up to three digits; punctuation; white space. A qualified name so follows one token that nothing else follows, and is cut
 # alike wherever it stands: to copy it a model need only look for what came after the same token before.
@@ -1113,25 +1114,34 @@ class Tokenizer:
         if tools:
             system = messages[0]["content"] + "\n" if messages and messages[0]["role"] == "system" else ""
             add("<|im_start|>"), add("system\n"), add_text(system), add("<tools>"), add("\n")
-            for tool in tools:
-                add_text(json.dumps(tool["function"], ensure_ascii=False) + "\n")
+            for f in (tool["function"] for tool in tools):
+                definition = {"description": f.get("description") or "", "name": f["name"], "parameters": f.get("parameters") or {}}
+                add_text(json.dumps(definition, ensure_ascii=False) + "\n")
             add("</tools>"), add("<|im_end|>"), add("\n")
         for message in messages:
-            role, content = message["role"], message.get("content") or ""
+            role, content, thought = message["role"], message.get("content") or "", message.get("reasoning_content")
             if role == "system" and tools:
                 continue  # stands above the tools
             learned = int(role == "assistant")
-            add("<|im_start|>"), add(role + "\n")
-            if role == "tool":
-                add("<tool_response>"), add_text("\n" + content + "\n"), add("</tool_response>")
+            add("<|im_start|>")
+            # What no special token divides is encoded at once, as who reads the text as a whole does, but for where an answer begins.
+            if role in ("system", "user"):
+                add_text(f"{role}\n{content}")
+            elif role == "tool":
+                add("tool\n"), add("<tool_response>"), add_text(f"\n{content}\n"), add("</tool_response>")
             else:
-                add_text(content, learned)
+                add("assistant\n")
+                if thought:
+                    add("<think>", 1), add_text(f"\n{thought}\n", 1), add("</think>", 1)
+                add_text("\n\n" * bool(thought) + content, 1)
             for i, call in enumerate(message.get("tool_calls") or []):
                 name, arguments = json.dumps(call["function"]["name"], ensure_ascii=False), call["function"]["arguments"]
                 if i or content:
                     add("\n", learned)
+                text = f'\n{{"name": {name}, "arguments": {arguments}}}\n'
                 add("<tool_call>", learned)
-                add_text(f'\n{{"name": {name}, "arguments": {arguments}}}\n', learned)
+                # A tag within a string would end the call for who reads it; JSON has another way to write it.
+                add_text(text.replace("<tool_call>", r"\u003ctool_call>").replace("</tool_call>", r"\u003c/tool_call>"), learned)
                 add("</tool_call>", learned)
             add("<|im_end|>", learned), add("\n")
         if answer:
@@ -1156,7 +1166,7 @@ class Tokenizer:
         written = {token: "".join(symbol[b] for b in token) for token in by_rank}
         merges = [[written[half] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
         specials = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                     "special": t not in TOOL_TAGS} for t, i in sorted(self.special.items(), key=lambda entry: entry[1])]
+                     "special": t not in TAGS} for t, i in sorted(self.special.items(), key=lambda entry: entry[1])]
         write(directory / "tokenizer.json", json.dumps({
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
             "normalizer": {"type": self.normal_form} if self.normal_form else None,
@@ -1188,13 +1198,21 @@ def with_chat_tokens(special, end):
 CHAT_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 {% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}<tools>
-{% for tool in tools %}{{ tool.function | tojson }}
+{% for f in tools | map(attribute='function') %}{{ dict(description=f.description or '', name=f.name, parameters=f.parameters or {}) | tojson }}
 {% endfor %}</tools><|im_end|>
 {% endif %}{%- for message in messages %}{% if not (message.role == 'system' and tools) %}<|im_start|>{{ message.role }}
-{% if message.role == 'tool' %}<tool_response>
-{{ message.content }}
-</tool_response>{% else %}{{ message.content or '' }}{% endif %}{% for call in message.tool_calls or [] %}{% if not loop.first or message.content %}{{ '\\n' }}{% endif %}<tool_call>
-{"name": {{ call.function.name | tojson }}, "arguments": {% if call.function.arguments is string %}{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}}
+{% if message.reasoning_content %}<think>
+{{ message.reasoning_content }}
+</think>
+
+{% endif %}{% if message.role == 'tool' %}<tool_response>
+{{ message.content or '' }}
+</tool_response>{% else %}{{ message.content or '' }}{% endif %}{% for call in message.tool_calls or [] %}
+{% set given = call.function.arguments %}
+{% set arguments = given if given is string else given | tojson %}
+{% set json = '{"name": ' + call.function.name | tojson + ', "arguments": ' + arguments + '}' %}
+{% if not loop.first or message.content %}{{ '\\n' }}{% endif %}<tool_call>
+{{ json | replace('<tool_call>', '\\\\u003ctool_call>') | replace('</tool_call>', '\\\\u003c/tool_call>') }}
 </tool_call>{% endfor %}<|im_end|>
 {% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""

@@ -107,6 +107,8 @@ def parse_args():
     parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
+    parser.add_argument("--kinds", type=shares, metavar="KIND=SHARE,...", default=",".join(f"{k}={v}" for k, v in KINDS.items()),
+                        help="shares of the kinds of these conversations; where an API allows no such kind, it goes to the others")
     group = parser.add_argument_group("python")
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
     group.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
@@ -136,6 +138,14 @@ def regex(text):
         return re.compile(text, re.I)
     except re.error as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def shares(text):
+    """'single=2,error=1' as {kind of conversation: share}, for argparse."""
+    given = {kind: float(share) for kind, _, share in (part.partition("=") for part in text.split(","))}
+    if not given.keys() <= KINDS.keys() or min(given.values()) < 0 or not sum(given.values()) > given.get("missing", 0):
+        raise argparse.ArgumentTypeError(f"shares such as single=2,error=1; there are {', '.join(KINDS)}; missing not alone")
+    return given
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -1316,12 +1326,26 @@ def recognise(value):
 
 
 def finish(messages, tools):
-    """Link calls and results, complete the tools, and check. Lone surrogates become question marks."""
-    messages = link(messages)
+    """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become question marks."""
+    messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in messages])
     both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
     messages, tools = json.loads(both.encode("utf-8", "replace"))
     check_conversation(messages, tools)
     return messages, tools
+
+
+def set_thought_apart(message):
+    """The message with what its content holds in <think> tags, as reasoning models write it, as its `reasoning_content`."""
+    thought = re.match(r"\s*<think>(.*?)</think>\s*", message["content"], re.DOTALL)
+    if not thought:
+        return message
+    given = [message.get("reasoning_content"), thought[1].strip()]
+    return message | {"content": message["content"][thought.end():]} | thinking("\n".join(filter(None, given)))
+
+
+def thinking(text):
+    """The field of an assistant's message that holds its thoughts, which reasoning models write before their answer."""
+    return {"reasoning_content": text.strip()} if text and text.strip() else {}
 
 
 def link(messages):
@@ -1330,16 +1354,17 @@ def link(messages):
     for message in messages:
         calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(message.get("tool_calls", ()))]
         if calls:
-            thoughts = [message["content"]]
+            parts = [message]
             while linked and linked[-1]["role"] == "assistant" and "tool_calls" not in linked[-1]:
-                thoughts.append(linked.pop()["content"])
-            linked.append(message | {"content": "\n".join(filter(None, reversed(thoughts))), "tool_calls": calls})
+                parts.insert(0, linked.pop())
+            content, thoughts = ("\n".join(p[key] for p in parts if p.get(key)) for key in ("content", "reasoning_content"))
+            linked.append(message | {"content": content, "tool_calls": calls} | thinking(thoughts))
             ids |= {c["id"] for c in calls}
             unanswered = iter([c["id"] for c in calls])
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
             linked.append(tool(message["content"]) | {"tool_call_id": given if given in ids else next(unanswered, None)})
-        elif message["content"]:
+        elif message["content"] or message.get("reasoning_content"):
             linked.append(message)
     return linked
 
@@ -1612,15 +1637,16 @@ def messages_record(record, react=False):
     messages, record = [], {"messages": record} if isinstance(record, list) else record
     for message in listed(record):
         role, content, calls = message.get("role", message.get("from")), message.get("content", message.get("value")), []
+        thought = message.get("reasoning_content")
         if isinstance(content, list):
             if other := {p["type"] for p in content} - {"text", "reasoning", "tool_call"}:
                 raise ValueError(f"content of type {', '.join(sorted(other))}")
             calls = [c for p in content if p["type"] == "tool_call" for c in calls_in(p["value"])]
-            content = "\n\n".join(p.get("text", p.get("value")) for p in content if p["type"] != "tool_call")
-        content = "\n\n".join(filter(None, [message.get("reasoning_content"), content]))
+            thought, content = ("\n\n".join(p.get("text", p.get("value")) for p in content if p["type"] == kind) for kind in ("reasoning", "text"))
         calls += calls_in([*(message.get("tool_calls") or []), *filter(None, [message.get("function_call")])])
         if message.get("action", "").strip() and not calls:  # of SWE-agent: a command
             content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
+        content = (f"<think>{thought}</think>" if thought else "") + (content or "")
         if calls:
             messages.append(assistant(content, *calls))
         elif converse([(role, content)], react, messages)[-1]["role"] == "tool":
@@ -2272,6 +2298,11 @@ def minified(text):
 REQUESTS = ["{d} {a}", "{a} {d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
             "Here is what I want. {d} {a}", "Can you help? {d} {a}", "My goal: {d} {a}", "Next step: {d} {a}"]
 ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "use {v} for {p}", "{v} as {p}", "let {p} be {v}", "{p}: {v}"]
+KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
+QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
+ERRORS = ["Error: {p} {v} was not found. Did you mean {w}?", "ValueError: {v} is not valid for {p}; use {w}",
+          "Error: {p} must not be {v}. The nearest valid value is {w}."]
+PASSING = ["Error: timed out. Please try again.", "Error 503: service unavailable, retry", "Error: the connection was lost."]
 REFUSALS = ["None of the given tools can do this.", "I have no tool for that request.",
             "The tools at hand do not cover this, so I make no call.", "No available function fits this request."]
 
@@ -2280,15 +2311,15 @@ def template_unit(shards, args):
     """The Unit of the conversations on all Python packages collected so far, and how the names of its files begin."""
     if not shards:
         fail("synthesize:python: no packages collected yet; give the source `python` too")
-    name = f"synthesize.python-{fingerprint(args, [s.name for s in shards], args.seed)}.jsonl"
-    return Unit(name, 0, template_records, (shards, args.seed)), ["synthesize.python-"]
+    name = f"synthesize.python-{fingerprint(args, [s.name for s in shards], args.seed, args.kinds)}.jsonl"
+    return Unit(name, 0, template_records, (shards, args.seed, args.kinds)), ["synthesize.python-"]
 
 
-def template_records(shards, seed):
+def template_records(shards, seed, shares):
     """Reference cards and conversations on the APIs that the shards document."""
     apis = [api for shard in shards for api in read_apis(shard)]
     yield from indexes(apis, seed)
-    yield from synthesise(apis, seed)
+    yield from synthesise(apis, seed, shares)
 
 
 def read_apis(shard):
@@ -2316,32 +2347,58 @@ def indexes(apis, seed, sizes=(4, 5, 6)):
                      sorted(a["name"] for a in card), "APIs by name\n" + "\n".join(listed) + "\n\nAPIs by purpose\n" + "\n".join(asked))
 
 
-def synthesise(apis, seed):
-    """Two conversations an API that can be called with JSON arguments: one with several tools to choose from, and one of
-    single, parallel (two calls at once) or irrelevant (no tool fits). Yields Records.
+def synthesise(apis, seed, shares):
+    """Two conversations on each API that can be called with JSON arguments, of kinds drawn by `shares`. Yields Records.
 
-    The kinds are those of the Berkeley Function-Calling Leaderboard. Nothing here knows which APIs are held out.
+    single: one tool; multiple: one of four fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
+    what a required parameter needs, and the assistant asks for it; error: a call fails, and is made again as the error message says.
+    The first four are those of the Berkeley Function-Calling Leaderboard. Nothing here knows which APIs are held out.
     """
     usable = sorted((a for a in apis if can_call(a)), key=lambda a: unit_hash(a["name"]))
     words = sorted({w for a in apis for w in re.findall(r"\b[a-z]{3,12}\b", a["description"])})
+    # Only a call with a required parameter can lack one: the share of "missing" among these makes up for the others.
+    lacking = shares.get("missing", 0) / sum(shares.values()) * len(usable) / max(1, sum(bool(a["parameters"]["required"]) for a in usable))
+    kinds = {kind: share for kind, share in shares.items() if kind != "missing"}
     for i, api in enumerate(usable):
         neighbours = [a for a in usable[max(0, i - 12):i + 13] if a["description"] != api["description"]]
-        for kind in ("multiple", "other"):
-            rng = random.Random(f"{seed} {kind} {api['name']}")
-            kind = kind if kind == "multiple" else rng.choice(["single", "single", "parallel", "irrelevant"])
-            others = rng.sample(neighbours, min(len(neighbours), 1 if kind == "parallel" else 3))
-            kind = kind if others or kind != "irrelevant" else "single"
-            tools = {"single": [api], "irrelevant": others}.get(kind, [api, *others])
+        for n in range(2):
+            rng = random.Random(f"{seed} {n} {api['name']}")
+            asks = api["parameters"]["required"] and rng.random() < lacking
+            kind = "missing" if asks else rng.choices(list(kinds), kinds.values())[0]
+            count = {"single": 0, "parallel": 1, "multiple": 3, "irrelevant": 3}.get(kind, rng.randrange(2))
+            others = rng.sample(neighbours, min(len(neighbours), count))
+            tools = others if kind == "irrelevant" and others else [api, *others]
             rng.shuffle(tools)
             targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
             calls = [(t["name"], random_arguments(t["parameters"], rng, words)) for t in targets]
-            asked = " Also: ".join(ask(t["description"], arguments, rng) for t, (_, arguments) in zip(targets, calls))
-            answer = chat_message("assistant", calls=calls) if kind != "irrelevant" else \
-                chat_message("assistant", rng.choice(REFUSALS))
             definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")}} for t in tools]
-            yield Record(f"instruction:{kind}:{api['name']}", "instruction", api["source"], api["license"],
-                         sorted({t["name"] for t in [api, *targets]}), messages=[chat_message("user", asked), answer],
+            yield Record(f"instruction:{n}:{kind}:{api['name']}", "instruction", api["source"], api["license"],
+                         sorted({t["name"] for t in [api, *targets]}), messages=conversation(kind if others or kind != "irrelevant" else "single", targets, calls, rng, words),
                          tools=definitions)
+
+
+def conversation(kind, targets, calls, rng, words):
+    """The messages of a conversation of that kind, in which the `targets` are called, or should be."""
+    api, (name, arguments) = targets[0], calls[0]
+    request = " Also: ".join(ask(t["description"], a, rng) for t, (_, a) in zip(targets, calls))
+    if kind == "irrelevant":
+        return [chat_message("user", request), chat_message("assistant", rng.choice(REFUSALS))]
+    if kind == "missing":
+        p = rng.choice(api["parameters"]["required"])
+        begun = [chat_message("user", ask(api["description"], {q: v for q, v in arguments.items() if q != p}, rng)),
+                 chat_message("assistant", rng.choice(QUESTIONS).format(p=p))]
+        told = [chat_message("user", state(p, arguments[p], rng)), chat_message("assistant", calls=calls)]
+        return begun + told * rng.randrange(2)
+    messages = [chat_message("user", request), chat_message("assistant", calls=calls)]
+    if kind == "error":
+        p = rng.choice([*arguments, None])
+        mended = {p: random_value(api["parameters"]["properties"][p], rng, words)} if p else {}
+        message = rng.choice(PASSING)
+        if mended and mended[p] != arguments[p]:
+            v, w = (json.dumps(value, ensure_ascii=False) for value in (arguments[p], mended[p]))
+            message = rng.choice(ERRORS).format(p=p, v=v, w=w)
+        messages += [chat_message("tool", message), chat_message("assistant", calls=[(name, arguments | mended)])]
+    return messages
 
 
 def can_call(api):
@@ -2352,15 +2409,19 @@ def can_call(api):
 
 def ask(description, arguments, rng):
     """A request in words that holds all that the call needs."""
-    phrases = [rng.choice(ARGUMENTS).format(p=p, v=json.dumps(v, ensure_ascii=False)) for p, v in arguments.items()]
-    stated = ", ".join(phrases)
+    stated = ", ".join(state(p, v, rng) for p, v in arguments.items())
     return rng.choice(REQUESTS).format(d=description.rstrip(".") + ".", a=stated + "." if stated else "").strip()
 
 
+def state(parameter, value, rng):
+    """What a parameter should be, in words."""
+    return rng.choice(ARGUMENTS).format(p=parameter, v=json.dumps(value, ensure_ascii=False))
+
+
 def random_arguments(schema, rng, words):
-    """Arguments by the schema: every required parameter, and each optional one of known type with probability 0.3."""
+    """Arguments by the schema: every required parameter, and each optional one of a simple type with probability 0.3."""
     return {name: random_value(entry, rng, words) for name, entry in schema["properties"].items()
-            if "type" in entry and (name in schema["required"] or rng.random() < 0.3)}
+            if name in schema["required"] or entry.get("type", "object") not in ("object", "array") and rng.random() < 0.3}
 
 
 def random_value(entry, rng, words):
@@ -2380,9 +2441,9 @@ def random_value(entry, rng, words):
                                a.title(), f"{a}{rng.randrange(100)}"])
         case "array":
             items = entry.get("items") or {"type": rng.choice(["integer", "integer", "number", "string"])}
-            return [random_value(items, rng, words) for _ in range(rng.randrange(1, 5))] if items.get("type") else []
+            return [random_value(items, rng, words) for _ in range(rng.randrange(1, 4))] if items.get("type") else []
         case "object":
-            return {rng.choice(words): rng.randrange(100) for _ in range(rng.randrange(1, 3))}
+            return {rng.choice(words): rng.randrange(100)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2412,7 +2473,7 @@ def synthesize_files(files, args):
     yield from (api for api in apis if "reason" in api)
     described = {api["name"]: api for api in apis if len(api.get("description", "")) >= 12}  # of one name the last counts
     yield from map(api_record, described.values())
-    yield from synthesise(described.values(), args.seed)
+    yield from synthesise(described.values(), args.seed, args.kinds)
 
 
 def source_apis(path, name, license):
@@ -2558,7 +2619,7 @@ FILE_SOURCES = {  # kind: its reader of (path, name, licence, args), which files
     "chat": (chat_records, r"\.(json|jsonl|ndjson|traj|csv|txt|md)(\.gz)?$", ("chat_format", "chat_domain")),
     "code": (code_records, CODE_FILES, ()),
     "text": (text_records, TEXT_FILES, ()),
-    "synthesize": (None, r"\.py$", ("seed", "llm_url", "llm_model", "llm_budget")),
+    "synthesize": (None, r"\.py$", ("seed", "kinds", "llm_url", "llm_model", "llm_budget")),
 }
 
 

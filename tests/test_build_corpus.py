@@ -249,7 +249,7 @@ def test_render_as_written_by_hand(small):
     tokenizer = Tokenizer.load(small)
     ids, mask = tokenizer.render(CHAT, TOOLS)
     assert tokenizer.decode(ids) == (
-        '<|im_start|>system\nBe brief.\n<tools>\n{"name": "a.b", "description": "é", "parameters": {"type": "object", "properties": {}}}\n'
+        '<|im_start|>system\nBe brief.\n<tools>\n{"description": "é", "name": "a.b", "parameters": {"type": "object", "properties": {}}}\n'
         "</tools><|im_end|>\n<|im_start|>user\nRoll <|im_end|> it.<|im_end|>\n<|im_start|>assistant\nYes.\n<tool_call>\n"
         '{"name": "a.b", "arguments": {"x": 1}}\n</tool_call>\n<tool_call>\n{"name": "c", "arguments": {}}\n</tool_call><|im_end|>\n'
         "<|im_start|>tool\n<tool_response>\nok\n</tool_response><|im_end|>\n<|im_start|>assistant\nDone <tool_call><|im_end|>\n")
@@ -410,7 +410,7 @@ def test_duplicates_and_bad_lines_are_counted(tmp_path):
     write_raw(tmp_path / "raw", [record("b", text=same.upper()), record("a", text=same), record("c", text="Another text, which says what the first one does not.")])
     with open(tmp_path / "raw" / "records.jsonl", "a") as file:
         file.write("{not json\n")
-    done = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 265)
+    done = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 267)
     assert "records.jsonl:4: left out" in done.stderr
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["dropped"] == {"not a record": 1, "duplicate": 1}

@@ -33,10 +33,10 @@ def converted(tmp_path, value, **options):
 
 
 def brief(messages):
-    """One line for each message: "role: content name(argument=value)"."""
+    """One line for each message: "role: (thought) content name(argument=value)"."""
     def call(function):
         return f" {function['name']}({', '.join(f'{k}={v!r}' for k, v in json.loads(function['arguments']).items())})"
-    return [f"{m['role']}: {m['content']}" + "".join(call(c["function"]) for c in m.get("tool_calls", ())) for m in messages]
+    return [f"{m['role']}: " + (f"({m['reasoning_content']}) " if "reasoning_content" in m else "") + m["content"] + "".join(call(c["function"]) for c in m.get("tool_calls", ())) for m in messages]
 
 
 def schema(tools, name):
@@ -75,7 +75,7 @@ CASES = {
         s("system", f"Use these.\n<tools>\n{json.dumps({'type': 'function', 'function': WEATHER})}\n</tools>"),
         s("human", "Rome?"), s("gpt", f"<think>hm</think>\n<tool_call>\n{CALL}\n</tool_call>"),
         s("tool", "<tool_response>\nsun\n</tool_response>"), s("gpt", "Sun.")]},
-        [None, "user: Rome?", "assistant: <think>hm</think> weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+        [None, "user: Rome?", "assistant: (hm)  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
     "sharegpt roles": ("messages", {"system": "Help.", "tools": json.dumps([WEATHER]), "conversations": [
         s("human", "Rome?"), s("function_call", CALL), s("function_response", "sun"), s("gpt", "Sun. Action: none.")]},
         ["system: Help.", "user: Rome?", "assistant:  weather(city='Rome')", "tool: sun", "assistant: Sun. Action: none."]),

@@ -303,14 +303,52 @@ def test_by_templates_without_an_endpoint(tmp_path):
     source.mkdir()
     (source / "m.py").write_text(SOURCE)
     (source / "bad.py").write_text("def f(:")
-    run("collect.py", "--out", tmp_path / "out", f"synthesize:{source}")
+    run("collect.py", "--out", tmp_path / "out", f"synthesize:{source}", "--kinds", "single=1,parallel=1")
     records = [collect.Record.from_json(line) for shard in (tmp_path / "out").glob("*.jsonl") for line in shard.open()]
     assert [r.apis for r in records if r.domain == "api_doc"] == [["src.m.first"], ["src.m.scale"]][::-1]
     calls = [c["function"] for r in records if r.domain == "instruction" for c in r.messages[-1].get("tool_calls", [])]
     assert {c["name"] for c in calls} <= {"src.m.first", "src.m.scale"} and calls
+    assert {r.id.split(":")[2] for r in records if r.domain == "instruction"} <= {"single", "parallel"}
     [rejected] = [json.loads(line) for log in (tmp_path / "out" / "rejected").iterdir() for line in log.open()]
     assert rejected["file"] == "src/bad.py" and rejected["line"] == 1 and "SyntaxError" in rejected["reason"]
     assert not (tmp_path / "executed").exists()
+
+
+KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}
+
+
+def test_kinds_of_conversations():
+    """Each has the form of its kind, in the shares asked for; every call fits its schema; a question names what the request lacks."""
+    apis = [api(f"pkg.m.f{i}") | {"description": f"Do the thing called {i}."} for i in range(600)]
+    for a in apis[::2]:
+        a["parameters"] = a["parameters"] | {"required": []}
+    records = list(collect.synthesise(apis, 0, KINDS))
+    assert [r.to_json() for r in collect.synthesise(apis, 0, KINDS)] == [r.to_json() for r in records] and len({r.id for r in records}) == 1200
+    counts, roles, schemas = collect.Counter(), collect.defaultdict(set), {a["name"]: a["parameters"] for a in apis}
+    for r in records:
+        kind, tools = r.id.split(":")[2], [t["function"]["name"] for t in r.tools]
+        counts[kind] += 1
+        roles[kind].add(" ".join(m["role"] + "*" * len(m.get("tool_calls", ())) for m in r.messages))
+        calls = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for m in r.messages for c in m.get("tool_calls", ())]
+        assert all(name in tools and collect.fits(arguments, schemas[name]) for name, arguments in calls)
+        request, answer = r.messages[0]["content"], r.messages[1]["content"]
+        assert len(tools) in {"multiple": (4,), "single": (1,), "parallel": (2,), "irrelevant": (3,)}.get(kind, (1, 2))
+        assert (r.apis[0] in tools) == (kind != "irrelevant") or kind == "parallel"
+        if kind == "missing":
+            [name] = collect.re.findall("`(.*)`", answer)
+            assert name == "n" and not collect.re.search(r"\bn\b", request)
+            assert len(r.messages) == 2 or json.dumps(calls[0][1]["n"]) in r.messages[2]["content"]
+        if kind == "error":
+            (first, before), (second, after), message = *calls, r.messages[2]["content"]
+            changed = [p for p in before if before[p] != after[p]]
+            assert first == second and before.keys() == after.keys() and len(changed) < 2
+            assert all(json.dumps(value[p], ensure_ascii=False) in message for p in changed for value in (before, after))
+            counts["mended"] += len(changed)
+    assert roles == {"multiple": {"user assistant*"}, "single": {"user assistant*"}, "parallel": {"user assistant**"}, "irrelevant": {"user assistant"},
+                     "missing": {"user assistant", "user assistant user assistant*"}, "error": {"user assistant* tool assistant*"}}
+    assert all(abs(counts[kind] / 1200 - share / 10) < 0.03 for kind, share in KINDS.items()) and counts["mended"] > counts["error"] / 4
+    only = collect.Counter(r.id.split(":")[2] for r in collect.synthesise(apis, 0, {"single": 1.0, "missing": 3.0}))
+    assert only.keys() == {"single", "missing"} and only["missing"] == 600  # as many as there can be
 
 
 def test_a_model_from_the_command_line(endpoint, tmp_path):
