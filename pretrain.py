@@ -349,8 +349,14 @@ def load_checkpoint(directory, corpus, device="cpu", dtype=torch.float32):
 
 
 def distribute(model, args):
-    """The model as it is trained: on its device, compiled, and with several processes a copy in each (DDP) or, with --shard, a part
-    of every tensor in each (FSDP2): a layer's weights are brought together when it runs."""
+    """The model as it is trained: what learns in float32, on its device, compiled, and with several processes a copy in each (DDP) or,
+    with --shard, a part of every tensor in each (FSDP2): a layer's weights are brought together when it runs."""
+    def in_float32(module):
+        for p in module.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()
+        return module
+
     layers = model.model["layers"]
     if args.compile == "yes":
         for module in layers if args.shard else [model]:
@@ -360,9 +366,9 @@ def distribute(model, args):
         policy = half if args.dtype == "bfloat16" else MixedPrecisionPolicy()
         mesh = init_device_mesh(args.device, (dist.get_world_size(),))
         for module in [*layers, model]:  # one after the other, so that no process ever holds the whole in float32
-            fully_shard(module.float(), mesh=mesh, mp_policy=policy)
+            fully_shard(in_float32(module), mesh=mesh, mp_policy=policy)
         return model
-    model.float().to(args.device)
+    in_float32(model).to(args.device)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
 
 
@@ -370,8 +376,9 @@ def distribute(model, args):
 # Data: which windows a step sees
 
 
-def plan_windows(corpus, weights, n_windows, seq_len, seed):
-    """The order of a whole run: (domain index, window index), each (n_windows,), and {domain: epochs}.
+def plan_windows(available, weights, n_windows, seed):
+    """The order of a whole run, from {domain: number of windows} and {domain: weight}: the domains' names, (domain index, window index),
+    each (n_windows,), and {domain: epochs}.
 
     Domains are shared out by weight exactly; each one's windows come in a permutation, without replacement, and in a new
     one every epoch. All follows from the seed.
@@ -384,11 +391,8 @@ def plan_windows(corpus, weights, n_windows, seq_len, seed):
     order = rng.permutation(np.repeat(np.arange(len(names)), counts))
     windows, epochs = np.zeros(n_windows, np.int64), {}
     for i, name in enumerate(names):
-        available = (len(corpus.read(name, "train")) - 1) // seq_len
-        if available < 1:
-            fail(f"{corpus.directory}: the domain {name} has no window of {seq_len} tokens to train on")
-        epochs[name] = counts[i] / available
-        drawn = [rng.permutation(available) for _ in range(math.ceil(epochs[name]))]
+        epochs[name] = counts[i] / available[name]
+        drawn = [rng.permutation(available[name]) for _ in range(math.ceil(epochs[name]))]
         windows[order == i] = np.concatenate(drawn or [np.zeros(0, np.int64)])[:counts[i]]
     return names, order, windows, epochs
 
@@ -414,7 +418,10 @@ def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practi
     seed: a list of integers. practice: the share of windows turned into copying practice. document_mask: get_batch gives segments too,
     which number a window's documents.
     """
-    names, order, windows, epochs = plan_windows(corpus, weights, n_windows, seq_len, seed)
+    available = {name: (len(corpus.read(name, "train")) - 1) // seq_len for name, weight in weights.items() if weight > 0}
+    if missing := [name for name, count in available.items() if count < 1]:
+        fail(f"{corpus.directory}: the domain {missing[0]} has no window of {seq_len} tokens to train on")
+    names, order, windows, epochs = plan_windows(available, weights, n_windows, seed)
     bins = [corpus.read(name, "train") for name in names]
 
     def get_batch(step, rows):
@@ -485,7 +492,8 @@ def wire_copying_heads(model):
     fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
     middle = pair[(0.03 < frequency) & (frequency < 0.1)]
     W = len(slow) // 2 * 2
-    if not (c.model_type == "qwen2" and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3 and len(middle) and C >= 4 * W):
+    biased = c.model_type == "llama" and c.attention_bias
+    if not (biased and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3 and len(middle) and C >= 4 * W):
         return
     first, second = (model.model["layers"][i].self_attn for i in (0, 1))
     # The residual stream's last coordinates are kept free for the notes, W for each; a note is a short code of a token.
@@ -539,7 +547,7 @@ def pretrain(name, init, weights, tokens, corpus, args):
     settle_options(run, options)
     if is_main() and not args.scaling_law:
         write(Path(args.out) / "options.json", json.dumps(vars(args), indent=1))
-    train(run, make_model, get_batch, batch_size, steps, options, corpus, args)
+    train(run, make_model, get_batch, batch_size, steps, held_out_windows(corpus, args, mask), options, corpus, args)
     if is_main():
         print(f"{name}: epochs " + ", ".join(f"{d} {e:.2f}" for d, e in epochs.items()))
     return run
@@ -562,11 +570,12 @@ def settle_options(run, options):
         write(saved, json.dumps(now))
 
 
-def train(run, make_model, get_batch, batch_size, steps, options, corpus, args):
+def train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save=transformer.save):
     """Train for `steps` optimizer steps and leave a checkpoint directory in `run`; go on where an earlier run stopped.
 
     get_batch(step, rows) gives ids, targets and perhaps segments of those rows of a step's batch; each process takes its own. The loss is
-    the sum over the targets, divided once by their number over all processes and micro-batches.
+    the sum over the targets, divided once by their number over all processes and micro-batches. held_out has, by name, what validation
+    runs over, all rows of it; save(model, run, what was trained by name) writes the result.
     """
     rank, world = rank_and_world()
     checkpoints = Checkpoints(run / "train_state", args.keep)
@@ -589,7 +598,7 @@ def train(run, make_model, get_batch, batch_size, steps, options, corpus, args):
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
     for step in range(start, steps + 1):
         if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
-            metrics.log(step=step, **{f"loss/{d}": v for d, v in validation(model, corpus, options, args, autocast).items()})
+            metrics.log(step=step, **{f"loss/{d}": v for d, v in validation(model, held_out, args, autocast).items()})
         stop = add_up(torch.tensor(float(STOP.is_set()))).item()  # so that all processes stop at the same step
         if step > start and (step % args.save_every == 0 or step == steps or stop):
             checkpoints.save(step, skipped, model, optimizer)
@@ -632,10 +641,10 @@ def train(run, make_model, get_batch, batch_size, steps, options, corpus, args):
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(0)
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
     if rank == 0:
         corpus.tokenizer.save(run)
-        transformer.save(model, run, weights)  # last: with the weights the run is finished
+        save(model, run, weights)  # last: with the weights the run is finished
     if dist.is_initialized():
         dist.barrier()
 
@@ -659,7 +668,8 @@ def parameter_groups(model, args):
     groups = {}
     for name, p in model.named_parameters():
         attention, matrix = "self_attn" in name, p.dim() >= 2
-        groups.setdefault((attention, matrix), []).append(p)
+        if p.requires_grad:
+            groups.setdefault((attention, matrix), []).append(p)
     return [{"params": parameters, "weight_decay": args.weight_decay if matrix else 0.0,
              "lr_scale": args.attention_lr if attention else 1.0} for (attention, matrix), parameters in groups.items()]
 
@@ -675,27 +685,34 @@ def learning_rate(step, steps, args):
     return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-@torch.no_grad()
-def validation(model, corpus, options, args, autocast):
-    """Mean loss (nats a token) on the first held-out windows of each domain, which no step trains on. Each process takes its share."""
-    rank, world = rank_and_world()
-    losses = {}
+def held_out_windows(corpus, args, document_mask):
+    """{domain: (ids, targets[, segments])}, (N, T) each: its first held-out windows, which no step trains on."""
+    found = {}
     for domain in VALIDATED:
         ids = corpus.read(domain, "heldout")
         count = min(args.val_windows, (len(ids) - 1) // args.seq_len)
-        if count == 0:
-            continue
-        rows = own_rows(count, rank, world)
-        windows = np.stack([ids[i * args.seq_len:][:args.seq_len + 1] for i in rows % count]).astype(np.int64)
-        batch = [windows[:, :-1], np.where(rows[:, None] < count, windows[:, 1:], -100)]
-        if options.get("document_mask"):
-            batch.append(number_documents(windows[:, :-1], corpus.tokenizer.end_of_text))
-        batch = [torch.from_numpy(np.ascontiguousarray(a)).to(args.device) for a in batch]
+        if count > 0:
+            windows = np.stack([ids[i * args.seq_len:][:args.seq_len + 1] for i in range(count)]).astype(np.int64)
+            segments = [number_documents(windows[:, :-1], corpus.tokenizer.end_of_text)] if document_mask else []
+            found[domain] = windows[:, :-1], windows[:, 1:], *segments
+    return found
+
+
+@torch.no_grad()
+def validation(model, held_out, args, autocast):
+    """Mean loss (nats a learned token) of each domain of `held_out`. Each process takes its share of the windows."""
+    rank, world = rank_and_world()
+    losses = {}
+    for domain, (ids, targets, *segments) in held_out.items():
+        rows = own_rows(len(ids), rank, world)
+        own, padding = rows % len(ids), rows[:, None] >= len(ids)
+        arrays = ids[own], np.where(padding, -100, targets[own]), *(s[own] for s in segments)
+        batch = [torch.from_numpy(np.ascontiguousarray(a)).to(args.device) for a in arrays]
         total = torch.zeros((), device=args.device)
         for i in range(0, len(rows), args.micro_batch):
             with autocast:
                 total += model(*(a[i:i + args.micro_batch] for a in batch))
-        losses[domain] = add_up(total).item() / (count * args.seq_len)
+        losses[domain] = add_up(total).item() / (targets >= 0).sum()
     return losses
 
 
@@ -718,6 +735,7 @@ class Checkpoints:
     A state is copied at once and written while training goes on. It counts from the moment when its index, .metadata, appears,
     which torch.distributed.checkpoint writes last and under another name first.
     """
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)  # not strict: what is frozen is not in the state
 
     def __init__(self, directory, keep):
         self.directory, self.keep, self.saving = directory, keep, None
@@ -731,7 +749,7 @@ class Checkpoints:
     def save(self, step, skipped, model, optimizer):
         """Begin to save the state before `step`. Blocks while it is copied, and until the one before is written."""
         self.finish()
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=self.options)
         state = {"model": weights, "optimizer": moments, "skipped": torch.tensor(skipped)}
         self.saving = dcp.async_save(state, checkpoint_id=self.directory / f"step-{step}", process_group=self.own_group,
                                      no_dist=self.own_group is None)
@@ -757,7 +775,7 @@ class Checkpoints:
         """Put the newest state into the model and optimizer. Returns its step and the number of steps skipped by then."""
         if not (newest := self.newest()):
             return 0, 0
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizer, options=self.options)
         state = {"model": weights, "optimizer": moments, "skipped": torch.tensor(0)}
         try:
             with open(newest / ".metadata", "rb") as index:
@@ -765,7 +783,7 @@ class Checkpoints:
             dcp.load(state, checkpoint_id=newest, process_group=self.own_group, no_dist=self.own_group is None)
         except (Exception, CheckpointException) as error:
             fail(f"{newest} cannot be read: {first_cause(error)}. Remove it to go on from the checkpoint before")
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=self.options)
         return int(newest.name[5:]), int(state["skipped"])
 
 
@@ -825,9 +843,9 @@ def report(runs):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         last = [line for line in lines if "tokens" in line][-1]
         rates = sorted(line["tokens_per_second"] for line in lines if "tokens" in line)
-        losses = [line for line in lines if "loss/code" in line][-1]
+        losses = [{k[5:]: v for k, v in line.items() if k.startswith("loss/")} for line in lines if "tokens" not in line][-1]
         print(f"{run.name:<16} {last['step']:>6,} {last['tokens']:>12,} {rates[len(rates) // 2]:>9,.0f}   "
-              + ", ".join(f"{d} {losses[f'loss/{d}'] or math.nan:.3f}" for d in VALIDATED if f"loss/{d}" in losses))
+              + ", ".join(f"{d} {math.nan if loss is None else loss:.3f}" for d, loss in losses.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
