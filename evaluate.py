@@ -175,19 +175,29 @@ def calls(model, tokenizer, conversations, args, constrained):
 def judge(record, prompt, output, ended=True):
     """One item: the output's calls against the recorded ones, as a verdict of VERDICTS and scores.
 
-    Without a call it is a refusal only if it is words and ended by itself; garbage must not look like wisdom.
+    Without a call it is a refusal only if it is words and ended by itself; garbage must not look like wisdom. To ask for a parameter
+    is to name it.
     """
+    *before, answer = record.messages
     tools = [t["function"] for t in record.tools]
-    gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in record.messages[-1].get("tool_calls") or []]
+    gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in answer.get("tool_calls") or []]
+    missing = re.findall(r"`([^`]+)`", answer["content"])  # what the recorded answer asks for
     calls = parse_calls(output)
     if calls is None or (not calls and not (ended and re.fullmatch(r"[^<>]*\w[^<>]*", output))):
         verdict = "unparseable"
     elif not calls:
-        verdict = "abstained" if gold else "right"
+        verdict = "abstained" if gold else "right" if all(name in output for name in missing) else "wrong"
     else:
         verdict = "right" if gold and check_call(tools, calls, gold) else "wrong"
-    kind = ("no tool fits" if not gold else "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools")
-    scores = {f"right: {kind}": float(verdict == "right")}
+    if any(m["role"] == "tool" for m in before):
+        kind = "mended after an error"
+    elif not gold:
+        kind = "asks what is missing" if missing else "no tool fits"
+    elif len(before) > 1:
+        kind = "calls once told"
+    else:
+        kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools"
+    scores = {f"right: {kind}": float(verdict == "right"), "a call or clean words": float(verdict != "unparseable"), "stops by itself": float(ended)}
     if gold:
         name = Counter(n for n, _ in calls or []) == Counter(n for n, _ in gold)
         scores |= {"name": float(name), "name and arguments": float(verdict == "right")}
