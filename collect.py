@@ -107,7 +107,7 @@ def parse_args():
     parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
-    parser.add_argument("--kinds", type=shares, metavar="KIND=SHARE,...", default=",".join(f"{k}={v}" for k, v in KINDS.items()),
+    parser.add_argument("--kinds", type=shares(KINDS), metavar="KIND=SHARE,...", default=",".join(f"{k}={v}" for k, v in KINDS.items()),
                         help="shares of the kinds of these conversations; where an API allows no such kind, it goes to the others")
     group = parser.add_argument_group("python")
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
@@ -140,12 +140,14 @@ def regex(text):
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def shares(text):
-    """'single=2,error=1' as {kind of conversation: share}, for argparse."""
-    given = {kind: float(share) for kind, _, share in (part.partition("=") for part in text.split(","))}
-    if not given.keys() <= KINDS.keys() or min(given.values()) < 0 or not sum(given.values()) > given.get("missing", 0):
-        raise argparse.ArgumentTypeError(f"shares such as single=2,error=1; there are {', '.join(KINDS)}; missing not alone")
-    return given
+def shares(kinds):
+    """The type, for argparse, of texts such as 'single=2,error=1': {kind: share} of some of the kinds."""
+    def parse(text):
+        given = {kind: float(share) for kind, _, share in (part.partition("=") for part in text.split(","))}
+        if not given.keys() <= {*kinds} or min(given.values()) < 0 or not sum(given.values()):
+            raise argparse.ArgumentTypeError(f"shares such as {next(iter(kinds))}=1, of {', '.join(kinds)}")
+        return given
+    return parse
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -2295,10 +2297,10 @@ def minified(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # Function-calling conversations from documentation
 
-REQUESTS = ["{d} {a}", "{a} {d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
+REQUESTS = ["{d} {a}", "{a}\n{d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
             "Here is what I want. {d} {a}", "Can you help? {d} {a}", "My goal: {d} {a}", "Next step: {d} {a}"]
 ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "use {v} for {p}", "{v} as {p}", "let {p} be {v}", "{p}: {v}"]
-KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
+KINDS = {"multiple": 3, "turns": 3, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
 ERRORS = ["Error: {p} {v} was not found. Did you mean {w}?", "ValueError: {v} is not valid for {p}; use {w}",
           "Error: {p} must not be {v}. The nearest valid value is {w}."]
@@ -2350,12 +2352,13 @@ def indexes(apis, seed, sizes=(4, 5, 6)):
 def synthesise(apis, seed, shares):
     """Two conversations on each API that can be called with JSON arguments, of kinds drawn by `shares`. Yields Records.
 
-    single: one tool; multiple: one of four fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
-    what a required parameter needs, and the assistant asks for it; error: a call fails, and is made again as the error message says.
-    The first four are those of the Berkeley Function-Calling Leaderboard. Nothing here knows which APIs are held out.
+    single: one tool; multiple: one of four fits; turns: three requests, each for one of four; parallel: two calls at once; irrelevant: no
+    tool fits; missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call fails, and is
+    made again as the error message says. Nothing here knows which APIs are held out.
     """
     usable = sorted((a for a in apis if can_call(a)), key=lambda a: unit_hash(a["name"]))
-    words = sorted({w for a in apis for w in re.findall(r"\b[a-z]{3,12}\b", a["description"])})
+    counts = Counter(w for a in apis for w in re.findall(r"\b[a-z]{3,12}\b", a["description"]))
+    words = sorted(counts, key=lambda w: (-counts[w], w))[:500]  # common ones, which values are made of
     # Only a call with a required parameter can lack one: the share of "missing" among these makes up for the others.
     lacking = shares.get("missing", 0) / sum(shares.values()) * len(usable) / max(1, sum(bool(a["parameters"]["required"]) for a in usable))
     kinds = {kind: share for kind, share in shares.items() if kind != "missing"}
@@ -2364,23 +2367,29 @@ def synthesise(apis, seed, shares):
         for n in range(2):
             rng = random.Random(f"{seed} {n} {api['name']}")
             asks = api["parameters"]["required"] and rng.random() < lacking
+            if not asks and not sum(kinds.values()):
+                continue
             kind = "missing" if asks else rng.choices(list(kinds), kinds.values())[0]
-            count = {"single": 0, "parallel": 1, "multiple": 3, "irrelevant": 3}.get(kind, rng.randrange(2))
+            kind = "single" if kind == "irrelevant" and not neighbours else kind
+            count = {"single": 0, "parallel": 1, "multiple": 3, "turns": 3, "irrelevant": 3}.get(kind, rng.randrange(2))
             others = rng.sample(neighbours, min(len(neighbours), count))
-            tools = others if kind == "irrelevant" and others else [api, *others]
+            tools = others if kind == "irrelevant" else [api, *others]
             rng.shuffle(tools)
-            targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
+            targets = [api] + {"parallel": rng.choices(tools), "turns": others[:2]}.get(kind, [])
             calls = [(t["name"], random_arguments(t["parameters"], rng, words)) for t in targets]
             definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")}} for t in tools]
             yield Record(f"instruction:{n}:{kind}:{api['name']}", "instruction", api["source"], api["license"],
-                         sorted({t["name"] for t in [api, *targets]}), messages=conversation(kind if others or kind != "irrelevant" else "single", targets, calls, rng, words),
-                         tools=definitions)
+                         sorted({t["name"] for t in [api, *targets]}), messages=conversation(kind, targets, calls, rng, words), tools=definitions)
 
 
 def conversation(kind, targets, calls, rng, words):
     """The messages of a conversation of that kind, in which the `targets` are called, or should be."""
     api, (name, arguments) = targets[0], calls[0]
-    request = " Also: ".join(ask(t["description"], a, rng) for t, (_, a) in zip(targets, calls))
+    requests = [ask(t["description"], a, rng) for t, (_, a) in zip(targets, calls)]
+    if kind == "turns":
+        turns = [[chat_message("user", r), chat_message("assistant", calls=[c]), chat_message("tool", "ok")] for r, c in zip(requests, calls)]
+        return sum(turns[::-1], [])[:-1]
+    request = "\nAlso: ".join(requests)
     if kind == "irrelevant":
         return [chat_message("user", request), chat_message("assistant", rng.choice(REFUSALS))]
     if kind == "missing":
@@ -2410,7 +2419,7 @@ def can_call(api):
 def ask(description, arguments, rng):
     """A request in words that holds all that the call needs."""
     stated = ", ".join(state(p, v, rng) for p, v in arguments.items())
-    return rng.choice(REQUESTS).format(d=description.rstrip(".") + ".", a=stated + "." if stated else "").strip()
+    return rng.choice(REQUESTS).format(d=description.rstrip(".") + ".", a=stated).strip()  # no full stop after a value, lest it be copied
 
 
 def state(parameter, value, rng):

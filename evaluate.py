@@ -72,7 +72,7 @@ def parse_args():
         "(default: base, control and ours under --out)")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, default=300, help="items of a suite (of a domain, in the loss suite) at most")
+    add("--limit", type=int, default=600, help="items of a suite (of a domain, in the loss suite) at most")
     add("--seq-len", type=int, default=384, help="tokens of a document that the loss suite reads; longest prompt and answer")
     add("--batch-size", type=int, default=32, help="sequences of one forward pass")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -189,12 +189,12 @@ def judge(record, prompt, output, ended=True):
         verdict = "abstained" if gold else "right" if all(name in output for name in missing) else "wrong"
     else:
         verdict = "right" if gold and check_call(tools, calls, gold) else "wrong"
-    if any(m["role"] == "tool" for m in before):
+    if before[-1]["role"] == "tool":
         kind = "mended after an error"
     elif not gold:
         kind = "asks what is missing" if missing else "no tool fits"
     elif len(before) > 1:
-        kind = "calls once told"
+        kind = "third request" if before[-2]["role"] == "tool" else "calls once told"
     else:
         kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools"
     scores = {f"right: {kind}": float(verdict == "right"), "a call or clean words": float(verdict != "unparseable"), "stops by itself": float(ended)}

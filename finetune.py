@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import model as transformer
 from build_corpus import Tokenizer, coloured, write
-from collect import HelpFormatter, Record, fail, read_values, run_main, unit_hash, value_records
+from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
 from pretrain import (add_training_flags, held_out_windows, is_main, load_checkpoint, number, open_corpus, plan_windows, report, settle_options,
                       setup, train, training_options)
 
@@ -70,8 +70,8 @@ def parse_args():
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--tokens", type=number, default=1_200_000, help="tokens trained on, whatever their number in the data")
     length.add_argument("--epochs", type=float, help="how often to train on all of it instead")
-    add("--mix", type=mixture, metavar="KIND=SHARE,...", help="shares of conversations with tools and without, by tokens, such as tools=3,chat=1 "
-        "(default: as they are)")
+    add("--mix", type=shares(("tools", "chat")), metavar="KIND=SHARE,...", help="shares of conversations with tools and without, by tokens, "
+        "such as tools=3,chat=1 (default: as they are)")
     add("--last-turn", action="store_true", help="learn only what follows the last message of the user, not all that the assistant writes")
     add("--thoughts", action=argparse.BooleanOptionalAction, default=True, help="learn what the assistant writes between <think> and </think> too")
     add("--lora-rank", type=int, default=0, metavar="R", help="train only a low-rank update of this rank for each projection (LoRA), which is "
@@ -84,14 +84,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def mixture(text):
-    """'tools=3,chat=1' as {kind: share}, for argparse."""
-    given = {kind: float(share) for kind, _, share in (part.partition("=") for part in text.split(","))}
-    if not given.keys() <= {"tools", "chat"} or min(given.values()) < 0 or not sum(given.values()):
-        raise argparse.ArgumentTypeError("shares such as tools=3,chat=1")
-    return given
-
-
 def projections(text):
     """'q,up' as the names of the projections in a layer, for argparse."""
     names = [f"{part}_proj" for part in text.split(",")]
@@ -102,12 +94,13 @@ def projections(text):
 
 def tune(run, init, corpus, args):
     """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
-    chosen = by_kind(corpus, args.mix)
-    packed = {kind: pack(corpus, "train", which, args.seq_len) for kind, which in chosen.items()}
-    windows = {kind: windows for kind, (windows, _) in packed.items()}
-    too_long, in_all = sum(count for _, count in packed.values()), sum(map(len, windows.values()))
+    windows, too_long = {}, 0
+    for kind, chosen in by_kind(corpus, args.mix).items():
+        windows[kind], left_out = pack(corpus, "train", chosen, args.seq_len)
+        too_long += left_out
+    positions = sum(map(len, windows.values())) * args.seq_len
     batch_size = args.batch_tokens // args.seq_len
-    tokens = int(args.epochs * in_all * args.seq_len) if args.epochs else args.tokens
+    tokens = int(args.epochs * positions) if args.epochs else args.tokens
     steps = tokens // (batch_size * args.seq_len)
     if steps < 1:
         fail(f"{'--epochs' if args.epochs else '--tokens'}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
@@ -134,9 +127,9 @@ def tune(run, init, corpus, args):
 
     train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save_merged if args.lora_rank else transformer.save)
     if is_main():
-        count, used = (sum(f(w) for kind in windows.values() for w in kind) for f in (len, lambda w: sum(b - a for a, b in w)))
-        print(f"{run.name}: {count:,} conversations in {in_all:,} windows, {used / (in_all * args.seq_len):.1%} of positions used, "
-              f"{too_long:,} too long for a window; epochs " + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
+        lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
+        print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, {sum(lengths) / positions:.1%} of positions "
+              f"used, {too_long:,} too long for a window; epochs " + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

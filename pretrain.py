@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import Corpus, Tokenizer, read_json, write
-from collect import HelpFormatter, fail, run_main
+from collect import HelpFormatter, fail, run_main, shares
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # share of what was retrieved from a pool in the agent share of stage 1, where the corpus has it
@@ -137,7 +137,8 @@ def parse_args():
         "shapes, or checkpoint directories to begin from; the last is left out of the fit, for the check")
     add("--tokens", type=listed(number), default="150e3,300e3,450e3", help="of --scaling-law: tokens of a run; the last is for the check")
     add("--seeds", type=int, default=2, help="of --scaling-law: runs of each kind in the grid, and twice as many in the check")
-    add("--weights", type=weights, default="agent=1,code=1,text=1", help="of --scaling-law: what the losses count, each relative to the base's")
+    add("--weights", type=shares(TARGETS), default="agent=1,code=1,text=1",
+        help="of --scaling-law: what the losses count, each relative to the base's")
     add("--plot", action="store_true", help="of --scaling-law: draw out/scaling/scaling_law.png, with matplotlib")
     add("--plan", action="store_true", help="print what such a run needs on --gpus of the kind --gpu, and end: memory, tokens/s, days")
     add("--gpus", type=int, default=8, help="of --plan: how many")
@@ -221,15 +222,6 @@ def shape_of(name):
     if layers < 1 or dim < 64 or dim % 64:
         raise ValueError(name)
     return dict(n_layers=layers, dim=dim, n_heads=dim // 64, n_kv_heads=dim // 64, hidden_dim=64 * round(dim * 8 / 3 / 64))
-
-
-def weights(text):
-    """'agent=1,code=1,text=1' as {name: weight}."""
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    found = {name: float(number) for name, _, number in pairs}
-    if not found.keys() <= {"agent", "code", "text"} or min(found.values()) < 0 or sum(found.values()) <= 0:
-        raise argparse.ArgumentTypeError("weights such as agent=1,code=1,text=1")
-    return {name: found.get(name, 0.0) for name in ("agent", "code", "text")}
 
 
 def ratio(text):

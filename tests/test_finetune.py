@@ -183,11 +183,21 @@ def test_nothing_to_learn_is_an_error(small_corpus, start, tmp_path):
     assert "no token to learn from" in error
 
 
-def test_show(small_corpus, start, tmp_path):
-    text = run("finetune.py", "--corpus", small_corpus, "--show", 2).stdout
+def main(monkeypatch, *flags):
+    """finetune.py's main in this process, which it must not change."""
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, flags)])
+    monkeypatch.setattr(finetune, "setup", lambda args: None)
+    finetune.main()
+
+
+def test_show(small_corpus, start, tmp_path, monkeypatch, capsys):
+    main(monkeypatch, "--corpus", small_corpus, "--show", 2)
+    text = capsys.readouterr().out
     assert text.count("--- conversation") == 2 and "‖" in text
-    file = chat_file(tmp_path / "c.jsonl", [BY_HAND["thoughts"][:2]])
-    shown = [run("finetune.py", "--data", file, "--init", start / "stage2", "--show", 1, *flags).stdout for flags in ((), ["--no-thoughts"], ["--last-turn"])]
+    file, shown = chat_file(tmp_path / "c.jsonl", [BY_HAND["thoughts"][:2]]), []
+    for flags in ((), ["--no-thoughts"], ["--last-turn"]):
+        main(monkeypatch, "--data", file, "--init", start / "stage2", "--show", 1, *flags)
+        shown.append(capsys.readouterr().out)
     assert len({s.split("\n")[0] for s in shown}) == 3 and "<think>‖" in shown[0] and "<think>|" in shown[1]
     assert all(s.replace("‖", "|").split("\n")[1:] == shown[0].replace("‖", "|").split("\n")[1:] for s in shown)
 
@@ -346,10 +356,8 @@ def test_bad_chat_files_are_named(start, tmp_path, capsys, content, named):
     (["--mix", "chat=1"], "--mix"), (["--lora-projections", "q,z"], "--lora-projections"), (["--lora-rank", -1], "--lora-rank"),
     (["--keep-adapter"], "--lora-rank"), (["--epochs", 1e-6], "--epochs"), (["--epochs", 1, "--tokens", 1], "not allowed with")])
 def test_bad_input_is_named(small_corpus, start, tmp_path, monkeypatch, capsys, flags, named):
-    monkeypatch.setattr(sys, "argv", [*map(str, ["finetune.py", "--corpus", small_corpus, "--out", start, *SMALL, *flags])])
-    monkeypatch.setattr(finetune, "setup", lambda args: None)  # which changes the process
     with pytest.raises(SystemExit) as exit:
-        finetune.main()
+        main(monkeypatch, "--corpus", small_corpus, "--out", start, *SMALL, *flags)
     assert exit.value.code == 2 and named in capsys.readouterr().err
 
 

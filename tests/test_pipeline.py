@@ -20,9 +20,9 @@ def flags(script, corpus, out):
 
 
 @pytest.fixture(scope="module")
-def unbroken(corpus, tmp_path_factory):
+def unbroken(small_corpus, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    return out, {script: run(script, *flags(script, corpus, out)).stdout for script in STAGES}
+    return out, {script: run(script, *flags(script, small_corpus, out)).stdout for script in STAGES}
 
 
 def test_table_and_results(unbroken):
@@ -45,19 +45,19 @@ def test_table_and_results(unbroken):
     assert all(name in item["prompt"] for item in constrained for name, _ in item["calls"] or [])
 
 
-def test_only_the_models_named(unbroken, corpus):
+def test_only_the_models_named(unbroken, small_corpus):
     out, _ = unbroken
-    table = run("evaluate.py", *flags("evaluate.py", corpus, out), "--model", out / "ours", "--seq-len", 256).stdout
+    table = run("evaluate.py", *flags("evaluate.py", small_corpus, out), "--model", out / "ours", "--seq-len", 256).stdout
     assert "control" not in table.splitlines()[0] and "ours" in table.splitlines()[0]
-    assert "nowhere" in run("evaluate.py", "--corpus", corpus, "--model", "nowhere", ok=False).stderr
-    run("evaluate.py", *flags("evaluate.py", corpus, out))  # so that results.json is again that of the default models
+    assert "nowhere" in run("evaluate.py", "--corpus", small_corpus, "--model", "nowhere", ok=False).stderr
+    run("evaluate.py", *flags("evaluate.py", small_corpus, out))  # so that results.json is again that of the default models
 
 
-def test_killed_in_every_stage_the_table_is_the_same(unbroken, corpus, tmp_path):
+def test_killed_in_every_stage_the_table_is_the_same(unbroken, small_corpus, tmp_path):
     """kill -9 after 6 and 8 seconds in each stage, then the same command to its end."""
     out, _ = unbroken
     for script in STAGES:
-        command = [sys.executable, str(ROOT / script), *flags(script, corpus, tmp_path)]
+        command = [sys.executable, str(ROOT / script), *flags(script, small_corpus, tmp_path)]
         for seconds in (6, 8):
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             time.sleep(seconds)

@@ -607,8 +607,8 @@ def test_scaling_law(trained, small_corpus, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--sizes", "1x64,2x64"], "at least three --sizes"), (["--tokens", "512,1024"], "at least three --sizes and --tokens"),
     (["--ratios", "0,0.2,0.4"], "five --ratios"), (["--ratios", "0,0.2,0.4,0.6,1"], "1 is not a share"), (["--seeds", 0], "a seed"),
-    (["--sizes", "1x64,2x64,2x65"], "2x65 is none of tiny"), (["--sizes", "huge"], "huge is none of tiny"), (["--weights", "agents=1"], "weights such as"),
-    (["--weights", "agent=0"], "weights such as"), (["--resume"], "not allowed with argument"), (["--shard"], "--shard divides"),
+    (["--sizes", "1x64,2x64,2x65"], "2x65 is none of tiny"), (["--sizes", "huge"], "huge is none of tiny"), (["--weights", "agents=1"], "shares such as"),
+    (["--weights", "agent=0"], "shares such as"), (["--resume"], "not allowed with argument"), (["--shard"], "--shard divides"),
     (["--tokens", "100,200,300"], "less than a step"), (["--mix", "1:0:0"], "has neither")])
 def test_scaling_law_bad_options(options, message, small_corpus, tmp_path):
     assert message in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *options, ok=False).stderr
