@@ -2300,7 +2300,7 @@ def minified(text):
 REQUESTS = ["{d} {a}", "{a}\n{d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
             "Here is what I want. {d} {a}", "Can you help? {d} {a}", "My goal: {d} {a}", "Next step: {d} {a}"]
 ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "use {v} for {p}", "{v} as {p}", "let {p} be {v}", "{p}: {v}"]
-KINDS = {"multiple": 3, "turns": 3, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
+KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
 ERRORS = ["Error: {p} {v} was not found. Did you mean {w}?", "ValueError: {v} is not valid for {p}; use {w}",
           "Error: {p} must not be {v}. The nearest valid value is {w}."]
@@ -2352,9 +2352,9 @@ def indexes(apis, seed, sizes=(4, 5, 6)):
 def synthesise(apis, seed, shares):
     """Two conversations on each API that can be called with JSON arguments, of kinds drawn by `shares`. Yields Records.
 
-    single: one tool; multiple: one of four fits; turns: three requests, each for one of four; parallel: two calls at once; irrelevant: no
-    tool fits; missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call fails, and is
-    made again as the error message says. Nothing here knows which APIs are held out.
+    single: one tool; multiple: one of four fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
+    what a required parameter needs, and the assistant asks for it; error: a call fails, and is made again as the error message says.
+    Nothing here knows which APIs are held out.
     """
     usable = sorted((a for a in apis if can_call(a)), key=lambda a: unit_hash(a["name"]))
     counts = Counter(w for a in apis for w in re.findall(r"\b[a-z]{3,12}\b", a["description"]))
@@ -2371,11 +2371,11 @@ def synthesise(apis, seed, shares):
                 continue
             kind = "missing" if asks else rng.choices(list(kinds), kinds.values())[0]
             kind = "single" if kind == "irrelevant" and not neighbours else kind
-            count = {"single": 0, "parallel": 1, "multiple": 3, "turns": 3, "irrelevant": 3}.get(kind, rng.randrange(2))
+            count = {"single": 0, "parallel": 1, "multiple": 3, "irrelevant": 3}.get(kind, rng.randrange(2))
             others = rng.sample(neighbours, min(len(neighbours), count))
             tools = others if kind == "irrelevant" else [api, *others]
             rng.shuffle(tools)
-            targets = [api] + {"parallel": rng.choices(tools), "turns": others[:2]}.get(kind, [])
+            targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
             calls = [(t["name"], random_arguments(t["parameters"], rng, words)) for t in targets]
             definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")}} for t in tools]
             yield Record(f"instruction:{n}:{kind}:{api['name']}", "instruction", api["source"], api["license"],
@@ -2385,11 +2385,7 @@ def synthesise(apis, seed, shares):
 def conversation(kind, targets, calls, rng, words):
     """The messages of a conversation of that kind, in which the `targets` are called, or should be."""
     api, (name, arguments) = targets[0], calls[0]
-    requests = [ask(t["description"], a, rng) for t, (_, a) in zip(targets, calls)]
-    if kind == "turns":
-        turns = [[chat_message("user", r), chat_message("assistant", calls=[c]), chat_message("tool", "ok")] for r, c in zip(requests, calls)]
-        return sum(turns[::-1], [])[:-1]
-    request = "\nAlso: ".join(requests)
+    request = "\nAlso: ".join(ask(t["description"], a, rng) for t, (_, a) in zip(targets, calls))
     if kind == "irrelevant":
         return [chat_message("user", request), chat_message("assistant", rng.choice(REFUSALS))]
     if kind == "missing":

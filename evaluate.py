@@ -194,7 +194,7 @@ def judge(record, prompt, output, ended=True):
     elif not gold:
         kind = "asks what is missing" if missing else "no tool fits"
     elif len(before) > 1:
-        kind = "third request" if before[-2]["role"] == "tool" else "calls once told"
+        kind = "calls once told"
     else:
         kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools"
     scores = {f"right: {kind}": float(verdict == "right"), "a call or clean words": float(verdict != "unparseable"), "stops by itself": float(ended)}

@@ -2,8 +2,8 @@
 
 In:   out/stage2 and out/control-stage2 (pretrain.py), or any checkpoint directory with --init; the conversations of data/corpus
       (build_corpus.py), or of chat records given with --data, in any format that collect.py knows
-Out:  out/ours and out/control, or out/<name>: Hugging Face checkpoint directories with chat template and stop tokens, which
-      `vllm serve DIR --enable-auto-tool-choice --tool-call-parser hermes` and transformers take as they are
+Out:  out/ours and out/control, or out/<name>: Hugging Face checkpoint directories with chat template and stop tokens, in the
+      form that transformers and `vllm serve DIR --enable-auto-tool-choice --tool-call-parser hermes` read
 
 Laptop:    python finetune.py
 One GPU:   python finetune.py --init DIR --data chats.jsonl --epochs 3 --seq-len 4096 --batch-tokens 131072 --micro-batch 1 \\

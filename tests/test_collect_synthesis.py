@@ -314,7 +314,7 @@ def test_by_templates_without_an_endpoint(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-KINDS = {"multiple": 3, "turns": 1, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}
+KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}
 
 
 def test_kinds_of_conversations():
@@ -332,8 +332,8 @@ def test_kinds_of_conversations():
         calls = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for m in r.messages for c in m.get("tool_calls", ())]
         assert all(name in tools and collect.fits(arguments, schemas[name]) for name, arguments in calls)
         request, answer = r.messages[0]["content"], r.messages[1]["content"]
-        assert len(tools) in {"multiple": (4,), "turns": (4,), "single": (1,), "parallel": (2,), "irrelevant": (3,)}.get(kind, (1, 2))
-        assert (r.apis[0] in tools) == (kind != "irrelevant") and (kind != "turns" or len({name for name, _ in calls}) == len(r.apis) == 3)
+        assert len(tools) in {"multiple": (4,), "single": (1,), "parallel": (2,), "irrelevant": (3,)}.get(kind, (1, 2))
+        assert (r.apis[0] in tools) == (kind != "irrelevant")
         if kind == "missing":
             [name] = collect.re.findall("`(.*)`", answer)
             assert name == "n" and not collect.re.search(r"\bn\b", request)
@@ -344,7 +344,7 @@ def test_kinds_of_conversations():
             assert first == second and before.keys() == after.keys() and len(changed) < 2
             assert all(json.dumps(value[p], ensure_ascii=False) in message for p in changed for value in (before, after))
             counts["mended"] += len(changed)
-    assert roles == {"multiple": {"user assistant*"}, "turns": {"user assistant* tool user assistant* tool user assistant*"}, "single": {"user assistant*"}, "parallel": {"user assistant**"}, "irrelevant": {"user assistant"},
+    assert roles == {"multiple": {"user assistant*"}, "single": {"user assistant*"}, "parallel": {"user assistant**"}, "irrelevant": {"user assistant"},
                      "missing": {"user assistant", "user assistant user assistant*"}, "error": {"user assistant* tool assistant*"}}
     assert all(abs(counts[kind] / 1200 - share / 10) < 0.03 for kind, share in KINDS.items()) and counts["mended"] > counts["error"] / 4
     only = collect.Counter(r.id.split(":")[2] for r in collect.synthesise(apis, 0, {"single": 1.0, "missing": 3.0}))
