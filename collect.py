@@ -2299,7 +2299,7 @@ def minified(text):
 
 REQUESTS = ["{d} {a}", "{a}\n{d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
             "Here is what I want. {d} {a}", "Can you help? {d} {a}", "My goal: {d} {a}", "Next step: {d} {a}"]
-ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "use {v} for {p}", "{v} as {p}", "let {p} be {v}", "{p}: {v}"]
+ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "let {p} be {v}", "{p}: {v}", "{p} should be {v}", "with {p} {v}"]
 KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
 ERRORS = ["Error: {p} {v} was not found. Did you mean {w}?", "ValueError: {v} is not valid for {p}; use {w}",

@@ -72,7 +72,7 @@ def parse_args():
         "(default: base, control and ours under --out)")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, default=600, help="items of a suite (of a domain, in the loss suite) at most")
+    add("--limit", type=int, default=1000, help="items of a suite (of a domain, in the loss suite) at most")
     add("--seq-len", type=int, default=384, help="tokens of a document that the loss suite reads; longest prompt and answer")
     add("--batch-size", type=int, default=32, help="sequences of one forward pass")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
