@@ -63,7 +63,28 @@ def record(calls=None):
 def test_verdicts(calls, output, verdict):
     item = evaluate.judge(record(calls), "prompt", output)
     assert item["verdict"] == verdict in evaluate.VERDICTS
-    assert max(item["scores"].values()) == (verdict == "right" or (verdict == "wrong" and calls is not None))
+    scores = item["scores"]
+    assert scores["a call or clean words"] == (verdict != "unparseable") and scores["stops by itself"]
+    assert all(score == (verdict == "right") for name, score in scores.items() if name.startswith("right"))
+    assert (scores["name"], scores["name and arguments"]) == (verdict in ("right", "wrong"), verdict == "right") if calls else "name" not in scores
+
+
+def conversation(*messages):
+    """Kinds are told by what stands before the answer, and by what it asks for."""
+    return Record("i", "instruction", "s", "MIT", [], messages=list(messages), tools=[{"type": "function", "function": t} for t in TOOLS])
+
+
+@pytest.mark.parametrize("before, answer, output, kind, verdict", [
+    ([chat_message("user", "Roll.")], chat_message("assistant", "What should `shift` be?"), "Please tell me shift.", "asks what is missing", "right"),
+    ([chat_message("user", "Roll.")], chat_message("assistant", "What should `shift` be?"), "I cannot.", "asks what is missing", "wrong"),
+    ([chat_message("user", "Roll."), chat_message("assistant", "What should `shift` be?"), chat_message("user", "1")],
+     chat_message("assistant", "", [("roll", {"shift": 1})]), '<tool_call>\n{"name": "roll", "arguments": {"shift": 1}}\n</tool_call>', "calls once told", "right"),
+    ([chat_message("user", "Roll."), chat_message("assistant", "", [("roll", {"shift": 1})]), chat_message("tool", "Error: use 2")],
+     chat_message("assistant", "", [("roll", {"shift": 2})]), '<tool_call>\n{"name": "roll", "arguments": {"shift": 1}}\n</tool_call>', "mended after an error", "wrong"),
+    ([chat_message("user", "Cook.")], chat_message("assistant", "No tool fits."), "None of them.", "no tool fits", "right")])
+def test_kinds_of_items(before, answer, output, kind, verdict):
+    item = evaluate.judge(conversation(*before, answer), "prompt", output)
+    assert item["verdict"] == verdict and item["scores"][f"right: {kind}"] == (verdict == "right")
 
 
 LEGAL = ['<tool_call>\n{"name": "roll", "arguments": {"shift": -12, "scale": 1.5e-3, "mode": "clip"}}\n</tool_call>',
@@ -103,6 +124,7 @@ def test_constraint_picks_the_likeliest_legal_token():
         logits = torch.randn(tokenizer.vocab_size, generator=rng)
         for close in b'}"]':
             logits[close] += 3  # lest values never end
+        logits[tokenizer.im_end] += 3  # nor calls
         ids.append(constraint(0, ids, logits))
         if ids[-1] == tokenizer.im_end:
             break
