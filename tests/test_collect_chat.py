@@ -343,7 +343,7 @@ SPOTS = [
     ("fireact/gpt_format_multitask_multimethod.jsonl", 0, 2, "tool: Flowing water finds", ""),
     ("glaive/glaive_toolcall_en_demo.json", 0, 3, "assistant: ",
      "search_recipes(ingredients=['chicken', 'bell peppers', 'rice'])"),
-    ("glaive/reason_tool_use_demo_50.jsonl", 1, 2, "assistant: Alright, the user wants", "get_movie_details(title='Inception')"),
+    ("glaive/reason_tool_use_demo_50.jsonl", 1, 2, "assistant: (Alright, the user wants", "get_movie_details(title='Inception')"),
     ("gorilla_apibench/torchhub_train.jsonl", 1, 1, "assistant: Load the pretrained MiDaS",
      "torch.hub.load(repo_or_dir='intel-isl/MiDaS', model='MiDaS_small', pretrained=True)"),
     ("intercode/bash_gpt-3.5_plan_solve_fs4.json", 0, 3, "assistant: Use the `-r` option",
