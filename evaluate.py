@@ -410,11 +410,11 @@ def bootstrap(values, resamples=2000):
 def print_table(results, names):
     baseline = names[-2] if len(names) > 1 else None
     head = "".join(f"{n:>9}" for n in names)
-    print(f"{'suite':<18} {'metric':<24} {'n':>4} {head}   {f'{names[-1]} - {baseline}, 95% interval' if baseline else ''}")
+    print(f"{'suite':<18} {'metric':<28} {'n':>4} {head}   {f'{names[-1]} - {baseline}, 95% interval' if baseline else ''}")
     for suite, metric in dict.fromkeys((r["suite"], r["metric"]) for r in results):
         rows = {(r["model"], r.get("baseline")): r for r in results if (r["suite"], r["metric"]) == (suite, metric)}
         cells = "".join(f"{next(r['score'] for (m, _), r in rows.items() if m == n):>9.3f}" for n in names)
-        line = f"{suite:<18} {metric:<24} {next(iter(rows.values()))['n']:>4} {cells}"
+        line = f"{suite:<18} {metric:<28} {next(iter(rows.values()))['n']:>4} {cells}"
         if baseline:
             r = rows[names[-1], baseline]
             mark = "  *" if r["difference_low"] > 0 or r["difference_high"] < 0 else ""
