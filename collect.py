@@ -108,7 +108,7 @@ def parse_args():
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
     parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
     parser.add_argument("--kinds", type=shares(KINDS), metavar="KIND=SHARE,...", default=",".join(f"{k}={v}" for k, v in KINDS.items()),
-                        help="shares of the kinds of these conversations; where an API allows no such kind, it goes to the others")
+                        help="shares of their kinds")
     group = parser.add_argument_group("python")
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
     group.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
