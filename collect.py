@@ -1644,7 +1644,8 @@ def messages_record(record, react=False):
             if other := {p["type"] for p in content} - {"text", "reasoning", "tool_call"}:
                 raise ValueError(f"content of type {', '.join(sorted(other))}")
             calls = [c for p in content if p["type"] == "tool_call" for c in calls_in(p["value"])]
-            thought, content = ("\n\n".join(p.get("text", p.get("value")) for p in content if p["type"] == kind) for kind in ("reasoning", "text"))
+            said, content = ("\n\n".join(p.get("text", p.get("value")) for p in content if p["type"] == kind) for kind in ("reasoning", "text"))
+            thought = thought or said
         calls += calls_in([*(message.get("tool_calls") or []), *filter(None, [message.get("function_call")])])
         if message.get("action", "").strip() and not calls:  # of SWE-agent: a command
             content, calls = message["thought"].strip(), [code_call("bash", message["action"])]

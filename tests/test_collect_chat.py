@@ -62,11 +62,11 @@ CALL = '{"name": "weather", "arguments": {"city": "Rome"}}'
 CASES = {
     "openai tool_calls, ids kept": ("messages", {"messages": [
         {"role": "user", "content": [{"type": "text", "text": "Rome?"}]},
-        {"role": "assistant", "content": None, "tool_calls": [
+        {"role": "assistant", "content": [{"type": "text", "text": ""}], "reasoning_content": "Hm.", "tool_calls": [
             {"id": "x9", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}},
             {"id": "x8", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]},
         {"role": "tool", "tool_call_id": "x8", "content": "snow"}, {"role": "tool", "tool_call_id": "x9", "content": "sun"}]},
-        ["user: Rome?", "assistant:  weather(city='Rome') weather(city='Oslo')", "tool: snow", "tool: sun"]),
+        ["user: Rome?", "assistant: (Hm.)  weather(city='Rome') weather(city='Oslo')", "tool: snow", "tool: sun"]),
     "openai function_call": ("messages", {"messages": [
         m("user", "Rome?"), m("assistant", "I look.", function_call=json.loads(CALL)),
         {"role": "function", "name": "weather", "content": "sun"}, m("assistant", "Sun.")], "functions": [WEATHER]},
