@@ -1,26 +1,63 @@
-"""Step 6 of 6: measure the models on APIs that none of them has seen, and compare.
+"""Step 6 of 6: measure models as agents, on APIs that none of them has seen and on the benchmarks of the paper, and compare them.
 
-In:   out/base, out/control, out/ours (or --model DIR ...); data/corpus
-Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/items/<model>/<suite>.jsonl, one record an item
+In:   checkpoint directories (out/control, out/base and out/ours, or --model), or URLs of OpenAI-compatible endpoints; data/corpus for the
+      suite heldout, the benchmarks' own files beneath --data for the others
+Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables, and what failed, with
+      examples; out/eval/items/<model>/<suite>.jsonl, one record an item
 
-Laptop:   python evaluate.py
-Others:   python evaluate.py --model out/stage2 out/ours
+Laptop:    python evaluate.py
+Others:    python evaluate.py --model out/stage2 path/to/Qwen3-0.6B http://localhost:8000/v1 --suite bfcl agentbench-db --data benchmarks/
+One node:  torchrun --nproc_per_node=8 evaluate.py --model DIR --suite bfcl --data benchmarks/
+Serve:     python evaluate.py --serve out/ours --port 8000
 
-Suites, all on held-out documents and APIs
-  loss     mean loss of each document, in nats a token, by domain (so what was forgotten shows too); lower is better
-  choice   four tools, one fits; chance is 25%. Chosen by likelihood in two ways: which name is likeliest in a call after the
-           request (direct), and which tool, given alone, makes the request likeliest (channel, arXiv 2108.04106)
-  calls    the model answers the request: right function name, and right name with exactly the right arguments, decoded
-           freely (calls) and within the names and schemas of the tools at hand (calls-constrained)
+Suites
+  heldout        of documents and APIs that no model was trained on: loss (mean loss of each document, nats a token, by domain, so what was
+                 forgotten shows too), choice (one tool of four fits; by likelihood: which name is likeliest after the request, direct, and
+                 which tool makes the request likeliest, channel, arXiv 2108.04106), next (which of four calls comes next in a trajectory,
+                 for models that cannot chat yet; the idea of APTBench, arXiv 2510.24397), calls (the right call, name and arguments),
+                 decoded freely and, as calls-constrained, within the names and schemas of the tools at hand
+  bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the package bfcl-eval is installed
+  agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds an item
+  api-bank       API-Bank's calls, by exact match of name and arguments, which is stricter than its own execution
+  mmlu           multiple choice by likelihood, for what is kept of general ability
 
-The last model is compared with each other one by a paired bootstrap over items.
+Each model is compared with the first by a paired bootstrap over items. An item's answer that fails in any way stays in the denominator.
 """
 import argparse
+import ast
+import codecs
+import contextlib
+import copy
+import csv
+import hashlib
+import importlib
+import inspect
 import json
+import math
+import operator
+import os
+import queue
+import random
 import re
+import secrets
+import select
+import shlex
+import shutil
+import socket
+import sqlite3
+import subprocess
+import threading
 import time
+import unicodedata
+import uuid
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,180 +65,376 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import sha256, write
-from collect import HelpFormatter, Record, fail, run_main, unit_hash
-from pretrain import VALIDATED, load_checkpoint, open_corpus
+from build_corpus import Tokenizer, is_main, sha256, write
+from collect import TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values, run_main, unit_hash
+from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
+HELDOUT = ("loss", "choice", "next", "calls", "calls-constrained")  # what the suite heldout consists of
 
 
 def main():
     args = parse_args()
-    started = time.time()
-    corpus = open_corpus(args.corpus)
-    models = [Path(m) for m in args.model or [f"{args.out}/{name}" for name in ("base", "control", "ours")]]
-    conversations = heldout_conversations(corpus, args)
-    scores = {}  # {(suite, metric): {model: one number an item}}
-    for path in models:
-        model = load_checkpoint(path, corpus, args.device).eval()
-        identity = [[sha256(file) for file in sorted(path.glob("model*.safetensors"))], corpus.sha256, args.limit, args.seq_len]
-        suites = {"loss": lambda: document_losses(model, corpus, args),
-                  "choice": lambda: tool_choices(model, corpus.tokenizer, conversations, args),
-                  "calls": lambda: calls(model, corpus.tokenizer, conversations, args, constrained=False),
-                  "calls-constrained": lambda: calls(model, corpus.tokenizer, conversations, args, constrained=True)}
-        for suite, run in suites.items():
-            items = cached(Path(args.out) / "eval" / "items" / path.name / f"{suite}.jsonl", identity, run)
-            for item in items:
-                for metric, value in item["scores"].items():
-                    scores.setdefault((suite, metric), {}).setdefault(path.name, []).append(value)
-            if suite == "calls" and path == models[-1]:
-                shown = items
-    names = [m.name for m in models]
-    results = summarise_scores(scores, names)
-    write(Path(args.out) / "eval" / "results.json", json.dumps(results, indent=1))
-    print_table(results, names)
-    for item in shown[:3]:
-        print(f"\n--- {names[-1]}, a conversation about an API it has never seen: {item['verdict']}\n{item['prompt']}{item['output']}")
-    print(f"\n{time.time() - started:.0f} s; every item is in {args.out}/eval/items")
+    if args.serve:
+        return serve(args)
+    names = list(dict.fromkeys(part for suite in args.suite for part in (HELDOUT if suite == "heldout" else [suite])))
+    pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
+    started, out = time.time(), Path(args.out) / "eval"
+    corpus = open_corpus(args.corpus) if "heldout" in args.suite else None
+    suites = {}  # {name: [(id of an item, function that begins its episode)]}
+    for name in names:
+        of_corpus = name in HELDOUT
+        suite = name + "-constrained" * (args.constrained and not of_corpus)
+        suites[suite] = SUITES[name](*[corpus] * of_corpus, args)
+    items = {suite: {} for suite in suites}  # {suite: {model: its items}}
+    paths = args.model or [f"{args.out}/{name}" for name in ("control", "base", "ours")]
+    labels = [name_model(path, paths) for path in paths]
+    for label, path in zip(labels, paths):
+        model = open_model(path, corpus, args)
+        for suite, episodes in suites.items():
+            identity = [model.identity, sha256(__file__), corpus.sha256 if suite in HELDOUT else listing(args.data),
+                        args.limit, args.seq_len, args.max_tokens, args.mode]
+            items[suite][label] = play_all(suite, episodes, model, identity, out / "items" / label, args)
+    if not is_main():
+        return
+    results = [row for suite in suites for row in summarise(suite, items[suite], labels)]
+    write(out / "results.json", json.dumps(results, indent=1))
+    tables = "\n\n".join(table(suite, results, labels) for suite in suites)
+    print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; the rest: shares, higher is better.")
+    write(out / "report.md", f"# {', '.join(labels)}\n\n{tables}\n\n" + "\n".join(failures(suite, items[suite], labels) for suite in suites))
+    if pyplot:
+        draw(results, labels, paths, out, pyplot)
+    for item in items.get("calls", {}).get(labels[-1], [])[:3]:
+        prompt = corpus.tokenizer.decode(corpus.tokenizer.render(*item["prompt"], answer=True)[0])
+        print(f"\n--- {labels[-1]}, a conversation about an API it has never seen: {item['verdict']}\n{prompt}{item['output']}")
+    print(f"\n{time.time() - started:.0f} s; the report is {out}/report.md, every item is in {out}/items")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", metavar="DIR", help="checkpoint directories; the last is compared with the others "
-        "(default: base, control and ours under --out)")
+    add("--model", nargs="+", metavar="MODEL", help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as http://localhost:8000/v1 "
+        "(the key is taken from OPENAI_API_KEY), with #NAME where one serves several models; the first is what the others are compared "
+        "with (default: control, base and ours under --out)")
+    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *(s for s in SUITES if s not in HELDOUT)], help="what to measure")
+    add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, default=1000, help="items of a suite (of a domain, in the loss suite) at most")
-    add("--seq-len", type=int, default=384, help="tokens of a document that the loss suite reads; longest prompt and answer")
-    add("--batch-size", type=int, default=32, help="sequences of one forward pass")
+    add("--limit", type=int, metavar="N", help="items of a category at most (default: all; 1000 of a domain in heldout)")
+    add("--mode", default="native", choices=["native", "prompt"], help="of the benchmarks: tools given as such, calls made as the model was "
+        "trained to; or tools and the form of an answer described in words")
+    add("--constrained", action="store_true", help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
+    add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most; one that is longer is cut off, and counts as such (default: "
+        "1024; 160 in heldout)")
+    add("--seq-len", type=int, default=384, help="of heldout: tokens of a document that are read, and of a conversation that is asked")
+    add("--batch-size", type=int, default=32, help="items that a checkpoint works on at once")
+    add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    add("--plot", action="store_true", help="draw out/eval/report.png with matplotlib: scores as bars, the models' training as curves")
+    add("--serve", metavar="DIR", help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
+    add("--port", type=int, default=8000, help="of --serve")
     return parser.parse_args()
 
 
-def cached(path, identity, run):
-    """The items of a finished suite from its file, or run it and write them. identity says what they depend on."""
-    if path.exists():
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
-        if json.loads(head) == identity:
-            return [json.loads(line) for line in lines]
-    items = run()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in [identity, *items]))
-    return items
+# ----------------------------------------------------------------------------------------------------------------------
+# Items. An episode is a generator that yields what it asks of a model: (messages, tools), to which an Answer is sent, or a list of
+# (context, continuation), to which the continuations' log-likelihoods are sent. It returns the item's record.
 
 
-def heldout_conversations(corpus, args):
-    """Held-out instruction records, in the order of a hash, that fit the model's window."""
-    lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    records = sorted((Record.from_json(line) for line in lines), key=lambda r: unit_hash(r.id))
-    fit = [r for r in records if len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
-    if not fit:
-        fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
-    return fit
+class Answer(NamedTuple):
+    """What a model writes."""
+    text: str                   # all of it, calls in Hermes form included
+    calls: list | None = None   # [(name, arguments)]; [] if it makes none; None if what it writes as a call is not one
+    ended: bool = True          # by itself: not cut off at the limit of tokens
+    error: str | None = None    # why there is none
+
+
+def turn(answer):
+    """The assistant's message that an Answer is, as the conversation goes on."""
+    return chat_message("assistant", answer.text.partition("<tool_call>")[0].rstrip("\n") if answer.calls else answer.text, answer.calls)
+
+
+def verdict(answer, calls, wanted, right, why=""):
+    """The start of an item's record: which of VERDICTS, why if it is not right, the calls that were made, and the output.
+
+    wanted: whether there should be a call; right: whether what was written is right, if it can be read; why: what is wrong with it, if not.
+    """
+    if answer.error:
+        return {"verdict": "error", "failure": re.sub(r"\d+", "N", answer.error), "calls": None, "output": "", "error": answer.error}
+    if calls is None or not calls and not clean(answer):
+        found, why = "unparseable", "no call that can be read" if calls is None else "cut off" if not answer.ended else "neither a call nor words"
+    elif not calls and wanted:
+        found, why = "abstained", "no call"
+    elif calls and not wanted:
+        found, why = "wrong", "a call where none fits"
+    else:
+        found = "right" if right else "wrong"
+    return {"verdict": found, "calls": calls, "output": answer.text} | ({"failure": why} if found != "right" else {})
+
+
+def clean(answer):
+    """Whether an answer without a call can be a refusal: at least three different words (or characters that are words), no markup, nothing
+    like a call, not cut off; or the empty list. "abc" is garbage.
+
+    >>> clean(Answer("No function fits.")), clean(Answer("abc")), clean(Answer("</tool_call> I do not know")), clean(Answer("I call f(a=1) now."))
+    (True, False, False, False)
+    """
+    text = after_thought(answer.text)
+    words = set(re.findall(r"[\u3040-\ud7ff]|[^\W\d_]+", text.lower()))
+    return answer.ended and (text == "[]" or len(words) >= 3 and not holds_call(text) and not re.search(r"<[/|]?\w", text))
+
+
+def play(episodes, reply):
+    """The records of episodes [(id, function)] that go on together: what all of them ask in a round is answered by one call of reply."""
+    begun = {name: begin() for name, begin in episodes}
+    records, answers = {}, dict.fromkeys(begun)
+    while answers:
+        asked = {}
+        for name, answer in answers.items():
+            try:
+                asked[name] = begun[name].send(answer)
+                records.setdefault(name, {"id": name} | ({"prompt": asked[name]} if isinstance(asked[name], tuple) else {}))
+            except StopIteration as end:
+                records.setdefault(name, {"id": name}).update(end.value)
+        answers = dict(zip(asked, reply(list(asked.values())))) if asked else {}
+    return [records[name] for name in begun]
+
+
+def play_all(suite, episodes, model, identity, directory, args):
+    """The records of a suite's episodes, from their file or played now; finished ones are kept if this is stopped.
+
+    Items are played in groups, which ranks share out: what an item's batch holds depends on neither their number nor what was done before.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    whole, part = directory / f"{suite}.jsonl", directory / f"{suite}.part{rank}.jsonl"
+    directory.mkdir(parents=True, exist_ok=True)
+    if (done := read_items(whole, identity)) is None:
+        write(part, json.dumps(identity) + "\n" + "".join(json.dumps(item) + "\n" for item in (read_items(part, identity) or {}).values()))
+        done = items_of_parts(directory, suite, identity)
+        groups = [episodes[i:i + model.group] for i in range(0, len(episodes), model.group)]
+        todo = [group for group in groups[rank::world] if any(name not in done for name, _ in group)]
+        reply = partial(model.reply, max_tokens=args.max_tokens or (160 if suite in HELDOUT else 1024), constrained=suite.endswith("-constrained"))
+        with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
+            played = (map if model.workers == 1 else pool.map)(lambda group: play(group, reply), todo)
+            for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False, disable=None if is_main() else True):
+                file.write("".join(json.dumps(item) + "\n" for item in items))
+                file.flush()
+        if not is_main():
+            return None
+        while any(name not in done for name, _ in episodes):  # for the other ranks
+            done = items_of_parts(directory, suite, identity)
+            time.sleep(0.05)
+        write(whole, json.dumps(identity) + "\n" + "".join(json.dumps(done[name]) + "\n" for name, _ in episodes))
+        for path in directory.glob(f"{suite}.part*.jsonl"):
+            path.unlink()
+    return [done[name] for name, _ in episodes]
+
+
+def read_items(path, identity):
+    """{id: item} of a file that was written under the same identity, but for a last line that was cut off; None if there is none."""
+    try:
+        head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        if json.loads(head) != identity:
+            return None
+        return {item["id"]: item for item in map(json.loads, lines)}
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def items_of_parts(directory, suite, identity):
+    """{id: item} of what all ranks have done so far."""
+    return {name: item for path in directory.glob(f"{suite}.part*.jsonl") for name, item in (read_items(path, identity) or {}).items()}
+
+
+def listing(directory):
+    """A hash of which files a directory holds, their sizes and times."""
+    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in Path(directory).rglob("*") if path.is_file())
+    return hashlib.sha256(repr(files).encode()).hexdigest()
+
+
+def find_data(directory, pattern):
+    """The files (or directories) of that name, which may hold wildcards, anywhere beneath a directory; at least one, or this is the end."""
+    found = sorted(Path(directory).rglob(pattern))
+    if not found:
+        fail(f"{directory}: there is no {pattern} in it; --data DIR says where the benchmarks' files are")
+    return found
+
+
+def literal_value(text):
+    """The value that a Python literal in a text stands for, or None."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
+
+
+def read_all(path):
+    """The JSON values of a file, or exit with the line that is none."""
+    values = list(read_values(path))
+    if bad := next((where for where, value in values if isinstance(value, ValueError)), None):
+        fail(f"{path}, line {bad}: not JSON")
+    return [value for _, value in values]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Suites: each returns items, {"id", "scores": {metric: number}, ...}
+# What answers: a checkpoint directory or an endpoint
 
 
-def document_losses(model, corpus, args):
-    """Mean cross-entropy of each held-out document's first tokens."""
-    items = []
-    for domain in VALIDATED:
-        documents = [d[:args.seq_len + 1].astype(np.int64) for d in corpus.documents(domain, "heldout")[:args.limit]]
-        losses = sequence_losses(model, documents, args)
-        items += [{"id": f"{domain}:{i}", "scores": {f"loss {domain}": loss.mean().item()}} for i, loss in enumerate(losses)]
-    return items
+def open_model(path, corpus, args):
+    """The Local or Endpoint that a --model stands for."""
+    if re.match("https?://", path):
+        if corpus or args.constrained:
+            fail(f"--model {path}: {'--constrained' if args.constrained else '--suite heldout'} needs a checkpoint directory")
+        return Endpoint(path, args)
+    return Local(path, corpus, args)
 
 
-@torch.inference_mode()
-def sequence_losses(model, sequences, args):
-    """For each sequence of n ids, the n - 1 cross-entropies of its tokens after the first, in nats."""
-    losses = [None] * len(sequences)
-    by_length = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # little padding
-    for at in tqdm(range(0, len(sequences), args.batch_size), desc="losses", disable=None, leave=False):
-        rows = by_length[at:at + args.batch_size]
-        ids = torch.zeros(len(rows), max(len(sequences[i]) for i in rows), dtype=torch.long)
-        for row, i in enumerate(rows):
-            ids[row, :len(sequences[i])] = torch.as_tensor(sequences[i])
-        ids = ids.to(args.device)
-        loss = F.cross_entropy(model(ids[:, :-1]).float().transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T - 1)
-        for row, i in enumerate(rows):
-            losses[i] = loss[row, :len(sequences[i]) - 1].cpu()
-    return losses
+def name_model(path, paths):
+    """What a model is called in tables: the last part of its path, if no other's is the same."""
+    name = lambda p: re.sub(r"[^\w.-]+", "_", (p.rpartition("#")[2] if "#" in p else p.partition("://")[2] or Path(p).resolve().name))
+    return name(path) if sum(name(path) == name(p) for p in paths) == 1 else re.sub(r"[^\w.-]+", "_", path)
 
 
-def tool_choices(model, tokenizer, conversations, args):
-    """Which of four tools a model takes for the right one, by likelihood, in both directions."""
-    items, sequences, spans = [], [], []
-    for record in conversations:
-        calls = record.messages[-1].get("tool_calls") or []
-        if len(record.tools) != 4 or len(calls) != 1 or len(items) == args.limit:
-            continue
-        request, names = record.messages[:-1], [t["function"]["name"] for t in record.tools]
-        prompt, _ = tokenizer.render(request, record.tools, answer=True)
-        prompt = prompt + [tokenizer.special["<tool_call>"]] + tokenizer.encode('\n{"name": "')
-        for tool, name in zip(record.tools, names):
-            name_ids, request_ids = tokenizer.encode(f'{name}",'), tokenizer.encode(request[0]["content"])
-            before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]] + tokenizer.encode("user\n")
-            sequences += [prompt + name_ids, before + request_ids]
-            spans += [len(name_ids), len(request_ids)]
-        items.append({"id": record.id, "tools": names, "gold": names.index(calls[0]["function"]["name"])})
-    losses = sequence_losses(model, sequences, args)
-    likelihood = np.array([-loss[-n:].sum().item() for loss, n in zip(losses, spans)]).reshape(-1, 4, 2)
-    for item, scores in zip(items, likelihood):
-        item["log_likelihoods"] = scores.tolist()  # of each tool: [name after the request, request after the tool]
-        direct, channel = scores.argmax(0) == item["gold"]
-        item["scores"] = {"direct": float(direct), "channel": float(channel)}
-    return items
+class Local:
+    """A checkpoint directory, which works on a batch at a time."""
+    workers = 1
+
+    def __init__(self, path, corpus, args):
+        self.args, self.group = args, args.batch_size
+        dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+        if corpus:
+            self.model, self.tokenizer = load_checkpoint(path, corpus, args.device, dtype), corpus.tokenizer
+        else:
+            try:
+                self.model, self.tokenizer = transformer.load(path, args.device, dtype), Tokenizer.load(path)
+            except ValueError as error:
+                fail(error)
+            if self.model.config.vocab_size < self.tokenizer.vocab_size:  # it lacks some of the chat format's tokens
+                transformer.grow_vocabulary(self.model, self.tokenizer.vocab_size)
+        self.model.eval()
+        self.identity = [sha256(file) for file in sorted(Path(path).glob("model*.safetensors"))]
+
+    def reply(self, requests, max_tokens, constrained=False):
+        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of pairs."""
+        answers = iter(self.answer([r for r in requests if isinstance(r, tuple)], max_tokens, constrained))
+        likelihoods = iter(self.score([pair for r in requests if isinstance(r, list) for pair in r]))
+        return [next(answers) if isinstance(r, tuple) else [next(likelihoods) for _ in r] for r in requests]
+
+    def answer(self, chats, max_tokens, constrained=False):
+        """The Answers to [(messages, tools)], decoded greedily."""
+        prompts = [self.tokenizer.render(messages, tools, answer=True)[0] for messages, tools in chats]
+        window = self.model.config.max_seq_len
+        answers = [Answer("", None, False, f"a prompt of {len(p)} tokens, and a window of {window}") for p in prompts]
+        if fit := [i for i, p in enumerate(prompts) if len(p) <= window]:
+            choose = Constraint(self.tokenizer, [chats[i][1] for i in fit]) if constrained else None
+            outputs = transformer.generate(self.model, [prompts[i] for i in fit], max_tokens, [self.tokenizer.im_end, self.tokenizer.end_of_text],
+                                           choose=choose)
+            for i, output in zip(fit, outputs):
+                text = self.tokenizer.decode(output)
+                answers[i] = Answer(text, parse_calls(text), len(output) < min(max_tokens, window - len(prompts[i]) + 1))
+        return answers
+
+    @torch.inference_mode()
+    def score(self, pairs):
+        """The log-likelihood, in nats, of each continuation after its context, both texts or ids; None where they do not fit the window."""
+        wanted, found = {}, [None] * len(pairs)  # {the tokens that are read: [(which pair, the tokens that are foretold)]}
+        for i, (context, continuation) in enumerate(pairs):
+            context, continuation = (p if isinstance(p, list) else self.tokenizer.encode(p) for p in (context, continuation))
+            wanted.setdefault((*context, *continuation[:-1]), []).append((i, continuation))
+        fit = sorted((ids for ids in wanted if len(ids) <= self.model.config.max_seq_len), key=len)  # little padding
+        for at in range(0, len(fit), self.args.batch_size):
+            rows = fit[at:at + self.args.batch_size]
+            ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
+            for row, tokens in zip(ids, rows):
+                row[:len(tokens)] = torch.tensor(tokens)
+            for x, tokens in zip(self.model.hidden(ids.to(self.args.device)), rows):  # (T, C)
+                for i, continuation in wanted[tokens]:
+                    logits = self.model.lm_head(x[len(tokens) - len(continuation):len(tokens)]).float()
+                    found[i] = -F.cross_entropy(logits, torch.tensor(continuation, device=x.device), reduction="sum").item()
+        return found
 
 
-def calls(model, tokenizer, conversations, args, constrained):
-    """Answers to the requests, greedily decoded, and what they are worth."""
-    items, records = [], conversations[:args.limit]
-    for at in tqdm(range(0, len(records), args.batch_size), desc="calls", disable=None, leave=False):
-        batch = records[at:at + args.batch_size]
-        prompts = [tokenizer.render(r.messages[:-1], r.tools, answer=True)[0] for r in batch]
-        choose = Constraint(tokenizer, [r.tools for r in batch]) if constrained else None
-        longest = max(len(tokenizer.render(r.messages[-1:])[0]) for r in batch)
-        outputs = transformer.generate(model, prompts, longest + 32, [tokenizer.im_end], choose=choose)
-        for record, prompt, output in zip(batch, prompts, outputs):
-            ended = len(output) < longest + 32 and len(prompt) + len(output) < model.config.max_seq_len
-            items.append(judge(record, tokenizer.decode(prompt), tokenizer.decode(output), ended))
-    return items
+class Endpoint:
+    """A server of OpenAI's API, by its URL (http://host:port/v1), with #NAME of the model if it is not the first; threads may share it."""
+    group = 1
+    timeout, tries, backoff = 180.0, 6, 1.0  # seconds that an answer may take; how often it is asked for; seconds between, then doubled
 
+    def __init__(self, url, args):
+        self.workers = args.parallel
+        self.url, _, self.name = url.partition("#")
+        try:
+            self.name = self.name or self.ask("models")["data"][0]["id"]
+        except (OSError, LookupError, TypeError) as error:
+            fail(f"--model {url}: {error if isinstance(error, OSError) else 'it lists no model, URL#NAME names one'}")
+        self.identity = [self.url, self.name]
 
-def judge(record, prompt, output, ended=True):
-    """One item: the output's calls against the recorded ones, as a verdict of VERDICTS and scores.
+    def reply(self, requests, max_tokens, constrained=False):
+        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of pairs."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            replies = [pool.submit(self.answer, *r, max_tokens) if isinstance(r, tuple) else [pool.submit(self.score, *pair) for pair in r]
+                       for r in requests]
+            return [[future.result() for future in r] if isinstance(r, list) else r.result() for r in replies]
 
-    Without a call it is a refusal only if it is words and ended by itself; garbage must not look like wisdom. To ask for a parameter
-    is to name it.
-    """
-    *before, answer = record.messages
-    tools = [t["function"] for t in record.tools]
-    gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in answer.get("tool_calls") or []]
-    missing = re.findall(r"`([^`]+)`", answer["content"])  # what the recorded answer asks for
-    calls = parse_calls(output)
-    if calls is None or (not calls and not (ended and re.fullmatch(r"[^<>]*\w[^<>]*", output))):
-        verdict = "unparseable"
-    elif not calls:
-        verdict = "abstained" if gold else "right" if all(name in output for name in missing) else "wrong"
-    else:
-        verdict = "right" if gold and check_call(tools, calls, gold) else "wrong"
-    if before[-1]["role"] == "tool":
-        kind = "mended after an error"
-    elif not gold:
-        kind = "asks what is missing" if missing else "no tool fits"
-    elif len(before) > 1:
-        kind = "calls once told"
-    else:
-        kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools"
-    scores = {f"right: {kind}": float(verdict == "right"), "a call or clean words": float(verdict != "unparseable"), "stops by itself": float(ended)}
-    if gold:
-        name = Counter(n for n, _ in calls or []) == Counter(n for n, _ in gold)
-        scores |= {"name": float(name), "name and arguments": float(verdict == "right")}
-    return {"id": record.id, "verdict": verdict, "scores": scores, "prompt": prompt, "output": output, "calls": calls, "gold": gold}
+    def answer(self, messages, tools, max_tokens):
+        """The Answer to a chat. One that fails after all tries has its `error`. Where names of functions hold what OpenAI's API refuses, such as
+        a dot, the server sees an underscore."""
+        allowed = lambda name: re.sub(r"[^a-zA-Z0-9_-]", "_", name)
+        names = {allowed(tool["function"]["name"]): tool["function"]["name"] for tool in tools or []}
+        tools = [tool | {"function": tool["function"] | {"name": allowed(tool["function"]["name"])}} for tool in tools or []]
+        messages = [m | {"tool_calls": [c | {"function": c["function"] | {"name": allowed(c["function"]["name"])}} for c in m["tool_calls"]]}
+                    if m.get("tool_calls") else m for m in messages]
+        body = {"model": self.name, "messages": messages, "temperature": 0, "seed": 0, "max_tokens": max_tokens}
+        try:
+            choice = self.ask("chat/completions", body | ({"tools": tools} if tools else {}))["choices"][0]
+            text = choice["message"].get("content") or ""
+            for call in choice["message"].get("tool_calls") or []:  # as Tokenizer.render writes them
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                name = json.dumps(names.get(name, name), ensure_ascii=False)
+                arguments = arguments.replace("<tool_call>", r"\u003ctool_call>").replace("</tool_call>", r"\u003c/tool_call>")
+                text += "\n" * bool(text) + f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+            return Answer(text, parse_calls(text), choice.get("finish_reason") != "length")
+        except (OSError, LookupError, TypeError, AttributeError) as error:
+            return Answer("", None, False, str(error) if isinstance(error, OSError) else "not a chat completion")
+
+    def score(self, context, continuation):
+        """The log-likelihood, in nats, of the tokens that hold a text after another; None if both do not fit the window.
+
+        Needs completions that echo the prompt with its log-probabilities, which vLLM and --serve give.
+        """
+        prompt = context + continuation
+        body = {"model": self.name, "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+        try:
+            choice = self.ask("completions", body)["choices"][0]
+            tokens, values, starts = (choice["logprobs"][key] for key in ("tokens", "token_logprobs", "text_offset"))
+            if not choice["text"].startswith(prompt):
+                raise TypeError
+            shift = 0 if prompt.startswith(tokens[0]) else len(tokens[0])  # of a first token that is not in the text
+            spans = zip(values, starts, [*starts[1:], math.inf])
+            return sum(value for value, start, end in spans if value is not None and start - shift < len(prompt) and end - shift > len(context))
+        except (OSError, LookupError, TypeError) as error:
+            if isinstance(error, OSError) and re.search("context.length|too long", str(error)):
+                return None
+            fail(f"{self.url}: likelihoods need completions with echo and logprobs: {error if isinstance(error, OSError) else 'it gives none'}")
+
+    def ask(self, path, body=None):
+        """The JSON object in the server's answer. Raises OSError with the reason if there is none after all tries."""
+        key, page = os.environ.get("OPENAI_API_KEY", "").strip(), None
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        backoff = self.backoff * random.uniform(0.5, 1.5)  # so that requests which failed together do not return together
+        web = Web(None, True, rate=1e9, timeout=self.timeout, max_bytes=2**26, retries=self.tries - 1, backoff=backoff)
+        try:
+            page = web.persist(f"{self.url.rstrip('/')}/{path}", headers, body and json.dumps(body).encode())
+            answer = json.loads(page.body)
+            if page.status == 200:
+                return answer
+            said = str(answer["error"]["message"])[:300]
+        except WebError as error:
+            raise OSError(error) from None
+        except (ValueError, LookupError, TypeError, RecursionError):  # whose text may show the key
+            said = "no JSON that says more"
+        if not page:
+            raise OSError("not asked, for a fault in the URL or in OPENAI_API_KEY")
+        raise OSError(f"status {page.status}: {said.replace(key, '***') if key else said}")
 
 
 def parse_calls(output):
@@ -226,43 +459,6 @@ def parse_calls(output):
             return None
         calls.append((name, arguments))
     return calls
-
-
-def check_call(tools, calls, gold):
-    """Whether the calls are the gold ones, in any order: names equal, all required parameters given, arguments exact.
-
-    tools: function definitions; calls and gold: [(name, arguments)]. As in BFCL, True is no integer and 1.0 is none either,
-    but an integer may stand for a number.
-    """
-    required = {t["name"]: t["parameters"].get("required", []) for t in tools}
-    types = {(t["name"], p): s.get("type") for t in tools for p, s in t["parameters"].get("properties", {}).items()}
-
-    def equal(given, expected):
-        if given[0] != expected[0] or given[0] not in required or given[1].keys() != expected[1].keys():
-            return False
-        return set(required[given[0]]) <= given[1].keys() and all(
-            same(v, expected[1][p], types.get((given[0], p)) == "number") for p, v in given[1].items())
-
-    remaining = list(gold)
-    for call in calls:
-        match = next((g for g in remaining if equal(call, g)), None)
-        if match is None:
-            return False
-        remaining.remove(match)
-    return not remaining
-
-
-def same(a, b, number=False):
-    """Equality of JSON values with their types; with number=True an integer equals a float of its value."""
-    if number and type(a) in (int, float) and type(b) in (int, float):
-        return a == b
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    return a == b
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -379,48 +575,1857 @@ def scan_value(text, at, schema):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Numbers and their uncertainty
+# heldout: documents and APIs that no model was trained on
 
 
-def summarise_scores(scores, names):
-    """One object a model and metric, and one a comparison of the last model with another, as out/eval/results.json holds."""
-    results = []
-    for (suite, metric), by_model in scores.items():
-        for name in names:
-            values = np.array(by_model[name])
-            low, high = bootstrap(values)
-            result = {"model": name, "suite": suite, "metric": metric, "n": len(values), "score": values.mean(), "low": low, "high": high}
-            if name == names[-1] and len(names) > 1:
-                for other in names[:-1]:
-                    difference = values - np.array(by_model[other])
-                    low, high = bootstrap(difference)
-                    results.append(result | {"baseline": other, "difference": difference.mean(), "difference_low": low, "difference_high": high})
+def document_losses(corpus, args):
+    """Mean cross-entropy of each held-out document's first tokens."""
+    def episode(domain, ids):
+        (log_likelihood,) = yield [(ids[:1], ids[1:])]
+        return {"scores": {f"loss {domain}": -log_likelihood / (len(ids) - 1)}}
+
+    return [(f"{domain}:{i}", partial(episode, domain, ids[:args.seq_len + 1].tolist())) for domain in VALIDATED
+            for i, ids in enumerate(corpus.documents(domain, "heldout")[:args.limit or 1000])]
+
+
+def conversations(corpus, args):
+    """Held-out instruction records, in the order of a hash, that fit the model's window."""
+    lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    records = sorted((Record.from_json(line) for line in lines), key=lambda r: unit_hash(r.id))
+    fit = [r for r in records if len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
+    if not fit:
+        fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
+    return fit[:args.limit or 1000]
+
+
+def tool_choices(corpus, args):
+    """Which of four tools a model takes for the right one, by likelihood, in both directions."""
+    tokenizer = corpus.tokenizer
+
+    def episode(record, call):
+        request, names = record.messages[:-1], [t["function"]["name"] for t in record.tools]
+        gold = names.index(call["function"]["name"])
+        prompt = tokenizer.render(request, record.tools, answer=True)[0] + [tokenizer.special["<tool_call>"]] + tokenizer.encode('\n{"name": "')
+        pairs = [(prompt, tokenizer.encode(f'{name}",')) for name in names]
+        for tool in record.tools:
+            before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]] + tokenizer.encode("user\n")
+            pairs.append((before, tokenizer.encode(request[0]["content"])))
+        likelihoods = np.reshape((yield pairs), (2, -1))  # of each name after the request, of the request after each tool
+        direct, channel = (float(row.argmax() == gold) for row in likelihoods)
+        return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold, "log_likelihoods": likelihoods.tolist()}
+
+    single = [(r, r.messages[-1]["tool_calls"][0]) for r in conversations(corpus, args)
+              if len(r.tools) == 4 and len(r.messages[-1].get("tool_calls") or []) == 1]
+    return [(record.id, partial(episode, record, call)) for record, call in single]
+
+
+def next_calls(corpus, args):
+    """Which of four calls a held-out trajectory begins with, by likelihood a token: the others are later ones of it, or else calls of the
+    same tool in other trajectories. (Of what was called before, a model that copies would like any better than what is new.)"""
+    begin, end = (corpus.tokenizer.special[tag] for tag in ("<tool_call>", "</tool_call>"))
+    tool = lambda call: corpus.tokenizer.decode(call).partition('", "arguments"')[0]
+    trajectories, of_tool = [], {}  # of each: what stands before its first call, and the calls
+    for ids in corpus.documents("trajectory", "heldout"):
+        ids = ids[:args.seq_len].tolist()
+        spans = [(a + 1, ids.index(end, a) + 1) for a, token in enumerate(ids) if token == begin and end in ids[a:]]
+        if spans:
+            trajectories.append((ids[:spans[0][0]], [tuple(ids[a:b]) for a, b in spans]))
+            for call in trajectories[-1][1]:
+                of_tool.setdefault(tool(call), []).append(call)
+
+    def episode(options, before):
+        likelihoods = yield [(before, list(call)) for call in options]
+        rates = [likelihood / len(call) for likelihood, call in zip(likelihoods, options)]
+        return {"scores": {"next call": float(np.argmax(rates) == 0)}, "log_likelihoods": likelihoods}
+
+    episodes = []
+    for i, (before, (call, *same)) in enumerate(trajectories):
+        rng, others = random.Random(i), of_tool[tool(call)]
+        options = list(dict.fromkeys([call, *rng.sample(same, len(same)), *rng.sample(others, len(others))]))[:4]
+        if len(options) == 4:
+            episodes.append((str(i), partial(episode, options, before)))
+    return episodes[:args.limit or 1000]
+
+
+def heldout_calls(corpus, args):
+    """Answers to the requests, and what they are worth."""
+    def episode(record):
+        return judge(record, (yield record.messages[:-1], record.tools))
+
+    return [(record.id, partial(episode, record)) for record in conversations(corpus, args)]
+
+
+def judge(record, answer):
+    """The item of an answer: its calls against the recorded ones, as BFCL compares them. To ask for a parameter is to name it."""
+    *before, expected = record.messages
+    tools = [t["function"] for t in record.tools]
+    gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in expected.get("tool_calls") or []]
+    missing = re.findall(r"`([^`]+)`", expected["content"])  # what the recorded answer asks for
+    if before[-1]["role"] == "tool":
+        kind = "mended after an error"
+    elif not gold:
+        kind = "asks what is missing" if missing else "no tool fits"
+    elif len(before) > 1:
+        kind = "calls once told"
+    else:
+        kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools"
+    if gold:
+        right, why = check_call(tools, answer.calls or [], as_gold(tools, gold))
+    else:
+        right, why = all(name in answer.text for name in missing), "does not ask for it"
+    item = verdict(answer, answer.calls, bool(gold), right, why)
+    scores = {f"right: {kind}": item["verdict"] == "right", "a call or clean words": item["verdict"] not in ("unparseable", "error"),
+              "stops by itself": answer.ended and not answer.error}
+    if gold:
+        scores |= {"name": Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold), "name and arguments": item["verdict"] == "right"}
+    return item | {"scores": {metric: float(score) for metric, score in scores.items()}, "gold": gold}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores of calls, equal to those of BFCL's own checker (package bfcl-eval 2026.3.23), whose oddities are kept
+
+KINDS = ("wrong count", "wrong name", "missing parameter", "unexpected parameter", "wrong type", "wrong value")  # from far to near
+TYPES = {name: kind for kind, names in {
+    str: "string String any char", int: "integer byte short long Bigint", float: "float number double", bool: "boolean Boolean",
+    dict: "dict object HashMap Hashtable", list: "array tuple Array ArrayList Queue Stack"}.items() for name in names.split()}
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, SyntaxError)
+
+
+def check_call(tools, calls, gold, language="python"):
+    """Whether calls are the gold ones in any order, and if not, which of KINDS stands in the way, as (bool, kind or None).
+
+    tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)]; gold: [{name: {parameter:
+    [acceptable values]}}], where "" among the values lets the parameter be left out. Each gold call in turn takes the first call left
+    that fits; BFCL's simple and multiple categories are the case of one. What makes the original raise an exception is wrong here.
+
+    >>> f = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    >>> check_call([f], [("f", {"a": 1})], [{"f": {"a": [1, 2]}}]), check_call([f], [("f", {"a": 1.0})], [{"f": {"a": [1, 2]}}])
+    ((True, None), (False, 'wrong type'))
+    """
+    if len(calls) != len(gold):
+        return False, "wrong count"
+    left = list(calls)
+    try:
+        for (name, acceptable), in map(dict.items, gold):
+            tool, kinds = next((t for t in tools if t["name"] == name), None), []
+            for i, call in enumerate(left):
+                kinds.append(mismatch(tool, *call, acceptable, language))
+                if not kinds[-1]:
+                    del left[i]
+                    break
             else:
-                results.append(result)
+                return False, max(kinds, key=KINDS.index)
+    except UNREADABLE:
+        return False, "wrong value"
+    return True, None
+
+
+def mismatch(tool, name, arguments, gold, language):
+    """What keeps a call from being the gold one, of KINDS, or None."""
+    if name != tool["name"]:
+        return "wrong name"
+    parameters = tool.get("parameters") or {}
+    properties = parameters.get("properties") or {}
+    if not all(p in arguments for p in parameters.get("required") or []):
+        return "missing parameter"
+    for p, value in arguments.items():
+        if p not in properties or p not in gold:
+            return "unexpected parameter"
+        if kind := value_mismatch(value, properties[p], gold[p], language):
+            return kind
+    return None if all(p in arguments or "" in options for p, options in gold.items()) else "missing parameter"
+
+
+def value_mismatch(value, schema, options, language):
+    """"wrong type", "wrong value" or None. The type is checked exactly, one level deep: True is no integer, nor is 1.0."""
+    stated, items = stated_types(schema)
+    if language != "python":
+        if type(value) is not str:
+            return "wrong type"
+        value = (java_value if language == "java" else javascript_value)(value, stated, items)
+    elif stated in ("float", "number") and type(value) is int:
+        value = float(value)
+    elif stated == "tuple" and type(value) is tuple:
+        value = list(value)
+    expected = TYPES.get(stated) or type_of(options) or str
+    inner = TYPES.get(items) if expected is list else None
+    variable = type(value) is not expected  # a value of the gold's type instead of the schema's stands for a variable's name
+    if variable and type(value) is not type_of(options):
+        return "wrong type"
+    if not variable and inner and not any(type(o) is not list or all(type(v) in (inner, type_of(o)) for v in value) for o in options):
+        return "wrong type"
+    if variable or type_of(options) not in (expected, None) or expected not in (dict, list, str):
+        right = value in options
+    elif expected is dict:
+        right = any(same_dict(value, o) for o in options)
+    elif inner is dict:
+        right = any(len(value) == len(o) and all(map(same_dict, value, o)) for o in options)
+    elif expected is list:
+        right = [plain(v) for v in value] in [[plain(v) for v in o] for o in options]
+    else:
+        right = plain(value) in map(plain, options)
+    return None if right else "wrong value"
+
+
+def stated_types(schema):
+    """The names of the type and of the items' type that a schema states, each None if it states none or several."""
+    schemas = [schema, schema.get("items")] if isinstance(schema, dict) else [None, None]
+    kinds = [s.get("type") if isinstance(s, dict) else None for s in schemas]
+    return [kind if isinstance(kind, str) else None for kind in kinds]
+
+
+def type_of(options):
+    """The type of the first acceptable value that is not ""."""
+    return next((type(o) for o in options if o != ""), None)
+
+
+def plain(value):
+    """A string without what BFCL thinks of no account; any other value as it is."""
+    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if type(value) is str else value
+
+
+def same_dict(value, gold):
+    """Whether each value is among those that the gold has for its key, and no key is missing but such as may be left out."""
+    return gold != "" and all(k in gold and plain(v) in map(plain, gold[k]) for k, v in value.items()) and all(
+        k in value or "" in options for k, options in gold.items())
+
+
+def as_gold(tools, calls):
+    """Recorded calls [(name, arguments)] as gold of check_call: each value is the only acceptable one."""
+    schemas = {t["name"]: (t.get("parameters") or {}).get("properties") or {} for t in tools}
+
+    def wrap(value, kind, inner=None):
+        if type(value) is dict and TYPES.get(kind, dict) is dict:
+            return {k: [v] for k, v in value.items()}
+        return [wrap(v, inner) for v in value] if type(value) is list and TYPES.get(kind, list) is list and inner else value
+
+    return [{name: {p: [wrap(v, *stated_types(schemas.get(name, {}).get(p)))] for p, v in arguments.items()}} for name, arguments in calls]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values of Java and JavaScript: source texts, converted by pattern; what fits no pattern stays a text. The patterns match what BFCL's match, but
+# some of those take exponential or quartic time on what a model that repeats itself writes.
+
+NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
+LITERALS = {  # (language, type): what is converted, and to what
+    **{("java", t): (r"(-?\d+)$", int) for t in ("byte", "short", "integer")}, ("java", "long"): (r"(-?\d+)[lL]$", int),
+    ("java", "float"): (rf"({NUMBER})[fF]$", float), ("java", "double"): (rf"({NUMBER})$", float),
+    ("javascript", "integer"): (r"(-?\d+)$", int), ("javascript", "Bigint"): (r"(-?\d+)n$", int),
+    ("javascript", "float"): (r"(-?\d+(?:\.\d+)?)$", float)}
+
+
+def literal(text, language, kind):
+    """The number or truth value that a text is in a language, else the text."""
+    if kind in ("boolean", "Boolean") and text in ("true", "false"):
+        return text == "true"
+    pattern, convert = LITERALS.get((language, kind), (None, None))
+    found = pattern and re.match(pattern, text)
+    return convert(found[1]) if found else text
+
+
+def untyped(text, language):
+    """The value of a text whose type is not known."""
+    text = text.strip()
+    if text[:1] and text[0] == text[-1] and text[0] in ('"' if language == "java" else "\"'"):
+        return text[1:-1]
+    for kind in ("boolean", "long", "float") if language == "java" else ("boolean",):
+        if (value := literal(text, language, kind)) is not text:
+            return value
+    for convert in (int, float):
+        with contextlib.suppress(ValueError):
+            return convert(text)
+    return text
+
+
+def java_value(text, kind, nested=None):
+    """A Java expression as the value that BFCL takes it for.
+
+    >>> java_value("5L", "long"), java_value("new int[]{1, 2}", "Array", "integer"), java_value('new HashMap<>() {{ put("a", 1f); }}', "HashMap")
+    (5, [1, 2], {'a': 1.0})
+    """
+    def element(part):
+        if kind == "ArrayList" and nested in ("char", "String"):
+            return part.strip()[1:-1]  # without quotes, which an Array keeps
+        return java_value(part.strip(), nested) if nested else untyped(part, "java")
+
+    if kind == "ArrayList":
+        if found := re.search(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", text):
+            return [element(part) for part in found[1].split(",")]
+        if found := re.search(r"new\s+ArrayList<\w*>\(\)\s*\{\{\s*+(.+?)\}\}", text, re.S):
+            return [element(part) for part in re.findall(r"add\((.+?)\)", found[1])]
+        return [] if re.search(r"new\s+ArrayList<\w*>\(\)", text) else text
+    if kind == "Array":
+        found = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", text)
+        return [element(part) for part in found[1].split(",") if part.strip()] if found else text
+    if kind == "HashMap":
+        if found := re.search(r"new\s+HashMap<.*?>\s*\(\)\s*\{([^}]*)\}", text, re.S):
+            return {key: untyped(value, "java") for key, value in re.findall(r'put\("(.*?)",\s*(.*?)\)', found[1])}
+        return {} if re.search(r"new\s+HashMap<.*?>\s*\(\)", text) else text
+    return literal(text, "java", kind)
+
+
+def javascript_value(text, kind, nested=None):
+    """A JavaScript expression as the value that BFCL takes it for.
+
+    >>> javascript_value("5n", "Bigint"), javascript_value("[1, 'a']", "array"), javascript_value("{a: [1], 'b': true}", "dict")
+    (5, [1, 'a'], {'a': [1], 'b': True})
+    """
+    if kind == "String":
+        return text[1:-1] if text[:1] in ("'", '"') and text[0] == text[-1] else text
+    if kind == "array":
+        text = text.strip()
+        joined = re.sub(r"\]\s*,\s*\[", "],[", text)  # a value holds no line feed, but what parts inner arrays may
+        if found := re.match(r"\[\s*\[.*?\]\s*\]|new\s+Array\(\s*\[.*?\]\s*\)", joined):
+            parts = [part.strip() for part in re.findall(r"\[(.*?)\]", found[0])]
+            parts[0] = parts[0].removeprefix("[")
+            return [[untyped(value, "javascript") for value in part.split(",")] for part in parts]
+        if not (found := re.match(r"\[(.*?)\]|new\s+Array\((.*?)\)", text)):
+            return text
+        parts = (found[1] if found[1] is not None else found[2]).strip()
+        return [javascript_value(part.strip(), nested) if nested else untyped(part, "javascript") for part in parts.split(",")] if parts else []
+    if kind == "dict":
+        text = text.strip()
+        if not (found := re.match(r"\{(.*?)\}", text)):
+            return text
+        result = {}
+        for key, value in re.findall(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)", found[1]):
+            value = value.strip()
+            listed = value.startswith("[") and value.endswith("]")
+            result[key.strip().strip("'\"")] = javascript_value(value, "array") if listed else untyped(value.strip("'\""), "javascript")
+        return result
+    return literal(text, "javascript", kind)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Calls written as source text: parsed, never run
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
+             ast.Mod: operator.mod, ast.Pow: operator.pow}
+
+
+def parse_python_calls(text):
+    """The calls [(name, arguments)] of a list like "[f(a=1), g(b='x')]", its brackets optional; None if it is not one.
+
+    >>> parse_python_calls("[f.g(a=[1, -2.5], b={'c': None}), h(d=name)]"), parse_python_calls("No function fits.")
+    ([('f.g', {'a': [1, -2.5], 'b': {'c': None}}), ('h', {'d': 'name'})], None)
+    """
+    text = text.strip("`\n ")
+    text = "[" * (not text.startswith("[")) + text + "]" * (not text.endswith("]"))
+    try:
+        with warnings.catch_warnings():  # of backslashes in strings
+            warnings.simplefilter("ignore")
+            return [python_call(node) for node in ast.parse(text, mode="eval").body.elts]
+    except UNREADABLE:
+        return None
+
+
+def python_call(node):
+    """(name, keyword arguments) of a call's node, its positional arguments left out, as BFCL does."""
+    if not isinstance(node, ast.Call):
+        raise ValueError
+    names, function = [], node.func
+    while isinstance(function, ast.Attribute):
+        names.append(function.attr)
+        function = function.value
+    if isinstance(function, ast.Name):
+        names.append(function.id)
+    return ".".join(reversed(names)), {k.arg: python_value(k.value) for k in node.keywords}
+
+
+def python_value(node):
+    """The value of a constant, list, tuple, dict or sum of numbers; a name is a string, and so is the source of what else BFCL takes."""
+    match node:
+        case ast.Constant():
+            return "..." if node.value is ... else node.value
+        case ast.UnaryOp(operand=ast.Constant()):
+            return -node.operand.value  # whichever the operator is
+        case ast.List():
+            return [python_value(n) for n in node.elts]
+        case ast.Tuple():
+            return tuple(python_value(n) for n in node.elts)
+        case ast.Dict():
+            return {python_value(k): python_value(v) for k, v in zip(node.keys, node.values)}
+        case ast.BinOp():
+            return calculate(node)
+        case ast.Name():
+            return node.id
+        case ast.Call(keywords=[_, *_]):
+            return dict([python_call(node)])
+        case ast.Call():
+            return ast.unparse(node)
+        case ast.Subscript():
+            return f"{ast.unparse(node.value)}[{ast.unparse(node.slice)}]"
+    raise ValueError
+
+
+def calculate(node):
+    """The value of an expression of numbers, like 5 / 100. The original evaluates whatever stands there."""
+    match node:
+        case ast.BinOp():
+            left, right = calculate(node.left), calculate(node.right)
+            if isinstance(node.op, ast.Pow) and max(abs(left), abs(right)) > 1000:
+                raise ValueError
+            return OPERATORS[type(node.op)](left, right)
+        case ast.UnaryOp(op=ast.USub()):
+            return -calculate(node.operand)
+        case ast.Constant() if type(node.value) in (int, float):
+            return node.value
+    raise ValueError
+
+
+SOURCE_TOKEN = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`|<[\w\s,.?<>\[\]]*>|[(){}\[\],;"'`]""")
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
+def split_source(text):
+    """A text cut at the commas and semicolons outside brackets, quotes and type parameters; None if these do not balance."""
+    pieces, start, expected = [], 0, []
+    for token in SOURCE_TOKEN.finditer(text):
+        if token[0] in CLOSING:
+            expected.append(CLOSING[token[0]])
+        elif token[0] in (")", "]", "}"):
+            if not expected or expected.pop() != token[0]:
+                return None
+        elif token[0] in (",", ";") and not expected:
+            pieces.append(text[start:token.start()])
+            start = token.end()
+        elif token[0] in ('"', "'", "`"):
+            return None  # never closed
+    return None if expected else [*pieces, text[start:]]
+
+
+def parse_source_calls(text):
+    """The calls of a list like "[f(a=1, b=new int[]{1, 2})]" of Java or JavaScript, each value its source text; None if it is not one.
+
+    BFCL's parsers differ where they fall short: they drop the body of new HashMap<>() {{ put(...); }}, see the first of several calls only,
+    and a call in x = f(a=1) too, and may fail on Java without a semicolon.
+
+    >>> parse_source_calls('[A.f(a="x", b=new HashMap<String, Object>(), c=-5L)]'), parse_source_calls("f(a=(1)")
+    ([('A.f', {'a': 'x', 'b': 'new HashMap<String, Object>()', 'c': '-5L'})], None)
+    """
+    calls, text = [], text.strip("`\n ").removeprefix("[").removesuffix("]").strip().removesuffix(";")
+    for piece in split_source(text) or [""] if text else []:
+        found = re.fullmatch(r"\s*([\w.$]+)\s*\((.*)\)\s*", piece, re.S)
+        parts = split_source(found[2]) if found else None
+        if parts is None:
+            return None
+        arguments = {}
+        for part in parts if found[2].strip() else []:
+            name, value = re.fullmatch(r"\s*(?:([\w.$]+)\s*=(?![=>]))?\s*(.*?)\s*", part, re.S).groups()
+            if name in arguments or not value:
+                return None
+            if name or re.fullmatch(r"[^\W\d]\w*", value):  # of values without a name BFCL sees only names
+                arguments[name] = value[1:-1] if name and value[0] == value[-1] and value[0] in "\"'" else value
+        calls.append((found[1], arguments))
+    return calls
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# BFCL (Patil et al. 2025): whether a model calls the right functions with the right arguments, in one turn or several. Rules of bfcl-eval 2026.3.23.
+
+LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}
+SINGLE_TURN = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple",
+               "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+SIMULATED = {"GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api", "TwitterAPI": "posting_api",
+             "TicketAPI": "ticket_api", "TradingBot": "trading_bot", "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+PROMPT = """You answer requests by calling functions. Write nothing but the calls, as one list in this form:
+[function(a=1, b="x"), other.function(c=[2.5, True])]
+Name every argument. If no function fits the request, or a required argument is not given in it, say so in words instead. After a call you \
+are told its result; call on until the request is done, then say so in words.
+The functions, one JSON object a line:
+"""
+
+
+def bfcl(args):
+    """Single-turn categories of BFCL v4, of which v1 and v2 are subsets, and v3's multi-turn ones where the package bfcl-eval is installed."""
+    episodes = []
+    for category in SINGLE_TURN + MULTI_TURN:
+        path = next(p for p in find_data(args.data, f"BFCL_v4_{category}.json") if p.parent.name != "possible_answer")
+        entries, gold = read_all(path)[:args.limit], {}
+        if not category.endswith("relevance"):
+            gold = {row["id"]: row["ground_truth"] for row in read_all(path.parent / "possible_answer" / path.name)}
+        if category == MULTI_TURN[0]:
+            try:
+                docs = {name: read_all(find_data(args.data, f"multi_turn_func_doc/{module}.json")[0]) for name, module in SIMULATED.items()
+                        if simulated(name)}
+            except ImportError as error:
+                print(f"bfcl: no multi-turn categories without {error.name}: pip install --no-deps bfcl-eval mpmath")
+                break
+        play = partial(multi_turn, docs) if category in MULTI_TURN else single_turn
+        episodes += [(entry["id"], partial(play, entry, gold.get(entry["id"]), category, args)) for entry in entries]
+    return episodes
+
+
+def single_turn(entry, gold, category, args):
+    """The episode of a single-turn item. Officially garbage scores as a refusal; the verdict tells them apart."""
+    language, functions = LANGUAGES.get(category, "python"), entry["function"]
+    answer = yield ask(entry["question"][0], [described(f, language) for f in functions], args)
+    calls, why = calls_of(answer, language, args), ""
+    if gold is None:
+        right = bool(calls) != category.endswith("irrelevance")
+    else:
+        right, why = check_call(functions, calls or [], gold, language)
+    item = verdict(answer, calls, not category.endswith("irrelevance"), right, why)
+    return item | {"scores": {category: float(right and not answer.error)}, "calls": show(calls), "gold": gold}
+
+
+def described(function, language="python"):
+    """A definition of BFCL as one of OpenAI's, with JSON Schema's types. Parameters of Java and JavaScript become strings, as officially."""
+    function = copy.deepcopy({key: function[key] for key in ("name", "description", "parameters")})
+    named = {"python": "Python 3", "java": "Java 8", "javascript": "JavaScript"}[language]
+    function["description"] += f" It is a function of {named}."
+    if language != "python":
+        for schema in function["parameters"]["properties"].values():
+            inner = schema.pop("items", None) or schema.pop("properties", None)
+            hint = f"Its type is {schema['type']}{f' of {json.dumps(inner)}' * bool(inner)}, given as {named} source text in a string."
+            schema |= {"type": "string", "description": f"{schema.get('description', '')} {hint}"}
+    function["parameters"] = json_schema(function["parameters"])
+    return function
+
+
+def json_schema(schema):
+    """A schema with BFCL's types as one with JSON Schema's. What names no known type is a string, as officially."""
+    schema = schema | {"type": JSON_TYPES[TYPES.get(schema.get("type"), str)]}
+    if "items" in schema:
+        schema["items"] = json_schema(schema["items"])
+    if "properties" in schema:
+        schema["properties"] = {name: json_schema(inner) for name, inner in schema["properties"].items()}
+    return schema
+
+
+def ask(messages, functions, args):
+    """What an episode yields: messages, and tools in native mode; in prompt mode the functions stand in the system message."""
+    if args.mode == "native":
+        return messages, [{"type": "function", "function": f} for f in functions]
+    system = PROMPT + "\n".join(json.dumps(f, ensure_ascii=False) for f in functions)
+    if messages[0]["role"] == "system":
+        system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
+    return [chat_message("system", system), *messages], None
+
+
+def told(calls, results, args):
+    """The messages of calls and of their results, which are texts."""
+    if args.mode == "native":
+        return [chat_message("assistant", "", calls), *(chat_message("tool", r) | {"tool_call_id": f"call_{i}"} for i, r in enumerate(results))]
+    rows = [{"call": call, "result": result} for call, result in zip(show(calls), results)]
+    return [chat_message("assistant", f"[{', '.join(show(calls))}]"), chat_message("user", json.dumps(rows, ensure_ascii=False))]
+
+
+def calls_of(answer, language, args):
+    """The calls of an answer, [] if it makes none, None if what it writes as a call is not one."""
+    if args.mode == "native":
+        return answer.calls
+    text = after_thought(answer.text)
+    calls = parse_python_calls(text) if language == "python" else parse_source_calls(text)
+    return [] if calls is None and not holds_call(text) else calls
+
+
+def after_thought(text):
+    return text.rpartition("</think>")[2].strip("`\n ")
+
+
+def holds_call(text):
+    """Whether a text is a list or object, or something in it is written like a call with arguments."""
+    return re.match(r"(?:\w+\n)?\s*[\[{]", text) or re.search(r"\w\((?:\)|[^()]*['\"=])", text)
+
+
+def show(calls):
+    """Calls as texts, for the record: a value may be one that JSON does not know, or too deep for it."""
+    try:
+        return calls and [f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in calls]
+    except (ValueError, RecursionError):
+        return ["..."] * len(calls)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# BFCL's multi-turn items: simulated APIs, whose state and results are compared with those of the gold calls after each turn
+
+
+SIMULATION = threading.Lock()  # the modules of the APIs share some state
+
+
+def simulated(name):
+    """A class of the package bfcl-eval."""
+    return getattr(importlib.import_module(f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{SIMULATED[name]}"), name)
+
+
+class World:
+    """The simulated APIs of an item, in the state in which it begins."""
+
+    def __init__(self, entry):
+        self.apis, self.methods = {name: simulated(name)() for name in entry["involved_classes"]}, {}
+        for name, api in self.apis.items():
+            if name != "MathAPI":  # has no state
+                api._load_scenario(copy.deepcopy(entry["initial_config"].get(name, {})), long_context="long_context" in entry["id"])
+            self.methods |= {n: method for n, method in inspect.getmembers(api, inspect.ismethod) if not n.startswith("_")}
+
+    def call(self, name, arguments, positional=()):
+        """The result of a call as text, or the text of its error."""
+        try:
+            if name not in self.methods:
+                raise NameError(f"name {name!r} is not defined")
+            if any(type(v) is int and abs(v) > 1000 for k, v in arguments.items() if k in ("exponent", "precision", "decimal_places")) or (
+                    name == "multiply" and not all(isinstance(v, (int, float)) for v in arguments.values())):
+                raise ValueError("out of range")  # would take hours or all memory
+            with SIMULATION:
+                result = self.methods[name](*positional, **copy.deepcopy(arguments))
+                with contextlib.suppress(TypeError, ValueError):
+                    return json.dumps(result) if type(result) is dict else str(result)
+                return str(result)
+        except Exception as error:  # of the package's code
+            return f"Error during execution: {error}"
+
+    def differs(self, gold):
+        """Whether a public attribute of an API is not as in the gold's world."""
+        return any(getattr(self.apis[name], attribute, None) != value for name, api in gold.apis.items()
+                   for attribute, value in vars(api).items() if not attribute.startswith("_"))
+
+
+def multi_turn(docs, entry, gold, category, args, max_steps=20):
+    """The episode of a multi-turn item. It ends with the first turn that fails, since the rest no longer counts."""
+    ours, theirs = World(entry), World(entry)
+    functions = [f for name in entry["involved_classes"] for f in docs[name]]
+    withheld = {int(at): names for at, names in entry.get("missed_function", {}).items()}  # told of at the beginning of that turn
+    messages, results, outputs, made = [], [], [], []
+
+    def record(calls, right, why=""):
+        item = verdict(answer, calls, True, right, why)
+        return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold, "output": outputs}
+
+    for number, (request, expected) in enumerate(zip(entry["question"], gold)):
+        made.append([])
+        if number in withheld:
+            del withheld[number]
+            request = [chat_message("user", "There are more functions now. Go on with them.")]
+        known = [described(f) for f in functions if not any(f["name"] in names for names in withheld.values())]
+        messages = messages + request
+        for _ in range(max_steps + 1):
+            answer = yield ask(messages, known, args)
+            outputs.append(answer.text)
+            if answer.error:
+                return record(None, False)
+            calls = calls_of(answer, "python", args)
+            messages = messages + [turn(answer) if args.mode == "native" else chat_message("assistant", answer.text)]
+            if not calls:
+                break
+            made[-1].append(show(calls))
+            step = [ours.call(name, arguments) for name, arguments in calls]
+            messages += told(calls, step, args)[1:]
+            results += step
+        else:
+            return record(made, False, "too many steps")
+        wanted = [theirs.call(*gold_call(text)) for text in expected]
+        if expected and not made[-1]:
+            return record(calls, False)
+        if expected and ours.differs(theirs):
+            return record(made, False, "wrong state")
+        if any(results.count(result) < wanted.count(result) for result in wanted):
+            return record(made, False, "wrong result")
+    return record(made, True)
+
+
+def gold_call(text):
+    """(name, keyword arguments, positional arguments) of a gold call's source text."""
+    node = ast.parse(text, mode="eval").body
+    return *python_call(node), [python_value(n) for n in node.args]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Totals
+
+SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+NON_LIVE = (SIMPLE, "multiple", "parallel", "parallel_multiple")
+LIVE = frozenset(("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"))
+# The official formulas, from the repository's eval_runner_helper.py: a tuple is the mean of its parts, a set the mean over all its items. The first
+# three are parts of version 4's score, "overall" is their mean; "v3" was the overall score from April to August 2025, "v2" that of August 2024 but
+# for four sets of executed calls, which have been withdrawn.
+BFCL_TOTALS = {
+    "non-live": NON_LIVE, "live": LIVE, "multi-turn": MULTI_TURN, "overall": (NON_LIVE, LIVE, MULTI_TURN),
+    "v3": ((*NON_LIVE, "irrelevance"), LIVE | {"live_irrelevance", "live_relevance"}, MULTI_TURN),
+    "v2": ((SIMPLE, "live_simple"), *((c, f"live_{c}") for c in (*NON_LIVE[1:], "irrelevance")), "live_relevance")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# AgentBench (Liu et al. 2023, arXiv 2308.03688): rounds with a database or a shell, until the model commits its answer. The rules are those of
+# github.com/THUDM/AgentBench: tools, rounds and comparison of its version with function calls; the markers of the mode prompt of version 0.2.
+# Metrics of the development split carry its name.
+
+AGENTBENCH_DB_TOTALS = {"overall": ("SELECT", "INSERT", "UPDATE")}  # the mean of their means
+
+
+class Final(NamedTuple):
+    """What a model commits, which ends its rounds; None where it only says that it has finished."""
+    answer: object
+
+
+def converse(messages, tools, rounds, most, act, judge, read=None):
+    """An episode's rounds; returns the start of its record.
+
+    act(name, arguments) carries out one of the at most `most` calls of a turn that count, and returns its result or Final; judge(Final or None)
+    is whether all is right in the end. With read, turns are plain text: read(text) finds the calls in it, or None, which ends the episode.
+    """
+    made, log, final = [], [], None
+    for _ in range(rounds):
+        answer = yield messages, None if read else tools
+        calls = read(answer.text) if read else answer.calls
+        results = []
+        for name, arguments in (calls or [])[:most]:
+            made.append((name, arguments))
+            results.append(act(name, arguments))
+            if isinstance(results[-1], Final):
+                final = results.pop()
+                break
+        log += [answer.text, *results]
+        if final or answer.error or read and calls is None:
+            break
+        if calls:
+            results += ["Not run: too many calls in a turn."] * (len(calls) - len(results))
+        else:
+            results = ["There is no call in this that can be read. Call one of the tools."]
+        role = "user" if read or not calls else "tool"
+        replies = [chat_message(role, text) | ({"tool_call_id": f"call_{i}"} if role == "tool" else {}) for i, text in enumerate(results)]
+        messages = messages + [chat_message("assistant", answer.text) if read else turn(answer), *replies]
+    right = judge(final)
+    calls = made if right or calls is not None else None  # a table may be right though the last turn cannot be read
+    return verdict(answer, calls, True, right, "another result than expected" if final else "nothing committed") | {"output": "\n\n".join(log)}
+
+
+def scored(record, gold, metrics):
+    return record | {"gold": gold, "scores": {metric: float(record["verdict"] == "right") for metric in metrics}}
+
+
+def tool(name, description, **parameters):
+    """A function as the chat API defines it, with parameters {name: schema} that are all required."""
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": {
+        "type": "object", "properties": parameters, "required": list(parameters)}}}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# agentbench-db: each item has a table of its own, in SQLite where the original has MySQL
+
+DB_TOOLS = [
+    tool("execute_sql", "Run one SQL statement and see what it returns.", query={"type": "string", "description": "the statement"}),
+    tool("commit_final_answer", "Give the final answer, once all is done.",
+         answers={"type": "array", "items": {"type": "string"}, "description": "the values asked for, one string each"})]
+DB_PROMPT = """You work with a table in a SQLite database, to answer a question about it or to change it as you are asked. In each turn run one SQL \
+statement and look at what it returns. When you are done, commit the final answer: exactly the values that are asked for and nothing else; after a \
+change of the table any answer will do."""
+DB_FORM = """ To run a statement, on one line, write
+
+Action: Operation
+```sql
+SELECT ...;
+```
+
+and to commit the answer
+
+Action: Answer
+Final Answer: ["first value", "second value"]"""
+MODIFICATIONS = ("INSERT", "UPDATE", "DELETE")
+
+
+def agentbench_db(args):
+    """An item is a question about a table (right: the values) or a modification of it (right: the hash of the table as it then is)."""
+    episodes, count = [], Counter()
+    for path in find_data(args.data, "dbbench/standard.jsonl") + sorted(Path(args.data).rglob("dbbench/dev.jsonl")):
+        split = "" if path.stem == "standard" else f"{path.stem}: "
+        for i, item in enumerate(read_all(path)):
+            count[split + item["type"][0]] += 1
+            if not args.limit or count[split + item["type"][0]] <= args.limit:
+                episodes.append((f"{path.stem}-{i}", partial(db_episode, item, split, args.mode)))
+    return episodes
+
+
+def db_episode(item, split, mode):
+    """Rounds with a database: officially 15, and in the mode prompt one more to answer in."""
+    kind, table, prompted = item["type"][0], item["table"], mode == "prompt"
+    with contextlib.closing(open_table(table)) as database:
+        def act(name, arguments):
+            value = next(iter(arguments.values()), None)
+            if name == "execute_sql" and isinstance(value, str):
+                return run_sql(database, value)
+            return Final(value) if name == "commit_final_answer" and arguments else "Error: there is no such tool, or it wants other arguments."
+
+        def judge(final):
+            if kind not in MODIFICATIONS:
+                return bool(final) and same_values(final.answer, item["label"])
+            # In its prompt mode the original looks at the table however the rounds end.
+            return bool(final or prompted) and re.search(r"[0-9a-f]{32}", item["answer_md5"])[0] in table_hashes(database, table)
+
+        asked = f"{item['description']}\n{item['add_description']}".strip()
+        messages = [chat_message("system", DB_PROMPT + DB_FORM * prompted), chat_message("user", asked)]
+        record = yield from converse(messages, DB_TOOLS, 15 + prompted, 99, act, judge, read_db_action if prompted else None)
+    return scored(record, item["label"], [split + metric for metric in ([kind] if kind in MODIFICATIONS else ["SELECT", kind])])
+
+
+def read_db_action(text):
+    """The call that a text makes with the markers of version 0.2, or None.
+
+    >>> read_db_action('Think.\\nAction: Operation\\n```sql\\nSELECT 1;\\n```')
+    [('execute_sql', {'query': 'SELECT 1;'})]
+    >>> read_db_action('Action: Answer\\nFinal Answer: ["a"]')
+    [('commit_final_answer', {'answers': ' ["a"]'})]
+    """
+    action = re.search(r"Action: (.*?)\n", text)
+    if action and action[1] == "Operation":
+        sql = re.search(r"```sql\n(.*?)\n```", text, re.S)
+        return [("execute_sql", {"query": sql[1].strip().replace("\n", " ")})] if sql else None
+    final = re.search(r"\nFinal Answer:(.*)", text)
+    return [("commit_final_answer", {"answers": final[1]})] if final else None
+
+
+def quote(name):
+    return "`" + name.replace("`", "``") + "`"
+
+
+def open_table(table):
+    """A database in memory with the item's table, every column TEXT as in the original; it reaches nothing else."""
+    columns = [quote(c["name"]) for c in table["table_info"]["columns"]]
+    database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+    database.create_collation("mysql", lambda a, b: (fold(a) > fold(b)) - (fold(a) < fold(b)))
+    database.execute(f"CREATE TABLE {quote(table['table_name'])} ({', '.join(f'{c} TEXT COLLATE mysql' for c in columns)})")
+    rows = table["table_info"]["rows"]
+    database.executemany(f"INSERT INTO {quote(table['table_name'])} VALUES ({', '.join('?' * len(columns))})", rows)
+    for limit in ("temp_store = MEMORY", "max_page_count = 16384", f"hard_heap_limit = {1 << 27}"):  # no file; 64 MiB; 128 MiB for all of them
+        database.execute(f"PRAGMA {limit}")
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+    database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 20_000)
+    database.set_authorizer(lambda action, _, name, *__: sqlite3.SQLITE_OK if action in ALLOWED and name != "load_extension" else sqlite3.SQLITE_DENY)
+    return database
+
+
+ALLOWED = {getattr(sqlite3, f"SQLITE_{action}") for action in """SELECT READ FUNCTION RECURSIVE INSERT UPDATE DELETE TRANSACTION SAVEPOINT
+    CREATE_TABLE DROP_TABLE ALTER_TABLE CREATE_INDEX DROP_INDEX REINDEX""".split()}
+
+
+def fold(text):
+    """What MySQL's default collation compares: it tells neither case nor accents apart."""
+    return "".join(c for c in unicodedata.normalize("NFKD", text.casefold()) if not unicodedata.combining(c))
+
+
+def execute(database, sql, seconds=5):
+    """Yield the rows of one statement, which is stopped when its time is up."""
+    deadline = time.monotonic() + seconds
+    database.set_progress_handler(lambda: time.monotonic() > deadline, 100)
+    yield from database.execute(sql)
+
+
+def run_sql(database, sql):
+    """What a model sees of a statement: rows in the original's form, cut after 800 characters, or the error."""
+    shown = ""
+    try:
+        for row in execute(database, to_sqlite(sql)):
+            shown += f", {row}" if shown else f"[{row}"
+            if len(shown) > 800:
+                return shown[:800] + "[TRUNCATED]"
+    except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
+        return f"Error: {str(error) or 'out of memory'}"
+    return f"{shown or '['}]"
+
+
+def to_sqlite(sql):
+    r"""SQL whose strings with MySQL's backslashes, and names that begin with a digit, are written as in SQLite.
+
+    >>> print(to_sqlite(r"INSERT INTO 1952_race VALUES (1e5, 'it\'s', 'C:\\')"))
+    INSERT INTO `1952_race` VALUES (1e5, 'it''s', 'C:\')
+    """
+    def rewrite(match):
+        token = match[0]
+        if token[0] in "'\"" and "\\" in token:
+            text = re.sub(r"\\(.)|(['\"])\2", lambda m: {"n": "\n", "t": "\t", "r": "\r"}.get(m[1], m[1] or m[2]), token[1:-1], flags=re.S)
+            return "'" + text.replace("'", "''") + "'"
+        return f"`{token}`" if token[0].isdigit() and not re.fullmatch(r"\d+(e\d*)?|0x[0-9a-f]+", token, re.I) else token
+
+    return re.sub(r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|\w+""", rewrite, sql, flags=re.S)
+
+
+def table_hashes(database, table):
+    """The md5 of the rows' sorted hashes, of which each is 5 digits of the md5 of a row's values; whole, and cut at 1,024 characters as MySQL's
+    GROUP_CONCAT cuts, since the recorded ones are of both kinds. None of them where the table or a column is gone."""
+    def md5(text):
+        return hashlib.md5(text.encode("utf-8", "replace")).hexdigest()
+
+    columns = ", ".join(quote(c["name"]) for c in table["table_info"]["columns"])
+    try:
+        rows = list(execute(database, f"SELECT {columns} FROM {quote(table['table_name'])}"))
+    except (sqlite3.Error, MemoryError):
+        return set()
+    joined = ",".join(sorted(md5(",".join(str(v) for v in row if v is not None))[:5] for row in rows))
+    return {md5(joined), md5(joined[:1024])}
+
+
+def same_values(answer, gold):
+    """Whether an answer (a list, or the text of one or of a value) holds the label's values, in any order: numbers within 0.01, or the same texts.
+
+    >>> same_values(["1,174"], ["1174.0"]), same_values('[("b",), ("a",)]', ["a", "b"]), same_values("", ["none"]), same_values(["12"], ["12.5"])
+    (True, True, True, False)
+    """
+    given, wanted = compared_values(answer), compared_values(gold)
+    try:
+        given_numbers, left = [float(v) for v in given], [float(v) for v in wanted]
+    except ValueError:
+        return set(given) == set(wanted) if len(given) != 1 or len(wanted) != 1 else given == wanted
+    for number in given_numbers:
+        match = next((n for n in left if abs(number - n) <= 0.01), None)
+        if match is None:
+            return False
+        left.remove(match)
+    return not left
+
+
+def compared_values(answer):
+    """An answer's values as texts: no quotes around them, no percent sign, no commas, and 0 for all that stands for nothing."""
+    if isinstance(answer, str) and re.fullmatch(r"\s*\[.*\]\s*", answer, re.S):
+        parsed = literal_value(answer.strip())
+        if not isinstance(parsed, list):  # commas divide it but within quotes, of whichever kind, which are lost
+            parsed = [re.sub("['\"]", "", part) for part in re.findall(r"""(?:['"][^'"]*(?:['"]|$)|[^,'"])+""", answer.strip()[1:-1])]
+        answer = parsed
+    values = []
+    for value in answer if isinstance(answer, (list, tuple)) else [answer]:
+        text = str(value[0] if isinstance(value, tuple) and len(value) == 1 else value).strip().strip("'\"").strip()
+        if text.endswith("%"):
+            values.append(text[:-1].strip())
+            continue
+        text = text if text.startswith("[") or text.endswith("]") else text.replace(",", "")
+        values.append("0" if text.lower() in ("none", "null", "undefined", "nan", "inf", "infinity", "-inf", "-infinity", "") else text)
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# agentbench-os: each item has a shell of its own, in a sandbox of bubblewrap where the original has Docker
+
+OS_TOOLS = [
+    tool("bash_action", "Run a script in the shell and see its output.", script={"type": "string", "description": "what to run, in bash"}),
+    tool("answer_action", "Answer the question, which ends the task.", answer={"type": "string", "description": "the answer, and nothing else"}),
+    tool("finish_action", "End a task that asks for no answer, once it is done.", thought={"type": "string", "description": "why it is done"})]
+OS_PROMPT = """You work as root in the shell of a Linux system, to do what you are asked or to answer a question about the system. In each turn \
+think first, then do one of three things: run a script in bash and look at its output; give the answer, exactly and without a sentence around it; or \
+finish, if no answer is asked for. A script must not wait for input, and of a long output only the beginning is shown."""
+OS_FORM = """ Write it in one of these forms:
+
+Think: your thoughts
+
+Act: bash
+
+```bash
+the script
+```
+
+or, as the last line, `Act: answer(the answer)` or `Act: finish`."""
+CHECKS = {  # what the original's scripts of these names do with the answer and what the example puts out
+    "integer-match.py": lambda answer, output: int(answer) == int(output),
+    "string-match.py": lambda answer, output: answer == output,
+    "containing.py": lambda answer, output: output in answer,
+    "in.py": lambda answer, output: answer in output,
+    "size-match.py": lambda answer, output: size_of(answer) == size_of(output)}
+
+
+def agentbench_os(args):
+    """An item is a task in a shell; right is what its answer is compared with, or what scripts find that check the answer and the system.
+
+    Items that need a file which is not there (the original has them in a folder scripts), or the network, are left out, and said to be.
+    """
+    if not shutil.which("bwrap"):
+        fail("agentbench-os needs a sandbox: apt-get install bubblewrap")
+    try:
+        Sandbox().close()
+    except (OSError, SandboxEnded) as error:
+        fail(f"agentbench-os needs a sandbox, and bubblewrap makes none here: {error}")
+    episodes, count, left_out = [], Counter(), Counter()
+    for path in find_data(args.data, "os_interaction/**/*.json"):
+        folder = "dev" if path.stem == "dev" else path.parent.name
+        if folder not in ("dev", *"1234567") or "scripts" in path.parts:
+            continue
+        for i, item in enumerate(read_all(path)):
+            try:
+                task = os_task(item, path, folder)
+            except LookupError as error:
+                left_out[error.args[0]] += 1
+                continue
+            metric, name = ("dev: accuracy", "dev-001") if folder == "dev" else ("accuracy", f"std-00{folder}")
+            count[name] += 1
+            if not args.limit or count[name] <= args.limit:
+                episodes.append((f"{name}-{path.stem}-{i}", partial(os_episode, task, metric, args.mode)))
+    if left_out:
+        print("agentbench-os: left out " + ", ".join(f"{n} items that need {what}" for what, n in sorted(left_out.items())))
+    return episodes
+
+
+def os_task(item, path, folder):
+    """An item, each script of it as (language, text) or a name in CHECKS. Raises LookupError, which says what it lacks."""
+    def script(value):
+        value = evaluation["example"] if value is None else value  # as the first check: what it puts out is compared with the answer
+        value = {"code": value} if isinstance(value, str) else value
+        name = Path(value.get("file", "")).name
+        if name in CHECKS:
+            return name
+        file = next((f for d in path.parents if name and (f := d / "scripts" / folder / value["file"]).is_file()), None)
+        if name and not file:
+            raise LookupError(value["file"])
+        text = file.read_text(encoding="utf-8") if file else value["code"]
+        if re.search(r"\bapt(-get)? ", text):
+            raise LookupError("the network")
+        return value.get("language", "bash"), text
+
+    def scripts(of, key):
+        value = of.get(key, [])
+        return [script(v) for v in (value if isinstance(value, list) else [value])]
+
+    evaluation, create = item["evaluation"], item.get("create")
+    match = {"answer": match, "strip": True} if isinstance(match := evaluation.get("match"), str) else match
+    return {"description": item["description"], "init": scripts(create if isinstance(create, dict) else {}, "init"), "start": scripts(item, "start"),
+            "match": match, "check": scripts(evaluation, "check"), "example": scripts(evaluation, "example")}
+
+
+def os_episode(task, metric, mode):
+    """Rounds with a shell, officially 8, of which each runs one script."""
+    def act(name, arguments):
+        value = next(iter(arguments.values()), None)
+        if name == "finish_action" or name == "answer_action" and arguments:
+            return Final(value)
+        if name != "bash_action" or not isinstance(value, str):
+            return "Error: there is no such tool, or it wants other arguments."
+        try:
+            output = sandbox.run(value)[1]
+        except SandboxEnded:
+            return Final(None)
+        output = output if len(output) <= 800 else output[:780] + "\n[cut: the output is too long]"
+        return f"Output of the system:\n\n{output}" if output else "The system puts out nothing."
+
+    def judge(final):
+        return bool(final) and not sandbox.ended and os_right(sandbox, task, final.answer)
+
+    gold = task["match"] or [*task["check"], *task["example"]]
+    messages = [chat_message("system", OS_PROMPT + OS_FORM * (mode == "prompt")), chat_message("user", task["description"])]
+    try:
+        with contextlib.closing(Sandbox()) as sandbox:
+            for script in task["init"]:
+                status, output = sandbox.run_apart(script)
+                if status:
+                    raise SandboxEnded(f"status {status} of {script[1][:100]}, {output[-100:]}")
+            for script in task["start"]:  # it may leave a shell of another user, which reads what follows
+                sandbox.run(script[1], stdin="")
+            record = yield from converse(messages, OS_TOOLS, 8, 1, act, judge, read_os_action if mode == "prompt" else None)
+            return scored(record | ({"failure": sandbox.ended} if sandbox.ended else {}), gold, [metric])
+    except (OSError, SandboxEnded) as error:
+        return scored(verdict(Answer("", error=f"cannot be set up: {error}"), None, True, False), gold, [metric])
+
+
+def os_right(sandbox, task, answer):
+    """Whether an answer matches, or every check succeeds, given the answer and what the checks before it put out."""
+    if match := task["match"]:
+        if not isinstance(answer, str):
+            return False
+        answer = answer.strip() if match.get("strip") else answer
+        return answer == match["answer"] if "answer" in match else bool(re.search(match["regex"], answer))
+    given = [str(answer)]
+    for script in task["check"]:
+        try:
+            if isinstance(script, str):
+                status, output = not CHECKS[script](*(text.replace("\r\n", "\n").strip() for text in given[:2])), ""
+            else:
+                status, output = sandbox.run_apart(script, *given)
+        except (ValueError, SandboxEnded):
+            return False
+        # What an example puts out counts though find ends with status 1, as it does where only the host's root may look.
+        if status and not (script in task["example"] and output.strip()):
+            return False
+        given.append(output)
+    return True
+
+
+def size_of(text):
+    """Bytes of a size such as 300, 12K or 1.5 MB. Raises ValueError."""
+    number, unit = re.fullmatch(r"(.*?)\s*([KMGTP]?)(?:B|Byte)?", text, re.S).groups()
+    return float(number) * 1024 ** " KMGTP".index(unit or " ")
+
+
+def read_os_action(text):
+    """The call that a text makes with the markers of version 0.2, the last if there are several, or None.
+
+    >>> read_os_action("Think: easy.\\n\\nAct: answer(42)")
+    [('answer_action', {'answer': '42'})]
+    >>> read_os_action("Act: bash\\n\\n```bash\\nls\\n```"), read_os_action("Act: finish"), read_os_action("abc")
+    ([('bash_action', {'script': 'ls'})], [('finish_action', {})], None)
+    """
+    for action in reversed(re.findall(r"Act:\s*(.+)", text)):
+        if action.lower().startswith("bash"):
+            return [("bash_action", {"script": "\n\n".join(re.findall(r"```bash\n(.*?)\n```", text, re.S))})]
+        if action.lower().startswith("finish"):
+            return [("finish_action", {})]
+        if action.lower().startswith("answer") and (inside := re.search(r"\((.*)\)", action[6:])):
+            return [("answer_action", {"answer": inside[1]})]
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sandbox: namespaces made by bubblewrap. Of the host it sees /usr and a few files of /etc; what it writes is kept in memory and ends with it;
+# there is no network. Its root is no one outside: where this runs as root, the sandbox's users are 65,536 of the host's that nobody has, else all
+# it has is this user. Limits: of processes and of memory, together and each; of every file system; of the time and the output of one script.
+
+PROCESSES, MEMORY, DISK, OUTPUT = 64, 1 << 30, 128 << 20, 32 << 20  # all but the first in bytes
+PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --hostname linux --new-session --die-with-parent --clearenv
+    --setenv PATH {PATHS} --setenv HOME /root --setenv LANG C.UTF-8 --setenv TERM dumb --size {DISK} --tmpfs / --ro-bind /usr /usr
+    --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --proc /proc --dev /dev --size {DISK}
+    --tmpfs /dev/shm --remount-ro /dev --size {DISK} --tmpfs /mnt --ro-bind /etc /mnt/etc --dir /root --chdir /root""".split()
+# Run first, with capabilities that are given up for good at the end: what is written to /usr goes to memory; no user namespaces from here on, as in
+# one of its own anyone may mount file systems without a limit.
+SETUP = f"""set -e
+ulimit -u {PROCESSES} -v {MEMORY * 3 >> 12} -f {DISK >> 10} -t 60 -c 0 -n 256
+mkdir -p /mnt/upper/bin /mnt/upper/sbin /mnt/upper/local/bin /mnt/work /etc /home /opt /srv /run /var/log /var/mail /var/tmp
+mkdir -m 1777 /tmp
+cp /usr/bin/find /mnt/upper/bin/  # files of the host belong to no one here, and an item changes this one's mode
+mount -t overlay overlay -o lowerdir=/usr,upperdir=/mnt/upper,workdir=/mnt/work /usr
+cd /mnt/etc
+cp -r alternatives bash.bashrc default host.conf inputrc ld.so* localtime login.defs nsswitch.conf os-release pam.d profile protocols security \\
+    services shells skel /etc 2> /dev/null || true
+for file in passwd group; do awk -F: '$3 < 1000 || $3 == 65534' $file > /etc/$file; done
+awk -F: '{{print $1 ":*:19000:0:99999:7:::"}}' /etc/passwd > /etc/shadow
+awk -F: '{{print $1 ":!::"}}' /etc/group > /etc/gshadow
+chmod 640 /etc/shadow /etc/gshadow
+echo 127.0.0.1 localhost > /etc/hosts
+date > /var/log/boot.log
+for place in / /mnt /dev/shm; do mount -o remount,nosuid,nodev,nr_inodes=50000 tmpfs $place; done
+cd /root
+umount -l /mnt
+umount /proc/sys 2> /dev/null || true
+echo 0 > /proc/sys/user/max_user_namespaces
+echo 1000 > /proc/self/oom_score_adj
+exec setpriv --inh-caps -all --bounding-set -all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+sys_chroot,+audit_write \\
+    bash -c 'while :; do bash --login; done'"""
+
+
+class SandboxEnded(Exception):
+    """Why there is no sandbox any more."""
+
+
+class Sandbox:
+    """A shell that goes on until close(), or until it breaks a limit: `ended` then says which."""
+
+    def __init__(self):
+        self.ended, command, pipes, options = None, [*BWRAP, "bash", "-c", SETUP], (), {}
+        if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
+            # As another user: the limit on processes does not hold for root, and holds so for all users of the sandbox together.
+            base, pipes = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), [*os.pipe(), *os.pipe()]
+            command = ["prlimit", f"--nproc={PROCESSES}", "bwrap", "--info-fd", str(pipes[1]), "--userns-block-fd", str(pipes[2]), *command[1:]]
+            options = {"user": base, "group": base, "extra_groups": [], "pass_fds": pipes[1:3]}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", bufsize=0,
+                                        env={"PATH": PATHS}, **options)  # a process in the sandbox can read this environment
+        if pipes:  # bwrap says its child's number, and waits until that has its users
+            os.close(pipes[1])
+            os.close(pipes[2])
+            with open(pipes[0], "rb") as info, open(pipes[3], "wb") as go:
+                if said := info.read():
+                    for kind in ("uid_map", "gid_map"):
+                        Path(f"/proc/{json.loads(said)['child-pid']}/{kind}").write_text(f"0 {base} 65536")
+                    go.write(b"\n")
+        os.set_blocking(self.process.stdin.fileno(), False)
+        threading.Thread(target=self.watch, daemon=True).start()
+        self.run("true")
+
+    def watch(self):
+        while self.process.poll() is None:
+            if resident(self.process.pid) > MEMORY:
+                self.close("it took too much memory")
+            time.sleep(0.2)
+
+    def close(self, why="it was closed"):
+        """End it and all that runs in it."""
+        self.ended = self.ended or why
+        self.process.kill()
+        self.process.wait()
+
+    def run(self, script, stdin="< /dev/null", seconds=30):
+        """Run a script in the shell, whose directory and variables the next one finds; returns its status and what it puts out.
+
+        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox.
+        """
+        mark = "end" + secrets.token_hex(8)
+        # The status comes with a line of its own: another shell follows one that the script exits from, and reads on.
+        text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
+        todo = text.replace("\0", "").encode("utf-8", "replace")
+        output, size, deadline = b"", 0, time.monotonic() + seconds
+        inp, out = self.process.stdin.fileno(), self.process.stdout.fileno()
+        while not (end := re.search(rf"{mark} (\d+) {mark}\n".encode(), output)):
+            poll, left = select.poll(), deadline - time.monotonic()
+            poll.register(out, select.POLLIN)
+            if todo:
+                poll.register(inp, select.POLLOUT)
+            ready = dict(poll.poll(max(left, 0) * 1000))
+            if inp in ready:
+                try:
+                    todo = todo[os.write(inp, todo[:4096]):]
+                except OSError:  # nobody reads it any more
+                    todo = b""
+            chunk = os.read(out, 1 << 16) if out in ready else b""
+            size += len(chunk)
+            output = (output if len(output) < 1 << 17 else output[:1 << 16] + output[-1024:]) + chunk
+            if left <= 0 or size > OUTPUT or out in ready and not chunk:
+                why = "its time was up" if left <= 0 else "it put out too much" if chunk else f"it ended {output[-300:].decode(errors='replace')}"
+                self.close(why.strip())
+                raise SandboxEnded(self.ended)
+        return int(end[1]), output[:end.start()].decode(errors="replace")
+
+    def run_apart(self, script, *arguments):
+        """Run a (language, text) in a process and an environment of its own; returns its status and standard output."""
+        command = ["/usr/bin/env", "-i", f"PATH={PATHS}", "HOME=/root", "LANG=C.UTF-8",
+                   *(["python3", "-c", script[1]] if script[0] == "python" else ["bash", "-c", script[1], "--"]), *arguments]
+        return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)")
+
+
+def resident(pid):
+    """Bytes of memory that a process and all beneath it hold."""
+    total, todo = 0, [str(pid)]
+    while todo:
+        directory = Path("/proc", todo.pop())
+        with contextlib.suppress(OSError):  # it may have gone
+            total += int((directory / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            for task in (directory / "task").iterdir():
+                todo += (task / "children").read_text().split()
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# api-bank and mmlu
+
+
+def api_bank(args):
+    """Each call of API-Bank's dialogues (Li et al. 2023, arXiv 2304.08244) is an item: given all that was said before, what is called next?
+
+    At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and what it has found so far.
+    """
+    known = {"ToolSearcher": bank_tool("ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
+    for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
+        described = {name: literal for name, text in re.findall(r"^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"], re.S | re.M)
+                     if (literal := literal_value(text)) is not None}
+        known[row["类名"]] = bank_tool(row["类名"], described.get("description"), described.get("input_parameters"))
+    episodes = []
+    for path in find_data(args.data, "*level-*.jsonl"):
+        lines = read_all(path)
+        for dialogue in lines if "turns" in lines[0] else [{"file": path.name, "turns": lines}]:
+            episodes += bank_dialogue(dialogue, known, args)
+    return episodes
+
+
+def bank_dialogue(dialogue, known, args):
+    """The items of one dialogue."""
+    name, turns, messages, episodes = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], [], []
+    called = {t["api_name"] for t in turns if t["role"] == "API"}
+    tools = {n: known.get(n) or bank_tool(n) for n in (["ToolSearcher"] if "ToolSearcher" in called else sorted(called))}
+
+    def episode(messages, tools, gold):
+        answer = yield ask(messages, tools, args)
+        calls = calls_of(answer, "python", args)
+        right = json.dumps(calls, sort_keys=True) == json.dumps([gold], sort_keys=True)
+        why = "wrong count" if len(calls or []) != 1 else "wrong name" if calls[0][0] != gold[0] else "wrong arguments"
+        scores = dict.fromkeys(("exact match", f"exact match: level {name[-3]}"), float(right))
+        return verdict(answer, calls, True, right, why) | {"scores": scores, "gold": [gold]}
+
+    for n, t in enumerate(turns):
+        if t["role"] != "API":
+            messages.append(chat_message("user" if t["role"] == "User" else "assistant", t["text"]))
+            continue
+        gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
+        episodes.append((f"{name}:{n}", partial(episode, list(messages), list(tools.values()), gold)))
+        messages += told([gold], [output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)], args)
+        if t["api_name"] == "ToolSearcher":
+            for found in output if isinstance(output, list) else [output]:
+                tools[found["name"]] = bank_tool(found["name"], found["description"], found["input_parameters"])
+    return episodes
+
+
+def bank_tool(name, description="", parameters=None):
+    """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
+    properties = {p: {"type": TYPE_NAMES.get(re.match(r"\w*", d["type"])[0], "string"), "description": d.get("description", "")}
+                  for p, d in (parameters or {}).items()}
+    return {"name": name, "description": description or "", "parameters": {"type": "object", "properties": properties, "required": list(properties)}}
+
+
+def mmlu(args):
+    """Multiple choice (Hendrycks et al. 2021, arXiv 2009.03300): the likeliest of the letters after five examples of the subject, or as
+    many as the model's window has room for."""
+    examples = {}
+    for question in questions(args.data, "dev"):
+        examples.setdefault(question["subject"], []).append(question)
+
+    def show(question, answer=""):
+        options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", question["choices"]))
+        return f"{question['question']}{options}\nAnswer:{answer}"
+
+    def episode(question):
+        head = f"The following are multiple choice questions (with answers) about {question['subject'].replace('_', ' ')}.\n\n"
+        shots = [show(q, f" {q['answer']}\n\n") for q in examples.get(question["subject"], [])[:5]]
+        for n in range(len(shots), -1, -1):
+            likelihoods = yield [(head + "".join(shots[:n]) + show(question), f" {letter}") for letter in "ABCD"]
+            if None not in likelihoods:
+                right = "ABCD"[np.argmax(likelihoods)] == question["answer"]
+                return {"verdict": "right" if right else "wrong", "scores": {"accuracy": float(right)}, "question": show(question),
+                        "gold": question["answer"], "log_likelihoods": likelihoods, "shots": n} | ({} if right else {"failure": "another letter"})
+        return {"verdict": "error", "failure": "too long for the window", "scores": {"accuracy": 0.0}, "question": show(question)}
+
+    asked = questions(args.data, "test") or questions(args.data, "val") or fail(f"{args.data}: there is no mmlu_test.jsonl or mmlu_val.jsonl in it")
+    return [(f"{q['subject']}:{i}", partial(episode, q)) for i, q in enumerate(asked[:args.limit])]
+
+
+def questions(directory, split):
+    """MMLU's questions of a split, from its own files <subject>_<split>.csv, or from mmlu_<split>.jsonl."""
+    found = [q for path in sorted(Path(directory).rglob(f"mmlu_{split}.jsonl")) for q in read_all(path)]
+    for path in sorted(Path(directory).rglob(f"*_{split}.csv")):
+        for question, *choices, answer in csv.reader(path.read_text(encoding="utf-8").splitlines(keepends=True)):
+            found.append({"subject": path.stem.removesuffix(f"_{split}"), "question": question, "choices": choices, "answer": answer})
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers and their uncertainty, and the report
+
+
+def summarise(suite, items, models):
+    """What out/eval/results.json holds of a suite: an object for each metric and model, the others' compared with the first's.
+
+    Metrics are means over the items that have them; totals are formulas of these means (TOTALS).
+    """
+    by_id = {model: {item["id"]: item for item in items[model]} for model in models}
+    ids = {}  # {metric: its items}
+    for name, item in by_id[models[0]].items():
+        for metric in item["scores"]:
+            ids.setdefault(metric, []).append(name)
+    means, draws = {}, {}
+    for metric, names in ids.items():
+        values = np.array([[by_id[model][name]["scores"][metric] for model in models] for name in names])  # (N, models)
+        means[metric], draws[metric] = values.mean(0), resample(values)       # (models,), (resamples, models)
+    sizes = {metric: len(names) for metric, names in ids.items()}
+    for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
+        with contextlib.suppress(KeyError):  # not all of its parts were measured
+            means[total], draws[total] = (total_of(formula, of, sizes) for of in (means, draws))
+            ids[total] = list(by_id[models[0]])
+    results = []
+    for metric, names in ids.items():
+        for m, model in enumerate(models):
+            row = {"model": model, "suite": suite, "metric": metric, "n": len(names), "score": means[metric][m], **interval("", draws[metric][:, m])}
+            verdicts = Counter(by_id[model][name].get("verdict") for name in names)
+            if None not in verdicts:
+                row["verdicts"] = {v: verdicts[v] / len(names) for v in VERDICTS}
+            if m:
+                row |= {"baseline": models[0], "difference": means[metric][m] - means[metric][0],
+                        **interval("difference_", draws[metric][:, m] - draws[metric][:, 0])}
+            results.append(row)
     return results
 
 
-def bootstrap(values, resamples=2000):
-    """95% interval of the mean, from the percentiles of the means of resamples. Paired when given differences."""
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(resamples)]
-    return np.percentile(means, 2.5), np.percentile(means, 97.5)
+def total_of(formula, means, sizes):
+    """A total from the means of metrics and their numbers of items: a tuple is the mean of its parts, a set the mean over all its items."""
+    if isinstance(formula, tuple):
+        return sum(total_of(part, means, sizes) for part in formula) / len(formula)
+    if isinstance(formula, frozenset):
+        return sum(means[part] * sizes[part] for part in sorted(formula)) / sum(sizes[part] for part in formula)
+    return means[formula]
 
 
-def print_table(results, names):
-    baseline = names[-2] if len(names) > 1 else None
-    head = "".join(f"{n:>9}" for n in names)
-    print(f"{'suite':<18} {'metric':<28} {'n':>4} {head}   {f'{names[-1]} - {baseline}, 95% interval' if baseline else ''}")
-    for suite, metric in dict.fromkeys((r["suite"], r["metric"]) for r in results):
-        rows = {(r["model"], r.get("baseline")): r for r in results if (r["suite"], r["metric"]) == (suite, metric)}
-        cells = "".join(f"{next(r['score'] for (m, _), r in rows.items() if m == n):>9.3f}" for n in names)
-        line = f"{suite:<18} {metric:<28} {next(iter(rows.values()))['n']:>4} {cells}"
-        if baseline:
-            r = rows[names[-1], baseline]
-            mark = "  *" if r["difference_low"] > 0 or r["difference_high"] < 0 else ""
-            line += f"   {r['difference']:+.3f}  [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}]{mark}"
-        print(line)
-    print("* the interval excludes 0. Loss: nats a token, lower is better; the rest: share of items, higher is better.")
+def resample(values, resamples=2000):
+    """Means (resamples, M) of as many draws of N rows, with replacement, from values (N, M). The same rows for every column: paired."""
+    n = len(values)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)  # (resamples, N): how often each row is drawn
+    return counts @ values / n
+
+
+def interval(prefix, draws):
+    """The 95% bootstrap interval, from the percentiles."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
+
+
+def table(suite, results, models):
+    """A suite's results as a table in Markdown, a row a metric and model."""
+    rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
+    last = None
+    for r in (r for r in results if r["suite"] == suite):
+        row = ["", ""] if r["metric"] == last else [last := r["metric"], f"{r['n']:,}"]
+        row += [r["model"], f"{r['score']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
+        clear = "baseline" in r and (r["difference_low"] > 0 or r["difference_high"] < 0)
+        row.append(f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}]{' *' * clear}" if "baseline" in r else "")
+        rows.append(row + ([f"{share:.0%}" for share in r["verdicts"].values()] if "verdicts" in r else [""] * len(VERDICTS)))
+    used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
+    widths = {c: max(len(row[c]) for row in rows) for c in used}
+    lines = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
+    return "\n".join([f"### {suite}", "", lines[0], "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|", *lines[1:]])
+
+
+def failures(suite, items, models, longest=600):
+    """What failed in a suite, by kind, for each model, with an example of each kind of the last."""
+    lines = [f"## What failed in {suite}\n"] * any("failure" in item for model in models for item in items[model])
+    for model in models:
+        kinds = Counter(item["failure"] for item in items[model] if "failure" in item)
+        if kinds:
+            lines.append(f"- {model}: " + ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common()))
+    for kind, item in {item["failure"]: item for item in reversed(items[models[-1]]) if "failure" in item}.items():
+        asked = item["prompt"][0][-1]["content"] if "prompt" in item else item.get("question", "")
+        shown = {"asked": asked[-longest:], "written": item.get("output", "")[:longest], "expected": json.dumps(item.get("gold", ""), ensure_ascii=False)[:longest]}
+        lines.append(f"\n{kind}, {item['id']}\n" + "".join(f"\n    {name}: " + text.replace("\n", "\n    ") for name, text in shown.items()))
+    return "\n".join(lines) + "\n"
+
+
+def draw(results, models, paths, out, pyplot):
+    """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training as curves."""
+    suites = list(dict.fromkeys(r["suite"] for r in results))
+    logs = {model: Path(path, "metrics.jsonl") for model, path in zip(models, paths)}
+    logs = {model: [json.loads(line) for line in log.read_text().splitlines()] for model, log in logs.items() if log.exists()}
+    figure, axes = pyplot.subplots(len(suites) + bool(logs), 1, figsize=(12, 4 * (len(suites) + bool(logs))), layout="constrained", squeeze=False)
+    for axis, suite in zip(axes[:, 0], suites):
+        metrics = list(dict.fromkeys(r["metric"] for r in results if r["suite"] == suite))
+        for m, model in enumerate(models):
+            rows = [r for r in results if r["suite"] == suite and r["model"] == model]
+            score = np.array([r["score"] for r in rows])
+            reach = np.abs(np.array([[r["low"] for r in rows], [r["high"] for r in rows]]) - score)
+            axis.bar(np.arange(len(rows)) + m / (len(models) + 1), score, 1 / (len(models) + 1), yerr=reach, label=model)
+        axis.set_xticks(range(len(metrics)), metrics, rotation=20, ha="right", fontsize=8)
+        axis.set_title(suite)
+        axis.legend(fontsize=8)
+    for c, (model, lines) in enumerate(logs.items()):
+        for style, domain in zip(("-", "--", ":", "-."), VALIDATED):
+            points = [(line["step"], line[f"loss/{domain}"]) for line in lines if f"loss/{domain}" in line and "tokens" not in line]
+            axes[-1, 0].plot(*zip(*points), style, color=f"C{c}", label=f"{model}, {domain}")
+    if logs:
+        axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
+        axes[-1, 0].legend(fontsize=8)
+    figure.savefig(out / "report.png", dpi=100)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --serve: OpenAI's API for a checkpoint directory, on this machine alone
+
+
+def serve(args):
+    """Answer requests until Ctrl-C."""
+    local, name = Local(args.serve, None, args), Path(args.serve).resolve().name
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", args.port), Api)
+    except OSError as error:
+        fail(f"--port {args.port}: {error.strerror}")
+    server.socket.listen(128)  # clients that have not been accepted yet, where 5 are usual
+    server.local, server.engine, server.names = local, Engine(local, args.batch_size), (name, args.serve)
+    print(f"{name} answers at http://127.0.0.1:{server.server_port}/v1 until Ctrl-C", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        server.engine.close()
+
+
+class Row:
+    """A text that the engine continues for a client. `events` gets what can be sent: (row, text, scores), and the text None at the end."""
+
+    def __init__(self, tokenizer, ids, echo, options, events, index):
+        self.tokenizer, self.ids, self.echo, self.options, self.events, self.index = tokenizer, ids, echo, options, events, index
+        self.random = random.Random(None if options.seed is None else f"{options.seed}:{index}").random
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+        self.text, self.sent, self.new, self.reason, self.error = options.begun, 0, [], None, None
+        self.scores, self.told, self.prompt_scores = [], 0, []  # of tokens: (id, log-probability, [those of the likeliest], where its text begins)
+
+    def take(self, token, logits):
+        """Go on by a token, unless it, or the text that it ends, is a stop."""
+        o, at, stopped = self.options, len(self.text), token in self.options.stop_ids
+        if not stopped:
+            self.new.append(token)
+            if o.logprobs is not None:
+                self.scores += score_tokens(logits[None], [token], o.logprobs, [len(self.echo) + at])
+        last = stopped or len(self.new) == o.limit
+        self.text += self.decoder.decode(b"" if stopped else token_bytes(self.tokenizer, token), last)
+        found = [place for s in o.stop if (place := self.text.find(s, max(len(o.begun), at - len(s) + 1))) >= 0]
+        if found:
+            self.text = self.text[:min(found)]
+            self.scores = [score for score in self.scores if score[3] < len(self.echo + self.text)]
+        if found or last:
+            self.finish("stop" if found or stopped else "length")
+        elif o.stream and (ready := self.ready()) > self.sent:
+            self.events.put((self, self.text[self.sent:ready], self.scores[self.told:]))
+            self.sent, self.told = ready, len(self.scores)
+
+    def ready(self):
+        """How much of the text can be sent: up to what may begin a stop, or begin a call or stand before one."""
+        end = len(self.text)
+        for mark in [*self.options.stop, *["<tool_call>"] * bool(self.options.tools)]:
+            end = min(end, len(self.text) - next((n for n in range(len(mark) - 1, 0, -1) if self.text.endswith(mark[:n])), 0))
+        return len(self.text[:end].partition("<tool_call>")[0].rstrip("\n")) if self.options.tools else end
+
+    def finish(self, reason, error=None):
+        self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
+        self.events.put((self, None, self.scores[self.told:]))
+
+    def result(self):
+        """(content, calls, finish_reason) of a text that has ended."""
+        calls = parse_calls(self.text) if self.options.tools else None
+        if not calls:
+            return self.echo + self.text, [], self.reason
+        message = turn(Answer(self.text, calls[:1] if self.options.single else calls))
+        calls = [call | {"id": f"call_{uuid.uuid4().hex}"} for call in message["tool_calls"]]
+        return message["content"] or None, calls, "tool_calls" if self.reason == "stop" else self.reason
+
+
+class Engine:
+    """The one thread that runs the model. Rows that wait join the batch at every eighth token, when those that have ended leave it."""
+
+    def __init__(self, local, size):
+        self.local, self.size, self.waiting, self.closed = local, size, queue.SimpleQueue(), False
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def close(self):
+        self.closed = True
+        self.waiting.put(None)  # if it waits
+        self.thread.join()
+
+    def run(self):
+        while True:
+            rows = []
+            try:
+                return self.go_on(transformer.Batch(self.local.model), rows)
+            except Exception as error:  # out of memory, say: what was under way has failed, the server has not
+                for row in rows:
+                    if not row.reason:
+                        row.finish("error", error)
+
+    @torch.inference_mode()
+    def go_on(self, batch, rows):
+        """Continue rows (a list, which is changed) as they come."""
+        logits, at = None, 0
+        while not self.closed:
+            if at % 8 == 0 or all(row.reason for row in rows):
+                left = [i for i, row in enumerate(rows) if not row.reason]
+                if len(left) < len(rows):
+                    batch.keep(left)
+                    rows[:], logits = [rows[i] for i in left], logits[left]
+                while len(rows) < self.size and not (rows and self.waiting.empty()):
+                    if (row := self.waiting.get()) is None:
+                        return
+                    if not row.reason:  # else its client is gone
+                        rows.append(row)
+                if fresh := rows[len(left):]:
+                    added = batch.add([row.ids for row in fresh])
+                    logits = torch.cat([logits, added]) if left else added
+                    for row in fresh:
+                        self.read(row)
+            options = [(row.options.temperature, row.options.top_p, row.random()) for row in rows]
+            chosen = transformer.sample(logits, *map(list, zip(*options)))
+            for i, row in enumerate(rows):
+                if not row.reason:
+                    try:
+                        chosen[i] = row.options.choose(row.new, logits[i]) if row.options.choose else chosen[i]
+                        row.take(chosen[i], logits[i])
+                    except Exception as error:  # of a schema that cannot be followed
+                        row.finish("error", error)
+            if not all(row.reason for row in rows):
+                logits = batch.step(chosen)
+            at += 1
+
+    def read(self, row):
+        """The log-probabilities of a prompt that is echoed with them. One to which nothing is added has ended."""
+        if row.options.echo and row.options.logprobs is not None:
+            decoder, starts = codecs.getincrementaldecoder("utf-8")("replace"), [0]
+            for i in row.ids:
+                starts.append(starts[-1] + len(decoder.decode(token_bytes(row.tokenizer, i))))
+            row.prompt_scores.append((row.ids[0], None, None, 0))
+            x = self.local.model.hidden(torch.tensor([row.ids[:-1]], device=self.local.args.device))[0]  # (T, C)
+            step = max(1, transformer.CHUNK // self.local.model.config.vocab_size)
+            for a in range(0, len(x), step):
+                logits = self.local.model.lm_head(x[a:a + step]).float()
+                row.prompt_scores += score_tokens(logits, row.ids[a + 1:a + 1 + step], row.options.logprobs, starts[a + 1:])
+        if row.options.limit == 0:
+            row.finish("length")
+
+
+def score_tokens(logits, ids, top, starts):
+    """What Row.scores has, of tokens that follow where the logits (T, V) are."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(top, logprobs.shape[-1]))
+    values = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
+    return [(i, v, list(zip(*pairs)), at) for i, v, *pairs, at in zip(ids, values, best.indices.tolist(), best.values.tolist(), starts)]
+
+
+def token_bytes(tokenizer, token):
+    """The bytes of a token; none of one that the tokenizer does not know, as a model may have room for more."""
+    try:
+        return tokenizer.encoding.decode_single_token_bytes(token)
+    except KeyError:
+        return b""
+
+
+MAX_BODY = 8 * 2**20  # bytes of a request
+
+
+class Refused(Exception):
+    """A request that is answered by an error: (status, its object in the API's form)."""
+
+
+def need(ok, message, param=None, status=400, code=None):
+    """Refuse a request if something is not as it should be."""
+    if not ok:
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        raise Refused(status, {"message": message, "type": kind, "param": param, "code": code})
+
+
+class Api(BaseHTTPRequestHandler):
+    """A connection. Fields of a request that are not known are ignored."""
+    protocol_version, timeout = "HTTP/1.1", 60  # seconds that the other side may be silent while it is read or written to
+    routes = {"/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
+
+    def do_POST(self):
+        rows = []
+        try:
+            try:
+                self.respond(self.path.partition("?")[0], self.read_body(), rows)
+            except Refused as refused:
+                self.send_json(refused.args[0], {"error": refused.args[1]})
+        except OSError:  # the client is gone
+            self.close_connection = True
+        finally:
+            for row in rows:
+                row.reason = row.reason or "abandoned"
+
+    do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
+
+    def log_message(self, *args):
+        pass
+
+    def send_error(self, code, message=None, explain=None):
+        """What http.server itself refuses."""
+        self.close_connection = True
+        self.send_json(code, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+
+    def send_json(self, status, value):
+        data = json.dumps(value).encode()
+        self.send_head(status, {"Content-Type": "application/json", "Content-Length": len(data)})
+        self.wfile.write(data if self.command != "HEAD" else b"")
+
+    def send_head(self, status, headers):
+        self.send_response(status)
+        for name, value in (headers | {"Connection": "close" if self.close_connection else "keep-alive"}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def read_body(self):
+        """The bytes that were sent."""
+        length, going, self.close_connection = self.headers.get("Content-Length", "" if self.command == "POST" else "0"), self.close_connection, True
+        need(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers, "Content-Length is needed", status=411)
+        for _ in range(min(int(length), 16 * MAX_BODY) // 2**16 if int(length) > MAX_BODY else 0):  # most clients send all before they read
+            self.rfile.read(2**16)
+        need(int(length) <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
+        self.close_connection = going
+        return self.rfile.read(int(length))
+
+    def respond(self, path, data, rows):
+        """Answer a request; `rows` gets the texts that are begun for it."""
+        need(path in self.routes, f"there is no {path}, only {', '.join(self.routes)}", status=404)
+        need(self.command == self.routes[path], f"{path} takes {self.routes[path]}", status=405)
+        names, local = self.server.names, self.server.local
+        if path == "/v1/models":
+            return self.send_json(200, {"object": "list", "data": [{"id": names[0], "object": "model", "created": 0, "owned_by": "local"}]})
+        # Pages of other sites in a browser cannot send this type.
+        need(self.headers.get_content_type() == "application/json", "Content-Type must be application/json", status=415)
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            body = None
+        need(isinstance(body, dict), "the body is not a JSON object")
+        need(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}", "model", 404, "model_not_found")
+        read, shape, kind = (read_chat, shape_chat, "chat.completion") if "chat" in path else (read_completion, shape_completion, "text_completion")
+        prompts, options = read(body, local)
+        events = queue.SimpleQueue()
+        for ids, echo in prompts:
+            rows += [Row(local.tokenizer, ids, echo, options, events, len(rows) + i) for i in range(options.n)]
+        for row in rows:
+            self.server.engine.waiting.put(row)
+        head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": names[0]}
+        if options.stream:
+            return self.stream(rows, self.watch(rows, events), shape, head)
+        for _ in self.watch(rows, events):
+            pass
+        choices = [shape(row, *row.result(), row.prompt_scores + row.scores, "message") for row in rows]
+        self.send_json(200, head | {"choices": choices, "usage": usage(rows)})
+
+    def watch(self, rows, events):
+        """Yields what rows put there until all have ended or the client is gone."""
+        left = len(rows)
+        while left:
+            try:
+                event = events.get(timeout=1)
+            except queue.Empty:
+                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionResetError from None
+                continue
+            need(not event[0].error, event[0].error, status=500)
+            left -= event[1] is None
+            yield event
+
+    def stream(self, rows, events, shape, head):
+        """Server-sent events: a JSON object for each piece of a text, then [DONE]. A call is sent when it is whole."""
+        chat, include_usage, begun = "chat" in head["object"], rows[0].options.include_usage, set()
+        head = head | {"object": head["object"] + ".chunk" * chat} | ({"usage": None} if include_usage else {})
+
+        def send(*choices, **more):
+            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
+
+        self.close_connection = True
+        self.send_head(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
+        try:
+            for row, text, scores in events:
+                if row not in begun:
+                    begun.add(row)
+                    send(shape(row, row.echo, [], None, row.prompt_scores, "first delta"))
+                if text is not None:
+                    send(shape(row, text, [], None, scores, "delta"))
+                    continue
+                content, calls, reason = row.result()
+                rest, calls = (content or "")[len(row.echo) + row.sent:], [call | {"index": i} for i, call in enumerate(calls)]
+                send(shape(row, rest, calls, reason, scores, "delta"))
+            if include_usage:
+                send(usage=usage(rows))
+            self.wfile.write(b"data: [DONE]\n\n")
+        except Refused as refused:  # too late for a status
+            self.wfile.write(f"data: {json.dumps({'error': refused.args[1]})}\n\n".encode())
+
+
+def read_options(body, local, prompts, least, limit):
+    """What both kinds of request have in common. `limit`: tokens that may be added if the request does not say."""
+    stop, stop_ids, stream_options = body.get("stop") or [], body.get("stop_token_ids") or [], body.get("stream_options")
+    stop = [stop] if isinstance(stop, str) else stop
+    need(isinstance(stop, list) and all(isinstance(s, str) and s for s in stop), "stop must be a string or a list of strings", "stop")
+    need(isinstance(stop_ids, list) and all(type(i) is int for i in stop_ids), "stop_token_ids must be a list of integers", "stop_token_ids")
+    window, longest = local.model.config.max_seq_len, max(map(len, prompts))
+    need(longest <= window, f"a prompt of {longest} tokens exceeds the context length of {window}", "messages", code="context_length_exceeded")
+    limit = number(body, "max_completion_tokens", number(body, "max_tokens", limit, least, 2**31), least, 2**31)
+    return SimpleNamespace(
+        temperature=number(body, "temperature", 1.0, 0, 2, float), top_p=number(body, "top_p", 1.0, 0, 1, float), n=number(body, "n", 1, 1, 128),
+        seed=number(body, "seed", None, -2**63, 2**63), limit=min(limit, window - longest + 1), stop=stop,
+        stop_ids={local.tokenizer.im_end, local.tokenizer.end_of_text, *stop_ids}, stream=flag(body, "stream"),
+        include_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
+        echo=False, logprobs=None, tools=None, single=False, choose=None, begun="")
+
+
+def read_completion(body, local):
+    """[(ids, text to echo)] and options. Special tokens in a prompt are special: it is the client's own, perhaps a whole conversation."""
+    prompts, tokenizer, read = body.get("prompt"), local.tokenizer, []
+    if isinstance(prompts, str) or isinstance(prompts, list) and prompts and type(prompts[0]) is int:
+        prompts = [prompts]
+    pattern = "|".join(re.escape(token) for token in sorted(tokenizer.special, key=len, reverse=True))
+    for prompt in prompts if isinstance(prompts, list) else []:
+        if isinstance(prompt, str):
+            parts = re.split(f"({pattern})", prompt)
+            read.append([i for part in parts for i in ([tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part))])
+        elif isinstance(prompt, list) and all(type(i) is int and 0 <= i < local.model.config.vocab_size for i in prompt):
+            read.append(prompt)
+    need(read and len(read) == len(prompts) and all(read), "prompt must be a string, a list of strings, or ids of tokens, and not empty", "prompt")
+    options = read_options(body, local, read, 0, 16)
+    options.echo, options.logprobs = flag(body, "echo"), number(body, "logprobs", None, 0, 20)
+    text = lambda p: p if isinstance(p, str) else b"".join(token_bytes(tokenizer, i) for i in p).decode("utf-8", "replace")
+    return [(ids, text(prompt) if options.echo else "") for ids, prompt in zip(read, prompts)], options
+
+
+def read_chat(body, local):
+    """[(ids, "")] and options. Special tokens in messages are text. A call that must be made is begun, and kept within the tools' schemas."""
+    tokenizer, tools, choice = local.tokenizer, read_tools(body), body.get("tool_choice") or "auto"
+    forced, called = choice not in ("auto", "none"), tools
+    if isinstance(choice, dict):
+        function = choice.get("function")
+        called = [tool for tool in tools if isinstance(function, dict) and tool["function"]["name"] == function.get("name")]
+    need(not forced or called and (isinstance(choice, dict) or choice == "required"),
+         f"tool_choice {short(choice)} is not auto, none, required or one of the tools", "tool_choice")
+    tools = [] if choice == "none" else tools
+    ids, start = tokenizer.render(read_messages(body), tools, answer=True)[0], tokenizer.special["<tool_call>"]
+    ids += [start] * forced
+    options = read_options(body, local, [ids], 1, 2**31)
+    options.tools, options.single = tools, body.get("parallel_tool_calls") is False or isinstance(choice, dict)
+    if flag(body, "logprobs"):
+        options.logprobs = number(body, "top_logprobs", 0, 0, 20)
+    if forced:
+        constraint, options.begun = Constraint(tokenizer, [called]), "<tool_call>"
+        options.choose = lambda new, logits: constraint(0, [start, *new], logits)
+    return [(ids, "")], options
+
+
+def read_messages(body):
+    """A chat's messages, with contents as strings."""
+    messages, read = body.get("messages"), []
+    need(isinstance(messages, list) and messages, "messages must be a list, and not empty", "messages")
+    for n, message in enumerate(messages):
+        try:
+            role, content, calls = message["role"], message.get("content"), message.get("tool_calls") or []
+            if isinstance(content, list) and all(part["type"] == "text" for part in content):
+                content = "\n".join(part["text"] for part in content)
+            calls = [{"function": {key: call["function"][key] for key in ("name", "arguments")}} for call in calls]
+            texts = [content or "" if role == "assistant" else content, *(text for call in calls for text in call["function"].values())]
+            ok = role in ("system", "developer", "user", "assistant", "tool") and all(isinstance(text, str) for text in texts)
+        except (LookupError, TypeError, AttributeError):
+            ok = False
+        need(ok, f"messages[{n}] is not a role with a text, or list of texts, as its content: {short(message)}", "messages")
+        read.append({"role": "system" if role == "developer" else role, "content": content, "tool_calls": calls})
+    return read
+
+
+def read_tools(body):
+    """A chat's tools, each with parameters."""
+    tools = body.get("tools") or []
+    need(isinstance(tools, list), "tools must be a list", "tools")
+    for n, tool in enumerate(tools):
+        try:
+            f = tool["function"]
+            f["parameters"] = f.get("parameters") or {}
+            properties = f["parameters"].get("properties", {})
+            ok = (isinstance(f["name"], str) and isinstance(f.get("description") or "", str) and all(isinstance(s, dict) for s in properties.values())
+                  and set(f["parameters"].get("required", [])) <= properties.keys())
+        except (LookupError, TypeError, AttributeError):
+            ok = False
+        need(ok, f"tools[{n}] is not a function with a name and a schema: {short(tool)}", "tools")
+    return tools
+
+
+def number(body, name, default, low, high, kind=int):
+    """A number in a request, null counting as absent."""
+    value = body.get(name)
+    need(value is None or type(value) in (int, kind) and low <= value <= high,
+         f"{name} must be {'a number' if kind is float else 'an integer'} from {low} to {high}, not {short(value)}", name)
+    return default if value is None else value
+
+
+def flag(body, name):
+    """A boolean in a request."""
+    need(body.get(name) in (None, True, False), f"{name} must be true or false, not {short(body.get(name))}", name)
+    return bool(body.get(name))
+
+
+def short(value):
+    return json.dumps(value)[:100]
+
+
+def usage(rows):
+    prompt, completion = sum(len(row.ids) for row in rows[::rows[0].options.n]), sum(len(row.new) for row in rows)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def shape_completion(row, content, calls, reason, scores, kind):
+    """A choice of a completion, or a piece of one."""
+    name = lambda token: token_bytes(row.tokenizer, token).decode("utf-8", "replace")
+    shown = {"tokens": [name(i) for i, *_ in scores], "token_logprobs": [value for _, value, *_ in scores], "text_offset": [at for *_, at in scores],
+             "top_logprobs": [best and {name(i): v for i, v in [(token, value), *best]} for token, value, best, _ in scores]}
+    return {"index": row.index, "text": content, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
+
+
+def shape_chat(row, content, calls, reason, scores, kind):
+    """A choice of a chat completion, or what is new of one."""
+    def entry(token, value):
+        data = token_bytes(row.tokenizer, token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
+
+    message = ({} if kind == "delta" else {"role": "assistant"}) | {"content": content} | ({"tool_calls": calls} if calls else {})
+    shown = {"content": [entry(i, v) | {"top_logprobs": [entry(*pair) for pair in best]} for i, v, best, _ in scores], "refusal": None}
+    return {"index": row.index, kind.split()[-1]: message, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
+
+
+SUITES = {"loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls, "calls-constrained": heldout_calls,
+          "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
+TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 
 
 if __name__ == "__main__":

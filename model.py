@@ -498,74 +498,150 @@ def read_safetensors(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Generation
 
+PREFILL = 2048  # tokens of prompts that are read at a time: what they activate should fit a CPU's cache
+
 
 class KVCache:
-    """Keys and values (B, K, S, D) of one layer, allocated once. Prompts end at the same place, so that answers begin at one."""
+    """Keys and values (B, K, S, D) of one layer. Rows end at the same place, `size`, so that all put their next token at one."""
 
-    def __init__(self, config, rows, places, B, S, device, dtype):
-        self.k, self.v = (torch.zeros(B, config.n_kv_heads, S, config.head_dim, device=device, dtype=dtype) for _ in range(2))
-        self.rows, self.places, self.size = rows, places, 0  # (N,) each: where the N tokens of all prompts belong
+    def __init__(self, config, device, dtype):
+        self.k, self.v = (torch.zeros(0, config.n_kv_heads, 0, config.head_dim, device=device, dtype=dtype) for _ in range(2))
+        self.size = 0
+
+    def arrange(self, rows, before, spare, below=0):
+        """Keep these rows, with `before` more places in front (fewer, if negative), room for `spare` tokens, and `below` more rows."""
+        self.k, self.v = (F.pad(x[rows, :, :self.size], (0, 0, before, spare, 0, 0, 0, below)) for x in (self.k, self.v))
+        self.size += before
 
     def append(self, k, v):
-        """First the prompts, one after another (1, K, N, D), then a token a row (B, K, 1, D). Returns what is there so far."""
-        if self.size == 0:
-            self.k[self.rows, :, self.places], self.v[self.rows, :, self.places] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-            self.size = int(self.places.max()) + 1
-        else:
-            self.k[:, :, self.size], self.v[:, :, self.size] = k[:, :, 0], v[:, :, 0]
-            self.size += 1
+        """A token a row (B, K, 1, D). Returns what is there so far."""
+        if self.size == self.k.shape[2]:
+            self.arrange(slice(None), 0, 16 + self.size // 4)
+        self.k[:, :, self.size], self.v[:, :, self.size] = k[:, :, 0], v[:, :, 0]
+        self.size += 1
         return self.k[:, :, :self.size], self.v[:, :, :self.size]
+
+
+class Prompts:
+    """Stands for a layer's cache while prompts are read, one after another (1, K, N, D): each sees itself alone."""
+
+    def append(self, k, v):
+        self.kept = k, v
+        return k, v
+
+
+class Batch:
+    """Texts that are continued together, a token of each at a time, in inference mode. Others may join, and those that have ended leave.
+
+    Each is continued as it would be alone: prompts are read as packed windows, without padding, and every row has its own positions.
+    """
+
+    def __init__(self, model):
+        self.model, self.device = model, model.lm_head.weight.device
+        self.caches = [KVCache(model.config, self.device, model.lm_head.weight.dtype) for _ in range(model.config.n_layers)]
+        self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)                   # (B,): tokens of each row
+        self.mask = None                                                                      # (B, 1, 1, S): -inf where nothing is seen
+
+    def add(self, prompts, spare=64):
+        """Read prompts (lists of ids), as rows beneath those there are. Returns the logits (N, V) of what follows each.
+
+        spare: tokens that will follow; more may, but then the caches have to grow.
+        """
+        first, size, groups, self.mask = len(self.lengths), self.caches[0].size, [[]], None
+        end = max(size, *map(len, prompts))
+        self.lengths = torch.cat([self.lengths, torch.tensor([len(p) for p in prompts], device=self.device)])
+        for cache in self.caches:
+            cache.arrange(slice(None), end - size, spare, below=len(prompts))
+        for row, prompt in enumerate(prompts, first):
+            if groups[-1] and sum(len(p) for _, p in groups[-1]) + len(prompt) > PREFILL:
+                groups.append([])
+            groups[-1].append((row, prompt))
+        return torch.cat([self.read(*zip(*group), end) for group in groups])
+
+    def read(self, rows, prompts, end):
+        """Read some prompts into their rows, so that they end at the place `end`."""
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        segments = torch.arange(len(rows), device=self.device).repeat_interleave(lengths)     # (N,): whose token it is
+        positions = torch.arange(len(segments), device=self.device) - (lengths.cumsum(0) - lengths)[segments]
+        rows, places = torch.tensor(rows, device=self.device)[segments], positions + (end - lengths)[segments]
+        read = [Prompts() for _ in self.caches]
+        ids = torch.tensor([[i for p in prompts for i in p]], device=self.device)             # (1, N)
+        x = self.model.hidden(ids, segments[None], read, positions[None])[0, lengths.cumsum(0) - 1]  # (B, C)
+        for cache, (k, v) in zip(self.caches, (r.kept for r in read)):
+            cache.k[rows, :, places], cache.v[rows, :, places] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        return self.model.lm_head(x).float()
+
+    def step(self, ids):
+        """Go on by a token a row. Returns the logits (B, V) of what follows."""
+        size, window = self.caches[0].size + 1, self.model.config.sliding_window
+        if self.mask is None or self.mask.shape[-1] < size or window:
+            first = (size - 1 - self.lengths).clamp(min=size - (window or size))              # (B,): the first place that each row sees
+            unseen = torch.arange(size + 64, device=self.device) < first[:, None]
+            self.mask = torch.zeros(unseen.shape, dtype=self.caches[0].k.dtype, device=self.device).masked_fill_(unseen, -math.inf)[:, None, None]
+        ids = torch.tensor(ids, device=self.device)[:, None]
+        x = self.model.hidden(ids, None, self.caches, self.lengths[:, None], self.mask[..., :size])[:, 0]
+        self.lengths += 1
+        return self.model.lm_head(x).float()
+
+    def keep(self, rows):
+        """Let go of all rows but these."""
+        rows = torch.tensor(rows, dtype=torch.long, device=self.device)
+        self.lengths, self.mask = self.lengths[rows], None
+        before = int(self.lengths.max()) - self.caches[0].size if len(rows) else -self.caches[0].size
+        for cache in self.caches:
+            cache.arrange(rows, before, cache.k.shape[2] - cache.size)
+
+
+def sample(logits, temperature, top_p, chances):
+    """A token a row, a list of ids, from logits (B, V). temperature, top_p and chances (in [0, 1)): a list each, a number a row.
+
+    Temperature 0 takes the likeliest; else one is drawn from the fewest tokens that have probability top_p together (arXiv 1904.09751).
+    """
+    likeliest = logits.argmax(-1)
+    if not any(temperature):
+        return likeliest.tolist()
+    temperature, top_p, chances = torch.tensor([temperature, top_p, chances], dtype=torch.float32, device=logits.device)[..., None]  # (B, 1) each
+    logits = logits - logits.amax(-1, keepdim=True)  # else a small temperature would make them infinite
+    p, order = (logits / temperature.clamp(min=1e-9)).softmax(-1).sort(descending=True)
+    total = p.cumsum(-1)
+    kept = (total - p < top_p).sum(-1, keepdim=True).clamp(min=1)                             # (B, 1)
+    place = (total <= chances * total.gather(1, kept - 1)).sum(-1, keepdim=True)
+    drawn = order.gather(1, torch.minimum(place, kept - 1))
+    return torch.where(temperature > 0, drawn, likeliest[:, None])[:, 0].tolist()
 
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, seed=0, choose=None):
-    """Continue each prompt (a list of ids) by max_new_tokens, or until a stop: an id or a list of ids. Returns lists of ids,
-    without the stop.
+    """Continue each prompt (a list of ids) by max_new_tokens, as far as the model's positions go, or until a stop: an id or a list of ids.
+    Returns lists of ids, without the stop.
 
-    Temperature 0 takes the likeliest token; else one is drawn from the fewest tokens that have probability top_p together
-    (arXiv 1904.09751). choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
-    Each prompt is continued as it would be alone: they are read as one packed window, without padding.
+    temperature and top_p: see sample. choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
     """
-    device, c = model.lm_head.weight.device, model.config
-    B, T = len(prompts), max(map(len, prompts))
-    length = min(T + max_new_tokens, c.max_seq_len)
-    if T > length or not min(map(len, prompts)):
-        raise ValueError(f"a prompt of {T} tokens does not fit the model's {length} positions" if T > length else "a prompt is empty")
+    longest, window = max(map(len, prompts)), model.config.max_seq_len
+    if longest > window or not min(map(len, prompts)):
+        raise ValueError(f"a prompt of {longest} tokens does not fit the model's {window} positions" if longest > window else "a prompt is empty")
     stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
-    chances = torch.rand(B, length - T + 1, generator=torch.Generator().manual_seed(seed)).to(device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    rows = torch.arange(B, device=device).repeat_interleave(lengths)                          # (N,): whose token it is
-    ends, empty = lengths.cumsum(0), T - lengths                                              # (B,), (B,): unused places before a prompt
-    places = torch.arange(len(rows), device=device) - ends[rows] + T                          # (N,): the last of each at T - 1
-    caches = [KVCache(c, rows, places, B, length, device, model.lm_head.weight.dtype) for _ in range(c.n_layers)]
-    output, running = [[] for _ in prompts], [True] * B
-    ids = torch.tensor([[i for p in prompts for i in p]], device=device)                      # (1, N), then (B, 1)
-    for at in range(T, length + 1):
-        if at == T:
-            x = model.hidden(ids, rows[None], caches, positions=(places - empty[rows])[None])[0, ends - 1]  # (B, C)
-        else:
-            seen = torch.arange(at, device=device) >= empty.clamp(min=at - (c.sliding_window or length))[:, None]  # (B, S)
-            x = model.hidden(ids, None, caches, (at - 1 - empty)[:, None], seen[:, None, None])[:, 0]
-        logits = model.lm_head(x).float()                                                     # (B, V)
-        if temperature:
-            p, order = (logits / temperature).softmax(-1).sort(descending=True)
-            total = p.cumsum(-1)
-            kept = (total - p < top_p).sum(-1, keepdim=True)                                  # (B, 1): at least one
-            chance = chances[:, at - T, None] * total.gather(1, kept - 1)
-            chosen = order.gather(1, torch.minimum((total <= chance).sum(-1, keepdim=True), kept - 1))[:, 0].tolist()
-        else:
-            chosen = logits.argmax(-1).tolist()
-        for row in range(B):
+    limits = [min(max_new_tokens, window - len(p) + 1) for p in prompts]  # the last token needs no position
+    chances = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed)).tolist() if temperature else None
+    batch, output, running = Batch(model), [[] for _ in prompts], [limit > 0 for limit in limits]
+    rows, logits = list(range(len(prompts))), batch.add(prompts, max(limits))  # rows: which prompts those of the batch are
+    for at in range(max(limits)):
+        chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), [chances[row][at] for row in rows] if chances else None)
+        for i, row in enumerate(rows):
             if running[row]:
                 if choose:
-                    chosen[row] = choose(row, output[row], logits[row])
-                output[row].append(chosen[row])
+                    chosen[i] = choose(row, output[row], logits[i])
+                output[row].append(chosen[i])
                 ended = next((s for s in stops if output[row][-len(s):] == s), [])
-                running[row] = not ended and len(output[row]) < max_new_tokens
+                running[row] = not ended and len(output[row]) < limits[row]
                 del output[row][len(output[row]) - len(ended):]
         if not any(running):
             break
-        ids = torch.tensor(chosen, device=device)[:, None]
+        left = [i for i, row in enumerate(rows) if running[row]]
+        if len(left) <= 0.75 * len(rows):  # else it is not worth the copying
+            batch.keep(left)
+            rows, chosen = [rows[i] for i in left], [chosen[i] for i in left]
+        logits = batch.step(chosen)
     return output
 
 

@@ -1,11 +1,17 @@
+import argparse
 import json
+import re
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
 import evaluate
+import model as transformer
 from build_corpus import Tokenizer
 from collect import Record, chat_message
+from evaluate import Answer
 
 TOOLS = [{"name": "roll", "parameters": {"type": "object", "required": ["shift"], "properties": {
     "shift": {"type": "integer"}, "scale": {"type": "number"}, "mode": {"type": "string", "enum": ["wrap", "clip"]}}}},
@@ -31,9 +37,10 @@ SCHEMAS = {t["name"]: t["parameters"] for t in TOOLS}
     ([("roll", {"shift": 1}), ("roll", {"shift": 1})], [("roll", {"shift": 1}), ("roll", {"shift": 2})], False),
     ([("roll.back", {"names": ["a", "b"]})], [("roll.back", {"names": ["b", "a"]})], False),
     ([("roll.back", {"table": {"a": [1]}})], [("roll.back", {"table": {"a": [1]}})], True),
-    ([("roll.back", {"table": {"a": [1.0]}})], [("roll.back", {"table": {"a": [1]}})], False)])
-def test_check_call(calls, gold, right):
-    assert evaluate.check_call(TOOLS, calls, gold) is right
+    ([("roll.back", {"table": {"a": [2]}})], [("roll.back", {"table": {"a": [1]}})], False)])
+def test_recorded_calls_are_compared_as_bfcl_does(calls, gold, right):
+    found = evaluate.check_call(TOOLS, calls, evaluate.as_gold(TOOLS, gold))
+    assert found[0] is right and (right or found[1])
 
 
 @pytest.mark.parametrize("output, calls", [
@@ -48,43 +55,53 @@ def test_parse_calls(output, calls):
     assert evaluate.parse_calls(output) == calls
 
 
-def record(calls=None):
-    answer = chat_message("assistant", "" if calls else "No tool fits.", calls)
-    return Record("i", "instruction", "s", "MIT", [], messages=[chat_message("user", "Roll."), answer],
-                  tools=[{"type": "function", "function": t} for t in TOOLS])
+def record(answer, *before):
+    messages = [*(before or [chat_message("user", "Roll.")]), answer]
+    return Record("i", "instruction", "s", "MIT", [], messages=messages, tools=[{"type": "function", "function": t} for t in TOOLS])
+
+
+def answered(text, ended=True):
+    return Answer(text, evaluate.parse_calls(text), ended)
+
+
+ROLL = '<tool_call>\n{"name": "roll", "arguments": {"shift": %d}}\n</tool_call>'
 
 
 @pytest.mark.parametrize("calls, output, verdict", [
-    ([("roll", {"shift": 1})], '<tool_call>\n{"name": "roll", "arguments": {"shift": 1}}\n</tool_call>', "right"),
-    ([("roll", {"shift": 1})], '<tool_call>\n{"name": "roll", "arguments": {"shift": 2}}\n</tool_call>', "wrong"),
-    ([("roll", {"shift": 1})], "I cannot.", "abstained"), ([("roll", {"shift": 1})], "<tool_call>\nroll", "unparseable"),
+    ([("roll", {"shift": 1})], ROLL % 1, "right"), ([("roll", {"shift": 1})], ROLL % 2, "wrong"),
+    ([("roll", {"shift": 1})], "I cannot do that.", "abstained"), ([("roll", {"shift": 1})], "<tool_call>\nroll", "unparseable"),
     (None, "No tool fits.", "right"), (None, "", "unparseable"), (None, "</tool_call> <tools>", "unparseable"),  # garbage is no refusal
-    (None, '<tool_call>\n{"name": "roll", "arguments": {"shift": 1}}\n</tool_call>', "wrong")])
+    (None, "abc", "unparseable"), (None, "1 2 3 4", "unparseable"), (None, ROLL % 1, "wrong")])
 def test_verdicts(calls, output, verdict):
-    item = evaluate.judge(record(calls), "prompt", output)
-    assert item["verdict"] == verdict in evaluate.VERDICTS
+    item = evaluate.judge(record(chat_message("assistant", "" if calls else "No tool fits.", calls)), answered(output))
+    assert item["verdict"] == verdict in evaluate.VERDICTS and ("failure" in item) == (verdict != "right")
     scores = item["scores"]
     assert scores["a call or clean words"] == (verdict != "unparseable") and scores["stops by itself"]
     assert all(score == (verdict == "right") for name, score in scores.items() if name.startswith("right"))
     assert (scores["name"], scores["name and arguments"]) == (verdict in ("right", "wrong"), verdict == "right") if calls else "name" not in scores
 
 
-def conversation(*messages):
-    """Kinds are told by what stands before the answer, and by what it asks for."""
-    return Record("i", "instruction", "s", "MIT", [], messages=list(messages), tools=[{"type": "function", "function": t} for t in TOOLS])
-
-
 @pytest.mark.parametrize("before, answer, output, kind, verdict", [
     ([chat_message("user", "Roll.")], chat_message("assistant", "What should `shift` be?"), "Please tell me shift.", "asks what is missing", "right"),
-    ([chat_message("user", "Roll.")], chat_message("assistant", "What should `shift` be?"), "I cannot.", "asks what is missing", "wrong"),
+    ([chat_message("user", "Roll.")], chat_message("assistant", "What should `shift` be?"), "I cannot do it.", "asks what is missing", "wrong"),
     ([chat_message("user", "Roll."), chat_message("assistant", "What should `shift` be?"), chat_message("user", "1")],
-     chat_message("assistant", "", [("roll", {"shift": 1})]), '<tool_call>\n{"name": "roll", "arguments": {"shift": 1}}\n</tool_call>', "calls once told", "right"),
+     chat_message("assistant", "", [("roll", {"shift": 1})]), ROLL % 1, "calls once told", "right"),
     ([chat_message("user", "Roll."), chat_message("assistant", "", [("roll", {"shift": 1})]), chat_message("tool", "Error: use 2")],
-     chat_message("assistant", "", [("roll", {"shift": 2})]), '<tool_call>\n{"name": "roll", "arguments": {"shift": 1}}\n</tool_call>', "mended after an error", "wrong"),
-    ([chat_message("user", "Cook.")], chat_message("assistant", "No tool fits."), "None of them.", "no tool fits", "right")])
+     chat_message("assistant", "", [("roll", {"shift": 2})]), ROLL % 1, "mended after an error", "wrong"),
+    ([chat_message("user", "Cook.")], chat_message("assistant", "No tool fits."), "None of them fits.", "no tool fits", "right")])
 def test_kinds_of_items(before, answer, output, kind, verdict):
-    item = evaluate.judge(conversation(*before, answer), "prompt", output)
+    item = evaluate.judge(record(answer, *before), answered(output))
     assert item["verdict"] == verdict and item["scores"][f"right: {kind}"] == (verdict == "right")
+
+
+def test_an_answer_cut_off_is_no_refusal():
+    assert evaluate.judge(record(chat_message("assistant", "No tool fits.")), answered("No tool fits.", ended=False))["verdict"] == "unparseable"
+
+
+def test_a_failed_request_stays_in_the_denominator():
+    item = evaluate.judge(record(chat_message("assistant", "", [("roll", {"shift": 1})])), Answer("", None, False, "timed out after 60 s"))
+    assert item["verdict"] == "error" and item["failure"] == "timed out after N s" and set(item["scores"].values()) == {0}
+    assert item["scores"].keys() >= {"name", "name and arguments", "right: one of four tools", "a call or clean words"}
 
 
 LEGAL = ['<tool_call>\n{"name": "roll", "arguments": {"shift": -12, "scale": 1.5e-3, "mode": "clip"}}\n</tool_call>',
@@ -96,10 +113,6 @@ ILLEGAL = ['<tool_call>\n{"name": "rol"', '<tool_call>\n{"name": "roll", "argume
            '<tool_call>\n{"name": "roll", "arguments": {"shift": 1, "shift', '<tool_call>\n{"name": "roll", "arguments": {"shift": 1, "mode": "x',
            '<tool_call>\n{"name": "roll.back", "arguments": {"names": [1', '<tool_call>\n{"name": "roll.back", "arguments": {"deep": "',
            LEGAL[0] + " and", LEGAL[0] + "\n\n"]
-
-
-def test_an_answer_cut_off_is_no_refusal():
-    assert evaluate.judge(record(None), "prompt", "No tool fits.", ended=False)["verdict"] == "unparseable"
 
 
 @pytest.mark.parametrize("text", LEGAL)
@@ -116,7 +129,6 @@ def test_what_no_legal_call_begins_with_is_illegal(text):
 
 
 def test_constraint_picks_the_likeliest_legal_token():
-    import torch
     tokenizer = Tokenizer({bytes([b]): b for b in range(256)})
     constraint = evaluate.Constraint(tokenizer, [[{"function": t} for t in TOOLS]])
     rng, ids = torch.Generator().manual_seed(0), [tokenizer.special["<tool_call>"]]
@@ -145,15 +157,191 @@ def test_constraint_picks_the_likeliest_legal_token():
 def test_bootstrap_interval_covers():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(200):
-        low, high = evaluate.bootstrap(rng.normal(0.3, 1, 100), resamples=400)
-        hits += low < 0.3 < high
+        found = evaluate.interval("", evaluate.resample(rng.normal(0.3, 1, (100, 1)), resamples=400)[:, 0])
+        hits += found["low"] < 0.3 < found["high"]
     assert 0.9 <= hits / 200 <= 0.99
 
 
-def test_differences_are_paired():
+def items(values, metric="m"):
+    return [{"id": str(i), "scores": {metric: value}, "verdict": "right" if value > 0 else "wrong"} for i, value in enumerate(values)]
+
+
+def test_differences_to_the_first_model_are_paired():
     base = np.random.default_rng(0).normal(size=300)
-    results = evaluate.summarise_scores({("s", "m"): {"a": list(base), "b": list(base + 0.01)}}, ["a", "b"])
-    comparison = next(r for r in results if r.get("baseline") == "a")
-    assert comparison["model"] == "b" and comparison["n"] == 300
-    assert 0 < comparison["difference_low"] <= comparison["difference"] <= comparison["difference_high"] < 0.02
-    assert json.loads(json.dumps(results)) == results
+    results = evaluate.summarise("s", {"a": items(base), "b": items(base + 0.01)}, ["a", "b"])
+    assert json.loads(json.dumps(results)) == results and "baseline" not in results[0]
+    assert (results[1]["model"], results[1]["baseline"], results[1]["n"]) == ("b", "a", 300)
+    assert 0 < results[1]["difference_low"] <= results[1]["difference"] <= results[1]["difference_high"] < 0.02
+    assert sum(results[0]["verdicts"].values()) == pytest.approx(1)
+
+
+def test_totals_are_formulas_of_means(monkeypatch):
+    """A total's interval comes from the same draws as its parts', and a total whose parts were not all measured is left out."""
+    monkeypatch.setitem(evaluate.TOTALS, "s", {"half": ("x", "y"), "all": frozenset("xy"), "other": ("x", "z")})
+    found = [{"id": f"{m}{i}", "scores": {m: float(i % 4 == 0) if m == "x" else 1.0}} for m, n in (("x", 100), ("y", 300)) for i in range(n)]
+    results = {r["metric"]: r for r in evaluate.summarise("s", {"a": found}, ["a"])}
+    assert results.keys() == {"x", "y", "half", "all"} and results["half"]["n"] == 400
+    assert [results[total]["score"] for total in ("half", "all")] == pytest.approx([0.625, 0.8125])
+    assert results["half"]["high"] - results["half"]["low"] == pytest.approx((results["x"]["high"] - results["x"]["low"]) / 2)
+
+
+def test_the_table_is_markdown_with_a_row_a_model():
+    results = evaluate.summarise("s", {"a": items([0, 1, 0, 1] * 20), "b": items([1] * 80)}, ["a", "b"])
+    lines = evaluate.table("s", results, ["a", "b"]).splitlines()
+    assert len({len(line) for line in lines[2:]}) == 1 and lines[0] == "### s" and "- a, 95% interval" in lines[2]
+    assert re.search(r"\| b +\| 1.000 .*\+0.500 \[\+0.\d+, \+0.\d+\] \* .*100%", lines[-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Episodes and their files
+
+
+def guess(messages, tools=None):
+    """An episode of two rounds: the model must repeat what it said, and then is scored."""
+    first = yield messages, tools
+    second = yield [*messages, evaluate.turn(first), chat_message("user", "Again.")], tools
+    likelihoods = yield [("a", "b"), ("a", "c")]
+    return {"verdict": "right" if first.text == second.text else "wrong", "scores": {"m": float(sum(likelihoods))}}
+
+
+class Parrot:
+    """What main() needs of a model: it says the first message again, and counts what it is asked at once."""
+    group, workers, identity = 4, 1, ["parrot"]
+
+    def __init__(self):
+        self.rounds = []
+
+    def reply(self, requests, **options):
+        self.rounds.append(len(requests))
+        return [Answer(r[0][0]["content"], []) if isinstance(r, tuple) else [1.0] * len(r) for r in requests]
+
+
+def episodes(n):
+    return [(str(i), partial(guess, [chat_message("user", f"word {i}")])) for i in range(n)]
+
+
+def test_a_group_of_episodes_goes_on_together():
+    parrot = Parrot()
+    records = evaluate.play(episodes(3), parrot.reply)
+    assert parrot.rounds == [3, 3, 3] and [r["id"] for r in records] == ["0", "1", "2"]
+    assert all(r["verdict"] == "right" and r["scores"] == {"m": 2.0} for r in records) and records[1]["prompt"][0][0]["content"] == "word 1"
+
+
+def test_finished_items_are_kept(tmp_path):
+    """Stopped in its third group, a suite goes on there; a last line that was cut off, and items of another model, count for nothing."""
+    class Tired(Parrot):
+        def reply(self, requests, **options):
+            if len(self.rounds) == 6:
+                raise KeyboardInterrupt
+            return super().reply(requests, **options)
+
+    args = evaluate_args()
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.play_all("s", episodes(14), Tired(), ["one"], tmp_path, args)
+    part = tmp_path / "s.part0.jsonl"
+    assert len(part.read_text().splitlines()) == 9
+    part.write_text(part.read_text()[:-9])
+    parrot = Parrot()
+    found = evaluate.play_all("s", episodes(14), parrot, ["one"], tmp_path, args)
+    assert parrot.rounds == [4] * 6 + [2] * 3 and [item["id"] for item in found] == [str(i) for i in range(14)]  # the group with the cut line again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.jsonl"] and found == evaluate.play_all("s", episodes(14), None, ["one"], tmp_path, args)
+    parrot = Parrot()
+    evaluate.play_all("s", episodes(14), parrot, ["another"], tmp_path, args)
+    assert sum(parrot.rounds) == 42
+
+
+def test_ranks_share_out_the_groups(tmp_path, monkeypatch):
+    """Rank 1's part is there before rank 0 begins; together they are what one process finds."""
+    alone = evaluate.play_all("s", episodes(14), Parrot(), ["one"], tmp_path / "alone", evaluate_args())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    sizes = []
+    for rank in "10":
+        monkeypatch.setenv("RANK", rank)
+        parrot = Parrot()
+        found = evaluate.play_all("s", episodes(14), parrot, ["one"], tmp_path / "shared", evaluate_args())
+        sizes.append(sum(parrot.rounds[::3]))
+    assert sizes == [6, 8] and found == alone
+    assert (tmp_path / "alone" / "s.jsonl").read_bytes() == (tmp_path / "shared" / "s.jsonl").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Suites
+
+
+def test_log_likelihoods_are_those_of_the_logits(checkpoint):
+    """Pairs that share what is read are read once; what does not fit the window is None."""
+    model = evaluate.Local(checkpoint, None, evaluate_args(batch_size=2))
+    ids = torch.randint(256, (40,)).tolist()
+    pairs = [(ids[:5], ids[5:9]), (ids[:30], ids[30:31]), (ids[:30], [7]), ("some words", " more"), ([1] * 300, [2])]
+    found = model.score(pairs)
+    for (context, continuation), likelihood in zip(pairs[:4], found):
+        a, b = (p if isinstance(p, list) else model.tokenizer.encode(p) for p in (context, continuation))
+        with torch.inference_mode():
+            expected = model.model(torch.tensor([a + b[:-1]])).log_softmax(-1)[0, len(a) - 1:].gather(1, torch.tensor(b)[:, None]).sum()
+        assert likelihood == pytest.approx(expected.item(), abs=1e-4)
+    assert found[4] is None
+
+
+def test_a_prompt_too_long_is_an_error_of_its_own(checkpoint):
+    model = evaluate.Local(checkpoint, None, evaluate_args())
+    short, long = model.reply([([chat_message("user", "Hi")], None), ([chat_message("user", "x" * 300)], None)], max_tokens=8)
+    assert short.error is None and len(short.text) and "a window of 256" in long.error
+
+
+MMLU = {"dev": [["Which is a colour?", "red", "ten", "ran", "of", "A"]] * 5, "test": [["Which is a number?", "red", "ten", "ran", "of", "B"]] * 6}
+
+
+def test_mmlu_from_its_own_files(checkpoint, tmp_path):
+    """Five examples do not fit this model's window: there are as many as do, and every question is answered."""
+    for split, rows in MMLU.items():
+        (tmp_path / f"word_kinds_{split}.csv").write_text("\n".join(",".join(row) for row in rows))
+    model = evaluate.Local(checkpoint, None, evaluate_args())
+    records = evaluate.play(evaluate.mmlu(evaluate_args(data=tmp_path)), partial(model.reply, max_tokens=8))
+    assert len(records) == 6 and all(0 < r["shots"] < 5 and r["verdict"] in ("right", "wrong") for r in records)
+    letters = ["ABCD"[np.argmax(r["log_likelihoods"])] for r in records]
+    assert [r["scores"]["accuracy"] for r in records] == [float(letter == "B") for letter in letters]
+
+
+API_INFO = """description = "Says who is there."
+input_parameters = {'room': {'type': 'int', 'description': 'Its number.'}}
+output_parameters = {'names': {'type': 'list'}}"""
+
+
+def bank(tmp_path):
+    (tmp_path / "all_apis.csv").write_text("id,类名,api_info\n1,WhoIsThere,\"" + API_INFO.replace('"', '""') + '"\n')
+    found = {"name": "WhoIsThere", "description": "d", "input_parameters": {"room": {"type": "int"}}}
+    turns = [{"role": "User", "text": "Who is in room 7?"}, {"role": "AI", "text": "I look."},
+             {"role": "API", "api_name": "ToolSearcher", "param_dict": {"keywords": "who"}, "result": {"output": found, "exception": None}},
+             {"role": "API", "api_name": "WhoIsThere", "param_dict": {"room": 7}, "result": {"output": None, "exception": "nobody"}}]
+    (tmp_path / "WhoIsThere-level-2-1.jsonl").write_text("\n".join(map(json.dumps, turns)))
+    return evaluate.api_bank(evaluate_args(data=tmp_path))
+
+
+@pytest.mark.parametrize("arguments, right", [({"room": 7}, True), ({"room": "7"}, False), ({"room": 7, "floor": 1}, False), ({}, False)])
+def test_api_bank_is_exact_match(tmp_path, arguments, right):
+    (_, search), (_, call) = bank(tmp_path)
+    messages, tools = next(search())
+    assert [t["function"]["name"] for t in tools] == ["ToolSearcher"] and [m["role"] for m in messages] == ["user", "assistant"]
+    episode = call()
+    messages, tools = next(episode)
+    assert [t["function"]["name"] for t in tools] == ["ToolSearcher", "WhoIsThere"] and messages[-1]["role"] == "tool"
+    assert tools[1]["function"]["parameters"]["properties"]["room"]["type"] == "integer"
+    with pytest.raises(StopIteration) as end:
+        episode.send(Answer("...", [("WhoIsThere", arguments)]))
+    assert end.value.value["scores"] == dict.fromkeys(("exact match", "exact match: level 2"), float(right))
+    assert end.value.value["verdict"] == ("right" if right else "wrong")
+
+
+def evaluate_args(**given):
+    return argparse.Namespace(**{"limit": None, "mode": "native", "batch_size": 4, "max_tokens": 16, "device": "cpu", "constrained": False} | given)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model of random weights and 256 positions, with a tokenizer of bytes."""
+    directory, tokenizer = tmp_path_factory.mktemp("model"), Tokenizer({bytes([b]): b for b in range(256)})
+    torch.manual_seed(0)
+    transformer.save(transformer.Transformer(transformer.Config(vocab_size=tokenizer.vocab_size, dim=64, n_layers=2, n_heads=1, n_kv_heads=1,
+                                                                hidden_dim=96, max_seq_len=256)), directory)
+    tokenizer.save(directory)
+    return str(directory)

@@ -296,6 +296,53 @@ def test_a_batch_gives_what_each_prompt_gives_alone():
     assert generate(model, prompts, 24, [stop])[1] == alone[1][:alone[1].index(stop)]
 
 
+@pytest.mark.parametrize("options", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=str)
+def test_rows_that_have_ended_leave_the_batch(options, monkeypatch):
+    """One long answer must not cost a whole batch until its end, and who stays must not notice who left."""
+    monkeypatch.setattr(transformer, "PREFILL", 20)
+    steps, step = [], transformer.Batch.step
+    monkeypatch.setattr(transformer.Batch, "step", lambda self, ids: (steps.append(len(ids)), step(self, ids))[1])
+    model = tiny(**options)
+    prompts, lengths = [torch.randint(97, (n,)).tolist() for n in (20, 3, 17, 1, 9, 12, 5, 8)], [2, 30, 3, 25, 1, 7, 4, 4]
+    stop_at = lambda lengths: lambda row, new, logits: 96 if len(new) == lengths[row] else int(logits[:96].argmax())
+    alone = [generate(model, [p], 40, [96], choose=stop_at([n]))[0] for p, n in zip(prompts, lengths)]
+    steps.clear()
+    assert generate(model, prompts, 40, [96], choose=stop_at(lengths)) == alone and list(map(len, alone)) == lengths
+    assert sum(steps) < 1.5 * sum(lengths) and max(steps) == 8
+
+
+@pytest.mark.parametrize("options", [{}, {"model_type": "mistral", "sliding_window": 5}], ids=str)
+@torch.inference_mode()
+def test_rows_join_and_leave(options):
+    """Longer and shorter prompts than what is there, at any time: the logits are those of the whole text."""
+    model, batch, texts = tiny(**options), transformer.Batch(tiny(**options)), []
+    for when in range(40):
+        if when in (0, 3, 4, 21):
+            new = [torch.randint(97, (n,)).tolist() for n in ((4, 9), (25,), (2, 6), (1,))[(0, 3, 4, 21).index(when)]]
+            logits = batch.add(new, spare=2)
+            torch.testing.assert_close(logits, torch.stack([model(torch.tensor([t]))[0, -1] for t in new]), atol=1e-4, rtol=1e-4)
+            texts += new
+        if when in (10, 20, 30):
+            left = [i for i in range(len(texts)) if (i + when) % 3]
+            batch.keep(left)
+            texts = [texts[i] for i in left]
+        ids = torch.randint(97, (len(texts),)).tolist()
+        texts = [[*t, i] for t, i in zip(texts, ids)]
+        torch.testing.assert_close(batch.step(ids), torch.stack([model(torch.tensor([t]))[0, -1] for t in texts]), atol=1e-4, rtol=1e-4)
+
+
+def test_every_prompt_has_the_whole_window():
+    """A long prompt must not shorten its neighbours' answers."""
+    model = tiny()
+    assert [len(t) for t in generate(model, [[1] * 60, [1] * 3, [2]], 61)] == [5, 61, 61] and generate(model, [[1], [2]], 0) == [[], []]
+
+
+def test_rows_are_sampled_each_by_its_own_options():
+    logits = torch.randn(4, 97).repeat(1000, 1)
+    drawn = torch.tensor(transformer.sample(logits, [0, 1, 3, 1e-12] * 1000, [1, 1e-9, 1, 0] * 1000, torch.rand(4000).tolist())).view(1000, 4)
+    assert (drawn[:, [0, 1, 3]] == logits[:4].argmax(-1)[[0, 1, 3]]).all() and len(drawn[:, 2].unique()) > 50
+
+
 def test_sampling_is_seeded_and_bounded():
     model = tiny()
     one, two, three = (generate(model, [[1, 2, 3]], 20, temperature=5.0, seed=s) for s in (1, 1, 2))

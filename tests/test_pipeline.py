@@ -29,26 +29,27 @@ def test_table_and_results(unbroken):
     out, printed = unbroken
     results = json.loads((out / "eval" / "results.json").read_text())
     table = printed["evaluate.py"]
-    for suite in ("loss", "choice", "calls", "calls-constrained"):
-        assert any(line.startswith(suite + " ") for line in table.splitlines())
+    report = (out / "eval" / "report.md").read_text()
+    for suite in ("loss", "choice", "next", "calls", "calls-constrained"):
+        assert f"### {suite}" in table.splitlines() and f"### {suite}" in report.splitlines()
     for r in results:
         assert {"model", "suite", "metric", "n", "score", "low", "high"} <= r.keys() and r["n"] > 0 and r["low"] <= r["score"] <= r["high"]
-        assert ("baseline" in r) == (r["model"] == "ours")
-    assert {r["model"] for r in results} == {"base", "control", "ours"}
-    assert {r["baseline"] for r in results if "baseline" in r} == {"base", "control"}
+        assert r.get("baseline") == (None if r["model"] == "control" else "control")
+        assert ("verdicts" in r) == r["suite"].startswith("calls")
+    assert {r["model"] for r in results} == {"base", "control", "ours"} and "## What failed in calls" in report
     for name in ("base", "control", "ours"):
         lines = (out / "eval" / "items" / name / "calls.jsonl").read_text(encoding="utf-8").splitlines()
         items = [json.loads(line) for line in lines[1:]]
-        assert len(items) == 10 and all({"prompt", "output", "calls", "gold", "verdict"} <= i.keys() for i in items)
+        assert len(items) == 10 and all({"prompt", "output", "calls", "gold", "verdict", "scores"} <= i.keys() for i in items)
     assert table.count("a conversation about an API it has never seen") == 3
     constrained = [json.loads(line) for line in (out / "eval" / "items" / "ours" / "calls-constrained.jsonl").open(encoding="utf-8")][1:]
-    assert all(name in item["prompt"] for item in constrained for name, _ in item["calls"] or [])
+    assert all(name in json.dumps(item["prompt"]) for item in constrained for name, _ in item["calls"] or [])
 
 
 def test_only_the_models_named(unbroken, small_corpus):
     out, _ = unbroken
     table = run("evaluate.py", *flags("evaluate.py", small_corpus, out), "--model", out / "ours", "--seq-len", 256).stdout
-    assert "control" not in table.splitlines()[0] and "ours" in table.splitlines()[0]
+    assert "control" not in table and "| ours " in table
     assert "nowhere" in run("evaluate.py", "--corpus", small_corpus, "--model", "nowhere", ok=False).stderr
     run("evaluate.py", *flags("evaluate.py", small_corpus, out))  # so that results.json is again that of the default models
 

@@ -1,0 +1,363 @@
+import http.client
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+
+import evaluate
+import model as transformer
+from build_corpus import Tokenizer
+from collect import chat_message
+from conftest import ROOT, run
+
+openai = pytest.importorskip("openai", reason="needs the package openai")
+
+TOOLS = [{"type": "function", "function": {"name": name, "description": "Of the weather.", "parameters": {
+    "type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}, "days": {"type": "integer"}}, "required": ["city"]}}}
+    for name in ("forecast", "history")]
+CALL, WORDS = [chat_message("user", "weather in Paris")], [chat_message("user", "hello é 漢字")]
+LEARNED = [(CALL, TOOLS, chat_message("assistant", "Let us see.", [("forecast", {"city": "Paris", "days": 3})])),
+           (WORDS, TOOLS, chat_message("assistant", "Grüße 漢字! Nothing\n\nto do.\n")), (CALL, None, chat_message("assistant", "It is warm in Paris, it is cold in Rome."))]
+ARGS = dict(device="cpu", batch_size=8, parallel=8)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """A tiny model that has learned three answers by heart, one of them a call."""
+    path = tmp_path_factory.mktemp("serve") / "tiny"
+    path.mkdir()
+    tokenizer = Tokenizer.train([json.dumps([TOOLS, *(x[0] + [x[2]] for x in LEARNED)], ensure_ascii=False)], 320)
+    tokenizer.save(path)
+    torch.manual_seed(0)
+    model = transformer.Transformer(transformer.Config(vocab_size=tokenizer.vocab_size, dim=48, n_layers=2, n_heads=3, n_kv_heads=3, head_dim=16,
+                                                       hidden_dim=64, max_seq_len=512))
+    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
+    rows = [tokenizer.render([*messages, answer], tools) for messages, tools, answer in LEARNED]
+    for step in range(120):
+        for ids, mask in rows:
+            targets = [i if m else -100 for i, m in zip(ids, mask)]
+            (model(torch.tensor([ids[:-1]]), torch.tensor([targets[1:]])) / sum(mask)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    transformer.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(directory):
+    return evaluate.Local(str(directory), None, Namespace(**ARGS))
+
+
+@pytest.fixture(scope="module")
+def url(directory):
+    """A server as a user starts it; Ctrl-C must end it with status 0."""
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", "--serve", directory, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process.stdout.readline().split()[3]
+    finally:
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 0 and not errors, errors
+
+
+@pytest.fixture(scope="module")
+def client(url):
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def greedy(local, ids, n=60):
+    """What generate itself answers."""
+    return local.tokenizer.decode(transformer.generate(local.model, [ids], n, [local.tokenizer.im_end, local.tokenizer.end_of_text])[0])
+
+
+def streamed(chunks):
+    """The text, calls, ends and number of pieces of a stream of one choice."""
+    chunks = [c for c in chunks if c.choices]
+    deltas = [c.choices[0].delta for c in chunks]
+    calls = [(c.function.name, c.function.arguments) for d in deltas for c in d.tool_calls or []]
+    pieces = [d.content for d in deltas if d.content]
+    return "".join(pieces), calls, [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason], len(pieces)
+
+
+def test_chat_with_and_without_calls(client, local):
+    made = client.chat.completions.create(model="tiny", messages=CALL, tools=TOOLS, temperature=0).choices[0]
+    call = made.message.tool_calls[0]
+    assert made.message.content == "Let us see." and made.finish_reason == "tool_calls" and len(call.id) > 8
+    assert (call.function.name, json.loads(call.function.arguments)) == ("forecast", {"city": "Paris", "days": 3})
+    parts = [{"role": "user", "content": [{"type": "text", "text": WORDS[0]["content"]}]}]
+    words = client.chat.completions.create(model="tiny", messages=parts, tools=TOOLS, temperature=0, store=False)
+    assert words.choices[0].message.content == LEARNED[1][2]["content"] and words.choices[0].finish_reason == "stop"
+    prompt = local.tokenizer.render(WORDS, TOOLS, answer=True)[0]
+    assert words.usage.prompt_tokens == len(prompt) and words.usage.completion_tokens == len(local.tokenizer.encode(LEARNED[1][2]["content"]))
+    again = [*CALL, made.message, {"role": "tool", "content": "sunny", "tool_call_id": call.id}]  # the client's own object
+    answer = client.chat.completions.create(model="tiny", messages=again, tools=TOOLS, temperature=0, max_completion_tokens=9).choices[0]
+    ids = local.tokenizer.render([*CALL, LEARNED[0][2], chat_message("tool", "sunny")], TOOLS, answer=True)[0]
+    assert answer.message.content == greedy(local, ids, 9)
+
+
+def test_special_tokens_are_special_in_prompts_alone(client, local):
+    """A user's <|im_end|> must not end the turn; a completion's prompt may hold a rendered conversation."""
+    text = "<|im_start|>user\nweather in Paris<|im_end|>\n<|im_start|>assistant\n"
+    whole = client.completions.create(model="tiny", prompt=text, max_tokens=60, temperature=0, extra_body={"skip_special_tokens": False, "stop_token_ids": [5]})
+    ids = local.tokenizer.render(CALL, None, answer=True)[0]
+    assert whole.choices[0].text == LEARNED[2][2]["content"] == client.completions.create(model="tiny", prompt=ids, max_tokens=60, temperature=0).choices[0].text
+    assert whole.usage.prompt_tokens == len(ids)
+    chat = client.chat.completions.create(model="tiny", messages=[chat_message("user", text)], max_tokens=1)
+    assert chat.usage.prompt_tokens == len(local.tokenizer.render([chat_message("user", text)], answer=True)[0]) > len(ids) + 10
+    answer = local.tokenizer.encode(LEARNED[2][2]["content"])
+    cut = client.completions.create(model="tiny", prompt=text, max_tokens=60, temperature=0, extra_body={"stop_token_ids": answer[3:4]}).choices[0]
+    assert cut.text == local.tokenizer.decode(answer[:answer.index(answer[3])]) and cut.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("choice, names", [("required", ["forecast", "history"]), ({"type": "function", "function": {"name": "history"}}, ["history"])])
+def test_calls_that_must_be_made_fit_the_schema(client, choice, names):
+    for messages in (WORDS, CALL):
+        options = dict(model="tiny", messages=messages, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False, temperature=0)
+        made = client.chat.completions.create(**options).choices[0].message
+        assert len(made.tool_calls) == 1 and made.tool_calls[0].function.name in names and made.content is None
+        assert json.loads(made.tool_calls[0].function.arguments)["city"] in ("Paris", "Rome")
+        assert streamed(client.chat.completions.create(stream=True, **options))[1] == [(made.tool_calls[0].function.name, made.tool_calls[0].function.arguments)]
+    none = client.chat.completions.create(**options | {"tool_choice": "none"}).choices[0].message
+    assert none.content == LEARNED[2][2]["content"] and not none.tool_calls
+
+
+def test_streams_hold_what_whole_answers_hold(client):
+    """No half character, no part of a stop or a call, no line before a call is sent."""
+    for messages, tools, answer in LEARNED:
+        for stop in (None, ["Nothing\n\nto"], ["cold in", "cold"], ["?", "Let us"]):
+            options = dict(model="tiny", messages=messages, temperature=0, stop=stop, **({"tools": tools} if tools else {}))
+            whole = client.chat.completions.create(**options).choices[0]
+            text, calls, ends, pieces = streamed(client.chat.completions.create(stream=True, **options))
+            assert text == (whole.message.content or "") and ends == [whole.finish_reason] and "\ufffd" not in text
+            assert calls == [(c.function.name, c.function.arguments) for c in whole.message.tool_calls or []]
+            assert pieces > 1 or len(text) < 12
+            if stop:
+                assert not any(s in text for s in stop)
+    last = list(client.chat.completions.create(model="tiny", messages=CALL, temperature=0, stream=True, stream_options={"include_usage": True}))[-1]
+    assert not last.choices and last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens > 20
+
+
+def test_sampling_n_and_seed(client):
+    options = dict(model="tiny", messages=WORDS, n=3, temperature=1.5, max_tokens=30)
+    ask = lambda **more: [c.message.content for c in client.chat.completions.create(**options | more).choices]
+    assert ask(seed=1) == ask(seed=1) != ask(seed=2) and ask(temperature=1, top_p=1)  # integers, too
+    assert len(set(ask(seed=1))) == 3 and len(set(ask(seed=1, temperature=0))) == len(set(ask(seed=1, top_p=0))) == 1
+    parts = {}
+    for chunk in client.chat.completions.create(stream=True, seed=1, **options):
+        for choice in chunk.choices:
+            parts[choice.index] = parts.get(choice.index, "") + (choice.delta.content or "")
+    assert [parts[i] for i in range(3)] == ask(seed=1)
+    two = client.completions.create(model="tiny", prompt=["a", "b"], n=2, seed=1, max_tokens=5).choices
+    assert [c.index for c in two] == [0, 1, 2, 3] and len({c.text for c in two}) > 2
+
+
+def test_logprobs_are_the_models(client, local):
+    ids = local.tokenizer.render(CALL, None, answer=True)[0]
+    answer = local.tokenizer.encode(LEARNED[2][2]["content"])
+    expected = local.model(torch.tensor([ids + answer]))[0].log_softmax(-1)
+    chosen = [expected[len(ids) + i - 1, token].item() for i, token in enumerate(answer)]
+    options = dict(model="tiny", messages=CALL, temperature=0, logprobs=True, top_logprobs=2)
+    whole = client.chat.completions.create(**options).choices[0].logprobs.content
+    parts = [e for c in client.chat.completions.create(stream=True, **options) if c.choices[0].logprobs for e in c.choices[0].logprobs.content]
+    for entries in (whole, parts):
+        assert [e.logprob for e in entries] == pytest.approx(chosen, abs=1e-4)
+        assert b"".join(bytes(e.bytes) for e in entries).decode() == LEARNED[2][2]["content"]
+        assert all(e.top_logprobs[0].logprob == e.logprob and len(e.top_logprobs) == 2 for e in entries)
+    text = "grüße 漢字 hello"
+    echoed = client.completions.create(model="tiny", prompt=text, max_tokens=0, echo=True, logprobs=1).choices[0]
+    ids = local.tokenizer.encode(text)
+    expected = local.model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert echoed.text == text and echoed.logprobs.token_logprobs == [None, *(pytest.approx(expected[i, t].item(), abs=1e-4) for i, t in enumerate(ids[1:]))]
+    assert [text[a:b] for a, b in zip(echoed.logprobs.text_offset, [*echoed.logprobs.text_offset[1:], None])][:2] == [local.tokenizer.decode([i]) for i in ids[:2]]
+
+
+def test_requests_at_once_are_each_answered_as_alone(client, local):
+    """Rows that join and leave the batch at different times must not disturb each other."""
+    prompts = [torch.randint(local.tokenizer.vocab_size, (3 + 7 * i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(24)]
+    lengths = [5 + 9 * i % 50 for i in range(24)]
+    ask = lambda ids, n: client.completions.create(model="tiny", prompt=ids, max_tokens=n, temperature=0).choices[0].text
+    with ThreadPoolExecutor(24) as pool:
+        assert list(pool.map(ask, prompts, lengths)) == [greedy(local, ids, n) for ids, n in zip(prompts, lengths)]
+
+
+def test_waiting_requests_share_steps(local, monkeypatch):
+    """Eight texts must not cost eight times the steps of one."""
+    steps, step = [], transformer.Batch.step
+    monkeypatch.setattr(transformer.Batch, "step", lambda self, ids: (steps.append(len(ids)), time.sleep(0.005), step(self, ids))[2])
+    engine, events = evaluate.Engine(local, 8), evaluate.queue.SimpleQueue()
+    options = Namespace(temperature=0.0, top_p=1.0, seed=None, limit=40, stop=[], stop_ids=set(), stream=False, echo=False, logprobs=None, tools=None, choose=None, begun="")
+    for i in range(8):
+        engine.waiting.put(evaluate.Row(local.tokenizer, [i + 1, 2], "", options, events, i))
+    for _ in range(8):
+        events.get(timeout=20)
+    engine.close()
+    assert len(steps) < 60 and max(steps) == 8
+
+
+@pytest.mark.parametrize("status, part, change", [
+    (400, "messages", {"messages": []}), (400, "messages[0]", {"messages": [{"role": "king", "content": "x"}]}), (400, "messages[0]", {"messages": ["x"]}),
+    (400, "messages[0]", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}), (400, "temperature", {"temperature": 3}),
+    (400, "messages[0]", {"messages": [{"role": "user", "content": None}]}), (400, "temperature", {"temperature": "hot"}), (400, "top_p", {"top_p": 1.1}),
+    (400, "n must", {"n": 0}), (400, "n must", {"n": True}), (400, "max_tokens", {"max_tokens": -1}), (400, "stop", {"stop": [1]}), (400, "stream", {"stream": "yes"}),
+    (400, "top_logprobs", {"logprobs": True, "top_logprobs": 99}), (400, "tools[0]", {"tools": [{"type": "function"}]}), (404, "no model", {"model": "gpt-4"}),
+    (400, "tool_choice", {"tool_choice": "required"}), (400, "tool_choice", {"tools": TOOLS, "tool_choice": {"function": {"name": "x"}}}),
+    (400, "context length", {"messages": [chat_message("user", "x y " * 999)]})], ids=str)
+def test_bad_requests(client, status, part, change):
+    with pytest.raises(openai.APIStatusError, match=part.replace("[", r"\[")) as caught:
+        client.post("/chat/completions", body={"model": "tiny", "messages": CALL} | change, cast_to=object)
+    assert caught.value.status_code == status and caught.value.body["type"] == "invalid_request_error"
+    assert caught.value.code == {"no model": "model_not_found", "context length": "context_length_exceeded"}.get(part)
+
+
+def test_bad_http(url, client):
+    """Each gets its status and the API's form of an error, and the server goes on."""
+    address = url.split("/")[2]
+
+    def ask(method, path, body=b"{}", **headers):
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.request(method, path, body, {"Content-Type": "application/json"} | headers)
+        answer = connection.getresponse()
+        error = json.loads(answer.read())["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        return answer.status
+
+    chat = "/v1/chat/completions"
+    assert ask("POST", chat, b'{"model": ') == ask("POST", chat, b"[1]") == ask("POST", chat, b"[" * 10**5) == ask("POST", chat, b"\xff") == 400
+    assert ask("POST", "/v2") == 404 and ask("GET", chat) == ask("DELETE", chat) == ask("POST", "/v1/models") == 405
+    assert ask("POST", chat, **{"Content-Type": "text/plain"}) == 415 and ask("POST", chat, b"x" * (evaluate.MAX_BODY + 1)) == 413
+    assert ask("POST", chat, None, **{"Transfer-Encoding": "chunked"}) == ask("POST", chat, None, **{"Content-Length": "-1"}) == 411 and ask("BREW", chat) == 501
+    assert ask("POST", chat, json.dumps({"model": "tiny", "messages": CALL, "top_p": float("nan")}).encode()) == 400
+    for prompt in ("", [], [[]], [10**6], [-1], [1, True], None, {}):
+        assert ask("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": prompt}).encode()) == 400
+    for _ in range(3):  # clients that leave at once
+        connection = http.client.HTTPConnection(address)
+        connection.request("POST", chat, json.dumps({"model": "tiny", "messages": WORDS, "stream": True, "n": 9}), {"Content-Type": "application/json"})
+        connection.close()
+    assert client.models.list().data[0].id == "tiny" == client.chat.completions.create(model="tiny", messages=CALL, max_tokens=1).model
+
+
+def test_a_port_that_is_taken_and_a_directory_that_is_none(url, directory, tmp_path):
+    assert "--port" in run("evaluate.py", "--serve", directory, "--port", url.split(":")[2].split("/")[0], ok=False).stderr
+    assert "config.json" in run("evaluate.py", "--serve", tmp_path, ok=False).stderr
+
+
+def test_an_endpoint_is_what_it_serves(url, local):
+    """Answers and likelihoods through the API equal those of the checkpoint itself."""
+    endpoint = evaluate.Endpoint(url, Namespace(**ARGS))
+    asked = [(messages, tools) for messages, tools, _ in LEARNED] + [([chat_message("user", f"n {i}")], TOOLS) for i in range(9)]
+    pairs = [[("weather in", f" {city}") for city in ("Paris", "Rome", "漢字 é")], [("x y " * 900, "z")]]
+    theirs, ours = endpoint.reply(asked + pairs, 60), local.reply(asked + pairs, 60)
+    assert theirs[:len(asked)] == ours[:len(asked)] and ours[0].calls == [("forecast", {"city": "Paris", "days": 3})]
+    assert theirs[-2] == pytest.approx(ours[-2], abs=1e-3) and theirs[-1] == ours[-1] == [None]
+
+
+@pytest.fixture
+def scripted():
+    """A server that answers with what is in `answers`, one after another, the last again: (status, headers, body or function)."""
+    answers, seen = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            seen.append((time.monotonic(), dict(self.headers), json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            status, headers, body = answers.pop(0) if len(answers) > 1 else answers[0]
+            if status:
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body if isinstance(body, bytes) else json.dumps(body).encode())
+            else:
+                time.sleep(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = evaluate.Endpoint(f"http://127.0.0.1:{server.server_port}/v1#m", Namespace(**ARGS))
+    endpoint.timeout, endpoint.tries, endpoint.backoff = 1.0, 3, 0.01
+    yield endpoint, answers, seen
+    server.shutdown()
+    server.server_close()
+
+
+def completion(**message):
+    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": None} | message, "finish_reason": "stop"}]}
+
+
+def call(arguments, name="f"):
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def test_retries(scripted, monkeypatch):
+    """Overload and failures pass, with pauses as asked; what is the request's fault is not asked again; the key is sent and never shown."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    endpoint, answers, seen = scripted
+    answers[:] = [(429, {"Retry-After": "1"}, {"error": {"message": "slow"}}), (500, {}, b"<html>"), completion(content="done")]
+    assert endpoint.answer(CALL, TOOLS, 60) == evaluate.Answer("done", [], True)
+    assert seen[1][0] - seen[0][0] >= 1 and seen[0][1]["Authorization"] == "Bearer sk-secret"
+    assert {k: v for k, v in seen[0][2].items() if k != "tools"} == {"model": "m", "messages": CALL, "temperature": 0, "seed": 0, "max_tokens": 60}
+    for answer, tries, part in (((503, {}, {}), 3, "503"), ((400, {}, {"error": {"message": "bad key sk-secret"}}), 1, "bad key ***"), ((200, {}, b"{garbage"), 1, "no JSON"),
+                                ((200, {}, {"choices": []}), 1, "chat completion"), ((0, {}, 3), 3, "no complete answer"), ((0, {}, 0), 3, "no complete answer"), ((401, {}, b""), 1, "401")):
+        answers[:], seen[:], started = [answer], [], time.monotonic()
+        found = endpoint.answer(CALL, None, 60)
+        assert len(seen) == tries and part in found.error and found.text == "" and time.monotonic() - started < 6, (answer, found)
+
+
+def test_answers_of_other_servers(scripted):
+    """Arguments that are no JSON make a call that cannot be read, not a crash; calls in the text are found where the server leaves them."""
+    endpoint, answers, _ = scripted
+    for message, calls in (
+            ({"tool_calls": [call('{"x": 1}'), call("{}", "g")], "content": "Well."}, [("f", {"x": 1}), ("g", {})]), ({"tool_calls": [call('{"x": ')]}, None),
+            ({"tool_calls": [call("[1]")]}, None), ({"tool_calls": [call('{"x": "</tool_call>"}')]}, [("f", {"x": "</tool_call>"})]),
+            ({"tool_calls": [call("[" * 10**5)]}, None), ({"content": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'}, [("f", {})]), ({}, [])):
+        answers[:] = [completion(**message)]
+        assert endpoint.answer(CALL, TOOLS, 60).calls == calls
+    answers[:] = [completion(tool_calls=[call('{"x": 1}')], content="Well.")]
+    assert endpoint.answer(CALL, TOOLS, 60).text == 'Well.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    for message in ({"content": 3}, {"tool_calls": [3]}, {"tool_calls": 3}, {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}):
+        answers[:] = [completion(**message)]
+        assert endpoint.answer(CALL, TOOLS, 60).error
+    answers[0][2]["choices"][0] |= {"finish_reason": "length", "message": {"content": "cut"}}
+    assert endpoint.answer(CALL, TOOLS, 60) == evaluate.Answer("cut", [], False)
+
+
+def test_servers_without_likelihoods(scripted, capsys):
+    endpoint, answers, _ = scripted
+    for answer in ((404, {}, {"error": {"message": "no such path"}}), (200, {}, {"choices": [{"text": "y", "logprobs": None}]})):
+        answers[:] = [answer]
+        with pytest.raises(SystemExit, match="2"):
+            endpoint.reply([[("x", "y")]], 60)
+        assert "need completions with echo and logprobs" in capsys.readouterr().err
+    tokens = {"tokens": ["<s>", "x", "y", "z"], "token_logprobs": [None, -1, -2, -4], "text_offset": [0, 3, 4, 5]}  # with a first token, as vLLM has it
+    answers[:] = [(200, {}, {"choices": [{"text": "xyz", "logprobs": tokens}]})]
+    assert endpoint.score("x", "y") == -2
+
+
+def test_no_server(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.Endpoint, "backoff", 0.01)
+    assert "Refused" in evaluate.Endpoint("http://127.0.0.1:1/v1#m", Namespace(**ARGS)).answer(CALL, None, 60).error
+    with pytest.raises(SystemExit):
+        evaluate.Endpoint("http://127.0.0.1:1/v1", Namespace(**ARGS))
+    assert "http://127.0.0.1:1/v1" in capsys.readouterr().err
+
+
+def test_names_that_the_api_refuses(scripted):
+    """OpenAI's API takes no dots in names of functions: it sees underscores, in tools and in what was called before, and the answer has dots again."""
+    endpoint, answers, seen = scripted
+    tools = [{"type": "function", "function": {"name": "numpy.roll", "parameters": {}}}]
+    messages = [chat_message("user", "Roll."), chat_message("assistant", "", [("numpy.roll", {})]), chat_message("tool", "Again.")]
+    answers.append(completion(tool_calls=[{"id": "c", "type": "function", "function": {"name": "numpy_roll", "arguments": "{}"}}]))
+    assert endpoint.answer(messages, tools, 60).calls == [("numpy.roll", {})]
+    sent = seen[0][2]
+    assert sent["tools"][0]["function"]["name"] == sent["messages"][1]["tool_calls"][0]["function"]["name"] == "numpy_roll"
+    assert tools[0]["function"]["name"] == "numpy.roll"
