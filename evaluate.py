@@ -1803,17 +1803,17 @@ def api_bank(args):
                      if (literal := literal_value(text)) is not None}
         known[row["类名"]] = bank_tool(row["类名"], described.get("description"), described.get("input_parameters"))
     episodes = []
-    for path in find_data(args.data, "*level-*.jsonl"):
+    for path in find_data(args.data, "*level*.jsonl"):
         lines = read_all(path)
-        for dialogue in lines if "turns" in lines[0] else [{"file": path.name, "turns": lines}]:
-            episodes += bank_dialogue(dialogue, known, args)
-    return episodes
+        dialogues = [{"file": path.name, "turns": lines}] if "role" in lines[0] else [line for line in lines if "turns" in line]
+        episodes += [episode for dialogue in dialogues for episode in bank_dialogue(dialogue, known, args)]
+    return episodes[:args.limit]
 
 
 def bank_dialogue(dialogue, known, args):
     """The items of one dialogue."""
     name, turns, messages, episodes = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], [], []
-    called = {t["api_name"] for t in turns if t["role"] == "API"}
+    called, level = {t["api_name"] for t in turns if t["role"] == "API"}, re.search(r"level-\d", name)[0].replace("-", " ")
     tools = {n: known.get(n) or bank_tool(n) for n in (["ToolSearcher"] if "ToolSearcher" in called else sorted(called))}
 
     def episode(messages, tools, gold):
@@ -1821,7 +1821,7 @@ def bank_dialogue(dialogue, known, args):
         calls = calls_of(answer, "python", args)
         right = json.dumps(calls, sort_keys=True) == json.dumps([gold], sort_keys=True)
         why = "wrong count" if len(calls or []) != 1 else "wrong name" if calls[0][0] != gold[0] else "wrong arguments"
-        scores = dict.fromkeys(("exact match", f"exact match: level {name[-3]}"), float(right))
+        scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
         return verdict(answer, calls, True, right, why) | {"scores": scores, "gold": [gold]}
 
     for n, t in enumerate(turns):
@@ -1840,7 +1840,7 @@ def bank_dialogue(dialogue, known, args):
 def bank_tool(name, description="", parameters=None):
     """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
     properties = {p: {"type": TYPE_NAMES.get(re.match(r"\w*", d["type"])[0], "string"), "description": d.get("description", "")}
-                  for p, d in (parameters or {}).items()}
+                  for p, d in (parameters.items() if isinstance(parameters, dict) else ())}
     return {"name": name, "description": description or "", "parameters": {"type": "object", "properties": properties, "required": list(properties)}}
 
 

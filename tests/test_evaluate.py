@@ -1,7 +1,10 @@
 import argparse
 import json
 import re
+import threading
+from collections import Counter
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ import evaluate
 import model as transformer
 from build_corpus import Tokenizer
 from collect import Record, chat_message
+from conftest import ROOT, run
 from evaluate import Answer
 
 TOOLS = [{"name": "roll", "parameters": {"type": "object", "required": ["shift"], "properties": {
@@ -345,3 +349,88 @@ def checkpoint(tmp_path_factory):
                                                                 hidden_dim=96, max_seq_len=256)), directory)
     tokenizer.save(directory)
     return str(directory)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole script, with an endpoint as its model
+
+DATA = ROOT.parent / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no benchmarks in {DATA}")
+
+
+@pytest.fixture(scope="module")
+def abc():
+    """An endpoint that answers "abc" to everything, and finds every token equally likely; it counts the requests of each kind."""
+    asked = Counter()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked[self.path] += 1
+            if "chat" in self.path:
+                choice = {"message": {"role": "assistant", "content": "abc"}, "finish_reason": "stop"}
+            else:
+                text = body["prompt"]
+                scores = {"tokens": list(text), "token_logprobs": [None] + [-1.0] * (len(text) - 1), "text_offset": list(range(len(text)))}
+                choice = {"text": text, "logprobs": scores, "finish_reason": "length"}
+            answer = json.dumps({"choices": [choice]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1#abc", asked
+    server.shutdown()
+    server.server_close()
+
+
+@needs_data
+@pytest.mark.parametrize("mode", ["native", "prompt"])
+def test_a_model_that_always_says_abc(abc, mode, tmp_path):
+    """Nothing is right by it but a quarter of MMLU and, officially, what should not be answered by a call; and that counts as unparseable."""
+    url, asked = abc
+    command = ["evaluate.py", "--model", url, "--suite", "bfcl", "agentbench-db", "api-bank", "mmlu", "--data", DATA, "--out", tmp_path, "--limit", 40,
+               "--mode", mode]
+    table = run(*command).stdout
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    for r in results:
+        if r["suite"] == "mmlu":
+            assert r["score"] == r["verdicts"]["right"] < 0.5
+            continue
+        official = r["metric"] in ("v2", "v3", "live_irrelevance", "irrelevance")
+        assert (r["score"] > 0) == official and r["verdicts"]["right"] == 0 and r["verdicts"]["unparseable"] == 1, r
+    assert {r["metric"] for r in results} >= {"non-live", "live", "live_relevance", "SELECT", "overall", "exact match", "accuracy"}
+    assert "### agentbench-db" in table and "neither a call nor words" in (tmp_path / "eval" / "report.md").read_text()
+    before = sum(asked.values())
+    assert run(*command).stdout.splitlines()[:20] == table.splitlines()[:20] and sum(asked.values()) == before  # every item is kept
+
+
+@needs_data
+@pytest.mark.parametrize("mode", ["native", "prompt"])
+def test_api_bank_with_gold(mode):
+    """Every dialogue of the benchmark is read, and what was called is right."""
+    def reply(requests):
+        call = next(golds)
+        return [Answer(f"[{evaluate.show([call])[0]}]", [call])]
+
+    files = [DATA / "benchmarks" / "api_bank" / f"api_bank_{name}.jsonl" for name in ("level1_2_given_desc", "level2_toolsearcher")]
+    turns = [t for file in files for line in file.read_text().splitlines() for t in json.loads(line)["turns"]]
+    golds = iter([(t["api_name"], t["param_dict"]) for t in turns if t["role"] == "API"])
+    records = [evaluate.play([episode], reply)[0] for episode in evaluate.api_bank(evaluate_args(data=DATA, mode=mode))]
+    assert len(records) == 508
+    assert [r["id"] for r in records if r["verdict"] != "right"] == []
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    for model, said in [("nowhere", "nowhere/config.json: no such file"), ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1")]:
+        (tmp_path / "mmlu_val.jsonl").write_text('{"subject": "s", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n')
+        done = run("evaluate.py", "--model", model, "--suite", "mmlu", "--data", tmp_path, "--out", tmp_path, ok=False)
+        assert said in done.stderr
+    assert "there is no BFCL_v4_simple_python.json" in run("evaluate.py", "--suite", "bfcl", "--data", tmp_path, ok=False).stderr
+    (tmp_path / "mmlu_val.jsonl").write_text("{\n")
+    assert "mmlu_val.jsonl, line 1: not JSON" in run("evaluate.py", "--suite", "mmlu", "--data", tmp_path, ok=False).stderr
