@@ -84,7 +84,7 @@ def main():
     suites = {}  # {name: [(id of an item, function that begins its episode)]}
     for name in names:
         of_corpus = name in HELDOUT
-        suite = name + "-constrained" * (args.constrained and not of_corpus)
+        suite = name + "-constrained" * (args.constrained and not of_corpus and name != "mmlu")
         suites[suite] = SUITES[name](*[corpus] * of_corpus, args)
     items = {suite: {} for suite in suites}  # {suite: {model: its items}}
     paths = args.model or [f"{args.out}/{name}" for name in ("control", "base", "ours")]
@@ -1192,7 +1192,7 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
 
     def record(calls, right, why=""):
         item = verdict(answer, calls, True, right, why)
-        return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold, "output": outputs}
+        return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold, "output": "\n\n".join(outputs)}
 
     for number, (request, expected) in enumerate(zip(entry["question"], gold)):
         made.append([])
@@ -1901,7 +1901,7 @@ def summarise(suite, items, models):
     for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
         with contextlib.suppress(KeyError):  # not all of its parts were measured
             means[total], draws[total] = (total_of(formula, of, sizes) for of in (means, draws))
-            ids[total] = list(by_id[models[0]])
+            ids[total] = [name for metric in parts_of(formula) for name in ids[metric]]
     results = []
     for metric, names in ids.items():
         for m, model in enumerate(models):
@@ -1923,6 +1923,11 @@ def total_of(formula, means, sizes):
     if isinstance(formula, frozenset):
         return sum(means[part] * sizes[part] for part in sorted(formula)) / sum(sizes[part] for part in formula)
     return means[formula]
+
+
+def parts_of(formula):
+    """The metrics in a total."""
+    return [formula] if isinstance(formula, str) else [metric for part in formula for metric in parts_of(part)]
 
 
 def resample(values, resamples=2000):

@@ -184,7 +184,7 @@ def test_totals_are_formulas_of_means(monkeypatch):
     monkeypatch.setitem(evaluate.TOTALS, "s", {"half": ("x", "y"), "all": frozenset("xy"), "other": ("x", "z")})
     found = [{"id": f"{m}{i}", "scores": {m: float(i % 4 == 0) if m == "x" else 1.0}} for m, n in (("x", 100), ("y", 300)) for i in range(n)]
     results = {r["metric"]: r for r in evaluate.summarise("s", {"a": found}, ["a"])}
-    assert results.keys() == {"x", "y", "half", "all"} and results["half"]["n"] == 400
+    assert results.keys() == {"x", "y", "half", "all"} and results["half"]["n"] == results["all"]["n"] == 400 and results["x"]["n"] == 100
     assert [results[total]["score"] for total in ("half", "all")] == pytest.approx([0.625, 0.8125])
     assert results["half"]["high"] - results["half"]["low"] == pytest.approx((results["x"]["high"] - results["x"]["low"]) / 2)
 

@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -323,6 +325,19 @@ def test_an_episode_that_is_given_up_leaves_no_sandbox():
     next(episode)
     episode.close()
     assert gone(f"{os.getpid()}.88")
+
+
+@needs_sandbox
+def test_no_sandbox_outlives_its_owner():
+    """Where evaluate.py is killed, what a model has started must not go on."""
+    mark = f"{os.getpid()}.99"
+    source = f"import evaluate, time; s = evaluate.Sandbox(); s.run('setsid sleep {mark} > /dev/null & sleep 1'); print(s.process.pid, flush=True); time.sleep(60)"
+    owner = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    sandbox = owner.stdout.readline().strip()
+    assert subprocess.run(["pgrep", "-f", f"^sleep {mark}"], stdout=subprocess.DEVNULL).returncode == 0
+    owner.kill()
+    owner.wait()
+    assert gone(mark) and (time.sleep(2) or not Path("/proc", sandbox).exists())
 
 
 @needs_sandbox

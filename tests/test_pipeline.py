@@ -12,7 +12,7 @@ TRAIN = ["--batch-tokens", 1536, "--compile", "no", "--dtype", "float32", "--dev
 STAGES = {  # script: (flags, directory that stands in the run's directory)
     "pretrain.py": ["--base-tokens", 9216, "--stage1-tokens", 9216, "--stage2-tokens", 9216, *TRAIN],
     "finetune.py": ["--tokens", 9216, *TRAIN],
-    "evaluate.py": ["--limit", 10, "--device", "cpu", "--batch-size", 8]}
+    "evaluate.py": ["--limit", 10, "--device", "cpu", "--batch-size", 8, "--plot"]}
 
 
 def flags(script, corpus, out):
@@ -37,6 +37,7 @@ def test_table_and_results(unbroken):
         assert r.get("baseline") == (None if r["model"] == "control" else "control")
         assert ("verdicts" in r) == r["suite"].startswith("calls")
     assert {r["model"] for r in results} == {"base", "control", "ours"} and "## What failed in calls" in report
+    assert (out / "eval" / "report.png").read_bytes().startswith(b"\x89PNG")
     for name in ("base", "control", "ours"):
         lines = (out / "eval" / "items" / name / "calls.jsonl").read_text(encoding="utf-8").splitlines()
         items = [json.loads(line) for line in lines[1:]]
