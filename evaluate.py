@@ -1987,6 +1987,7 @@ def draw(results, models, paths, out, pyplot):
             reach = np.abs(np.array([[r["low"] for r in rows], [r["high"] for r in rows]]) - score)
             axis.bar(np.arange(len(rows)) + m / (len(models) + 1), score, 1 / (len(models) + 1), yerr=reach, label=model)
         axis.set_xticks(range(len(metrics)), metrics, rotation=20, ha="right", fontsize=8)
+        axis.set_ylim(bottom=0)
         axis.set_title(suite)
         axis.legend(fontsize=8)
     for c, (model, lines) in enumerate(logs.items()):
