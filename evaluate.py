@@ -86,14 +86,15 @@ def main():
         of_corpus = name in HELDOUT
         suite = name + "-constrained" * (args.constrained and not of_corpus and name != "mmlu")
         suites[suite] = SUITES[name](*[corpus] * of_corpus, args)
+    benchmarks = listing(args.data) if {*names} - {*HELDOUT} else None
+    options = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
     items = {suite: {} for suite in suites}  # {suite: {model: its items}}
     paths = args.model or [f"{args.out}/{name}" for name in ("control", "base", "ours")]
     labels = [name_model(path, paths) for path in paths]
     for label, path in zip(labels, paths):
         model = open_model(path, corpus, args)
         for suite, episodes in suites.items():
-            identity = [model.identity, sha256(__file__), corpus.sha256 if suite in HELDOUT else listing(args.data),
-                        args.limit, args.seq_len, args.max_tokens, args.mode]
+            identity = [model.identity, corpus.sha256 if suite in HELDOUT else benchmarks, *options]
             items[suite][label] = play_all(suite, episodes, model, identity, out / "items" / label, args)
     if not is_main():
         return
@@ -304,6 +305,8 @@ class Local:
         dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
         if corpus:
             self.model, self.tokenizer = load_checkpoint(path, corpus, args.device, dtype), corpus.tokenizer
+            if args.seq_len > self.model.config.max_seq_len:
+                fail(f"--seq-len {args.seq_len} is more than the {self.model.config.max_seq_len} positions of {path}")
         else:
             try:
                 self.model, self.tokenizer = transformer.load(path, args.device, dtype), Tokenizer.load(path)
@@ -1123,6 +1126,7 @@ def calls_of(answer, language, args):
 
 
 def after_thought(text):
+    """What stands after a thought, without a fence around it."""
     return text.rpartition("</think>")[2].strip("`\n ")
 
 
@@ -1293,6 +1297,7 @@ def converse(messages, tools, rounds, most, act, judge, read=None):
 
 
 def scored(record, gold, metrics):
+    """A record with its scores: 1 in each of the metrics if it is right, else 0."""
     return record | {"gold": gold, "scores": {metric: float(record["verdict"] == "right") for metric in metrics}}
 
 
@@ -1377,6 +1382,7 @@ def read_db_action(text):
 
 
 def quote(name):
+    """A name as SQL has it, whatever it holds."""
     return "`" + name.replace("`", "``") + "`"
 
 
@@ -1819,10 +1825,12 @@ def bank_dialogue(dialogue, known, args):
     def episode(messages, tools, gold):
         answer = yield ask(messages, tools, args)
         calls = calls_of(answer, "python", args)
-        right = json.dumps(calls, sort_keys=True) == json.dumps([gold], sort_keys=True)
+        right = False
+        with contextlib.suppress(TypeError, ValueError, RecursionError):  # of values in text that JSON does not know
+            right = json.dumps(calls, sort_keys=True) == json.dumps([gold], sort_keys=True)
         why = "wrong count" if len(calls or []) != 1 else "wrong name" if calls[0][0] != gold[0] else "wrong arguments"
         scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
-        return verdict(answer, calls, True, right, why) | {"scores": scores, "gold": [gold]}
+        return verdict(answer, calls, True, right, why) | {"scores": scores, "calls": show(calls), "gold": [gold]}
 
     for n, t in enumerate(turns):
         if t["role"] != "API":
@@ -1968,7 +1976,8 @@ def failures(suite, items, models, longest=600):
             lines.append(f"- {model}: " + ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common()))
     for kind, item in {item["failure"]: item for item in reversed(items[models[-1]]) if "failure" in item}.items():
         asked = item["prompt"][0][-1]["content"] if "prompt" in item else item.get("question", "")
-        shown = {"asked": asked[-longest:], "written": item.get("output", "")[:longest], "expected": json.dumps(item.get("gold", ""), ensure_ascii=False)[:longest]}
+        gold = json.dumps(item.get("gold", ""), ensure_ascii=False)
+        shown = {"asked": asked[-longest:], "written": item.get("output", "")[:longest], "expected": gold[:longest]}
         lines.append(f"\n{kind}, {item['id']}\n" + "".join(f"\n    {name}: " + text.replace("\n", "\n    ") for name, text in shown.items()))
     return "\n".join(lines) + "\n"
 
@@ -2402,10 +2411,12 @@ def flag(body, name):
 
 
 def short(value):
+    """The beginning of a value, for a message."""
     return json.dumps(value)[:100]
 
 
 def usage(rows):
+    """The tokens of a request's prompts, each counted once, and of all that was written."""
     prompt, completion = sum(len(row.ids) for row in rows[::rows[0].options.n]), sum(len(row.new) for row in rows)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 

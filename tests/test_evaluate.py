@@ -336,6 +336,24 @@ def test_api_bank_is_exact_match(tmp_path, arguments, right):
     assert end.value.value["verdict"] == ("right" if right else "wrong")
 
 
+@pytest.mark.parametrize("text", ["[WhoIsThere(room=b'7')]", "[WhoIsThere(room=7j)]", "[WhoIsThere(room={(1, 2): 3})]", "[WhoIsThere(room={1: 2, 'a': 3})]"])
+def test_values_that_json_does_not_know_end_nothing(tmp_path, text):
+    """In the mode prompt a model may write any Python literal; the item is wrong, and its record can be written."""
+    bank(tmp_path)
+    _, (_, call) = evaluate.api_bank(evaluate_args(data=tmp_path, mode="prompt"))
+    (record,) = evaluate.play([("i", call)], lambda requests: [Answer(text)] * len(requests))
+    assert record["verdict"] == "wrong" and record["failure"] == "wrong arguments" and "WhoIsThere" in json.dumps(record)
+
+
+def test_windows_longer_than_the_model_are_refused(small_corpus, tmp_path):
+    tokenizer = Tokenizer.load(small_corpus)
+    transformer.save(transformer.Transformer(transformer.Config(vocab_size=tokenizer.vocab_size, dim=64, n_layers=1, n_heads=1, n_kv_heads=1,
+                                                                hidden_dim=64, max_seq_len=128)), tmp_path)
+    tokenizer.save(tmp_path)
+    done = run("evaluate.py", "--model", tmp_path, "--corpus", small_corpus, "--out", tmp_path, ok=False)
+    assert "--seq-len 384 is more than the 128 positions" in done.stderr
+
+
 def evaluate_args(**given):
     return argparse.Namespace(**{"limit": None, "mode": "native", "batch_size": 4, "max_tokens": 16, "device": "cpu", "constrained": False} | given)
 
