@@ -932,7 +932,7 @@ class Split:
             return "heldout" if in_fold(record.id, FILES_HELDOUT, self.fold) else "train"
         if self.heldout.intersection(record.apis) or self.heldout.intersection(self.copies.get(i, ())):
             return "heldout"
-        return None if self.mentions(content_of(record)) else "train"
+        return None if self.mentions(" ".join([content_of(record), *record.apis])) else "train"
 
 
 def mention_finder(names):

@@ -2377,10 +2377,14 @@ def synthesise(apis, seed, shares):
             tools = others if kind == "irrelevant" else [api, *others]
             rng.shuffle(tools)
             targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
-            calls = [(t["name"], random_arguments(t["parameters"], rng, words)) for t in targets]
-            definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")}} for t in tools]
+            called = {t["name"]: ".".join(t["name"].split(".")[-2:]) for t in tools + targets}  # as short as most tools' names are
+            if len(set(called.values())) < len(called):
+                called = {name: name for name in called}
+            calls = [(called[t["name"]], random_arguments(t["parameters"], rng, words)) for t in targets]
+            definitions = [{"type": "function", "function": {"description": t["description"], "name": called[t["name"]], "parameters": t["parameters"]}}
+                           for t in tools]
             yield Record(f"instruction:{n}:{kind}:{api['name']}", "instruction", api["source"], api["license"],
-                         sorted({t["name"] for t in [api, *targets]}), messages=conversation(kind, targets, calls, rng, words), tools=definitions)
+                         [*dict.fromkeys(t["name"] for t in targets + tools)], messages=conversation(kind, targets, calls, rng, words), tools=definitions)
 
 
 def conversation(kind, targets, calls, rng, words):

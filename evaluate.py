@@ -1,6 +1,6 @@
 """Step 6 of 6: measure models as agents, on APIs that none of them has seen and on the benchmarks of the paper, and compare them.
 
-In:   checkpoint directories (out/control, out/base and out/ours, or --model), or URLs of OpenAI-compatible endpoints; data/corpus for the
+In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints; data/corpus for the
       suite heldout, the benchmarks' own files beneath --data for the others
 Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables, and what failed, with
       examples; out/eval/items/<model>/<suite>.jsonl, one record an item
@@ -89,7 +89,7 @@ def main():
     benchmarks = listing(args.data) if {*names} - {*HELDOUT} else None
     options = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
     items = {suite: {} for suite in suites}  # {suite: {model: its items}}
-    paths = args.model or [f"{args.out}/{name}" for name in ("control", "base", "ours")]
+    paths = args.model or [f"{args.out}/{name}" for name in ("control", "ours")]
     labels = [name_model(path, paths) for path in paths]
     for label, path in zip(labels, paths):
         model = open_model(path, corpus, args)
@@ -116,7 +116,7 @@ def parse_args():
     add = parser.add_argument
     add("--model", nargs="+", metavar="MODEL", help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as http://localhost:8000/v1 "
         "(the key is taken from OPENAI_API_KEY), with #NAME where one serves several models; the first is what the others are compared "
-        "with (default: control, base and ours under --out)")
+        "with (default: control and ours under --out)")
     add("--suite", nargs="+", default=["heldout"], choices=["heldout", *(s for s in SUITES if s not in HELDOUT)], help="what to measure")
     add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
@@ -592,10 +592,11 @@ def document_losses(corpus, args):
 
 
 def conversations(corpus, args):
-    """Held-out instruction records, in the order of a hash, that fit the model's window."""
+    """Held-out conversations on an API that is held out, not only offered, in the order of a hash, that fit the model's window."""
+    heldout = set(json.loads((corpus.directory / "heldout_apis.json").read_text(encoding="utf-8")))
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     records = sorted((Record.from_json(line) for line in lines), key=lambda r: unit_hash(r.id))
-    fit = [r for r in records if len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
+    fit = [r for r in records if heldout.intersection(r.apis[:1]) and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
     if not fit:
         fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
     return fit[:args.limit or 1000]

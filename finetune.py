@@ -68,7 +68,7 @@ def parse_args():
     add("--init", default=None, metavar="DIR", help="checkpoint directory to tune (default: both models of pretrain.py)")
     add("--name", default="tuned", help="name of the run, with --init")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--tokens", type=number, default=1_200_000, help="tokens trained on, whatever their number in the data")
+    length.add_argument("--tokens", type=number, default=1_800_000, help="tokens trained on, whatever their number in the data")
     length.add_argument("--epochs", type=float, help="how often to train on all of it instead")
     add("--mix", type=shares(("tools", "chat")), metavar="KIND=SHARE,...", help="shares of conversations with tools and without, by tokens, "
         "such as tools=3,chat=1 (default: as they are)")

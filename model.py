@@ -31,12 +31,12 @@ FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2
 class Config:
     """A model's shape, by the field's names; Hugging Face's are in HF_NAMES. The default is the tiny preset."""
     vocab_size: int = 2048
-    dim: int = 192
-    n_layers: int = 4
-    n_heads: int = 3
-    n_kv_heads: int = 3
+    dim: int = 256
+    n_layers: int = 3
+    n_heads: int = 4
+    n_kv_heads: int = 4
     head_dim: int = 64
-    hidden_dim: int = 512               # of the feed-forward layer
+    hidden_dim: int = 704               # of the feed-forward layer
     max_seq_len: int = 2048
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5

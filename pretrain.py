@@ -124,7 +124,7 @@ def parse_args():
         f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256")
     add("--base-tokens", type=number, default=1_200_000, help="tokens the base is trained on (1e9 is understood)")
     add("--stage1-tokens", type=number, default=1_600_000, help="tokens of stage 1")
-    add("--stage2-tokens", type=number, default=1_600_000, help="tokens of stage 2")
+    add("--stage2-tokens", type=number, default=2_400_000, help="tokens of stage 2")
     add("--mix", type=ratio, default="1:1:1", help="agent : code : text in stage 1, by tokens")
     add("--replay", type=float, default=0.25, help="share of code and text in stage 2, in the ratio of --mix")
     add("--practice", type=float, default=0.1, help="share of all windows turned into copying practice, which a base that was trained at "
@@ -467,33 +467,34 @@ def prefetch(get_batch, batch_size, steps, args):
 
 @torch.no_grad()
 def wire_copying_heads(model):
-    """Set five heads of a fresh model so that together they copy from the context, as minutes on a CPU would not teach it to.
+    """Set the first heads of a fresh model so that together they copy from the context, as minutes on a CPU would not teach it to.
 
-    In layer 0, three heads note at each position the token before it, the one before that, and the mean of the two dozen
-    before. In layer 1, two heads look for an earlier place that came after the token we are at, and raise the likelihood of
-    what stands there: after ... a b ... a they say b (induction heads, Olsson et al. 2022, arXiv 2209.11895). The one prefers
-    places where the second token before agrees too, the other places in a similar context. Large models learn such heads by
-    themselves; to start from them is in the spirit of mimetic initialisation (arXiv 2305.09828). Needs biases, an untied head
-    and three heads of enough width, as `tiny` and `124m` have; another model is left as it is.
+    In layer 0, heads note at each position the token before it, the one before that, the mean of the dozen before and, where there
+    is a fourth head, the third token before. In layer 1, two heads look for an earlier place that came after the token we are
+    at, and raise the likelihood of what stands there: after ... a b ... a they say b (induction heads, Olsson et al. 2022, arXiv
+    2209.11895). The one prefers places where the tokens before agree too, the other also places in a similar context. Large models
+    learn such heads by themselves; to start from them is in the spirit of mimetic initialisation (arXiv 2305.09828). Needs biases, an
+    untied head and three heads of enough width, as `tiny` and `124m` have; another model is left as it is.
     """
     c = model.config
     C, D = c.dim, c.head_dim
-    # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle ones a dozen
-    # positions from another dozen, and slow ones, which hardly turn within a window, compare what stands in them.
+    N = min(c.n_heads, 4)  # notes, of which a copying head compares N - 1 with our own
+    # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle ones some
+    # positions from others further on, and slow ones, which hardly turn within a window, compare what stands in them.
     pair, frequency = torch.arange(D // 2), model.frequencies
     fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
-    middle = pair[(0.03 < frequency) & (frequency < 0.1)]
-    W = len(slow) // 2 * 2
+    middle = pair[(0.05 < frequency) & (frequency < 0.2)]
+    W = len(slow) // max(1, N - 1) * 2
     biased = c.model_type == "llama" and c.attention_bias
-    if not (biased and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3 and len(middle) and C >= 4 * W):
+    if not (biased and not c.tie_embeddings and c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3 and len(middle) and C >= (N + 1) * W):
         return
     first, second = (model.model["layers"][i].self_attn for i in (0, 1))
     # The residual stream's last coordinates are kept free for the notes, W for each; a note is a short code of a token.
-    model.model["embed_tokens"].weight[:, -3 * W:] = 0
-    model.lm_head.weight[:, -3 * W:] = 0
-    token = F.pad(torch.linalg.qr(torch.randn(C - 3 * W, C - 3 * W))[0][:W], (0, 3 * W))  # (W, C): reads the code
-    notes = previous, second_previous, context = torch.eye(C)[-3 * W:].view(3, W, C)      # (W, C) each: read a note
-    for h, (pairs, distance, sharpness, size) in enumerate([(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 14, 12, 4)]):
+    model.model["embed_tokens"].weight[:, -N * W:] = 0
+    model.lm_head.weight[:, -N * W:] = 0
+    token = F.pad(torch.linalg.qr(torch.randn(C - N * W, C - N * W))[0][:W], (0, N * W))  # (W, C): reads the code
+    notes = torch.eye(C)[-N * W:].view(N, W, C)                                          # (W, C) each: read a note
+    for h, (pairs, distance, sharpness, size) in enumerate([(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 6, 12, 2), (fast, 3, 35, 1)][:N]):
         for projection in (first.q_proj, first.k_proj, first.v_proj):
             projection.weight[h * D:(h + 1) * D] = 0
         amplitude = (sharpness * D ** 0.5 / len(pairs)) ** 0.5  # constant q and k: k is turned so that they agree at the distance
@@ -502,12 +503,14 @@ def wire_copying_heads(model):
         first.k_proj.bias[h * D + D // 2 + pairs] = amplitude * (frequency[pairs] * distance).sin()
         first.v_proj.weight[h * D:h * D + W] = token
         first.o_proj.weight[:, h * D:h * D + W] = size * notes[h].T
+    previous, second_previous, context, third_previous = notes[[0, 1, 2, N - 1]]
     copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
-    for h, match in enumerate([[(16, token, previous), (11, previous, second_previous)],
-                               [(48, token, previous), (12, context, context)]]):
+    for h, match in enumerate([[(16, token, previous), (11, previous, second_previous), (8, second_previous, third_previous)],
+                               [(24, token, previous), (12, context, context), (12, previous, second_previous)]]):
         here = slice(h * D, (h + 1) * D)
         second.q_proj.weight[here] = second.k_proj.weight[here] = 0
-        for pairs, (weight, query, key) in zip((slow[0:W:2], slow[1:W:2]), match):
+        for i, (weight, query, key) in enumerate(match[:N - 1]):
+            pairs = slow[i:W // 2 * (N - 1):N - 1]
             rows = h * D + torch.cat([pairs, pairs + D // 2])
             second.q_proj.weight[rows], second.k_proj.weight[rows] = weight * query, key
         second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T

@@ -312,6 +312,12 @@ def test_mentions():
     assert not build_corpus.mention_finder([])("a.b")
 
 
+def test_a_tool_with_a_short_name_is_known_by_its_qualified_one():
+    divide = build_corpus.Split(["pkg.m.Held"], 0, {})
+    split = lambda *apis: divide(0, Record("a", "instruction", "test", "MIT", list(apis), messages=[chat_message("user", "m.Held")], tools=[]), "instruction")
+    assert split("pkg.m.f", "pkg.m.g") == "train" and split("pkg.m.f", "pkg.m.Held") == "heldout" and split("pkg.m.f", "pkg.m.Held.method") is None
+
+
 # ---- bins
 
 

@@ -307,7 +307,7 @@ def test_by_templates_without_an_endpoint(tmp_path):
     records = [collect.Record.from_json(line) for shard in (tmp_path / "out").glob("*.jsonl") for line in shard.open()]
     assert [r.apis for r in records if r.domain == "api_doc"] == [["src.m.first"], ["src.m.scale"]][::-1]
     calls = [c["function"] for r in records if r.domain == "instruction" for c in r.messages[-1].get("tool_calls", [])]
-    assert {c["name"] for c in calls} <= {"src.m.first", "src.m.scale"} and calls
+    assert {c["name"] for c in calls} <= {"m.first", "m.scale"} and calls
     assert {r.id.split(":")[2] for r in records if r.domain == "instruction"} <= {"single", "parallel"}
     [rejected] = [json.loads(line) for log in (tmp_path / "out" / "rejected").iterdir() for line in log.open()]
     assert rejected["file"] == "src/bad.py" and rejected["line"] == 1 and "SyntaxError" in rejected["reason"]
@@ -324,7 +324,7 @@ def test_kinds_of_conversations():
         a["parameters"] = a["parameters"] | {"required": []}
     records = list(collect.synthesise(apis, 0, KINDS))
     assert [r.to_json() for r in collect.synthesise(apis, 0, KINDS)] == [r.to_json() for r in records] and len({r.id for r in records}) == 1200
-    counts, roles, schemas = collect.Counter(), collect.defaultdict(set), {a["name"]: a["parameters"] for a in apis}
+    counts, roles, schemas = collect.Counter(), collect.defaultdict(set), {a["name"][4:]: a["parameters"] for a in apis}
     for r in records:
         kind, tools = r.id.split(":")[2], [t["function"]["name"] for t in r.tools]
         counts[kind] += 1
@@ -333,7 +333,7 @@ def test_kinds_of_conversations():
         assert all(name in tools and collect.fits(arguments, schemas[name]) for name, arguments in calls)
         request, answer = r.messages[0]["content"], r.messages[1]["content"]
         assert len(tools) in {"multiple": (4,), "single": (1,), "parallel": (2,), "irrelevant": (3,)}.get(kind, (1, 2))
-        assert (r.apis[0] in tools) == (kind != "irrelevant")
+        assert r.apis[0] == r.id.split(":")[3] and {f"pkg.{name}" for name in tools} == {*r.apis[kind == "irrelevant":]}
         if kind == "missing":
             [name] = collect.re.findall("`(.*)`", answer)
             assert name == "n" and not collect.re.search(r"\bn\b", request)
@@ -350,6 +350,15 @@ def test_kinds_of_conversations():
     only = collect.Counter(r.id.split(":")[2] for r in collect.synthesise(apis, 0, {"single": 1.0, "missing": 3.0}))
     assert only.keys() == {"single", "missing"} and only["missing"] == 600  # as many as there can be
     assert len(list(collect.synthesise(apis, 0, {"missing": 1.0}))) == 600
+
+
+def test_tools_are_named_by_their_last_two_parts():
+    """Unless two of them would then have one name. Where they come from, `apis` still tells: the called ones first, then the others."""
+    apis = [api(name) | {"description": f"Do the thing of {name}."} for name in ("pkg.m.f", "pkg.m.g", "other.m.f")]
+    for chosen, names in ((apis[:2], {"m.f", "m.g"}), (apis, {a["name"] for a in apis})):
+        for r in collect.synthesise(chosen, 0, {"multiple": 1.0}):
+            assert {t["function"]["name"] for t in r.tools} == names and {*r.apis} == {a["name"] for a in chosen}
+            assert r.apis[0].endswith(r.messages[-1]["tool_calls"][0]["function"]["name"])
 
 
 def test_a_model_from_the_command_line(endpoint, tmp_path):

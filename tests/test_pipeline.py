@@ -36,9 +36,9 @@ def test_table_and_results(unbroken):
         assert {"model", "suite", "metric", "n", "score", "low", "high"} <= r.keys() and r["n"] > 0 and r["low"] <= r["score"] <= r["high"]
         assert r.get("baseline") == (None if r["model"] == "control" else "control")
         assert ("verdicts" in r) == r["suite"].startswith("calls")
-    assert {r["model"] for r in results} == {"base", "control", "ours"} and "## What failed in calls" in report
+    assert {r["model"] for r in results} == {"control", "ours"} and "## What failed in calls" in report
     assert (out / "eval" / "report.png").read_bytes().startswith(b"\x89PNG")
-    for name in ("base", "control", "ours"):
+    for name in ("control", "ours"):
         lines = (out / "eval" / "items" / name / "calls.jsonl").read_text(encoding="utf-8").splitlines()
         items = [json.loads(line) for line in lines[1:]]
         assert len(items) == 10 and all({"prompt", "output", "calls", "gold", "verdict", "scores"} <= i.keys() for i in items)
