@@ -920,7 +920,7 @@ class Split:
 
     Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one for which
     such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only mentions a held-out API by
-    its qualified name is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
+    its qualified name, in the text or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
     split by a hash of their id; they have fewer documents, so a larger share is held out.
     """
 

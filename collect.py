@@ -362,7 +362,7 @@ class Record:
     domain: str
     source: str
     license: str
-    apis: list          # qualified names of the APIs it documents or calls
+    apis: list          # qualified names of the APIs it documents or calls, or which it offers to be called
     text: str = None
     messages: list = None
     tools: list = None
@@ -2355,7 +2355,8 @@ def synthesise(apis, seed, shares):
 
     single: one tool; multiple: one of four fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
     what a required parameter needs, and the assistant asks for it; error: a call fails, and is made again as the error message says.
-    Nothing here knows which APIs are held out.
+    Tools have the last two parts of their qualified names, or all where two would have the same; `apis` has the qualified ones, that
+    which the request is about first. Nothing here knows which APIs are held out.
     """
     usable = sorted((a for a in apis if can_call(a)), key=lambda a: unit_hash(a["name"]))
     counts = Counter(w for a in apis for w in re.findall(r"\b[a-z]{3,12}\b", a["description"]))
@@ -2377,11 +2378,11 @@ def synthesise(apis, seed, shares):
             tools = others if kind == "irrelevant" else [api, *others]
             rng.shuffle(tools)
             targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
-            called = {t["name"]: ".".join(t["name"].split(".")[-2:]) for t in tools + targets}  # as short as most tools' names are
-            if len(set(called.values())) < len(called):
-                called = {name: name for name in called}
-            calls = [(called[t["name"]], random_arguments(t["parameters"], rng, words)) for t in targets]
-            definitions = [{"type": "function", "function": {"description": t["description"], "name": called[t["name"]], "parameters": t["parameters"]}}
+            names = {t["name"]: ".".join(t["name"].split(".")[-2:]) for t in tools + targets}
+            if len(set(names.values())) < len(names):
+                names = {name: name for name in names}
+            calls = [(names[t["name"]], random_arguments(t["parameters"], rng, words)) for t in targets]
+            definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")} | {"name": names[t["name"]]}}
                            for t in tools]
             yield Record(f"instruction:{n}:{kind}:{api['name']}", "instruction", api["source"], api["license"],
                          [*dict.fromkeys(t["name"] for t in targets + tools)], messages=conversation(kind, targets, calls, rng, words), tools=definitions)

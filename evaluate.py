@@ -592,7 +592,8 @@ def document_losses(corpus, args):
 
 
 def conversations(corpus, args):
-    """Held-out conversations on an API that is held out, not only offered, in the order of a hash, that fit the model's window."""
+    """Held-out conversations that fit the model's window, in the order of a hash. The first of a conversation's APIs is what it is about: it
+    must be held out itself, not only another that is offered or called beside it."""
     heldout = set(json.loads((corpus.directory / "heldout_apis.json").read_text(encoding="utf-8")))
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     records = sorted((Record.from_json(line) for line in lines), key=lambda r: unit_hash(r.id))
