@@ -151,7 +151,7 @@ def parse_args():
     add("--retrieve", type=float, default=0.1, metavar="SHARE", help="share of the pool's documents to take")
     add("--retrieve-above", type=float, metavar="P", help="take instead all of at least this probability")
     add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden states to those of the seed")
-    add("--heldout", type=float, default=0.04, help="share of APIs kept from training")
+    add("--heldout", type=float, default=0.08, help="share of APIs kept from training")
     add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
         "fold and report another (our defaults were chosen on fold 0)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same for any number")

@@ -2413,9 +2413,9 @@ def conversation(kind, targets, calls, rng, words):
 
 
 def can_call(api):
-    """Whether it is described in itself, short enough for a small model's window, and every required type is known."""
+    """Whether it is described in itself, short enough for a small model's window, and requires only what a request can state: no object."""
     properties, required = api["parameters"]["properties"], api["parameters"]["required"]
-    return not api["description"].startswith("See ") and len(properties) <= 4 and all("type" in properties[p] for p in required)
+    return not api["description"].startswith("See ") and len(properties) <= 4 and all(properties[p].get("type", "object") != "object" for p in required)
 
 
 def ask(description, arguments, rng):
@@ -2445,10 +2445,10 @@ def random_value(entry, rng, words):
         case "integer":
             return rng.choice([rng.randrange(10), rng.randrange(100), rng.randrange(-50, 5000), 2 ** rng.randrange(11)])
         case "number":
-            return rng.choice([round(rng.uniform(-10, 10), 2), round(rng.uniform(0, 1), 3), float(rng.randrange(1000))])
+            return rng.choice([round(rng.uniform(-10, 10), 1), round(rng.uniform(0, 1), 2), float(rng.randrange(100))])
         case "string":
             a, b = rng.choice(words), rng.choice(words)
-            return rng.choice([a, f"{a} {b}", f"{a}_{b}", f"{a}.{rng.choice(['txt', 'csv', 'json', 'py'])}", f"/{a}/{b}",
+            return rng.choice([a, f"{a}_{b}", f"{a}.{rng.choice(['txt', 'csv', 'json', 'py'])}", f"/{a}/{b}",
                                a.title(), f"{a}{rng.randrange(100)}"])
         case "array":
             items = entry.get("items") or {"type": rng.choice(["integer", "integer", "number", "string"])}

@@ -68,7 +68,7 @@ def parse_args():
     add("--init", default=None, metavar="DIR", help="checkpoint directory to tune (default: both models of pretrain.py)")
     add("--name", default="tuned", help="name of the run, with --init")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--tokens", type=number, default=1_800_000, help="tokens trained on, whatever their number in the data")
+    length.add_argument("--tokens", type=number, default=2_600_000, help="tokens trained on, whatever their number in the data")
     length.add_argument("--epochs", type=float, help="how often to train on all of it instead")
     add("--mix", type=shares(("tools", "chat")), metavar="KIND=SHARE,...", help="shares of conversations with tools and without, by tokens, "
         "such as tools=3,chat=1 (default: as they are)")
@@ -80,7 +80,7 @@ def parse_args():
     add("--keep-adapter", action="store_true", help="write the updates to adapter/ of the run too, in PEFT's format")
     add("--show", type=int, metavar="N", help="print N conversations with what is learned marked, and end")
     add_training_flags(parser, lr=5e-4)
-    parser.set_defaults(seq_len=768)  # so that nearly every conversation fits, and windows are full
+    parser.set_defaults(seq_len=512, attention_lr=0.1)  # nearly every conversation fits; attention stays near what pre-training made it
     return parser.parse_args()
 
 
