@@ -25,14 +25,14 @@ def run(script, *args, ok=True, timeout=300):
     return done
 
 
-def made_once(tmp_path_factory, name, *command):
-    """The directory that a script fills, made once for all of pytest's processes."""
+def made_once(tmp_path_factory, name, make):
+    """The directory that make(directory) fills, once for all of pytest's processes; they only read it."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent
     with FileLock(place / f"{name}.lock"):
         if not (place / f"{name}.made").exists():
-            run(*command, "--out", place / name)
+            make(place / name)
             (place / f"{name}.made").touch()
     return place / name
 
@@ -40,22 +40,22 @@ def made_once(tmp_path_factory, name, *command):
 @pytest.fixture(scope="session")
 def raw(tmp_path_factory):
     """data/raw as `python collect.py` writes it where nothing but our requirements is installed, the small packages left out."""
-    return made_once(tmp_path_factory, "raw", "collect.py", "python:stdlib,torch,numpy,sympy,networkx,mpmath", "synthesize:python")
+    return made_once(tmp_path_factory, "raw", lambda out: run("collect.py", "python:stdlib,torch,numpy,sympy,networkx,mpmath", "synthesize:python", "--out", out))
 
 
 @pytest.fixture(scope="session")
 def corpus(raw, tmp_path_factory):
     """data/corpus of those records, as `python build_corpus.py` writes it."""
-    return made_once(tmp_path_factory, "corpus", "build_corpus.py", "--raw", raw)
+    return made_once(tmp_path_factory, "corpus", lambda out: run("build_corpus.py", "--raw", raw, "--out", out))
 
 
 @pytest.fixture(scope="session")
 def small_raw(tmp_path_factory):
     """Records of two small packages."""
-    return made_once(tmp_path_factory, "small_raw", "collect.py", "--code-mb", 0.2, "python:mpmath,requests", "synthesize:python")
+    return made_once(tmp_path_factory, "small_raw", lambda out: run("collect.py", "--code-mb", 0.2, "python:mpmath,requests", "synthesize:python", "--out", out))
 
 
 @pytest.fixture(scope="session")
 def small_corpus(small_raw, tmp_path_factory):
     """Of these, some 120,000 tokens of code and 7,000 of text."""
-    return made_once(tmp_path_factory, "small_corpus", "build_corpus.py", "--raw", small_raw)
+    return made_once(tmp_path_factory, "small_corpus", lambda out: run("build_corpus.py", "--raw", small_raw, "--out", out))

@@ -280,7 +280,8 @@ def test_no_held_out_name_in_a_train_bin(corpus):
     assert len(heldout) > 500
     for domain in ("api_doc", "trajectory", "instruction"):
         text = built.tokenizer.decode(built.read(domain, "train"))
-        assert len(text) > 1e6 and [name for name in heldout if name in text] == []
+        words = "\n".join(set(re.findall(r"[\w.]+", text)))  # a name is part of one of these, if it occurs
+        assert len(text) > 1e6 and [name for name in heldout if name in words] == []
         assert len(built.documents(domain, "heldout")) > 200
 
 

@@ -444,11 +444,13 @@ def test_api_bank_with_gold(mode):
     assert [r["id"] for r in records if r["verdict"] != "right"] == []
 
 
-def test_a_model_that_is_not_there(tmp_path):
-    for model, said in [("nowhere", "nowhere/config.json: no such file"), ("http://127.0.0.1:1/v1", "http://127.0.0.1:1/v1")]:
-        (tmp_path / "mmlu_val.jsonl").write_text('{"subject": "s", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n')
-        done = run("evaluate.py", "--model", model, "--suite", "mmlu", "--data", tmp_path, "--out", tmp_path, ok=False)
-        assert said in done.stderr
+def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mmlu_val.jsonl").write_text('{"subject": "s", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n')
+    assert "nowhere/config.json: no such file" in run("evaluate.py", "--model", "nowhere", "--suite", "mmlu", "--data", tmp_path, "--out", tmp_path, ok=False).stderr
+    monkeypatch.setattr(evaluate.Endpoint, "backoff", 0.01)
+    with pytest.raises(SystemExit):
+        evaluate.Endpoint("http://127.0.0.1:1/v1", argparse.Namespace(parallel=1))
+    assert "--model http://127.0.0.1:1/v1: " in capsys.readouterr().err
     assert "there is no BFCL_v4_simple_python.json" in run("evaluate.py", "--suite", "bfcl", "--data", tmp_path, ok=False).stderr
     (tmp_path / "mmlu_val.jsonl").write_text("{\n")
     assert "mmlu_val.jsonl, line 1: not JSON" in run("evaluate.py", "--suite", "mmlu", "--data", tmp_path, ok=False).stderr

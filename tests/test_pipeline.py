@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from conftest import ROOT, run
+from conftest import ROOT, made_once, run
 
 TRAIN = ["--batch-tokens", 1536, "--compile", "no", "--dtype", "float32", "--device", "cpu", "--save-every", 2, "--val-windows", 4]
 STAGES = {  # script: (flags, directory that stands in the run's directory)
@@ -21,8 +21,11 @@ def flags(script, corpus, out):
 
 @pytest.fixture(scope="module")
 def unbroken(small_corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    return out, {script: run(script, *flags(script, small_corpus, out)).stdout for script in STAGES}
+    def make(out):
+        printed = {script: run(script, *flags(script, small_corpus, out)).stdout for script in STAGES}
+        (out / "printed.json").write_text(json.dumps(printed))
+    out = made_once(tmp_path_factory, "unbroken", make)
+    return out, json.loads((out / "printed.json").read_text())
 
 
 def test_table_and_results(unbroken):
@@ -47,12 +50,11 @@ def test_table_and_results(unbroken):
     assert all(name in json.dumps(item["prompt"]) for item in constrained for name, _ in item["calls"] or [])
 
 
-def test_only_the_models_named(unbroken, small_corpus):
+def test_only_the_models_named(unbroken, small_corpus, tmp_path):
     out, _ = unbroken
-    table = run("evaluate.py", *flags("evaluate.py", small_corpus, out), "--model", out / "ours", "--seq-len", 256).stdout
+    table = run("evaluate.py", *flags("evaluate.py", small_corpus, tmp_path), "--model", out / "ours", "--seq-len", 256).stdout
     assert "control" not in table and "| ours " in table
     assert "nowhere" in run("evaluate.py", "--corpus", small_corpus, "--model", "nowhere", ok=False).stderr
-    run("evaluate.py", *flags("evaluate.py", small_corpus, out))  # so that results.json is again that of the default models
 
 
 def test_killed_in_every_stage_the_table_is_the_same(unbroken, small_corpus, tmp_path):

@@ -18,7 +18,7 @@ import torch
 import model as transformer
 import pretrain
 from build_corpus import Corpus
-from conftest import ROOT, run
+from conftest import ROOT, made_once, run
 from model import load, read_safetensors
 from pretrain import own_rows
 
@@ -29,9 +29,7 @@ SHORT = ["--base-tokens", 5120, "--stage1-tokens", 5120, "--stage2-tokens", 5120
 
 @pytest.fixture(scope="module")
 def trained(small_corpus, tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    run("pretrain.py", "--corpus", small_corpus, "--out", out, *SHORT, "--val-every", 4)
-    return out
+    return made_once(tmp_path_factory, "trained", lambda out: run("pretrain.py", "--corpus", small_corpus, "--out", out, *SHORT, "--val-every", 4))
 
 
 def weights(run_directory):
@@ -95,9 +93,9 @@ TWENTY = ["--no-control", "--mix", "0:1:1", "--base-tokens", 20 * 1536, "--stage
 @pytest.fixture(scope="module")
 def twenty(small_corpus, tmp_path_factory):
     """20 steps of six micro-batches, in which the domain text is read more than twice and code not once."""
-    out = tmp_path_factory.mktemp("twenty")
-    assert "base: epochs code 0.13, text 2.26" in run("pretrain.py", "--corpus", small_corpus, "--out", out, *TWENTY).stdout
-    return out
+    def make(out):
+        assert "base: epochs code 0.14, text 2.31" in run("pretrain.py", "--corpus", small_corpus, "--out", out, *TWENTY).stdout
+    return made_once(tmp_path_factory, "twenty", make)
 
 
 def test_killed_run_goes_on_bit_for_bit(twenty, small_corpus, tmp_path):
@@ -338,17 +336,17 @@ def test_options_matter(option, trained, small_corpus, tmp_path):
 
 
 def test_plan_tells_what_a_run_needs(small_corpus, tmp_path):
-    """The difference in memory between a run of 88 million parameters and a tiny one, against the plan's. (With the threshold, what is freed is
+    """The difference in memory between a run of 39 million parameters and a tiny one, against the plan's. (With the threshold, what is freed is
     given back at once.)"""
     measured, planned = [], []
-    for preset in ("124m", "tiny"):
+    for preset in ("12x512", "tiny"):
         process = start(sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path / preset, *SHORT, "--preset", preset, "--seq-len", 128,
                         "--batch-tokens", 1024, "--base-tokens", 2048, "--val-windows", 1, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "100000"})
         wait_for_step(process, tmp_path / preset / "base", 2)
         process.kill()
         process.wait()
         measured.append([json.loads(line) for line in (tmp_path / preset / "base" / "metrics.jsonl").open() if "memory_gb" in line][1]["memory_gb"])
-        config = transformer.Config(vocab_size=Corpus(small_corpus).tokenizer.vocab_size, **transformer.PRESETS[preset])
+        config = transformer.Config(vocab_size=Corpus(small_corpus).tokenizer.vocab_size, **pretrain.shape_of(preset))
         with torch.device("meta"):
             model = transformer.Transformer(config)
         planned.append(sum(pretrain.memory(model, 128, 4, 1, False, False, "float32").values()) / 1e9)
