@@ -121,7 +121,7 @@ def parse_args():
     add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, metavar="N", help="items of a category at most (default: all; in heldout 1000 calls, 200 of all else)")
+    add("--limit", type=int, metavar="N", help="items of a category at most (default: all; in heldout 1000 calls, 500 constrained ones, 150 of all else)")
     add("--mode", default="native", choices=["native", "prompt"], help="of the benchmarks: tools given as such, calls made as the model was "
         "trained to; or tools and the form of an answer described in words")
     add("--constrained", action="store_true", help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
@@ -588,7 +588,7 @@ def document_losses(corpus, args):
         return {"scores": {f"loss {domain}": -log_likelihood / (len(ids) - 1)}}
 
     return [(f"{domain}:{i}", partial(episode, domain, ids[:args.seq_len + 1].tolist())) for domain in VALIDATED
-            for i, ids in enumerate(corpus.documents(domain, "heldout")[:args.limit or 200])]
+            for i, ids in enumerate(corpus.documents(domain, "heldout")[:args.limit or 150])]
 
 
 def conversations(corpus, args):
@@ -621,7 +621,7 @@ def tool_choices(corpus, args):
 
     single = [(r, r.messages[-1]["tool_calls"][0]) for r in conversations(corpus, args)
               if len(r.tools) == 4 and len(r.messages[-1].get("tool_calls") or []) == 1]
-    return [(record.id, partial(episode, record, call)) for record, call in single[:args.limit or 200]]
+    return [(record.id, partial(episode, record, call)) for record, call in single[:args.limit or 150]]
 
 
 def next_calls(corpus, args):
@@ -649,7 +649,7 @@ def next_calls(corpus, args):
         options = list(dict.fromkeys([call, *rng.sample(same, len(same)), *rng.sample(others, len(others))]))[:4]
         if len(options) == 4:
             episodes.append((str(i), partial(episode, options, before)))
-    return episodes[:args.limit or 200]
+    return episodes[:args.limit or 150]
 
 
 def heldout_calls(corpus, args):
@@ -2442,7 +2442,8 @@ def shape_chat(row, content, calls, reason, scores, kind):
     return {"index": row.index, kind.split()[-1]: message, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
 
 
-SUITES = {"loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls, "calls-constrained": heldout_calls,
+SUITES = {"loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
+          "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 500],
           "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
 TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 

@@ -171,7 +171,7 @@ def add_training_flags(parser, lr):
         "outlive a short training from scratch; with a base from elsewhere take 1")
     add("--weight-decay", type=float, default=0.1, help="decoupled decay of the matrices")
     add("--val-windows", type=int, default=32, help="held-out windows of each domain in a validation")
-    add("--val-every", type=int, default=500, help="steps between validations; there is one before the first step and after the last")
+    add("--val-every", type=int, default=1000, help="steps between validations; there is one before the first step and after the last")
     add("--save-every", type=int, default=200, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="checkpoints kept of a run")
     add("--seed", type=int, default=0, help="seed of weights and data order")
