@@ -448,7 +448,7 @@ def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
     (tmp_path / "mmlu_val.jsonl").write_text('{"subject": "s", "question": "q", "choices": ["a", "b", "c", "d"], "answer": "A"}\n')
     assert "nowhere/config.json: no such file" in run("evaluate.py", "--model", "nowhere", "--suite", "mmlu", "--data", tmp_path, "--out", tmp_path, ok=False).stderr
     monkeypatch.setattr(evaluate.Endpoint, "backoff", 0.01)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="^2$"):
         evaluate.Endpoint("http://127.0.0.1:1/v1", argparse.Namespace(parallel=1))
     assert "--model http://127.0.0.1:1/v1: " in capsys.readouterr().err
     assert "there is no BFCL_v4_simple_python.json" in run("evaluate.py", "--suite", "bfcl", "--data", tmp_path, ok=False).stderr
