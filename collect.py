@@ -29,12 +29,14 @@ ever run. The design of the corpus follows Hephaestus-Forge (arXiv 2502.06589, s
 """
 import argparse
 import ast
+import builtins
 import codecs
 import contextlib
 import csv
 import dataclasses
 import doctest
 import email.utils
+import enum
 import fnmatch
 import gzip
 import hashlib
@@ -62,6 +64,8 @@ import textwrap
 import threading
 import time
 import tokenize
+import types
+import typing
 import urllib.parse
 import warnings
 import zlib
@@ -514,15 +518,44 @@ def describe_object(obj, module, public_name, seen):
     path = f"{module.__name__}.{public_name}"
     if key in seen:
         return [{"key": key, "path": path}]
-    doc = vars(obj).get("__doc__") if inspect.isclass(obj) else getattr(obj, "__doc__", None)
-    described = [describe_callable(obj, key, doc, module) | {"path": path}]
+    described = [describe_callable(obj, key, documentation(obj), module) | {"path": path, "unfit": unfit(obj, key)}]
     seen.add(key)
     for name, member in sorted(members(obj).items()) if inspect.isclass(obj) else []:
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if not name.startswith("_") and callable(function) and not inspect.isclass(function):
-            described.append(describe_callable(function, f"{key}.{name}", getattr(function, "__doc__", None), module,
-                                               bound=not isinstance(member, staticmethod)) | {"of": key, "name": name})
+            bound = not isinstance(member, staticmethod)
+            reason = "" if function is not member else "a method, whose object a call cannot name"
+            described.append(describe_callable(function, f"{key}.{name}", documentation(function), module, bound) | {
+                "of": key, "name": name, "unfit": reason or unfit(obj, key) or unfit(function, f"{key}.{name}")})
     return described
+
+
+def documentation(obj):
+    """The docstring; of a class, that of its constructor too where it alone documents the parameters."""
+    doc = vars(obj).get("__doc__") if inspect.isclass(obj) else getattr(obj, "__doc__", None)
+    doc = inspect.cleandoc(doc).strip() if isinstance(doc, str) else ""
+    if inspect.isclass(obj) and inspect.isfunction(vars(obj).get("__init__")):
+        more = inspect.cleandoc(vars(obj)["__init__"].__doc__ or "").strip()
+        if documented_parameters(more).keys() - documented_parameters(doc).keys():
+            return f"{doc}\n\n{more}".strip()
+    return doc
+
+
+def unfit(obj, key):
+    """Why no one would call an object as a tool, though it has its document; or ""."""
+    doc = documentation(obj)
+    if inspect.isclass(obj) and issubclass(obj, (BaseException, type, enum.Enum)):
+        return "an exception, a metaclass or an enumeration"
+    if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not inspect.isclass(obj):
+        return "a type"
+    if inspect.isclass(obj) and (inspect.isabstract(obj) or getattr(obj, "_is_protocol", False) or re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
+                                 or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])):
+        return "an abstract base"
+    if hasattr(obj, "__deprecated__") or re.search(r"^\.\. deprecated::|^(\W*)[Dd]eprecated\b|^.{0,200}\b(is|are|was|been) deprecated\b", doc, re.M):
+        return "deprecated"
+    if re.search(r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|lib2to3|distutils|tkinter|turtle\w*|curses)\b", key):
+        return "test code, or part of a program"
+    return ""
 
 
 def members(cls):
@@ -539,14 +572,13 @@ def belongs(home, module_name):
 
 def describe_callable(obj, key, doc, module, bound=False):
     """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
-    doc = inspect.cleandoc(doc).strip() if isinstance(doc, str) else ""
     signature = find_signature(obj, doc)
     parameters = list(signature.parameters.values()) if signature else []
-    if bound and parameters and parameters[0].name in ("self", "cls"):
+    if bound and parameters and (parameters[0].name in ("self", "cls") or inspect.isfunction(obj) and parameters[0].kind < 2):
         parameters = parameters[1:]
     return {"key": key, "doc": doc, "home": key.split(":")[0],
             "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
-            "parameters": json_schema(parameters, doc), "sessions": sessions(doc, obj, module)}
+            "is_class": inspect.isclass(obj), "parameters": json_schema(parameters, doc, module), "sessions": sessions(doc, obj, module)}
 
 
 def stable(text):
@@ -557,16 +589,26 @@ def stable(text):
 
 
 def find_signature(obj, doc):
-    """From introspection or, for compiled functions, from the first lines of the documentation."""
+    """From introspection or, where that fails or shows no names, from the first line of the documentation."""
     try:
-        return inspect.signature(obj)
+        signature = inspect.signature(obj)
+        if inspect.isclass(obj) and issubclass(obj, enum.Enum):  # the rest makes new enumerations
+            return signature.replace(parameters=[*signature.parameters.values()][:1])
+        if not all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values()):
+            return signature
     except (ValueError, TypeError):
-        pass
-    found = re.match(r"\s*[\w.]*\w\((.*?)\)\s*(->.*)?$", doc.split("\n\n")[0].replace("\n", " "))
-    try:
-        return signature_of(ast.parse(f"def f({found[1]}): pass").body[0].args) if found else None
-    except SyntaxError:
-        return None
+        signature = None
+    head = doc.split("\n\n")[0]
+    for start in (head.replace("\n", " "), *sorted(head.split("\n")[:5], key=len, reverse=True)):
+        found = re.fullmatch(r"\s*[\w.]*\w\((.*?)\)\s*((->|[-:]+ ).*)?", start)
+        stated, count = found[1] if found else "", 1
+        while count:  # f(a[, b[, c]]) is f(a, b=..., c=...)
+            stated, count = re.subn(r"\[\s*,([^\[\]=,]+)(=[^\[\],]+)?\]", lambda m: f",{m[1]}{m[2] or '=...'}", stated)
+        try:
+            return signature_of(ast.parse(f"def f({stated}): pass").body[0].args) if found else signature
+        except (SyntaxError, ValueError):
+            continue
+    return signature
 
 
 def signature_of(definition):
@@ -576,6 +618,7 @@ def signature_of(definition):
     def parameter(arg, kind, default):
         try:
             value = empty if default is None else ast.literal_eval(default)
+            value = Opaque("...") if value is ... else value
         except (ValueError, TypeError):
             value = Opaque(ast.unparse(default))
         return P(arg.arg, kind, default=value, annotation=ast.unparse(arg.annotation) if arg.annotation else empty)
@@ -594,74 +637,326 @@ class Opaque(str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Docstrings: what they say of each parameter
+
+NAMES = r"\*{0,2}[A-Za-z_]\w*(?:\s*,\s*\*{0,2}[A-Za-z_]\w*)*(?:,\s*\.{3})?"
+FIELD = re.compile(r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(\*{0,2}\w+)\s*:\s*(.*)")
+FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
+NUMPY_ENTRY = re.compile(rf"`*({NAMES})`*(?:\s*:(?:\s+(.*))?)?")
+ENTRY = re.compile(  # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
+    rf"(?:[-*•+]\s+)?['\"`*]*({NAMES})['\"`*]*(?:\s*\(((?:[^()]|\([^()]*\))*)\))?"
+    r"(?:\s*:(?!:)\s*|\s+--?\s+|\s*[–—]\s*|\s{2,}(?=[A-Z]))(.*)")
+RULE = re.compile(r"[-=~]{3,}")  # the line under a heading in NumPy's style
+PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?"
+                        r"(parameters?|params?|arguments?|args|kwargs|keywords?|inputs?)", re.I)
+OTHERS = re.compile(r"returns?|yields?|receives?|raises?|warns?|warnings?|exceptions?|see also|notes?|references?|examples?|"
+                    r"usage|attributes|methods|shape|outputs?|results?|side effects", re.I)
+
+
+class Documented(typing.NamedTuple):
+    """What a docstring says of a parameter."""
+    type: str = ""
+    description: str = ""
+
+
+def documented_parameters(doc, known=()):
+    """{name: Documented} of the parameters in a docstring of NumPy's, Google's, Sphinx's or epytext's style, or in a plain list.
+
+    Under a heading for parameters each entry counts; elsewhere one that begins with the name of a `known` parameter.
+    Sources: numpydoc.readthedocs.io/en/latest/format.html, google.github.io/styleguide/pyguide.html, section 3.8.
+
+    >>> documented_parameters("Add.\\n\\nArgs:\\n    a (int): The first\\n        number.\\n    b: The second.")["a"]
+    Documented(type='int', description='The first number.')
+    """
+    found, lines = {}, doc.expandtabs().split("\n")
+    for i, (line, (style, base)) in enumerate(zip(lines, sections(lines))):
+        text, names, kind, description = line.strip(), [], "", ""
+        if match := FIELD_TYPE.match(text):
+            names, kind = [match[1]], paragraph(match[2], lines, i)
+        elif match := FIELD.match(text):
+            names, kind, description = [match[2].strip("*")], match[1].strip(), paragraph(match[3], lines, i)
+        elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
+            names, kind, description = parameter_names(match[1]), match[2] or "", paragraph("", lines, i)
+        elif style in ("google", "") and (match := ENTRY.fullmatch(text)):
+            names, kind, description = parameter_names(match[1]), match[2] or "", paragraph(match[3], lines, i)
+            if style == "" and not {*names} <= {*known} or not description:
+                names = []
+        for name in names:
+            before = found.get(name, Documented())
+            found[name] = Documented(before.type or kind, before.description or description)
+    return found
+
+
+def sections(lines):
+    """Of each line (style, indentation of the heading): "numpy" or "google" under a heading for parameters, "other" under
+    another heading, "" under none."""
+    style, base = "", 0
+    for i, line in enumerate(lines):
+        text, indent = line.strip(), indentation(line)
+        heading = text.strip("*#:` ")
+        ruled = text and i + 1 < len(lines) and RULE.fullmatch(lines[i + 1].strip())
+        marked = re.fullmatch(r"[*#]*[\w ]+:[*]*|#+ [\w ]+", text) and (PARAMETERS.fullmatch(heading) or OTHERS.fullmatch(heading))
+        if ruled or marked:
+            style, base = ("numpy" if ruled else "google") if PARAMETERS.fullmatch(heading) else "other", indent
+            yield "heading", base
+            continue
+        if text and style == "google" and indent <= base and not re.match(r"[-*•+] ", text):
+            style = ""
+        elif text and style == "other" and indent < base:
+            style = ""
+        yield style, base
+
+
+def indentation(line):
+    return len(line) - len(line.lstrip())
+
+
+def parameter_names(text):
+    """The names in "x, y", "*args" or "x1, x2, ..."."""
+    return [name.strip(" *") for name in text.split(",") if name.strip(" *.")]
+
+
+def paragraph(first, lines, i):
+    """What an entry at line i says, in one line: its own text and, indented below it, the rest of the paragraph."""
+    held = [first] * bool(first.strip())
+    for line in lines[i + 1:]:
+        if held and not line.strip() or line.strip() and indentation(line) <= indentation(lines[i]):
+            break
+        held += [line.strip()] * bool(line.strip())
+    return " ".join(held)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Signatures to JSON Schema
 
-JSON_TYPES = [  # the first word that matches an annotation or a docstring's type decides
-    ("boolean", r"bool|boolean"), ("array", r"list|tuple|sequence|iterable|array|array_like|ndarray|tensor|set|iterator"),
-    ("object", r"dict|mapping|dictionary"), ("integer", r"int|integer|ints|size|symint"),
-    ("number", r"float|double|number|scalar|real|numeric"), ("string", r"str|string|path|pathlike|bytes|text|filename")]
+JSON_TYPES = {word: kind for kind, words in {  # JSON's name of a type: the words that mean it in annotations and docstrings
+    "boolean": "bool boolean bools booleans",
+    "integer": "int integer ints integers symint int8 int16 int32 int64 intp uint8 long",
+    "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 float64 symfloat",
+    "string": "str string strings strs text path paths pathlike path_like bytes filename strpath anystr url regex pattern date "
+              "datetime timestamp uuid char character characters dtype device literalstring bytes_like readablebuffer fspath "
+              "expr expression symbol",
+    "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like arraylike ndarray tensor tensors "
+             "set sets frozenset iterator list_like deque vector matrix collection generator mutablesequence abstractset bytearray series",
+    "object": "dict dicts dictionary dictionaries mapping mappings mutablemapping ordereddict defaultdict typeddict",
+    "string integer": "hashable node nodes label labels"}.items()
+    for word in words.split()}
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
 
-def json_schema(parameters, doc):
-    """JSON Schema of a parameter list: types from annotations, else defaults, else the docstring; {} where unknown."""
+def json_schema(parameters, doc, module=None):
+    """JSON Schema of a list of inspect.Parameters. The type is the annotation's or else the documented one or else the
+    default's; {} where none is known. The description is the docstring's or that in typing.Annotated."""
+    parameters = [p for i, p in enumerate(parameters) if i or p.name not in ("self", "cls")]
+    known, kinds = {p.name for p in parameters}, {p.kind for p in parameters}
+    documented = documented_parameters(doc, known)
+    others = {name: said for name, said in documented.items() if name not in known}
     properties, required = {}, []
     for p in parameters:
-        if p.kind == p.VAR_KEYWORD:
+        name, said = p.name, documented.get(p.name, Documented())
+        if p.kind == p.VAR_KEYWORD:  # stands for those that are documented by name
+            properties |= {other: parameter_schema(other, "", entry) for other, entry in others.items()}
             continue
-        stated = "" if p.annotation is p.empty else getattr(p.annotation, "__name__", None) or str(p.annotation)
-        default = None if p.default is p.empty else p.default
-        entry = type_schema(stated) or ({"type": PYTHON_TYPES[type(default)]} if type(default) in PYTHON_TYPES else {}) \
-            or type_schema(documented_type(p.name, doc))
-        if p.kind == p.VAR_POSITIONAL:
-            entry = {"type": "array", "items": entry} if entry else {"type": "array"}
-        elif p.default is p.empty:
-            required.append(p.name)
-        elif type(default) in (bool, int, str) or (type(default) is float and default == default and abs(default) < 1e300):
-            entry["default"] = default
-        properties[p.name] = entry
+        if p.kind == p.VAR_POSITIONAL and p.VAR_KEYWORD not in kinds and said == Documented() and len(others) == 1:
+            [(name, said)] = others.items()
+        stated, note = ("", "") if p.annotation is p.empty else annotation_text(p.annotation, module)
+        entry = parameter_schema(name, stated, said._replace(description=said.description or note), p.default)
+        if p.kind == p.VAR_POSITIONAL and entry.get("type") != "array":
+            entry = array_of([{k: v for k, v in entry.items() if k != "description"}]) | {k: v for k, v in entry.items() if k == "description"}
+        elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and not re.search(r"\boptional\b", said.type):
+            required.append(name)
+        properties[name] = entry
     return {"type": "object", "properties": properties, "required": required}
 
 
-def type_schema(stated):
-    """
-    >>> type_schema("Optional[int]"), type_schema("{'C', 'F'}, optional"), type_schema("list[str]"), type_schema("Callable")
-    ({'type': 'integer'}, {'type': 'string', 'enum': ['C', 'F']}, {'type': 'array', 'items': {'type': 'string'}}, {})
-    """
-    choices = re.match(r"(?:typing\.)?(?:Literal\[|\{)((?:\s*(['\"])[\w+ .-]*\2\s*,?)+)[\]}]", stated)
-    if choices:
-        return {"type": "string", "enum": re.findall(r"['\"]([^'\"]*)['\"]", choices[1])}
-    if re.search(r"callable|\bfunction\b|\bobject\b", stated, re.I):
-        return {}
-    found = [(m.start(), -m.end(), kind) for kind, words in JSON_TYPES
-             for m in [re.search(rf"\b(?:{words})\b", stated.replace("_", " ") if kind != "array" else stated, re.I)] if m]
-    if not found:
-        return {}
-    start, _, kind = min(found)
-    if kind == "array":
-        inner = type_schema(stated[start:].partition("[")[2] or re.sub(r"^\w+( of)?", "", stated[start:]))
-        return {"type": "array", "items": inner} if inner else {"type": "array"}
-    return {"type": kind}
+def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
+    """The schema of a parameter: from its annotation as text, from what the docstring says, from its default, or guessed from its
+    description and name. An object of a class is {"type": "object", "title": <the class>}."""
+    schema = dict(type_schema(stated) or type_schema(said.type))
+    if type(default) not in PYTHON_TYPES:
+        default = default_in_words(f"{said.type} {said.description}")
+    if type(default) in PYTHON_TYPES:
+        schema = schema or {"type": PYTHON_TYPES[type(default)]}
+        finite = type(default) is not float or abs(default) < 1e300
+        if type(default) in (bool, int, str, float) and finite and fits(default, schema):
+            schema["default"] = default
+    schema = schema or class_schema(stated or said.type) or ({} if stated or said.type else guessed_schema(name, said.description))
+    if schema and re.search(r"\bNone\b|\bOptional\b", stated or said.type):
+        schema["nullable"] = True
+    return schema | ({"description": shorten(said.description)} if said.description else {})
 
 
-def documented_type(name, doc):
-    """The type that a docstring states for a parameter, in numpy, Google or Sphinx style, or ''."""
-    name = re.escape(name)
-    found = (re.search(rf"^\s*(?:\w+, )*{name}(?:, \w+)*\s*:\s*(.+)$", doc, re.M)
-             or re.search(rf"^\s*{name}\s*\(([^)]*)\)\s*:", doc, re.M) or re.search(rf":param (\w+) {name}:", doc)
-             or re.search(rf":type {name}:\s*(.+)", doc))
-    return found[1][:80] if found else ""
+def class_schema(stated):
+    """The schema of an object of a class, such as "Console", "Optional[pd.DataFrame]" or "estimator object"; {} if it is of none."""
+    stated = re.split(r"\bdefaults?\b|\boptional\b", stated)[0]
+    if re.search(r"(?i)callable|function|\btype\b", stated):
+        return {}
+    found = re.search(r"\b(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|T|Self|Unpack|Generic)\b)[A-Z]\w*[a-z]\w*", stated)
+    described = found or re.search(r"\b(\w+)(?=[ -](?:object|instance|like object)s?\b)|\b[Gg]raphs?\b", stated)
+    return {"type": "object", "title": described[0]} if described else {}
+
+
+def guessed_schema(name, description):
+    """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
+    start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
+    if re.match(r"(?i)(whether|if (true|set|false|given)|true (if|to)|flag|enable|disable|boolean)\b", description):
+        return {"type": "boolean"}
+    if re.match(r"(?i)(the |an? )?(\w+ )?(number of|count|index|size|length|width|height|dimension|position)\b", start):
+        return {"type": "integer"}
+    if re.match(r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start):
+        return {"type": "string"}
+    return type_schema(start) or type_schema(name)
+
+
+def default_in_words(text):
+    """The default in "int, default 5", "(default: 'a')" or "Defaults to ``True``.", or None.
+
+    >>> default_in_words("How many. Defaults to 5."), default_in_words("{'a', 'b'}, default='a'"), default_in_words("By default all.")
+    (5, 'a', None)
+    """
+    found = re.search(r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b|True\b|False\b)", text, re.I)
+    try:
+        return ast.literal_eval(found[1]) if found else None
+    except (ValueError, SyntaxError):  # such as 1.2.3
+        return None
+
+
+def annotation_text(annotation, module=None, depth=0):
+    """An annotation as (text that type_schema() reads, description in typing.Annotated or ""). What a name in a text means
+    is looked up in the module and in what its package has for typing."""
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
+    if isinstance(annotation, str):
+        return re.sub(r"'[^']*'|\"[^\"]*\"|[A-Za-z_][\w.]*", lambda m: text(alias) if (alias := find_alias(m[0], module)) else m[0], annotation), ""
+    if origin is typing.Annotated:
+        notes = [getattr(note, "documentation", None) or getattr(note, "description", None) or note for note in args[1:]]
+        return text(args[0]), next((note for note in notes if isinstance(note, str)), "")
+    if origin is typing.Literal:
+        return f"Literal[{', '.join(repr(getattr(a, 'value', a)) for a in args)}]", ""
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(map(text, args)), ""
+    if origin:
+        return f"{getattr(origin, '__name__', origin)}[{', '.join(text(a) for a in args if not isinstance(a, list))}]", ""
+    if annotation in (None, type(None)):
+        return "None", ""
+    if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
+        values = [m.value for m in annotation]
+        simple = values and all(type(v) in (str, int) for v in values)
+        return f"Literal[{', '.join(map(repr, values))}]" if simple else annotation.__name__, ""
+    for attribute in ("__supertype__", "__bound__", "__forward_arg__", "__value__"):  # NewType, TypeVar, ForwardRef, type statement
+        if meant := getattr(annotation, attribute, None):
+            return text(meant), ""
+    return getattr(annotation, "__qualname__", None) or str(annotation), ""
+
+
+def find_alias(name, module):
+    """The type that a name in an annotation stands for, such as `Axis` in pandas, if it is no class of its own; or None."""
+    top = getattr(module, "__name__", "").split(".")[0]
+    places = [module, *(m for n, m in list(sys.modules.items()) if n.startswith(f"{top}.") and re.search(r"\._?(typing|types)$", n))]
+    for place in places if top and name.rpartition(".")[2].lower() not in JSON_TYPES else []:
+        found = vars(place).get(name.rpartition(".")[2])
+        plain = inspect.isclass(found) and not issubclass(found, enum.Enum) and not typing.get_origin(found)
+        if found is not None and not plain and not callable(found) or typing.get_origin(found) or hasattr(found, "__value__"):
+            return None if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)) else found
+        if inspect.isclass(found) and issubclass(found, enum.Enum):
+            return found
+    return None
+
+
+def type_schema(stated, depth=0):
+    """The JSON Schema of an annotation or a docstring's type, with each alternative that JSON can express; {} if there is none.
+
+    >>> type_schema("Optional[int]"), type_schema("{'C', 'F'}, optional"), type_schema("list of str, default None")
+    ({'type': 'integer'}, {'type': 'string', 'enum': ['C', 'F']}, {'type': 'array', 'items': {'type': 'string'}})
+    >>> type_schema("str | list[int] | Path"), type_schema("'auto', bool or callable")
+    ({'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'integer'}}]}, \
+{'anyOf': [{'type': 'string', 'enum': ['auto']}, {'type': 'boolean'}]})
+    """
+    stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", stated[:400])
+    stated = re.split(r"[,;(.]?\s*\(?\bdefaults?\b", stated)[0]
+    found, values = [], []
+    for schema in alternatives(stated, depth):
+        if schema.keys() == {"enum"}:
+            values += schema["enum"]
+        elif schema not in found:
+            found.append(schema)
+    if {"type": "number"} in found:
+        found = [schema for schema in found if schema != {"type": "integer"}]
+    if values := [v for v in dict.fromkeys(values) if {"type": PYTHON_TYPES[type(v)]} not in found]:
+        kinds = sorted({PYTHON_TYPES[type(v)] for v in values})
+        found.insert(0, ({"type": kinds[0]} if len(kinds) == 1 else {}) | ({} if kinds == ["boolean"] else {"enum": values}))
+    if len(found) < 2:
+        return found[0] if found else {}
+    if all(schema.keys() == {"type"} for schema in found):
+        return {"type": [schema["type"] for schema in found]}
+    return {"anyOf": found}
+
+
+def alternatives(text, depth):
+    """The schemas of the parts of a type; {"enum": [...]} of literal values."""
+    parts, level = [""], 0
+    for token in re.findall(r"'[^']*'|\"[^\"]*\"|\bor\b|\w+|\s+|.", text):
+        level += (token in "([{") - (token in ")]}")
+        if level <= 0 and token in ("|", ",", ";", "/", "or"):
+            parts.append("")
+        else:
+            parts[-1] += token
+    return [schema for part in parts if part.strip() and depth < 8 for schema in alternative(part.strip(), depth + 1)]
+
+
+def alternative(text, depth):
+    """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
+    if re.fullmatch(r"'[^']*'|\"[^\"]*\"|-?\d+(\.\d+)?|True|False", text):
+        return [{"enum": [ast.literal_eval(text)]}]
+    if found := re.fullmatch(r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S):
+        return alternatives(found[2], depth)
+    if found := re.fullmatch(r"(?:[\w.]+\.)?Annotated\[(.*)\]", text, re.S):
+        return alternatives(found[1], depth)[:1]
+    if found := re.match(r"[\w\s:-]*\{(.*)\}", text, re.S):
+        return [{"type": "object"}] if re.match(r"\s*\w+\s*:", found[1]) else alternatives(found[1], depth)
+    if found := re.fullmatch(r"\((.*)\)", text, re.S):
+        return [array_of(alternatives(found[1], depth))]
+    if found := re.fullmatch(r"([\w.]+)\[(.*)\]", text, re.S):
+        return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower(), ""), found[2], depth)
+    words = re.sub(r"-like\b", "_like", text)
+    if re.search(r"\b(callable|function|type|class)\b", words, re.I):
+        return []
+    for word in re.finditer(r"\w+", words):
+        if kind := JSON_TYPES.get(word[0].lower()):
+            items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
+            return of_kind(kind, items or "", depth)
+    return []
+
+
+def of_kind(kind, items, depth):
+    """The schemas of one of JSON_TYPES; `items` is a text on what an array holds."""
+    return [array_of(alternatives(items, depth)) if name == "array" else {"type": name} for name in kind.split()]
+
+
+def array_of(items):
+    """The schema of an array whose items have the schemas in the list; it states them if they are one."""
+    same = items and all(schema == items[0] for schema in items) and "enum" not in items[0]
+    return {"type": "array"} | ({"items": items[0]} if same else {})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Doctest examples to steps
 
+USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars"}
+SHOWING = {"print", "list", "tuple", "dict", "set", "str", "repr", "pprint", "pprint.pprint"}  # show what the call in them gives
+ARRAYS = {"array", "asarray", "tensor", "Tensor"}  # of a literal: as good as the literal
+
+
+class Symbol(str):
+    """A name bound to a mathematical symbol: expressions of such are given to tools as text, such as "x**2 + 1"."""
+
 
 def sessions(doc, obj, module):
-    """The examples of one docstring, in order: [prose, [{"code", "output", "keys", "call"}, ...]], ...
+    """The examples of one docstring, in order: [prose, [{"code", "output", "keys", "call", "imports", "binds"}, ...]], ...
 
-    `keys` identify the APIs a step calls. `call` is (key, arguments) when the step is one call with literal arguments,
-    which can be shown as a call of that very tool. Names are looked up, no code is run.
+    `keys` identify the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments, or names
+    bound to such before, which can be shown as a call of that very tool; `binds` is the name that its result gets, `imports` what
+    the code needs. Names are looked up, no code is run.
     """
     if ">>>" not in doc:
         return []
@@ -669,7 +964,7 @@ def sessions(doc, obj, module):
         parts = doctest.DocTestParser().parse(doc)
     except ValueError:
         return []
-    names = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx"}
+    names, literals, bound = dict(USUAL_NAMES), {}, set()
     found, prose = [], ""
     for part in parts:
         if isinstance(part, str):
@@ -684,17 +979,76 @@ def sessions(doc, obj, module):
         except SyntaxError:
             tree = ast.Module([], [])
         names |= imported_names(tree)
+        literals |= {name: Symbol(name) for name, path in imported_names(tree).items() if ".abc." in path}
         calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
         targets = {text: look_up(text, names, obj, module) for text in calls}
-        call = None
-        if len(tree.body) == 1 and isinstance(tree.body[0], ast.Expr) and isinstance(tree.body[0].value, ast.Call):
-            node = tree.body[0].value
-            target = targets[ast.unparse(node.func)]
-            call = target and literal_call(target, node)
+        statement = tree.body[0] if len(tree.body) == 1 else None
+        assigned = assigned_name(statement)
+        node = shown_call(statement.value) if assigned or isinstance(statement, ast.Expr) else None
+        target = node and targets.get(ast.unparse(node.func))
         output = part.want.replace("<BLANKLINE>", "").rstrip()
-        found[-1][1].append({"code": code, "output": output, "call": call,
-                             "keys": sorted({api_key(t) for t in targets.values() if t is not None})})
+        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        found[-1][1].append({
+            "code": code, "output": output, "call": target and literal_call(target, node, literals), "binds": assigned,
+            "imports": sorted(filter(None, (import_of(name, names, obj, module) for name in used - bound))),
+            "keys": sorted({api_key(t) for t in targets.values() if t is not None})})
+        bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | imported_names(tree).keys()
+        touched = used if not output and not assigned else {  # a statement may change what it names, a method its object
+            n.func.value.id for n in calls.values() if isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name)}
+        for name in touched | {assigned}:
+            literals.pop(name, None)
+        if assigned and not isinstance(statement.value, ast.Name):  # two names for one object may change it
+            with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                literals[assigned] = literal_value(statement.value, literals)
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call) and ast.unparse(statement.value.func) in ("symbols", "Symbol", "var"):
+            literals |= {n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)}
     return found
+
+
+def assigned_name(statement):
+    """The name that a statement such as `x = ...` binds, or None."""
+    simple = isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)
+    return statement.targets[0].id if simple else None
+
+
+def shown_call(node):
+    """The call whose result an expression shows: itself, or what stands in print(...) or list(...). None if there is no such call."""
+    while isinstance(node, ast.Call) and ast.unparse(node.func) in SHOWING and len(node.args) == 1 and isinstance(node.args[0], ast.Call):
+        node = node.args[0]
+    return node if isinstance(node, ast.Call) else None
+
+
+def literal_value(node, literals):
+    """The JSON value of an expression of literals and of names that `literals` holds; np.array([1, 2]) is [1, 2].
+
+    Raises ValueError, TypeError or SyntaxError for any other expression."""
+    if isinstance(node, ast.Name):
+        if node.id not in literals:
+            raise ValueError(f"{node.id} is no literal")
+        return literals[node.id]
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        return [literal_value(item, literals) for item in node.elts]
+    if isinstance(node, ast.Dict):
+        return {ast.literal_eval(key): literal_value(value, literals) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ARRAYS and len(node.args) == 1 and not node.keywords:
+        return literal_value(node.args[0], literals)
+    functions = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    used = [literals.get(n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in functions]
+    if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call)) and used and all(isinstance(value, Symbol) for value in used):
+        return ast.unparse(node)
+    value = ast.literal_eval(node)
+    json.dumps(value, allow_nan=False)
+    return value
+
+
+def import_of(name, names, obj, module):
+    """The statement that brings a name which an example uses without importing it, or None."""
+    if name in names and name in USUAL_NAMES:
+        return f"import {names[name]} as {name}"
+    found = obj if name == getattr(obj, "__name__", None) else vars(module).get(name)
+    if inspect.ismodule(found):
+        return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
+    return f"from {module.__name__} import {name}" if found is not None and not hasattr(builtins, name) else None
 
 
 def imported_names(tree):
@@ -730,18 +1084,19 @@ def api_key(obj):
     return f"{getattr(obj, '__module__', None)}:{getattr(obj, '__qualname__', None) or obj.__name__}"
 
 
-def literal_call(target, node):
-    """(key, arguments by name) of a call whose arguments are all JSON literals, else None."""
+def literal_call(target, node, literals):
+    """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one; else None."""
     try:
-        values = [ast.literal_eval(a) for a in node.args]
-        keywords = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-        signature = inspect.signature(target)
-        bound = signature.bind(*values, **keywords).arguments
-        if any(signature.parameters[name].kind in (2, 4) for name in bound):  # *args, **kwargs have no single name
-            return None
-        json.dumps(bound, allow_nan=False)
-        return [api_key(target), bound]
-    except (ValueError, TypeError, SyntaxError, RecursionError):
+        doc = documentation(target)
+        signature = find_signature(target, doc)
+        given = {k.arg: literal_value(k.value, literals) for k in node.keywords}
+        values = [literal_value(a, literals) for a in node.args]
+        arguments = {}
+        for name, value in signature.bind(*values, **given).arguments.items():
+            kind = signature.parameters[name].kind
+            arguments |= value if kind == inspect.Parameter.VAR_KEYWORD else {name: list(value) if kind == inspect.Parameter.VAR_POSITIONAL else value}
+        return [api_key(target), arguments]
+    except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
         return None
 
 
@@ -754,7 +1109,8 @@ def package_records(package, args):
     objects, rejected = introspect(package, args.timeout)
     yield from (rejection(module, "", reason) for module, reason in rejected)
     apis = name_apis(objects, package)
-    for records in (api_documents(apis, package), trajectories(apis, package), code_files(package, args.code_mb), prose(package)):
+    for records in (api_documents(apis, package), package_tools(apis, package), trajectories(apis, package), code_files(package, args.code_mb),
+                    prose(package)):
         yield from records
 
 
@@ -813,6 +1169,7 @@ def name_apis(objects, package):
     best = {key: min(found, key=lambda p: rank(p, key.split(":")[0])) for key, found in paths.items()}
     names = {key: best.get(key) or f"{best[o['of']]}.{o['name']}" for key, o in described.items()
              if key in best or o.get("of") in best}
+    infer_types([o for o in described.values() if o["key"] in names])
     apis, taken = {}, {}
     for key in sorted(names, key=lambda k: rank(names[k], described[k]["home"])):
         o, name, summary = described[key], names[key], summarise(described[key]["doc"])
@@ -827,22 +1184,45 @@ def name_apis(objects, package):
     return apis
 
 
+def infer_types(described):
+    """Give parameters that state no type that of their values in examples, or that which most of the same name in the package have."""
+    properties = {o["key"]: o["parameters"]["properties"] for o in described}
+    values, stated = defaultdict(set), defaultdict(Counter)
+    for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
+        for name, value in step["call"][1].items():
+            values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
+    for name, schema in ((n, s) for of in properties.values() for n, s in of.items()):
+        stated[name][schema["type"] if isinstance(schema.get("type"), str) else None] += "type" in schema or "anyOf" in schema or "enum" in schema
+    for key, name in ((k, n) for k, of in properties.items() for n, s in of.items() if not {"type", "anyOf", "enum"} & s.keys()):
+        seen = values[key, name]
+        [(usual, count)] = stated[name].most_common(1)
+        if count >= 3 and usual and count > 0.7 * stated[name].total() and seen <= {usual}:
+            properties[key][name] = {"type": usual} | properties[key][name]
+        elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
+            properties[key][name] = {"type": seen.pop().replace("integer", "number")} | properties[key][name]
+
+
 def distinct(apis):
     """Each API once, by name: several keys may stand for the same one."""
     return sorted({api["name"]: api for api in apis.values()}.values(), key=lambda a: a["name"])
 
 
 def summarise(doc):
-    """The first sentence of a docstring, on one line, without the signature that compiled functions put there.
+    """The first sentence of a docstring, on one line, without the signature that compiled functions put there, and without markup.
 
     >>> summarise("add(a, b) -> int\\n\\nAdd two numbers, i.e.\\nsum them. More.")
     'Add two numbers, i.e. sum them.'
     """
+    first = re.sub(r":\w+:`~?([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first_sentence(doc))
+    return textwrap.shorten(first, 120, placeholder=" ...")
+
+
+def first_sentence(doc):
+    """The first sentence of a docstring, as it is written, or ""."""
+    doc = re.sub(r"^([ \t]*)(!!!|\.\. \w+::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M)  # admonitions and directives
     paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
     paragraphs = [p for p in paragraphs if p and not re.match(r"[\w.]+\(.*\)", p) and not re.match(r"[.=~*-]{2,}", p)]
-    first = re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
-    first = re.sub(r":\w+:`~?([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
-    return textwrap.shorten(first, 120, placeholder=" ...")
+    return re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
 
 
 def api_documents(apis, package):
@@ -859,34 +1239,103 @@ def document(name, signature, doc, tool, package, license):
 
 
 PYTHON_TOOL = {"type": "function", "function": {
-    "description": "Run Python code and return what it prints.", "name": "python",
+    "description": "Run Python code, in one session that keeps its names, and return what it prints.", "name": "python",
     "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}}}
+OPENINGS = ["Show me an example of {n}. {t}", "How is {n} used? {t}", "I want to see {n} at work. {t}", "Run an example of {n} for me. {t}",
+            "Try out {n}, please. {t}", "Demonstrate {n}. {t}", "I need to {p}. {t}", "How can I {p}? {t}", "Please {p}. {t}"]
+ONWARDS = ["Show me one more.", "Another example, please.", "Go on with the next example.", "And what else can it do?"]
+
+
+def actions(api, apis):
+    """What the examples of a docstring do, as [(prose, [(the API called or None, arguments, result), ...]), ...]: a call with literal
+    arguments is one of its API, all else Python code, which takes along the statements without a result that stand before it."""
+    found, waiting, imported = [], [], set()
+    for prose, steps in api["sessions"]:
+        found.append((prose, []))
+        for step in steps:
+            if not step["output"]:
+                waiting.append(step)
+                continue
+            before = waiting[-1] if waiting else {"binds": None}
+            shown = before["binds"] and step["code"] in (before["binds"], f"print({before['binds']})", f"list({before['binds']})")
+            key, arguments = (before if shown else step)["call"] or (None, {})
+            if key in apis and key and fits(arguments, apis[key]["parameters"]):
+                found[-1][1].append((apis[key], arguments, step["output"]))
+                continue
+            needed = sorted({line for s in [*waiting, step] for line in s["imports"]} - imported)
+            imported.update(needed)
+            code = "\n".join([*needed, *(s["code"] for s in waiting), step["code"]])
+            found[-1][1].append((None, {"code": code}, step["output"]))
+            waiting = []
+    return found
 
 
 def trajectories(apis, package):
-    """One conversation a docstring: prose asks, a call of the API itself or of a Python tool acts, real output answers."""
+    """One conversation a docstring: the prose asks, a call of the API itself or of a Python tool acts, the real output answers."""
     for api in distinct(apis):
-        tools, messages, called, feedback = {}, [], {api["name"]}, False
-        for i, (text, steps) in enumerate(api["sessions"]):
-            request = last_paragraph(text, api["summary"])
-            if i == 0:
-                request = f"{api['name']}: {api['summary']} {request}".strip()
-            messages.append(chat_message("user", request or "Go on."))
-            for step in steps:
-                known = [apis[k] for k in step["keys"] if k in apis]
-                called.update(a["name"] for a in known)
-                key, arguments = step["call"] or (None, None)
-                if key in apis and set(arguments) <= set(apis[key]["parameters"]["properties"]):
-                    tool, arguments = apis[key]["tool"], arguments
-                else:
-                    tool, arguments = PYTHON_TOOL, {"code": step["code"]}
+        rng = random.Random(api["name"])
+        tools, messages, called, prose = {}, [], {api["name"]}, ""
+        called.update(apis[k]["name"] for _, steps in api["sessions"] for s in steps for k in s["keys"] if k in apis)
+        for text, acts in actions(api, apis):
+            prose = f"{prose}\n\n{text}"
+            if not acts:
+                continue
+            said = last_paragraph(prose, api["summary"])
+            messages.append(chat_message("user", session_request(api, acts, said, not messages, rng)))
+            for target, arguments, result in acts:
+                tool = target["tool"] if target else PYTHON_TOOL
                 tools[tool["function"]["name"]] = tool
                 messages.append(chat_message("assistant", calls=[(tool["function"]["name"], arguments)]))
-                messages.append(chat_message("tool", step["output"]))
-                feedback = feedback or bool(step["output"])
-        if feedback:
+                messages.append(chat_message("tool", result))
+            messages.append(chat_message("assistant", answer(result, rng)))
+            prose = ""
+        if messages:
             yield Record(f"trajectory:{api['name']}", "trajectory", f"python:{package.name}", package.license,
                          sorted(called), messages=messages, tools=list(tools.values()))
+
+
+def session_request(api, acts, prose, first, rng):
+    """What a user asks who wants these actions: the prose before them and, where a tool is called first, the call in words."""
+    target, arguments, _ = acts[0]
+    tool = target and package_tool(target, [], None)
+    if tool and purposes(tool) and len(acts) == 1:
+        return f"{prose} {ask(tool, arguments, [], rng)}".strip()
+    if not first:
+        return prose or rng.choice(ONWARDS)
+    does = [words for kind, words in purposes(package_tool(api, [], None)) if kind == "do"]
+    opening = rng.choice(OPENINGS if does else OPENINGS[:6])
+    return opening.format(n=api["name"], t=prose, p=re.sub(r"[`*]", "", does[0]) if does else "").strip()
+
+
+def package_tools(apis, package):
+    """A Tool for each API that someone would call, with the calls of it that the package's documentation shows."""
+    examples, chains = defaultdict(dict), defaultdict(list)
+    for api in distinct(apis):
+        acts = [(target["name"], arguments, result) for _, of in actions(api, apis) for target, arguments, result in of if target]
+        for name, arguments, result in acts:
+            if len(json.dumps(arguments)) < 300 and not {"[]", "{}", '""'} & {*map(json.dumps, arguments.values())}:
+                examples[name].setdefault(json.dumps(arguments), (arguments, result))
+        for i, first in enumerate(acts):
+            for second in acts[i + 1:]:
+                value = literal_result(first[2])
+                if len(str(value)) > 2 and value in second[1].values() and value not in first[1].values():
+                    chains[first[0]].append((first, second))
+    for api in distinct(apis):
+        if not api["unfit"]:
+            yield package_tool(api, list(examples[api["name"]].values()), package, chains[api["name"]])
+
+
+def package_tool(api, examples, package, chains=()):
+    return Tool(api["name"], api["summary"], api["parameters"], api["doc"], package and f"python:{package.name}", package and package.license,
+                api["is_class"], examples, chains)
+
+
+def literal_result(text):
+    """The JSON value that an output shows, or the output itself."""
+    try:
+        return json.loads(json.dumps(ast.literal_eval(text)))
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+        return text
 
 
 def last_paragraph(text, summary):
@@ -2297,17 +2746,39 @@ def minified(text):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Function-calling conversations from documentation
+#
+# First the calls that documentation itself shows, then calls with values made up by name, type and description. What is asked is put
+# in words from the summary, the Returns section or the name, never in the words of the tool's description alone.
 
-REQUESTS = ["{d} {a}", "{a}\n{d}", "Please do this for me. {d} {a}", "I need the following: {d} {a}", "Task: {d} {a}",
-            "Here is what I want. {d} {a}", "Can you help? {d} {a}", "My goal: {d} {a}", "Next step: {d} {a}"]
-ARGUMENTS = ["{p} is {v}", "{p} = {v}", "set {p} to {v}", "let {p} be {v}", "{p}: {v}", "{p} should be {v}", "with {p} {v}"]
-KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}  # of conversations, and their shares
+KINDS = {"multiple": 5, "single": 3, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1, "chain": 1}  # and their shares
+SHAPES = {  # requests by what a purpose is: {p} the purpose, {a} the arguments in words, {given} the same at the beginning
+    "do": ["{P}{a}.", "Please {p}{a}.", "Can you {p}{a}?", "I need to {p}{a}.", "I want to {p}{a}.", "Help me {p}{a}.",
+           "{given}, please {p}.", "Could you {p}{a}? Thanks!", "For my project I have to {p}{a}.", "{P}. {Use}.", "Go ahead and {p}{a}."],
+    "give": ["What is {p}{a}?", "Give me {p}{a}.", "I need {p}{a}.", "Please work out {p}{a}.", "Can you tell me {p}{a}?",
+             "{given}, what is {p}?", "I'm looking for {p}{a}.", "Find {p}{a}.", "Get me {p}. {Use}.", "I'd like to know {p}{a}."],
+    "check": ["Check whether {p}{a}.", "Can you tell me whether {p}{a}?", "I want to know if {p}{a}.", "{given}, find out whether {p}.",
+              "Please check if {p}{a}.", "Is it true that {p}{a}?"],
+    "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.", "Can you build {p}{a}?",
+             "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.", "I want to use {p}{a}.", "Make {p}{a} for me."]}
+WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"), ("with", "{v} for {l}")]
+MADE_UP = 4           # conversations on a tool with values that are made up
+LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
-ERRORS = ["Error: {p} {v} was not found. Did you mean {w}?", "ValueError: {v} is not valid for {p}; use {w}",
-          "Error: {p} must not be {v}. The nearest valid value is {w}."]
-PASSING = ["Error: timed out. Please try again.", "Error 503: service unavailable, retry", "Error: the connection was lost."]
+TOLD = ["{v}", "It is {v}.", "Use {v}.", "Take {v}, please.", "{v}, please.", "Sorry, {v}."]
 REFUSALS = ["None of the given tools can do this.", "I have no tool for that request.",
             "The tools at hand do not cover this, so I make no call.", "No available function fits this request."]
+ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
+VERBS = set("""accept add adjust align append apply approximate ask assign bind bound build calculate call cast change check choose clamp clear
+    clip close collect combine compare compile compose compress compute concatenate configure construct convert copy count create crop cut
+    decode decompose decompress decrypt define delete derive describe detect determine differentiate disable display divide download draw
+    drop dump embed enable encode encrypt enumerate escape estimate evaluate expand export express extract factor fetch fill filter find
+    fit flatten flip fold format generate get give group guess hash import indent infer initialize insert integrate interpolate intersect
+    invert iterate join launch list load locate look lookup make map mark match measure merge minimize mirror modify move multiply negate
+    normalize obtain open order pack pad parse partition perform permute pick plot predict prepare print process produce project prove put
+    quantize quote raise randomize read reduce remove rename render repeat replace report reset reshape resize resolve retrieve return
+    reverse rewrite roll rotate round run sample save scale scan search select send separate serialize set shift show shuffle simplify skip
+    solve sort specify split stack start stop store strip substitute subtract sum swap take test tile train transform translate transpose
+    trim truncate try turn unescape unpack unquote update upload validate verify visualize wait wrap write yield zip""".split())
 
 
 def template_unit(shards, args):
@@ -2350,111 +2821,519 @@ def indexes(apis, seed, sizes=(4, 5, 6)):
                      sorted(a["name"] for a in card), "APIs by name\n" + "\n".join(listed) + "\n\nAPIs by purpose\n" + "\n".join(asked))
 
 
-def synthesise(apis, seed, shares):
-    """Two conversations on each API that can be called with JSON arguments, of kinds drawn by `shares`. Yields Records.
+@dataclasses.dataclass
+class Tool:
+    """What conversations are made from: a function to call with JSON values, its documentation, and calls that it shows."""
+    name: str           # qualified
+    description: str
+    parameters: dict
+    documentation: str
+    source: str
+    license: str
+    is_class: bool = False
+    examples: list = ()  # (arguments, result)
+    chains: list = ()    # of pairs (name of the tool, arguments, result), where the first result is an argument of the second
 
-    single: one tool; multiple: one of four fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
-    what a required parameter needs, and the assistant asks for it; error: a call fails, and is made again as the error message says.
-    Tools have the last two parts of their qualified names, or all where two would have the same; `apis` has the qualified ones, that
-    which the request is about first. Nothing here knows which APIs are held out.
+
+def synthesise(tools, seed, shares):
+    """Conversations on each tool: one on every call that its documentation shows, and CONVERSATIONS with values made up. Yields Records.
+
+    single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
+    what a required parameter needs, and the assistant asks for it; error: a call fails, and another is made as the error message says;
+    chain: the result of a call is an argument of the next, as an example in the documentation has it. Tools have the last two parts of
+    their qualified names, or all where two would have the same; `apis` has the qualified ones, that which the request is about first.
+    Half of the other tools are of the same module. They are neighbours in hash order, and so mostly held out together; nothing here
+    knows which are.
     """
-    usable = sorted((a for a in apis if can_call(a)), key=lambda a: unit_hash(a["name"]))
-    counts = Counter(w for a in apis for w in re.findall(r"\b[a-z]{3,12}\b", a["description"]))
-    words = sorted(counts, key=lambda w: (-counts[w], w))[:500]  # common ones, which values are made of
-    # Only a call with a required parameter can lack one: the share of "missing" among these makes up for the others.
-    lacking = shares.get("missing", 0) / sum(shares.values()) * len(usable) / max(1, sum(bool(a["parameters"]["required"]) for a in usable))
-    kinds = {kind: share for kind, share in shares.items() if kind != "missing"}
-    for i, api in enumerate(usable):
-        neighbours = [a for a in usable[max(0, i - 12):i + 13] if a["description"] != api["description"]]
-        for n in range(2):
-            rng = random.Random(f"{seed} {n} {api['name']}")
-            asks = api["parameters"]["required"] and rng.random() < lacking
-            if not asks and not sum(kinds.values()):
+    usable = sorted((t for t in tools if can_call(t)), key=lambda t: unit_hash(t.name))
+    by_name, modules, written = {t.name: t for t in tools}, defaultdict(list), set()
+    for tool in usable:
+        modules[tool.name.rpartition(".")[0]].append(tool)
+    places = {tool.name: (i, modules[tool.name.rpartition(".")[0]].index(tool)) for i, tool in enumerate(usable)}
+    for tool in usable:
+        i, j = places[tool.name]
+        near = [t for t in modules[tool.name.rpartition(".")[0]][max(0, j - 6):j + 7] if t.description != tool.description]
+        far = [t for t in usable[max(0, i - 12):i + 13] if t.description != tool.description]
+        facts = [(arguments, result, None) for arguments, result in tool.examples] + [(*chain[0][1:], chain) for chain in tool.chains]
+        facts += [(None, None, None)] * (MADE_UP if tool.parameters["properties"] else 1)
+        for n, (arguments, result, chain) in enumerate(facts):
+            rng = random.Random(f"{seed} {n} {tool.name}")
+            kind = "chain" if chain else draw_kind(tool, result, shares, rng)
+            if not kind or chain and not (shares.get("chain") and chain[1][0] in by_name):
                 continue
-            kind = "missing" if asks else rng.choices(list(kinds), kinds.values())[0]
-            kind = "single" if kind == "irrelevant" and not neighbours else kind
-            count = {"single": 0, "parallel": 1, "multiple": 3, "irrelevant": 3}.get(kind, rng.randrange(2))
-            others = rng.sample(neighbours, min(len(neighbours), count))
-            tools = others if kind == "irrelevant" else [api, *others]
-            rng.shuffle(tools)
-            targets = [api] if kind != "parallel" else [api, rng.choice(tools)]
-            names = {t["name"]: ".".join(t["name"].split(".")[-2:]) for t in tools + targets}
+            arguments = random_arguments(tool, rng) if arguments is None else arguments
+            targets = [(tool, arguments)]
+            if chain:
+                targets.append((by_name[chain[1][0]], chain[1][1]))
+            elif kind == "parallel":
+                other = rng.choice([tool, *near])
+                targets.append((other, random_arguments(other, rng)))
+            pool = near if near and rng.random() < 0.5 else far
+            count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(kind, rng.randrange(3))
+            others = [t for t in rng.sample(pool, min(len(pool), count)) if t not in [t for t, _ in targets]]
+            offered = others if kind == "irrelevant" else list({t.name: t for t in [*(t for t, _ in targets), *others]}.values())
+            if not offered:
+                continue
+            rng.shuffle(offered)
+            names = {t.name: ".".join(t.name.split(".")[-2:]) for t in [*offered, tool]}
             if len(set(names.values())) < len(names):
                 names = {name: name for name in names}
-            calls = [(names[t["name"]], random_arguments(t["parameters"], rng, words)) for t in targets]
-            definitions = [{"type": "function", "function": {k: t[k] for k in ("description", "name", "parameters")} | {"name": names[t["name"]]}}
-                           for t in tools]
-            yield Record(f"instruction:{n}:{kind}:{api['name']}", "instruction", api["source"], api["license"],
-                         [*dict.fromkeys(t["name"] for t in targets + tools)], messages=conversation(kind, targets, calls, rng, words), tools=definitions)
+            messages = conversation(kind, [(t, names.get(t.name), a) for t, a in targets], result, chain, offered, rng)
+            definitions = [definition(t, names[t.name]) for t in offered]
+            if (key := json.dumps([messages, sorted(names)])) in written:
+                continue
+            written.add(key)
+            yield Record(f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license,
+                         [*dict.fromkeys([*(t.name for t, _ in targets), *(t.name for t in offered)])], messages=messages, tools=definitions)
 
 
-def conversation(kind, targets, calls, rng, words):
-    """The messages of a conversation of that kind, in which the `targets` are called, or should be."""
-    api, (name, arguments) = targets[0], calls[0]
-    request = "\nAlso: ".join(ask(t["description"], a, rng) for t, (_, a) in zip(targets, calls))
+def definition(tool, name):
+    """A tool in the form in which a model is given it."""
+    return {"type": "function", "function": {"description": tool.description, "name": name, "parameters": tool.parameters}}
+
+
+def can_call(tool):
+    """Whether a request can state what the tool requires, and say what for. A class counts only if its constructor is documented."""
+    properties, required = tool.parameters["properties"], tool.parameters["required"]
+    if len(json.dumps(tool.parameters)) > LONGEST_SCHEMA or not purposes(tool):
+        return False
+    if tool.is_class and not (required and all("description" in properties[name] for name in required)):
+        return False
+    return bool(tool.examples) or all(can_state(name, properties[name]) for name in required)
+
+
+def draw_kind(tool, result, shares, rng):
+    """One of the kinds, by their shares, that such a call allows; None if none does."""
+    allowed = {kind: share for kind, share in shares.items() if kind != "chain" and share
+               and (kind != "missing" or tool.parameters["required"] and result is None) and (kind != "error" or result is None)}
+    return rng.choices([*allowed], [*allowed.values()])[0] if allowed else None
+
+
+def conversation(kind, targets, result, chain, offered, rng):
+    """The messages of a conversation in which `targets`, a list of (tool, its short name, arguments), are called, or should be."""
+    tool, name, arguments = targets[0]
+    calls = [(short, given) for _, short, given in targets]
+    if kind == "chain":
+        (_, _, first), (_, given, second) = chain
+        given = {p: Said("the result") if v == literal_result(first) else v for p, v in given.items()}
+        asked = f"{ask(tool, arguments, offered, rng)} Then {uncapitalised(ask(targets[1][0], given, offered, rng, plain=True))}"
+        return [chat_message("user", asked), chat_message("assistant", calls=calls[:1]), chat_message("tool", first),
+                chat_message("assistant", calls=calls[1:]), chat_message("tool", second), chat_message("assistant", answer(second, rng))]
+    if kind == "missing":
+        p = rng.choice(tool.parameters["required"])
+        begun = [chat_message("user", ask(tool, {q: v for q, v in arguments.items() if q != p}, offered, rng)),
+                 chat_message("assistant", rng.choice(QUESTIONS).format(p=p))]
+        told = [chat_message("user", rng.choice(TOLD).format(v=in_words(arguments[p]))), chat_message("assistant", calls=calls)]
+        return begun + told * (rng.random() < 0.6)
+    request = rng.choice(["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]).join(
+        ask(t, given, offered, rng) for t, _, given in targets)
     if kind == "irrelevant":
         return [chat_message("user", request), chat_message("assistant", rng.choice(REFUSALS))]
-    if kind == "missing":
-        p = rng.choice(api["parameters"]["required"])
-        begun = [chat_message("user", ask(api["description"], {q: v for q, v in arguments.items() if q != p}, rng)),
-                 chat_message("assistant", rng.choice(QUESTIONS).format(p=p))]
-        told = [chat_message("user", state(p, arguments[p], rng)), chat_message("assistant", calls=calls)]
-        return begun + told * rng.randrange(2)
     messages = [chat_message("user", request), chat_message("assistant", calls=calls)]
-    if kind == "error":
-        p = rng.choice([*arguments, None])
-        mended = {p: random_value(api["parameters"]["properties"][p], rng, words)} if p else {}
-        message = rng.choice(PASSING)
-        if mended and mended[p] != arguments[p]:
-            v, w = (json.dumps(value, ensure_ascii=False) for value in (arguments[p], mended[p]))
-            message = rng.choice(ERRORS).format(p=p, v=v, w=w)
-        messages += [chat_message("tool", message), chat_message("assistant", calls=[(name, arguments | mended)])]
+    if kind == "error" and (mended := mend(tool, arguments, rng)):
+        message, other = mended
+        return messages + [chat_message("tool", message), chat_message("assistant", calls=[(name, other)])]
+    if result is not None and len(targets) == 1:
+        messages += [chat_message("tool", result), chat_message("assistant", answer(result, rng))]
     return messages
 
 
-def can_call(api):
-    """Whether it is described in itself, short enough for a small model's window, and requires only what a request can state: no object."""
-    properties, required = api["parameters"]["properties"], api["parameters"]["required"]
-    return not api["description"].startswith("See ") and len(properties) <= 4 and all(properties[p].get("type", "object") != "object" for p in required)
+# ----------------------------------------------------------------------------------------------------------------------
+# Requests in words
+
+CLEAN = re.compile(r"[\w ,'\"`*()\-+^=]+")  # a purpose that can stand in a request: no formula, no markup
+UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|instances|method|module|wrapper|helper|"
+                     r"internal|callable|decorator|deprecated|alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|"
+                     r"hook|mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|i e|version of|kind for|prints as|routine|"
+                     r"system call|utility|function|functions|algorithm|type|types|code|generic)\b", re.I)
+NOUNS = {"array": "array|list|sequence|tensor|matrix|vector|data|iterable|input|polynomial|series|values|numbers|elements|coefficients|samples?",
+         "string": "string|text|file|path|filename|name|url|word|date|message|directory|pattern|document|expression",
+         "integer": "number|integer|value|n", "number": "number|value|angle|real number"}
+NOT_A_NOUN = set("if whether when this it can must should optional specifies specify determines controls use set see one either by for to not any all "
+                 "default only same used passed true false see if a an the and or as in on at of be is are has have which what how".split())
 
 
-def ask(description, arguments, rng):
-    """A request in words that holds all that the call needs."""
-    stated = ", ".join(state(p, v, rng) for p, v in arguments.items())
-    return rng.choice(REQUESTS).format(d=description.rstrip(".") + ".", a=stated).strip()  # no full stop after a value, lest it be copied
+class Said(str):
+    """Words that stand for a value in a request."""
 
 
-def state(parameter, value, rng):
-    """What a parameter should be, in words."""
-    return rng.choice(ARGUMENTS).format(p=parameter, v=json.dumps(value, ensure_ascii=False))
+def purposes(tool):
+    """What a tool is for, as [(a key of SHAPES, words)], from the first sentence of its documentation, from what it says to return,
+    and from the tool's name. The words may hold names of parameters."""
+    return find_purposes(tool.name.rpartition(".")[2], tool.documentation, tool.is_class)
 
 
-def random_arguments(schema, rng, words):
-    """Arguments by the schema: every required parameter, and each optional one of a simple type with probability 0.3."""
-    return {name: random_value(entry, rng, words) for name, entry in schema["properties"].items()
-            if name in schema["required"] or entry.get("type", "object") not in ("object", "array") and rng.random() < 0.3}
+@lru_cache(100_000)
+def find_purposes(name, documentation, is_class):
+    """
+    >>> find_purposes("rot90", "Rotate an array by 90 degrees in the plane.", False)
+    (('do', 'rotate an array by 90 degrees in the plane'),)
+    >>> find_purposes("harmonic_mean", "Returns the harmonic mean of data.", False)
+    (('give', 'the harmonic mean of data'), ('give', 'the harmonic mean'))
+    """
+    words, sentence = words_of(name), re.sub(r"\([^()]*\)|\.$|:+$", "", first_sentence(documentation)).strip()
+    if is_class:
+        noun = f"A {sentence[:1].lower()}{sentence[1:]}" if imperative(sentence.partition(" ")[0].lower()) not in VERBS else ""
+        kind, noun = read_purpose(re.sub(r"^A (an?|the) ", r"A ", noun)) or ("", "")
+        if not kind and len(words) > 1 and all(len(w) > 2 for w in words):
+            noun = "a " + " ".join(w if w.isupper() else w.lower() for w in words)
+        return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if noun else ()
+    found = [read_purpose(sentence)]
+    returned = re.search(r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$", documentation, re.M)
+    if returned:
+        found.append(read_purpose(f"Return {returned[1][0].lower()}{returned[1][1:].rstrip('.')}"))
+    start = documentation.split("\n\n")[0].lower()
+    if len(words) > 1 and all(len(w) > 2 and w.isalpha() and w.lower()[:5] in start for w in words) and not re.search("ed$|ing$", words[-1]):
+        name = " ".join(words).lower()
+        found.append(("do", name) if words[0].lower() in VERBS - {"return", "get"} else ("give", "the " + name.removeprefix("get ")))
+    return tuple(dict.fromkeys(p for p in found if p))
 
 
-def random_value(entry, rng, words):
-    """A value of the type that a JSON Schema entry states, one of its enum if it has one."""
-    if entry.get("enum"):
-        return rng.choice(entry["enum"])
-    match entry["type"]:
-        case "boolean":
-            return rng.random() < 0.5
-        case "integer":
-            return rng.choice([rng.randrange(10), rng.randrange(100), rng.randrange(-50, 5000), 2 ** rng.randrange(11)])
-        case "number":
-            return rng.choice([round(rng.uniform(-10, 10), 1), round(rng.uniform(0, 1), 2), float(rng.randrange(100))])
-        case "string":
-            a, b = rng.choice(words), rng.choice(words)
-            return rng.choice([a, f"{a}_{b}", f"{a}.{rng.choice(['txt', 'csv', 'json', 'py'])}", f"/{a}/{b}",
-                               a.title(), f"{a}{rng.randrange(100)}"])
-        case "array":
-            items = entry.get("items") or {"type": rng.choice(["integer", "integer", "number", "string"])}
-            return [random_value(items, rng, words) for _ in range(rng.randrange(1, 4))] if items.get("type") else []
-        case "object":
-            return {rng.choice(words): rng.randrange(100)}
+def read_purpose(sentence):
+    """A sentence of documentation as (a key of SHAPES, words), or None where it says nothing that a request could say."""
+    sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
+    first, _, rest = sentence.partition(" ")
+    verb = imperative(first.lower())
+    if re.match(r"(?i)(return |returns )?[`*]*true[`*]* (if|when) ", sentence):
+        kind, words = "check", re.split(r" (?:if|when) ", sentence, maxsplit=1)[1]
+    elif (verb in ("check", "test", "determine", "return", "decide", "verify") and re.match(r"(if|whether|that) ", rest)) or first == "Whether":
+        kind, words = "check", rest.partition(" ")[2] if first != "Whether" else rest
+    elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
+        kind, words = "give", rest if re.match(r"(the|an?|all|every) ", rest) else f"the {rest}"
+    elif verb in VERBS and rest:
+        kind, words = "do", f"{verb} {rest}"
+    elif first in ("The", "A", "An") and rest:
+        kind, words = "give", sentence[0].lower() + sentence[1:]
+    else:
+        return None
+    if kind != "check":
+        words = re.split(r",? (?:which|that|so that|such that|using|when|where|if|and returns?|in order|as described|whose|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
+    else:
+        words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
+    words = re.sub(r"( (of|for|with|from|in|to|by|on))? (the |a )?(given|specified|provided)( [\w-]+)*$", "", words).strip(" .,")
+    plain = re.sub(r"[`*]", "", words)
+    usable = CLEAN.fullmatch(words) and not re.search(r"\b(given|specified|provided)\b", words) and not UNCLEAR.search(plain) and 2 <= len(plain.split()) <= 16 and plain.count("(") == plain.count(")")
+    return (kind, words) if usable and not re.search(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or)$", plain) else None
+
+
+def imperative(verb):
+    """
+    >>> [imperative(verb) for verb in ("computes", "applies", "matches", "return")]
+    ['compute', 'apply', 'match', 'return']
+    """
+    for ending, stem in (("ies", "y"), ("es", ""), ("s", "")):
+        if verb.endswith(ending) and verb.removesuffix(ending) + stem in VERBS:
+            return verb.removesuffix(ending) + stem
+    return verb
+
+
+def words_of(name):
+    """The words in a name: "get_closeMatches" gives get, close, Matches."""
+    return [word for part in name.split("_") for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", part)]
+
+
+def ask(tool, arguments, offered, rng, plain=False):
+    """A request in words for a call of the tool that states all arguments; with `plain` it is a sentence to go on with. It shares no
+    eight words in a row with the description of an offered tool, unless no way of saying it does."""
+    for attempt in range(12):
+        kind, words = rng.choice(purposes(tool))
+        words, left = fill_in(words, arguments, tool)
+        inline, given, use = clauses(kind, words, left, tool, rng)
+        shapes = [s for s in SHAPES[kind][:2 if plain else None] if left or "{given}" not in s and "{Use}" not in s]
+        request = rng.choice(shapes).format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
+        if not any(common_run(request, t.description) for t in offered):
+            break
+    return request
+
+
+def common_run(text, other, length=8):
+    """Whether two texts have that many words in a row in common."""
+    ours, theirs = (re.findall(r"\w+", t.lower()) for t in (text, other))
+    runs = {tuple(ours[i:i + length]) for i in range(len(ours) - length + 1)}
+    return any(tuple(theirs[i:i + length]) in runs for i in range(len(theirs) - length + 1))
+
+
+def fill_in(words, arguments, tool):
+    """(words with values in the place of the parameters that they name, arguments that are left). A name that is a common word counts
+    only where the documentation marks it. The first argument may follow the noun that stands for it: "the list [1, 2]"."""
+    stated = set()
+
+    def value(match):
+        stated.add(match[1] or match[2])
+        return in_words(arguments[match[1] or match[2]])
+
+    marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
+    plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
+    if arguments:
+        words = re.sub(rf"[`*]+({marked})[`*]+" + (rf"|(?<![\w`*'\"-])({plain})(?![\w`*'\"(-])" if plain else "|(?!)()"), value, words)
+    words = re.sub(r"[`*]", "", words)
+    left = {p: v for p, v in arguments.items() if p not in stated}
+    main = next(iter(left), None)
+    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.parameters["required"] else None
+    if noun and not isinstance(left[main], Said):
+        end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|or|using)\b|$)"
+        words, count = re.subn(rf"\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}", lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
+        left = {p: v for p, v in left.items() if p != main or not count}
+    return words, left
+
+
+def clauses(kind, words, left, tool, rng):
+    """What is left of the arguments, in words: to stand behind the purpose, before it, and as a sentence of its own."""
+    if not left:
+        return "", "", ""
+    lead, item = rng.choice(WITH if not any(type(v) is bool for v in left.values()) else WITH[1:4:2])
+    labels = {p: label(p, tool.parameters["properties"].get(p, {})) for p in left}
+    items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()]
+    main = next(iter(left))
+    alone = kind != "make" and main in tool.parameters["required"] and not any(p in tool.parameters["required"] for p in left if p != main)
+    if alone:
+        lead, items = ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])]) if len(items) == 1 else (lead, items)
+    listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
+    use = "Use " + " and ".join(f"{in_words(v)} for {labels[p]}" for p, v in left.items())
+    return f" {lead} {listed}", f"{'For' if lead == 'of' else lead.capitalize()} {listed}", use
+
+
+def label(name, schema):
+    """A parameter in words: its name, or how its description begins where the name is no word."""
+    words, description = words_of(name), schema.get("description", "")
+    if all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
+        known = len(words) > 1 or words[0].lower() in description.lower()
+        return "the " * known + " ".join(words).lower()
+    start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by|is|are|must|should)\b", description)[0]
+    start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
+    first = start.partition(" ")[0].lower()
+    if re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,4}", start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
+        return "the " + start[0].lower() + start[1:]
+    return name
+
+
+def in_words(value):
+    """A value as a person writes it: file names and addresses bare, other text in quotes, all else as JSON."""
+    if isinstance(value, Said) or isinstance(value, str) and re.fullmatch(r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+", value):
+        return value
+    return "None" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def answer(result, rng):
+    """What the assistant says of a result."""
+    result = result.strip()
+    if result.startswith("Traceback"):
+        return f"That fails: {result.splitlines()[-1]}"
+    if "\n" not in result and len(result) <= 120:
+        return rng.choice(ANSWERS).format(r=result)
+    return "The result is:\n" + (result if len(result) <= 300 else result[:300].rsplit(None, 1)[0] + " ...")
+
+
+def uncapitalised(text):
+    return text[0].lower() + text[1:]
+
+
+def mend(tool, arguments, rng):
+    """(error message of a call, the arguments that it asks for in their place), or None where nothing can be otherwise."""
+    properties = tool.parameters["properties"]
+    p = rng.choice(sorted(arguments)) if arguments else None
+    value = arguments.get(p)
+    if p and p not in tool.parameters["required"] and rng.random() < 0.3:
+        return f"TypeError: {tool.name.rpartition('.')[2]}() does not take {p} here; leave it out", {q: v for q, v in arguments.items() if q != p}
+    if type(value) in (int, float) and abs(value) > 1:
+        other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
+        message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
+    elif type(value) is list and len(value) > 2:
+        other = value[:-1]
+        message = f"ValueError: {p} has {len(value)} items, only the first {len(other)} are allowed"
+    elif type(value) is str and "." in value and "/" in value:
+        other = re.sub(r"(\.\w+)$", r"_v2\1", value)
+        message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
+    elif type(value) is str and p in properties and can_state(p, properties[p]):
+        other = random_value(p, properties[p], rng, 3)
+        message = rng.choice(["ValueError: {v} is not valid for {p}; use {w}", "Error: {p} {v} was not found. Did you mean {w}?"]).format(
+            p=p, v=json.dumps(value), w=json.dumps(other))
+    elif type(value) is bool:
+        other = not value
+        message = f"NotImplementedError: {p}={json.dumps(value)} is not supported; use {json.dumps(other)}"
+    else:
+        return None
+    return (message, arguments | {p: other}) if other != value and fits(other, properties.get(p, {})) else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Values that a person would give
+
+VALUES = [  # of texts and numbers, by the first pattern that is found in "name: description"
+    ("string", r"url|uri|endpoint|link|address of (a|the) (page|site)", ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json", "http://localhost:8080/health", "https://example.com/feed.xml"]),
+    ("string", r"e-?mail|recipient|sender", ["ada@example.com", "support@example.org", "li.wei@example.net"]),
+    ("string", r"host|server|domain|netloc", ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"]),
+    ("string", r"\bip|address", ["192.168.1.20", "10.0.0.5", "2001:db8::1"]),
+    ("string", r"encoding|charset|codec", ["utf-8", "latin-1", "ascii", "utf-16"]),
+    ("string", r"^errors\b", ["strict", "ignore", "replace"]),
+    ("string", r"^mode\b", ["r", "w", "rb", "a"]),
+    ("string", r"dtype|data type", ["float32", "float64", "int64", "bool"]),
+    ("string", r"device", ["cpu", "cuda:0"]),
+    ("string", r"regex|pattern|regular expression|glob", [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
+    ("string", r"date(?!base)|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
+    ("string", r"time|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
+    ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
+    ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
+    ("string", r"dir\b|directory|folder|^root", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
+    ("string", r"path|file|fname|filename|archive|^src$|^dst$", ["reports/2024.csv", "data/users.json", "/etc/hosts", "notes/meeting notes.txt", "images/logo.png", "backup/db.sql.gz"]),
+    ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
+    ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
+    ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
+    ("string", r"colou?r", ["red", "#1f77b4", "dark green", "navy"]),
+    ("string", r"hash|digest|algorithm", ["sha256", "md5", "blake2b"]),
+    ("string", r"module|package|distribution", ["json", "collections.abc", "numpy", "requests"]),
+    ("string", r"command|cmd", ["ls -la /tmp", "git status", "echo hello world"]),
+    ("string", r"(env|environment|variable)", ["HOME", "PATH", "DEBUG_LEVEL"]),
+    ("string", r"user|login|author", ["ada", "guest", "Grace Hopper"]),
+    ("string", r"token|password|secret", ["s3cret-Pa55", "correct horse battery staple"]),
+    ("string", r"title|subject|heading|caption|label|desc", ["Monthly sales report", "Average temperature", "Results of the second run"]),
+    ("string", r"query|question|search", ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]),
+    ("string", r"html|markup", ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]),
+    ("string", r"json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
+    ("string", r"header", ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]),
+    ("string", r"key|column|field|attribute|attr\b|weight", ["user_id", "created_at", "price", "weight"]),
+    ("string", r"unit", ["ms", "kg", "days", "km"]),
+    ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
+    ("string", r"format|fmt", ["%Y-%m-%d", "{:.2f}", "png"]),
+    ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment|note|^data\b", [
+        "The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world", "Order #1042 has shipped",
+        "Zürich is lovely in spring.", "  leading and trailing spaces  ", "one,two,three"]),
+    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", ["alpha", "invoice_items", "Main Street", "sensor 12", "blue whale", "nightly-build"]),
+    ("integer", r"axis|^dim\b|^dim\d|dimension along", [0, 1, -1]),
+    ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
+    ("integer", r"port\b", [80, 443, 5432, 8080]),
+    ("integer", r"year", [1999, 2012, 2024, 2025]),
+    ("integer", r"month", [1, 3, 7, 12]),
+    ("integer", r"^day|day of", [1, 9, 15, 28]),
+    ("integer", r"hour", [0, 6, 14, 23]),
+    ("integer", r"minute|second", [0, 15, 30, 45]),
+    ("integer", r"precision|digits|decimals|places|dps", [2, 3, 4, 6, 10, 15]),
+    ("integer", r"base|radix", [2, 8, 10, 16]),
+    ("integer", r"level|depth|degree|order", [1, 2, 3, 4, 5]),
+    ("integer", r"n_jobs|workers|threads|process", [1, 2, 4, 8]),
+    ("integer", r"width|height|length|columns|cols|rows|channels|features|size|hidden", [8, 16, 20, 32, 64, 80, 128, 640]),
+    ("integer", r"k\b|group|kernel|stride|step|dilation|padding", [1, 2, 3, 5]),
+    ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1, 2, 5, 10, -1]),
+    ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100, 1000]),
+    ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins", [2, 3, 4, 5, 8, 10, 12, 25, 50, 100]),
+    ("integer", r"", [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 15, 17, 20, 24, 30, 36, 42, 60, 97, 100, 128, 360, 1000]),
+    ("number", r"timeout|seconds|delay|interval|duration|wait", [0.5, 2.5, 5, 10, 30]),
+    ("number", r"prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|momentum|decay|rate|alpha|beta|gamma|rho", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
+    ("number", r"eps|tol|lr\b|learning", [0.1, 0.01, 1e-3, 1e-5, 1e-6]),
+    ("number", r"angle|degree|theta|phi|rotation|lat|lon", [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]),
+    ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length", [0.5, 1.5, 2, 2.5, 4, 10]),
+    ("number", r"", [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, -1.5, -0.5, -2, -3.25, 100])]
+VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values) for kind, pattern, values in VALUES]
+SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"], ["red apple", "green pear"], ["2024-01-05", "2024-02-09", "2024-03-01"]]
+OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}}, {"id": 7, "tags": ["new", "sale"]},
+           {"user": {"id": 42, "active": True}, "score": 9.5}, {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
+UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|"
+                     r"args|options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
+HIGH_DIMENSIONAL = re.compile(r"(?i):math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
+                              r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function")
+
+
+LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|observations|weights|indices|tensor|input|sequence of "
+                    r"(numbers|floats|ints)|x\d?|y|a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|shape|size|matrix|mask)\b")
+
+
+def random_arguments(tool, rng):
+    """Arguments like those in an example of the documentation, or by the schema: what is required and, often, what is not."""
+    properties, required = tool.parameters["properties"], tool.parameters["required"]
+    if tool.examples and (rng.random() < 0.7 or not all(can_state(p, properties[p]) for p in required)):
+        arguments, _ = rng.choice(tool.examples)
+        varied = {p: vary(value, rng) if "enum" not in properties[p] else value for p, value in arguments.items()}
+        return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
+    size = rng.randrange(3, 6)
+    optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(p, schema)]
+    chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
+    return {p: random_value(p, schema, rng, size) for p, schema in properties.items() if p in required or p in chosen}
+
+
+def vary(value, rng):
+    """A value of the same kind, size and sign: numbers up to a third larger or smaller, texts as they are."""
+    if type(value) is int and abs(value) > 3:
+        return value + rng.randrange(-abs(value) // 3, abs(value) // 3 + 1)
+    if type(value) is float:
+        return float(f"{value * rng.uniform(0.7, 1.3):.3g}")
+    if type(value) is list and all(type(v) in (int, float, list) for v in value):
+        return [vary(v, rng) for v in value]
+    return value
+
+
+def can_state(name, schema):
+    """Whether random_value() has a value for the parameter that a person could have meant."""
+    return bool(choices(name, schema))
+
+
+def choices(name, schema):
+    """The alternatives of a schema for which random_value() has a value that a person could have meant."""
+    text = value_text(name, schema)
+    several = schema["type"] if isinstance(schema.get("type"), list) else None
+    found = []
+    for choice in schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema]):
+        kind, items = choice.get("type"), choice.get("items") or {}
+        if "enum" in choice or kind in ("boolean", "integer", "number"):
+            found.append(choice)
+        elif kind == "string" and any(pattern.search(text) for of, pattern, _ in VALUES if of == "string"):
+            found.append(choice)
+        elif kind == "object" and "title" not in choice and re.search(r"\b(mapping|dict|dictionary|json|fields|attributes|properties)\b", text):
+            found.append(choice)
+        elif kind == "array" and not HIGH_DIMENSIONAL.search(text):
+            inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
+            simple = inner.get("type") in ("integer", "number", "boolean") or inner.get("type") == "string" and "enum" not in inner
+            if simple or not items and LISTED.search(text):
+                found.append(choice)
+    return found
+
+
+def value_text(name, schema):
+    """What the values of a parameter are chosen by: the words of its name and its description, in small letters."""
+    return f"{' '.join(words_of(name))}: {schema.get('description', '')}".lower()
+
+
+def random_value(name, schema, rng, size):
+    """A value for a parameter by its enum, type, name, description and default; `size` is the length of its lists."""
+    text, default = value_text(name, schema), schema.get("default")
+    if schema.get("nullable") and rng.random() < 0.05:
+        return None
+    choice = rng.choice(choices(name, schema))
+    kind = choice.get("type")
+    if choice.get("enum"):
+        return rng.choice([v for v in choice["enum"] if v != default] or choice["enum"])
+    if kind == "boolean":
+        return not default if type(default) is bool else rng.random() < 0.7
+    if kind == "array":
+        return random_list(text, choice, rng, size)
+    if kind == "object":
+        return rng.choice(OBJECTS)
+    if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
+        return rng.choice([2 * default, default + 1, 3 * default])
+    if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
+        return float(f"{default * rng.choice([0.5, 2, 5, 10] if default < 0.1 else [0.5, 0.8, 0.9]):.3g}")
+    values = next(values for of, pattern, values in VALUES if of == kind and pattern.search(text))
+    return rng.choice([v for v in values if v != default])
+
+
+def random_list(text, schema, rng, size):
+    """A list by the type of its items or, where none is stated, by what its name and description say."""
+    items = schema.get("items") or {}
+    kind = items.get("type")
+    if re.match(r"(shape|size|kernel|stride)", text):
+        return [rng.randrange(1, 6) for _ in range(2)]
+    if re.match(r"(axes|axis|dims?|perm)\b", text):
+        return [0, 1]
+    if kind == "string" or kind is None and re.search(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines)\b", text):
+        return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
+    if kind == "array" or re.search(r"\b(matrix|2-?d|two.dimensional|matrices)\b", text):
+        return [[rng.randrange(-5, 10) for _ in range(3)] for _ in range(2)]
+    if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
+        return [rng.random() < 0.5 for _ in range(size)]
+    if "prob" in text:
+        return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
+    low = 0 if re.search(r"positive|indices|index|counts|weights|non-negative", text) else -9
+    whole = kind == "integer" or re.search(r"integer|indices|index|counts|coefficients", text) or kind is None and rng.random() < 0.4
+    return [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2575,11 +3454,16 @@ def ask_about(api, endpoint):
 
 def fits(value, schema):
     """Whether a JSON value is what a schema of the kind that json_schema() makes asks for. A boolean is no number here."""
+    if value is None and schema.get("nullable"):
+        return True
+    if "anyOf" in schema and not any(fits(value, choice) for choice in schema["anyOf"]):
+        return False
     kind = PYTHON_TYPES.get(type(value))
     stated = schema.get("type", kind)
-    if stated != kind and (stated, kind) != ("number", "integer") or value not in schema.get("enum", [value]):
+    stated = stated if isinstance(stated, list) else [stated]
+    if kind not in stated and (kind != "integer" or "number" not in stated) or value not in schema.get("enum", [value]):
         return False
-    if "items" in schema:
+    if "items" in schema and kind == "array":
         return all(fits(item, schema["items"]) for item in value)
     inner = schema.get("properties")
     return inner is None or set(schema["required"]) <= set(value) <= set(inner) and all(fits(value[p], inner[p]) for p in value)
