@@ -29,6 +29,7 @@ ever run. The design of the corpus follows Hephaestus-Forge (arXiv 2502.06589, s
 """
 import argparse
 import ast
+import bisect
 import builtins
 import codecs
 import contextlib
@@ -514,7 +515,7 @@ def describe_object(obj, module, public_name, seen):
     home = getattr(obj, "__module__", None) or module.__name__
     if inspect.ismodule(obj) or not callable(obj) or not belongs(home, module.__name__):
         return []
-    key = f"{home}:{getattr(obj, '__qualname__', None) or getattr(obj, '__name__', public_name)}"
+    key = api_key(obj, home, public_name)
     path = f"{module.__name__}.{public_name}"
     if key in seen:
         return [{"key": key, "path": path}]
@@ -576,9 +577,12 @@ def describe_callable(obj, key, doc, module, bound=False):
     parameters = list(signature.parameters.values()) if signature else []
     if bound and parameters and (parameters[0].name in ("self", "cls") or inspect.isfunction(obj) and parameters[0].kind < 2):
         parameters = parameters[1:]
+    schema = json_schema(parameters, doc, module)
     return {"key": key, "doc": doc, "home": key.split(":")[0],
             "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
-            "is_class": inspect.isclass(obj), "parameters": json_schema(parameters, doc, module), "sessions": sessions(doc, obj, module)}
+            "is_class": inspect.isclass(obj), "parameters": schema,
+            "known": signature is not None and all(p.kind != p.VAR_POSITIONAL or "description" in schema["properties"].get(p.name, {"description": ""})
+                                                   for p in parameters), "sessions": sessions(doc, obj, module)}
 
 
 def stable(text):
@@ -762,7 +766,8 @@ def json_schema(parameters, doc, module=None):
         stated, note = ("", "") if p.annotation is p.empty else annotation_text(p.annotation, module)
         entry = parameter_schema(name, stated, said._replace(description=said.description or note), p.default)
         if p.kind == p.VAR_POSITIONAL and entry.get("type") != "array":
-            entry = array_of([{k: v for k, v in entry.items() if k != "description"}]) | {k: v for k, v in entry.items() if k == "description"}
+            items = {k: v for k, v in entry.items() if k != "description"}
+            entry = array_of([items] if items else []) | {k: v for k, v in entry.items() if k == "description"}
         elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and not re.search(r"\boptional\b", said.type):
             required.append(name)
         properties[name] = entry
@@ -781,6 +786,8 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         if type(default) in (bool, int, str, float) and finite and fits(default, schema):
             schema["default"] = default
     schema = schema or class_schema(stated or said.type) or ({} if stated or said.type else guessed_schema(name, said.description))
+    if schema.get("type", "string") == "string" and len(values := values_in_words(said.description)) > 1:
+        schema = {"type": "string", "enum": values} | ({"default": schema["default"]} if schema.get("default") in values else {})
     if schema and re.search(r"\bNone\b|\bOptional\b", stated or said.type):
         schema["nullable"] = True
     return schema | ({"description": shorten(said.description)} if said.description else {})
@@ -806,6 +813,16 @@ def guessed_schema(name, description):
     if re.match(r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start):
         return {"type": "string"}
     return type_schema(start) or type_schema(name)
+
+
+def values_in_words(description):
+    """The values in a description such as "one of 'a', 'b' or 'c'", else [].
+
+    >>> values_in_words('How: must be one of "sum", "mean", or ``"none"``. See "x".')
+    ['sum', 'mean', 'none']
+    """
+    found = re.search(r"(?i)\b(?:one of|either|must be|should be|can be|options?(?: are)?|choices?(?: are)?):?\W*((?:[`*]*(['\"])[\w .+-]*\2[`*]*(?:\W{0,3}(?:or|and)?\W{0,3}))+)", description)
+    return [value for _, value in re.findall(r"(['\"])([\w .+-]+)\1", found[1])] if found else []
 
 
 def default_in_words(text):
@@ -944,7 +961,11 @@ def array_of(items):
 
 USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars"}
 SHOWING = {"print", "list", "tuple", "dict", "set", "str", "repr", "pprint", "pprint.pprint"}  # show what the call in them gives
-ARRAYS = {"array", "asarray", "tensor", "Tensor"}  # of a literal: as good as the literal
+ARRAYS = {"array", "asarray", "tensor", "Tensor", "Matrix"}  # of a literal: as good as the literal
+DTYPE = re.compile(r"(np|numpy|torch)\.((u?int|float|complex|bool)\d*_?)|(int|float|bool|str)")
+
+
+SYMBOLS = {"symbols", "Symbol", "var", "Function", "Dummy"}
 
 
 class Symbol(str):
@@ -979,7 +1000,7 @@ def sessions(doc, obj, module):
         except SyntaxError:
             tree = ast.Module([], [])
         names |= imported_names(tree)
-        literals |= {name: Symbol(name) for name, path in imported_names(tree).items() if ".abc." in path}
+        literals |= {name: Symbol(name) for name, path in imported_names(tree).items() if is_symbolic(path)}
         calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
         targets = {text: look_up(text, names, obj, module) for text in calls}
         statement = tree.body[0] if len(tree.body) == 1 else None
@@ -1000,9 +1021,16 @@ def sessions(doc, obj, module):
         if assigned and not isinstance(statement.value, ast.Name):  # two names for one object may change it
             with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 literals[assigned] = literal_value(statement.value, literals)
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call) and ast.unparse(statement.value.func) in ("symbols", "Symbol", "var"):
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call) and ast.unparse(statement.value.func) in SYMBOLS:
             literals |= {n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)}
     return found
+
+
+def is_symbolic(path):
+    """Whether a dotted path leads to a mathematical symbol or constant, such as sympy.abc.x or sympy.pi."""
+    module, _, name = path.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return module.endswith(".abc") or hasattr(found, "free_symbols") and not inspect.isclass(found)
 
 
 def assigned_name(statement):
@@ -1022,7 +1050,7 @@ def literal_value(node, literals):
     """The JSON value of an expression of literals and of names that `literals` holds; np.array([1, 2]) is [1, 2].
 
     Raises ValueError, TypeError or SyntaxError for any other expression."""
-    if isinstance(node, ast.Name):
+    if isinstance(node, ast.Name) and not DTYPE.fullmatch(node.id):
         if node.id not in literals:
             raise ValueError(f"{node.id} is no literal")
         return literals[node.id]
@@ -1032,6 +1060,10 @@ def literal_value(node, literals):
         return {ast.literal_eval(key): literal_value(value, literals) for key, value in zip(node.keys, node.values)}
     if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ARRAYS and len(node.args) == 1 and not node.keywords:
         return literal_value(node.args[0], literals)
+    if isinstance(node, ast.Call) and not node.keywords and (made := made_array(node, literals)) is not None:
+        return made
+    if isinstance(node, (ast.Name, ast.Attribute)) and (dtype := DTYPE.fullmatch(ast.unparse(node))):
+        return dtype[2] or dtype[0]
     functions = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     used = [literals.get(n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in functions]
     if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call)) and used and all(isinstance(value, Symbol) for value in used):
@@ -1039,6 +1071,21 @@ def literal_value(node, literals):
     value = ast.literal_eval(node)
     json.dumps(value, allow_nan=False)
     return value
+
+
+def made_array(node, literals):
+    """The list in arange(6), range(6), ones(3), zeros(3) and arange(6).reshape(2, 3), or None."""
+    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [literal_value(a, literals) for a in node.args]
+    if kind in ("reshape", "view") and isinstance(node.func, ast.Attribute):
+        values, shape = literal_value(node.func.value, literals), arguments[0] if isinstance(arguments[0], list) else arguments
+        for n in shape[:0:-1]:
+            values = [values[i:i + n] for i in range(0, len(values), n)] if n > 0 else None
+        return values
+    if not arguments or len(arguments) > 3 or not all(type(a) in (int, float) and a == int(a) and abs(a) <= 100 for a in arguments):
+        return None
+    whole = [int(a) for a in arguments]
+    return {"arange": lambda: list(range(*whole)), "range": lambda: list(range(*whole)), "ones": lambda: [1.0] * whole[0],
+            "zeros": lambda: [0.0] * whole[0]}.get(kind, lambda: None)()
 
 
 def import_of(name, names, obj, module):
@@ -1079,9 +1126,10 @@ def look_up(text, names, obj, module):
     return None
 
 
-def api_key(obj):
-    """Where an object was defined, which identifies it under whatever name it is reached."""
-    return f"{getattr(obj, '__module__', None)}:{getattr(obj, '__qualname__', None) or obj.__name__}"
+def api_key(obj, home=None, name=None):
+    """Where an object was defined, which identifies it under whatever name it is reached; of what a function made, its text too."""
+    key = f"{getattr(obj, '__module__', None) or home}:{getattr(obj, '__qualname__', None) or getattr(obj, '__name__', name)}"
+    return key + f"#{zlib.crc32((obj.__doc__ or '').encode()):08x}" if "<locals>" in key else key
 
 
 def literal_call(target, node, literals):
@@ -1164,7 +1212,7 @@ def name_apis(objects, package):
     def rank(path, home):
         parent = path.rpartition(".")[0]
         own = home == parent or home.startswith(parent + ".") or home.lstrip("_") == parent
-        return path.count("."), not own, len(path), path
+        return path.count("."), re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None, not own, len(path), path
 
     best = {key: min(found, key=lambda p: rank(p, key.split(":")[0])) for key, found in paths.items()}
     names = {key: best.get(key) or f"{best[o['of']]}.{o['name']}" for key, o in described.items()
@@ -1311,17 +1359,22 @@ def package_tools(apis, package):
     """A Tool for each API that someone would call, with the calls of it that the package's documentation shows."""
     examples, chains = defaultdict(dict), defaultdict(list)
     for api in distinct(apis):
-        acts = [(target["name"], arguments, result) for _, of in actions(api, apis) for target, arguments, result in of if target]
+        acts = [(target["name"], arguments, result) for _, of in actions(api, apis) for target, arguments, result in of
+                if target and target["known"]]
         for name, arguments, result in acts:
             if len(json.dumps(arguments)) < 300 and not {"[]", "{}", '""'} & {*map(json.dumps, arguments.values())}:
                 examples[name].setdefault(json.dumps(arguments), (arguments, result))
-        for i, first in enumerate(acts):
-            for second in acts[i + 1:]:
-                value = literal_result(first[2])
-                if len(str(value)) > 2 and value in second[1].values() and value not in first[1].values():
-                    chains[first[0]].append((first, second))
+    shown = [(name, *example) for name, of in examples.items() for example in of.values()]
+    takers = defaultdict(list)
+    for call in shown:
+        for value in call[1].values():
+            takers[plain_value(value)].append(call)
+    for first in shown:
+        for second in takers[plain_value(first[2])][:20] if len(plain_value(first[2])) > 4 else []:
+            if second[0] != first[0] and not any(same_value(v, first[2]) for v in first[1].values()) and len(chains[first[0]]) < 5:
+                chains[first[0]].append((first, second))
     for api in distinct(apis):
-        if not api["unfit"]:
+        if api["known"] and not api["unfit"] and api["name"].count(".") <= 3:
             yield package_tool(api, list(examples[api["name"]].values()), package, chains[api["name"]])
 
 
@@ -1330,12 +1383,14 @@ def package_tool(api, examples, package, chains=()):
                 api["is_class"], examples, chains)
 
 
-def literal_result(text):
-    """The JSON value that an output shows, or the output itself."""
-    try:
-        return json.loads(json.dumps(ast.literal_eval(text)))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return text
+def plain_value(value):
+    """A value, or an output that shows one, as text to compare: array([1, 2]) is [1,2]."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|'", "", text).replace('"', "").replace("(", "[").replace(")", "]")
+
+
+def same_value(value, output):
+    return plain_value(value) == plain_value(output)
 
 
 def last_paragraph(text, summary):
@@ -2761,14 +2816,15 @@ SHAPES = {  # requests by what a purpose is: {p} the purpose, {a} the arguments 
     "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.", "Can you build {p}{a}?",
              "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.", "I want to use {p}{a}.", "Make {p}{a} for me."]}
 WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"), ("with", "{v} for {l}")]
-MADE_UP = 4           # conversations on a tool with values that are made up
+MADE_UP = 6           # conversations on a tool with values that are made up
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
+ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
 TOLD = ["{v}", "It is {v}.", "Use {v}.", "Take {v}, please.", "{v}, please.", "Sorry, {v}."]
 REFUSALS = ["None of the given tools can do this.", "I have no tool for that request.",
             "The tools at hand do not cover this, so I make no call.", "No available function fits this request."]
 ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
-VERBS = set("""accept add adjust align append apply approximate ask assign bind bound build calculate call cast change check choose clamp clear
+VERBS = set("""accept add do adjust align append apply approximate ask assign bind bound build calculate call cast change check choose clamp clear
     clip close collect combine compare compile compose compress compute concatenate configure construct convert copy count create crop cut
     decode decompose decompress decrypt define delete derive describe detect determine differentiate disable display divide download draw
     drop dump embed enable encode encrypt enumerate escape estimate evaluate expand export express extract factor fetch fill filter find
@@ -2845,46 +2901,58 @@ def synthesise(tools, seed, shares):
     Half of the other tools are of the same module. They are neighbours in hash order, and so mostly held out together; nothing here
     knows which are.
     """
-    usable = sorted((t for t in tools if can_call(t)), key=lambda t: unit_hash(t.name))
-    by_name, modules, written = {t.name: t for t in tools}, defaultdict(list), set()
+    usable, by_name, modules = sorted(filter(can_call, tools), key=lambda t: unit_hash(t.name)), {t.name: t for t in tools}, defaultdict(list)
     for tool in usable:
         modules[tool.name.rpartition(".")[0]].append(tool)
-    places = {tool.name: (i, modules[tool.name.rpartition(".")[0]].index(tool)) for i, tool in enumerate(usable)}
+    written = set()
     for tool in usable:
-        i, j = places[tool.name]
-        near = [t for t in modules[tool.name.rpartition(".")[0]][max(0, j - 6):j + 7] if t.description != tool.description]
-        far = [t for t in usable[max(0, i - 12):i + 13] if t.description != tool.description]
-        facts = [(arguments, result, None) for arguments, result in tool.examples] + [(*chain[0][1:], chain) for chain in tool.chains]
-        facts += [(None, None, None)] * (MADE_UP if tool.parameters["properties"] else 1)
-        for n, (arguments, result, chain) in enumerate(facts):
-            rng = random.Random(f"{seed} {n} {tool.name}")
-            kind = "chain" if chain else draw_kind(tool, result, shares, rng)
-            if not kind or chain and not (shares.get("chain") and chain[1][0] in by_name):
-                continue
-            arguments = random_arguments(tool, rng) if arguments is None else arguments
-            targets = [(tool, arguments)]
-            if chain:
-                targets.append((by_name[chain[1][0]], chain[1][1]))
-            elif kind == "parallel":
-                other = rng.choice([tool, *near])
-                targets.append((other, random_arguments(other, rng)))
-            pool = near if near and rng.random() < 0.5 else far
-            count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(kind, rng.randrange(3))
-            others = [t for t in rng.sample(pool, min(len(pool), count)) if t not in [t for t, _ in targets]]
-            offered = others if kind == "irrelevant" else list({t.name: t for t in [*(t for t, _ in targets), *others]}.values())
-            if not offered:
-                continue
-            rng.shuffle(offered)
-            names = {t.name: ".".join(t.name.split(".")[-2:]) for t in [*offered, tool]}
-            if len(set(names.values())) < len(names):
-                names = {name: name for name in names}
-            messages = conversation(kind, [(t, names.get(t.name), a) for t, a in targets], result, chain, offered, rng)
-            definitions = [definition(t, names[t.name]) for t in offered]
-            if (key := json.dumps([messages, sorted(names)])) in written:
-                continue
-            written.add(key)
-            yield Record(f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license,
-                         [*dict.fromkeys([*(t.name for t, _ in targets), *(t.name for t in offered)])], messages=messages, tools=definitions)
+        near, far = neighbours(tool, modules[tool.name.rpartition(".")[0]], 6), neighbours(tool, usable, 12)
+        facts = [Fact([(tool, arguments)], [result]) for arguments, result in tool.examples]
+        facts += [Fact([(tool, first[1]), (by_name[second[0]], second[1])], [first[2], second[2]]) for first, second in tool.chains if second[0] in by_name and purposes(by_name[second[0]])]
+        facts += [None] * (MADE_UP if tool.parameters["properties"] else 1)
+        for n, fact in enumerate(facts):
+            for attempt in range(3):  # not every choice can be put in words
+                rng = random.Random(f"{seed} {n} {attempt} {tool.name}")
+                record = conversation_record(n, tool, fact, near, far, shares, rng)
+                if record and (content := json.dumps(record.messages)) not in written:
+                    written.add(content)
+                    yield record
+                    break
+
+
+def neighbours(tool, ordered, distance):
+    """Tools that stand near a tool in a list in hash order, but for those of the same description."""
+    i = bisect.bisect_left(ordered, unit_hash(tool.name), key=lambda t: unit_hash(t.name))
+    return [t for t in ordered[max(0, i - distance):i + distance + 1] if t.description != tool.description]
+
+
+class Fact(typing.NamedTuple):
+    """Calls that documentation shows, [(tool, arguments)], and what they give."""
+    calls: list
+    results: list
+
+
+def conversation_record(n, tool, fact, near, far, shares, rng):
+    """A Record of a conversation on a tool, about a Fact or, without one, with values made up; None where it cannot be put in words."""
+    kind = draw_kind(tool, fact, shares, rng)
+    calls = list(fact.calls) if fact else [(tool, random_arguments(tool, rng))]
+    if kind == "parallel":
+        other = rng.choice([tool, *near])
+        calls.append((other, random_arguments(other, rng)))
+    pool = near if near and rng.random() < 0.5 else far
+    count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(kind, rng.randrange(3))
+    others = [t for t in rng.sample(pool, min(len(pool), count)) if all(t is not called for called, _ in calls)]
+    offered = others if kind == "irrelevant" else list({t.name: t for t in [*(t for t, _ in calls), *others]}.values())
+    if not kind or not offered or any(arguments is None for _, arguments in calls):
+        return None
+    rng.shuffle(offered)
+    names = {t.name: ".".join(t.name.split(".")[-2:]) for t in [*offered, *(t for t, _ in calls)]}
+    if len(set(names.values())) < len(names):
+        names = {name: name for name in names}
+    messages = conversation(kind, calls, names, fact.results if fact else [], offered, rng)
+    return messages and Record(f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license,
+                               list(dict.fromkeys([*(t.name for t, _ in calls), *(t.name for t in offered)])),
+                               messages=messages, tools=[definition(t, names[t.name]) for t in offered])
 
 
 def definition(tool, name):
@@ -2902,46 +2970,51 @@ def can_call(tool):
     return bool(tool.examples) or all(can_state(name, properties[name]) for name in required)
 
 
-def draw_kind(tool, result, shares, rng):
-    """One of the kinds, by their shares, that such a call allows; None if none does."""
-    allowed = {kind: share for kind, share in shares.items() if kind != "chain" and share
-               and (kind != "missing" or tool.parameters["required"] and result is None) and (kind != "error" or result is None)}
+def draw_kind(tool, fact, shares, rng):
+    """One of the kinds, by their shares, that such a conversation can be; None if there is none."""
+    if fact and len(fact.calls) > 1:
+        return "chain" if shares.get("chain") else None
+    cannot = {"chain"} | ({"missing", "error", "irrelevant", "parallel"} if fact else set() if tool.parameters["required"] else {"missing"})
+    allowed = {kind: share for kind, share in shares.items() if share and kind not in cannot}
     return rng.choices([*allowed], [*allowed.values()])[0] if allowed else None
 
 
-def conversation(kind, targets, result, chain, offered, rng):
-    """The messages of a conversation in which `targets`, a list of (tool, its short name, arguments), are called, or should be."""
-    tool, name, arguments = targets[0]
-    calls = [(short, given) for _, short, given in targets]
+def conversation(kind, calls, names, results, offered, rng):
+    """The messages of a conversation of that kind, in which `calls`, [(tool, arguments)], are made, or should be; None where no request
+    for them reads right. `results` is what they give, where it is known."""
+    tool, arguments = calls[0]
+    made = [(names[t.name], given) for t, given in calls]
+    missing = rng.choice(tool.parameters["required"]) if kind == "missing" else None
+    stated = [{p: v for p, v in given.items() if p != missing} for _, given in calls]
     if kind == "chain":
-        (_, _, first), (_, given, second) = chain
-        given = {p: Said("the result") if v == literal_result(first) else v for p, v in given.items()}
-        asked = f"{ask(tool, arguments, offered, rng)} Then {uncapitalised(ask(targets[1][0], given, offered, rng, plain=True))}"
-        return [chat_message("user", asked), chat_message("assistant", calls=calls[:1]), chat_message("tool", first),
-                chat_message("assistant", calls=calls[1:]), chat_message("tool", second), chat_message("assistant", answer(second, rng))]
-    if kind == "missing":
-        p = rng.choice(tool.parameters["required"])
-        begun = [chat_message("user", ask(tool, {q: v for q, v in arguments.items() if q != p}, offered, rng)),
-                 chat_message("assistant", rng.choice(QUESTIONS).format(p=p))]
-        told = [chat_message("user", rng.choice(TOLD).format(v=in_words(arguments[p]))), chat_message("assistant", calls=calls)]
-        return begun + told * (rng.random() < 0.6)
-    request = rng.choice(["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]).join(
-        ask(t, given, offered, rng) for t, _, given in targets)
+        stated[1] = {p: Said("the result") if same_value(v, results[0]) else v for p, v in stated[1].items()}
+    requests = [ask(t, given, offered, rng, plain=i > 0) for i, ((t, _), given) in enumerate(zip(calls, stated))]
+    if None in requests:
+        return None
+    if kind == "chain":
+        user = chat_message("user", f"{requests[0]} Then {requests[1][0].lower()}{requests[1][1:]}")
+        return [user, *itertools.chain.from_iterable(
+            [chat_message("assistant", calls=[call]), chat_message("tool", result)] for call, result in zip(made, results)),
+            chat_message("assistant", answer(results[1], rng))]
+    user = chat_message("user", rng.choice(ALSO).join(requests))
     if kind == "irrelevant":
-        return [chat_message("user", request), chat_message("assistant", rng.choice(REFUSALS))]
-    messages = [chat_message("user", request), chat_message("assistant", calls=calls)]
-    if kind == "error" and (mended := mend(tool, arguments, rng)):
-        message, other = mended
-        return messages + [chat_message("tool", message), chat_message("assistant", calls=[(name, other)])]
-    if result is not None and len(targets) == 1:
-        messages += [chat_message("tool", result), chat_message("assistant", answer(result, rng))]
-    return messages
+        return [user, chat_message("assistant", rng.choice(REFUSALS))]
+    call = chat_message("assistant", calls=made)
+    if missing:
+        told = [chat_message("user", rng.choice(TOLD).format(v=in_words(arguments[missing]))), call]
+        return [user, chat_message("assistant", rng.choice(QUESTIONS).format(p=missing))] + told * (rng.random() < 0.6)
+    if kind == "error":
+        message, mended = mend(tool, arguments, rng)
+        return message and [user, call, chat_message("tool", message), chat_message("assistant", calls=[(names[tool.name], mended)])]
+    if results and len(calls) == 1:
+        return [user, call, chat_message("tool", results[0]), chat_message("assistant", answer(results[0], rng))]
+    return [user, call]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Requests in words
 
-CLEAN = re.compile(r"[\w ,'\"`*()\-+^=]+")  # a purpose that can stand in a request: no formula, no markup
+CLEAN = re.compile(r"(?!.*(\*\*|-th\b|\b[nk]-))[\w ,'\"`*()-]+")  # a purpose that can stand in a request: no formula, no markup
 UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|instances|method|module|wrapper|helper|"
                      r"internal|callable|decorator|deprecated|alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|"
                      r"hook|mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|i e|version of|kind for|prints as|routine|"
@@ -2971,20 +3044,21 @@ def find_purposes(name, documentation, is_class):
     >>> find_purposes("harmonic_mean", "Returns the harmonic mean of data.", False)
     (('give', 'the harmonic mean of data'), ('give', 'the harmonic mean'))
     """
-    words, sentence = words_of(name), re.sub(r"\([^()]*\)|\.$|:+$", "", first_sentence(documentation)).strip()
+    words, sentence = words_of(name), re.sub(r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")).strip()
     if is_class:
-        noun = f"A {sentence[:1].lower()}{sentence[1:]}" if imperative(sentence.partition(" ")[0].lower()) not in VERBS else ""
-        kind, noun = read_purpose(re.sub(r"^A (an?|the) ", r"A ", noun)) or ("", "")
-        if not kind and len(words) > 1 and all(len(w) > 2 for w in words):
-            noun = "a " + " ".join(w if w.isupper() else w.lower() for w in words)
-        return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if noun else ()
+        kind, noun = read_purpose(re.sub(r"^The ", "A ", sentence)) or ("", "")
+        if kind and not re.match("(A|An|The) ", sentence):  # a class that is used as a function
+            return ((kind, noun),)
+        if kind != "give" and len(words) > 1 and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower()):
+            kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
+        return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
     found = [read_purpose(sentence)]
     returned = re.search(r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$", documentation, re.M)
     if returned:
-        found.append(read_purpose(f"Return {returned[1][0].lower()}{returned[1][1:].rstrip('.')}"))
-    start = documentation.split("\n\n")[0].lower()
-    if len(words) > 1 and all(len(w) > 2 and w.isalpha() and w.lower()[:5] in start for w in words) and not re.search("ed$|ing$", words[-1]):
-        name = " ".join(words).lower()
+        given = f"{returned[1][0].lower()}{returned[1][1:].rstrip('.')}"
+        found += [purpose for purpose in [read_purpose(f"Return {given}")] if purpose and len(purpose[1]) > len(given) - 3 and len(given) < 70]
+    name = " ".join(words).lower()
+    if len(words) > 1 and not re.match("(is|has|can|to|from|as|in|on|set|new)$", words[0].lower()) and name in re.sub(r"\W+((the|an?) )?", " ", documentation.lower()):
         found.append(("do", name) if words[0].lower() in VERBS - {"return", "get"} else ("give", "the " + name.removeprefix("get ")))
     return tuple(dict.fromkeys(p for p in found if p))
 
@@ -3010,10 +3084,13 @@ def read_purpose(sentence):
         words = re.split(r",? (?:which|that|so that|such that|using|when|where|if|and returns?|in order|as described|whose|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
     else:
         words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
-    words = re.sub(r"( (of|for|with|from|in|to|by|on))? (the |a )?(given|specified|provided)( [\w-]+)*$", "", words).strip(" .,")
+    if re.match(r"(\S+ ){0,3}\S+,", sentence) and kind != "check":
+        return None
+    cut = kind != "check" and len(words) < len(rest) - 2
+    words = re.sub(r"( or not| (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+)*)$", "", words).strip(" .,")
     plain = re.sub(r"[`*]", "", words)
-    usable = CLEAN.fullmatch(words) and not re.search(r"\b(given|specified|provided)\b", words) and not UNCLEAR.search(plain) and 2 <= len(plain.split()) <= 16 and plain.count("(") == plain.count(")")
-    return (kind, words) if usable and not re.search(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or)$", plain) else None
+    usable = CLEAN.fullmatch(words) and not re.search(r"\b(given|specified|provided)\b", words) and not UNCLEAR.search(plain) and (kind == "check") + len(plain.split()) in range(3 + 2 * cut, 17) and plain.count("(") == plain.count(")")
+    return (kind, words) if usable and not re.search(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|along|corresponding|according|based|depending|such|lists of equal)$", plain) else None
 
 
 def imperative(verb):
@@ -3033,17 +3110,19 @@ def words_of(name):
 
 
 def ask(tool, arguments, offered, rng, plain=False):
-    """A request in words for a call of the tool that states all arguments; with `plain` it is a sentence to go on with. It shares no
-    eight words in a row with the description of an offered tool, unless no way of saying it does."""
+    """A request in words for a call of the tool that states all arguments, or None where no way of saying it reads right: names of
+    parameters are left in it, or eight words in a row of the description of an offered tool. With `plain` it is a sentence to go on with."""
     for attempt in range(12):
         kind, words = rng.choice(purposes(tool))
-        words, left = fill_in(words, arguments, tool)
+        words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
         shapes = [s for s in SHAPES[kind][:2 if plain else None] if left or "{given}" not in s and "{Use}" not in s]
         request = rng.choice(shapes).format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
-        if not any(common_run(request, t.description) for t in offered):
-            break
-    return request
+        names = {p for p in tool.parameters["required"] if p not in arguments}  # what the user forgets
+        odd = [w for w in re.findall(r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z])(?![\w\"'-])", words) if w not in names]
+        if not odd and not any(common_run(request, t.description) for t in offered):
+            return request
+    return None
 
 
 def common_run(text, other, length=8):
@@ -3053,26 +3132,29 @@ def common_run(text, other, length=8):
     return any(tuple(theirs[i:i + length]) in runs for i in range(len(theirs) - length + 1))
 
 
-def fill_in(words, arguments, tool):
+def fill_in(kind, words, arguments, tool):
     """(words with values in the place of the parameters that they name, arguments that are left). A name that is a common word counts
     only where the documentation marks it. The first argument may follow the noun that stands for it: "the list [1, 2]"."""
     stated = set()
 
     def value(match):
-        stated.add(match[1] or match[2])
-        return in_words(arguments[match[1] or match[2]])
+        name = match[1] or match[2]
+        stated.add(name)
+        return in_words(arguments[name]) if name else ""  # other marks go
 
     marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
     plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
-    if arguments:
-        words = re.sub(rf"[`*]+({marked})[`*]+" + (rf"|(?<![\w`*'\"-])({plain})(?![\w`*'\"(-])" if plain else "|(?!)()"), value, words)
-    words = re.sub(r"[`*]", "", words)
+    words = re.sub(rf"[`*]+({marked or '(?!)'})[`*]+|(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]", value, words)
     left = {p: v for p, v in arguments.items() if p not in stated}
     main = next(iter(left), None)
+    if main and re.search(rf" (of|in|from|to) (the )?{main}$", words):
+        words = re.sub(rf"(the )?{main}$", lambda _: in_words(left.pop(main)), words)
+        main = next(iter(left), None)
     noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.parameters["required"] else None
     if noun and not isinstance(left[main], Said):
-        end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|or|using)\b|$)"
-        words, count = re.subn(rf"\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}", lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
+        end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|or|using|is|are|has|have|can|contains?|lies|was)\b|$)"
+        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if kind in ("give", "make") else ""
+        words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}", lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
         left = {p: v for p, v in left.items() if p != main or not count}
     return words, left
 
@@ -3083,9 +3165,11 @@ def clauses(kind, words, left, tool, rng):
         return "", "", ""
     lead, item = rng.choice(WITH if not any(type(v) is bool for v in left.values()) else WITH[1:4:2])
     labels = {p: label(p, tool.parameters["properties"].get(p, {})) for p in left}
+    labels = labels if len({*labels.values()}) == len(labels) else {p: p for p in left}
     items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()]
     main = next(iter(left))
-    alone = kind != "make" and main in tool.parameters["required"] and not any(p in tool.parameters["required"] for p in left if p != main)
+    counted = type(left[main]) is bool or re.search(r"\b(size|length|number|count|times|shape)\b", value_text(main, tool.parameters["properties"].get(main, {})))
+    alone = kind != "make" and not counted and main in tool.parameters["required"] and not any(p in tool.parameters["required"] for p in left if p != main)
     if alone:
         lead, items = ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])]) if len(items) == 1 else (lead, items)
     listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
@@ -3124,36 +3208,31 @@ def answer(result, rng):
     return "The result is:\n" + (result if len(result) <= 300 else result[:300].rsplit(None, 1)[0] + " ...")
 
 
-def uncapitalised(text):
-    return text[0].lower() + text[1:]
-
-
 def mend(tool, arguments, rng):
-    """(error message of a call, the arguments that it asks for in their place), or None where nothing can be otherwise."""
-    properties = tool.parameters["properties"]
-    p = rng.choice(sorted(arguments)) if arguments else None
-    value = arguments.get(p)
-    if p and p not in tool.parameters["required"] and rng.random() < 0.3:
-        return f"TypeError: {tool.name.rpartition('.')[2]}() does not take {p} here; leave it out", {q: v for q, v in arguments.items() if q != p}
-    if type(value) in (int, float) and abs(value) > 1:
-        other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
-        message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
-    elif type(value) is list and len(value) > 2:
-        other = value[:-1]
-        message = f"ValueError: {p} has {len(value)} items, only the first {len(other)} are allowed"
-    elif type(value) is str and "." in value and "/" in value:
-        other = re.sub(r"(\.\w+)$", r"_v2\1", value)
-        message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
-    elif type(value) is str and p in properties and can_state(p, properties[p]):
-        other = random_value(p, properties[p], rng, 3)
-        message = rng.choice(["ValueError: {v} is not valid for {p}; use {w}", "Error: {p} {v} was not found. Did you mean {w}?"]).format(
-            p=p, v=json.dumps(value), w=json.dumps(other))
-    elif type(value) is bool:
-        other = not value
-        message = f"NotImplementedError: {p}={json.dumps(value)} is not supported; use {json.dumps(other)}"
-    else:
-        return None
-    return (message, arguments | {p: other}) if other != value and fits(other, properties.get(p, {})) else None
+    """(error message of a call, the arguments that it asks for in their place); None twice where nothing can be otherwise."""
+    properties, required = tool.parameters["properties"], tool.parameters["required"]
+    for p in rng.sample(sorted(arguments), len(arguments)):
+        value, schema, other = arguments[p], properties[p], None
+        if p not in required and rng.random() < 0.3:
+            return f"TypeError: {tool.name.rpartition('.')[2]}() does not take {p} here; leave it out", {q: v for q, v in arguments.items() if q != p}
+        if schema.get("enum"):
+            other = rng.choice(schema["enum"])
+            message = f"ValueError: {p}={value!r} is not available; use {other!r}"
+        elif type(value) in (int, float) and abs(value) > 1:
+            other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
+            message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
+        elif type(value) is list and len(value) > 2:
+            other = value[:-1]
+            message = f"ValueError: {p} has {len(value)} items, only the first {len(other)} are allowed"
+        elif type(value) is str and re.search(r"/.*\.\w+$", value):
+            other = re.sub(r"(\.\w+)$", r"_v2\1", value)
+            message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
+        elif type(value) is bool and p not in required:
+            other = not value
+            message = f"NotImplementedError: {p}={json.dumps(value)} is not supported; use {json.dumps(other)}"
+        if other is not None and other != value and fits(other, schema):
+            return message, arguments | {p: other}
+    return None, None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3166,7 +3245,6 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"\bip|address", ["192.168.1.20", "10.0.0.5", "2001:db8::1"]),
     ("string", r"encoding|charset|codec", ["utf-8", "latin-1", "ascii", "utf-16"]),
     ("string", r"^errors\b", ["strict", "ignore", "replace"]),
-    ("string", r"^mode\b", ["r", "w", "rb", "a"]),
     ("string", r"dtype|data type", ["float32", "float64", "int64", "bool"]),
     ("string", r"device", ["cpu", "cuda:0"]),
     ("string", r"regex|pattern|regular expression|glob", [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
@@ -3198,7 +3276,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment|note|^data\b", [
         "The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world", "Order #1042 has shipped",
         "Zürich is lovely in spring.", "  leading and trailing spaces  ", "one,two,three"]),
-    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", ["alpha", "invoice_items", "Main Street", "sensor 12", "blue whale", "nightly-build"]),
+    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]),
     ("integer", r"axis|^dim\b|^dim\d|dimension along", [0, 1, -1]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
@@ -3216,9 +3294,9 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1, 2, 5, 10, -1]),
     ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100, 1000]),
     ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins", [2, 3, 4, 5, 8, 10, 12, 25, 50, 100]),
-    ("integer", r"", [2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 15, 17, 20, 24, 30, 36, 42, 60, 97, 100, 128, 360, 1000]),
+    ("integer", r"", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]),
     ("number", r"timeout|seconds|delay|interval|duration|wait", [0.5, 2.5, 5, 10, 30]),
-    ("number", r"prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|momentum|decay|rate|alpha|beta|gamma|rho", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
+    ("number", r"between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|momentum|decay|rate|alpha|beta|gamma|rho", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
     ("number", r"eps|tol|lr\b|learning", [0.1, 0.01, 1e-3, 1e-5, 1e-6]),
     ("number", r"angle|degree|theta|phi|rotation|lat|lon", [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]),
     ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length", [0.5, 1.5, 2, 2.5, 4, 10]),
@@ -3238,16 +3316,20 @@ LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coeffici
 
 
 def random_arguments(tool, rng):
-    """Arguments like those in an example of the documentation, or by the schema: what is required and, often, what is not."""
+    """Arguments like those in an example of the documentation, or by the schema: what is required and, often, what is not. None where
+    a value does not fit its schema."""
     properties, required = tool.parameters["properties"], tool.parameters["required"]
     if tool.examples and (rng.random() < 0.7 or not all(can_state(p, properties[p]) for p in required)):
         arguments, _ = rng.choice(tool.examples)
-        varied = {p: vary(value, rng) if "enum" not in properties[p] else value for p, value in arguments.items()}
+        kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(p, schema)}
+        varied = {p: value if p in kept else vary(value, rng) for p, value in arguments.items()}
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
     size = rng.randrange(3, 6)
-    optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(p, schema)]
+    optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(p, schema)
+                and "deprecated" not in schema.get("description", "").lower()]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
-    return {p: random_value(p, schema, rng, size) for p, schema in properties.items() if p in required or p in chosen}
+    arguments = {p: random_value(p, schema, rng, size) for p, schema in properties.items() if p in required or p in chosen}
+    return arguments if all(fits(v, properties[p]) for p, v in arguments.items()) else None
 
 
 def vary(value, rng):
@@ -3273,9 +3355,9 @@ def choices(name, schema):
     found = []
     for choice in schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema]):
         kind, items = choice.get("type"), choice.get("items") or {}
-        if "enum" in choice or kind in ("boolean", "integer", "number"):
+        if "enum" in choice or kind == "boolean":
             found.append(choice)
-        elif kind == "string" and any(pattern.search(text) for of, pattern, _ in VALUES if of == "string"):
+        elif kind in ("integer", "number", "string") and values_of(kind, name, schema):
             found.append(choice)
         elif kind == "object" and "title" not in choice and re.search(r"\b(mapping|dict|dictionary|json|fields|attributes|properties)\b", text):
             found.append(choice)
@@ -3285,6 +3367,15 @@ def choices(name, schema):
             if simple or not items and LISTED.search(text):
                 found.append(choice)
     return found
+
+
+def values_of(kind, name, schema):
+    """The VALUES for a parameter of a simple type: by its name, else by how its description begins; [] where neither says enough."""
+    words, description = " ".join(words_of(name)).lower(), schema.get("description", "").lower()[:80]
+    for text in (words, description):
+        if found := next((values for of, pattern, values in VALUES if of == kind and pattern.pattern and pattern.search(text)), None):
+            return found
+    return [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values] if description else []
 
 
 def value_text(name, schema):
@@ -3311,17 +3402,16 @@ def random_value(name, schema, rng, size):
         return rng.choice([2 * default, default + 1, 3 * default])
     if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
         return float(f"{default * rng.choice([0.5, 2, 5, 10] if default < 0.1 else [0.5, 0.8, 0.9]):.3g}")
-    values = next(values for of, pattern, values in VALUES if of == kind and pattern.search(text))
-    return rng.choice([v for v in values if v != default])
+    return rng.choice([v for v in values_of(kind, name, schema) if v != default])
 
 
 def random_list(text, schema, rng, size):
     """A list by the type of its items or, where none is stated, by what its name and description say."""
     items = schema.get("items") or {}
     kind = items.get("type")
-    if re.match(r"(shape|size|kernel|stride)", text):
+    if kind != "array" and re.match(r"(shape|size|kernel|stride)", text):
         return [rng.randrange(1, 6) for _ in range(2)]
-    if re.match(r"(axes|axis|dims?|perm)\b", text):
+    if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
         return [0, 1]
     if kind == "string" or kind is None and re.search(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines)\b", text):
         return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
@@ -3329,9 +3419,9 @@ def random_list(text, schema, rng, size):
         return [[rng.randrange(-5, 10) for _ in range(3)] for _ in range(2)]
     if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
         return [rng.random() < 0.5 for _ in range(size)]
-    if "prob" in text:
+    if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
         return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
-    low = 0 if re.search(r"positive|indices|index|counts|weights|non-negative", text) else -9
+    low = 0 if re.search(r"positive|indices|index|counts|weights|non-negative|degree|sequence|partition|permutation", text) else -9
     whole = kind == "integer" or re.search(r"integer|indices|index|counts|coefficients", text) or kind is None and rng.random() < 0.4
     return [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
 
