@@ -84,7 +84,8 @@ def main():
     args = parse_args()
     started = time.time()
     out = Path(args.out)
-    (out / "rejected").mkdir(parents=True, exist_ok=True)
+    for folder in ("rejected", "tools"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
     args.llm_cache = out / "cache" / "llm"
     found = [find_units(*source.split(":", 1), args=args) for source in args.sources]
     units = {u.filename: u for units, _ in found for u in units}
@@ -297,16 +298,23 @@ def collect(units, out, args):
 
 
 def write_unit(unit, out, args):
-    """Write a unit's records, but for those whose licence is not wanted, and its rejections. Returns what made it fail, or None."""
-    try:
-        with writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected:
+    """Write a unit's Records and Tools, but for those whose licence is not wanted, and its rejections.
+
+    Returns what made it fail, or None.
+    """
+    try:  # the file of the records, which says that the unit is done, appears last
+        with (writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected,
+              writing(out / "tools" / unit.filename) as tools):
             for found in unit.function(*unit.arguments):
-                if isinstance(found, Record) and not wanted(found.license, args):
-                    found = rejection(found.source, found.id, f"license {found.license}")
-                if isinstance(found, Record):
-                    records.write(found.to_json() + "\n")
-                else:
+                if isinstance(found, dict):
                     rejected.write(json.dumps(found, ensure_ascii=False) + "\n")
+                elif not wanted(found.license, args):
+                    name = found.id if isinstance(found, Record) else found.name
+                    refused = rejection(found.source, name, f"license {found.license}")
+                    rejected.write(json.dumps(refused, ensure_ascii=False) + "\n")
+                else:
+                    file = records if isinstance(found, Record) else tools
+                    file.write(found.to_json() + "\n")
     except (ValueError, OSError) as error:  # a server that does not answer, a full disk
         return str(error)
 
@@ -821,7 +829,9 @@ def values_in_words(description):
     >>> values_in_words('How: must be one of "sum", "mean", or ``"none"``. See "x".')
     ['sum', 'mean', 'none']
     """
-    found = re.search(r"(?i)\b(?:one of|either|must be|should be|can be|options?(?: are)?|choices?(?: are)?):?\W*((?:[`*]*(['\"])[\w .+-]*\2[`*]*(?:\W{0,3}(?:or|and)?\W{0,3}))+)", description)
+    value = r"[`*]*(?:'[\w .+-]+'|\"[\w .+-]+\")[`*]*"
+    found = re.search(rf"(?i)\b(?:one of|either|(?:must|should|can) be|options?(?: are)?|choices?(?: are)?):?(?: one of)?:?[\s({{\[]*"
+                      rf"({value}(?:,?\s*(?:or\b|and\b|\|)?\s*{value})*)", description)
     return [value for _, value in re.findall(r"(['\"])([\w .+-]+)\1", found[1])] if found else []
 
 
@@ -1135,17 +1145,23 @@ def api_key(obj, home=None, name=None):
 def literal_call(target, node, literals):
     """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one; else None."""
     try:
-        doc = documentation(target)
-        signature = find_signature(target, doc)
-        given = {k.arg: literal_value(k.value, literals) for k in node.keywords}
-        values = [literal_value(a, literals) for a in node.args]
-        arguments = {}
-        for name, value in signature.bind(*values, **given).arguments.items():
-            kind = signature.parameters[name].kind
-            arguments |= value if kind == inspect.Parameter.VAR_KEYWORD else {name: list(value) if kind == inspect.Parameter.VAR_POSITIONAL else value}
-        return [api_key(target), arguments]
+        return [api_key(target), bind_literals(find_signature(target, documentation(target)), node, literals)]
     except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
         return None
+
+
+def bind_literals(signature, node, literals):
+    """The arguments of a call by the parameters' names. Raises what literal_value() raises."""
+    values = [literal_value(a, literals) for a in node.args]
+    given = {k.arg: literal_value(k.value, literals) for k in node.keywords}
+    arguments = {}
+    for name, value in signature.bind(*values, **given).arguments.items():
+        kind = signature.parameters[name].kind
+        if kind == inspect.Parameter.VAR_KEYWORD:
+            arguments |= value
+        else:
+            arguments[name] = list(value) if kind == inspect.Parameter.VAR_POSITIONAL else value
+    return arguments
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1329,7 +1345,7 @@ def trajectories(apis, package):
             if not acts:
                 continue
             said = last_paragraph(prose, api["summary"])
-            messages.append(chat_message("user", session_request(api, acts, said, not messages, rng)))
+            messages.append(chat_message("user", session_request(api, acts, said, not messages, package, rng)))
             for target, arguments, result in acts:
                 tool = target["tool"] if target else PYTHON_TOOL
                 tools[tool["function"]["name"]] = tool
@@ -1342,21 +1358,21 @@ def trajectories(apis, package):
                          sorted(called), messages=messages, tools=list(tools.values()))
 
 
-def session_request(api, acts, prose, first, rng):
+def session_request(api, acts, prose, first, package, rng):
     """What a user asks who wants these actions: the prose before them and, where a tool is called first, the call in words."""
     target, arguments, _ = acts[0]
-    tool = target and package_tool(target, [], None)
+    tool = target and package_tool(target, package)
     if tool and purposes(tool) and len(acts) == 1:
         return f"{prose} {ask(tool, arguments, [], rng)}".strip()
     if not first:
         return prose or rng.choice(ONWARDS)
-    does = [words for kind, words in purposes(package_tool(api, [], None)) if kind == "do"]
+    does = [words for kind, words in purposes(package_tool(api, package)) if kind == "do"]
     opening = rng.choice(OPENINGS if does else OPENINGS[:6])
     return opening.format(n=api["name"], t=prose, p=re.sub(r"[`*]", "", does[0]) if does else "").strip()
 
 
 def package_tools(apis, package):
-    """A Tool for each API that someone would call, with the calls of it that the package's documentation shows."""
+    """A Tool for each API, with the calls of it that the package's documentation shows."""
     examples, chains = defaultdict(dict), defaultdict(list)
     for api in distinct(apis):
         acts = [(target["name"], arguments, result) for _, of in actions(api, apis) for target, arguments, result in of
@@ -1374,13 +1390,13 @@ def package_tools(apis, package):
             if second[0] != first[0] and not any(same_value(v, first[2]) for v in first[1].values()) and len(chains[first[0]]) < 5:
                 chains[first[0]].append((first, second))
     for api in distinct(apis):
-        if api["known"] and not api["unfit"] and api["name"].count(".") <= 3:
-            yield package_tool(api, list(examples[api["name"]].values()), package, chains[api["name"]])
+        yield package_tool(api, package, list(examples[api["name"]].values()), chains[api["name"]])
 
 
-def package_tool(api, examples, package, chains=()):
-    return Tool(api["name"], api["summary"], api["parameters"], api["doc"], package and f"python:{package.name}", package and package.license,
-                api["is_class"], examples, chains)
+def package_tool(api, package, examples=(), chains=()):
+    usable = api["known"] and not api["unfit"] and api["name"].count(".") <= 3
+    return Tool(api["name"], api["summary"], api["parameters"], api["doc"], f"python:{package.name}", package.license,
+                api["is_class"], usable, examples, chains)
 
 
 def plain_value(value):
@@ -2847,39 +2863,38 @@ def template_unit(shards, args):
 
 def template_records(shards, seed, shares):
     """Reference cards and conversations on the APIs that the shards document."""
-    apis = [api for shard in shards for api in read_apis(shard)]
-    yield from indexes(apis, seed)
-    yield from synthesise(apis, seed, shares)
+    tools = [tool for shard in shards for tool in read_tools(shard.parent / "tools" / shard.name)]
+    yield from indexes(tools, seed)
+    yield from synthesise(tools, seed, shares)
 
 
-def read_apis(shard):
-    """The tool definitions in a shard's api_doc records, with their source."""
-    with open(shard, encoding="utf-8") as lines:
-        for line in lines:
-            record = Record.from_json(line)
-            if record.domain == "api_doc" and len(record.apis) == 1:
-                yield json.loads(record.text.rsplit("\n\n", 2)[-2]) | {"source": record.source, "license": record.license}
+def read_tools(path):
+    """The Tools in a file that write_unit() wrote."""
+    with open(path, encoding="utf-8") as lines:
+        return [Tool(**json.loads(line)) for line in lines]
 
 
-def indexes(apis, seed, sizes=(4, 5, 6)):
+def indexes(tools, seed, sizes=(4, 5, 6)):
     """Reference cards: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
 
     Every API is on one card of each size. Neighbours in hash order share a card, so that held-out APIs, which are
     neighbours too, spoil few others.
     """
-    apis = sorted((a for a in apis if not a["description"].startswith("See ")), key=lambda a: unit_hash(a["name"]))
-    for size, i in ((size, i) for size in sizes for i in range(0, len(apis), size)):
-        card = list({a["description"]: a for a in apis[i:i + size]}.values())
-        rng = random.Random(f"{seed} {size} {card[0]['name']}")
-        listed = [json.dumps({"description": a["description"], "name": a["name"]}, ensure_ascii=False) for a in card]
-        asked = [f"{a['description']}\n" + json.dumps({"name": a["name"]}) for a in rng.sample(card, len(card))]
-        yield Record(f"api_doc:index:{size}:{card[0]['name']}", "api_doc", "python:index", " AND ".join(sorted({a["license"] for a in card})),
-                     sorted(a["name"] for a in card), "APIs by name\n" + "\n".join(listed) + "\n\nAPIs by purpose\n" + "\n".join(asked))
+    tools = sorted((t for t in tools if not t.description.startswith("See ")), key=lambda t: unit_hash(t.name))
+    for size, i in ((size, i) for size in sizes for i in range(0, len(tools), size)):
+        card = list({t.description: t for t in tools[i:i + size]}.values())
+        rng = random.Random(f"{seed} {size} {card[0].name}")
+        by_name = [json.dumps({"description": t.description, "name": t.name}, ensure_ascii=False) for t in card]
+        by_purpose = [f"{t.description}\n" + json.dumps({"name": t.name}) for t in rng.sample(card, len(card))]
+        text = "\n".join(["APIs by name", *by_name, "", "APIs by purpose", *by_purpose])
+        licenses = " AND ".join(sorted({t.license for t in card}))
+        names = sorted(t.name for t in card)
+        yield Record(f"api_doc:index:{size}:{card[0].name}", "api_doc", "python:index", licenses, names, text)
 
 
 @dataclasses.dataclass
 class Tool:
-    """What conversations are made from: a function to call with JSON values, its documentation, and calls that it shows."""
+    """What conversations are made from, a line of data/raw/tools/*.jsonl: a documented API and the calls that examples show."""
     name: str           # qualified
     description: str
     parameters: dict
@@ -2887,8 +2902,12 @@ class Tool:
     source: str
     license: str
     is_class: bool = False
+    usable: bool = True  # whether someone would call it with JSON values
     examples: list = ()  # (arguments, result)
     chains: list = ()    # of pairs (name of the tool, arguments, result), where the first result is an argument of the second
+
+    def to_json(self):
+        return json.dumps(vars(self), ensure_ascii=False)
 
 
 def synthesise(tools, seed, shares):
@@ -2901,7 +2920,8 @@ def synthesise(tools, seed, shares):
     Half of the other tools are of the same module. They are neighbours in hash order, and so mostly held out together; nothing here
     knows which are.
     """
-    usable, by_name, modules = sorted(filter(can_call, tools), key=lambda t: unit_hash(t.name)), {t.name: t for t in tools}, defaultdict(list)
+    by_name, modules = {t.name: t for t in tools}, defaultdict(list)
+    usable = sorted(filter(can_call, by_name.values()), key=lambda t: unit_hash(t.name))
     for tool in usable:
         modules[tool.name.rpartition(".")[0]].append(tool)
     written = set()
@@ -2963,7 +2983,7 @@ def definition(tool, name):
 def can_call(tool):
     """Whether a request can state what the tool requires, and say what for. A class counts only if its constructor is documented."""
     properties, required = tool.parameters["properties"], tool.parameters["required"]
-    if len(json.dumps(tool.parameters)) > LONGEST_SCHEMA or not purposes(tool):
+    if not tool.usable or len(json.dumps(tool.parameters)) > LONGEST_SCHEMA or not purposes(tool):
         return False
     if tool.is_class and not (required and all("description" in properties[name] for name in required)):
         return False
@@ -3438,9 +3458,9 @@ JSON object and nothing else:
   does; then what each parameter means, its unit and values; what is returned, changed, raised. State only what the code shows.
 - conversations: three requests as different users would write them, each with a concrete goal and without the function's name,
   and the calls that fulfil them: first with the required parameters only; then with optional ones, if there are any; then a
-  request for two separate things, answered by two calls. Every value in the arguments is stated in the request or follows from
-  it. `name` is exactly the name below; the arguments have the types in the schema, all that it requires, and no others. Where
-  the function cannot be called with JSON values, the list is empty.
+  request for two separate things, answered by two calls. Take the arguments from "arguments" below as far as they go. Every value
+  in the arguments is stated in the request or follows from it. `name` is exactly the name below; the arguments have the types in
+  the schema, all that it requires, and no others. Where the function cannot be called with JSON values, the list is empty.
 """
 
 
@@ -3453,7 +3473,7 @@ def synthesize_files(files, args):
     yield from (api for api in apis if "reason" in api)
     described = {api["name"]: api for api in apis if len(api.get("description", "")) >= 12}  # of one name the last counts
     yield from map(api_record, described.values())
-    yield from synthesise(described.values(), args.seed, args.kinds)
+    yield from synthesise(map(source_tool, described.values()), args.seed, args.kinds)
 
 
 def source_apis(path, name, license):
@@ -3471,18 +3491,38 @@ def source_apis(path, name, license):
         for local, node in definitions(tree):  # of one name the last counts
             doc = re.sub(r"\n\s*\n", "\n\n", ast.get_docstring(node) or "")[:10_000]  # long gaps cost json_schema() minutes
             positional = node.args.posonlyargs or node.args.args
-            if "." in local and positional and positional[0].arg in ("self", "cls"):
-                del positional[0]
+            bound = "." in local and positional and positional[0].arg in ("self", "cls")
+            method = bound and positional.pop(0).arg == "self"  # of an object that a call cannot name
             first = min(n.lineno for n in [node, *node.decorator_list])
+            signature = signature_of(node.args)
             apis[local] = {
                 "name": ".".join([*module, local]), "file": name, "source": f"synthesize:{name}", "license": license,
                 "description": summarise(doc), "documentation": doc,
                 "code": textwrap.dedent("\n".join(lines[first - 1:node.end_lineno])),
-                "parameters": json_schema(signature_of(node.args).parameters.values(), doc),
+                "parameters": json_schema(signature.parameters.values(), doc), "usable": not method,
+                "examples": [] if method else shown_calls(doc, node.name, signature),
                 "signature": f"({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")}
         yield from apis.values()
     except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:
         yield rejection(name, getattr(error, "lineno", None) or "", repr(error))
+
+
+def shown_calls(doc, name, signature):
+    """The calls of a function in its docstring's examples, as [(arguments, output)]; those with literal arguments."""
+    found = []
+    with contextlib.suppress(ValueError):  # of the parser: the examples are ill-formed
+        for example in doctest.DocTestParser().get_examples(doc):
+            with contextlib.suppress(SyntaxError, ValueError, TypeError, AttributeError):
+                node = shown_call(ast.parse(example.source).body[0].value)
+                if node and example.want and ast.unparse(node.func).rpartition(".")[2] == name:
+                    found.append((bind_literals(signature, node, {}), example.want.rstrip()))
+    return found
+
+
+def source_tool(api):
+    """The Tool of an API from source_apis()."""
+    return Tool(api["name"], api["description"], api["parameters"], api["documentation"], api["source"], api["license"],
+                usable=api["usable"], examples=api["examples"])
 
 
 def definitions(tree, prefix=""):
@@ -3516,8 +3556,13 @@ def llm_synthesise(apis, args):
 def ask_about(api, endpoint):
     """The Records in the model's answer about an API, and a rejection for each part of it that is not as LLM_PROMPT asks."""
     name, schema, reject = api["name"], api["parameters"], lambda reason: rejection(api["file"], api["name"], reason)
+    tool, rng = source_tool(api), random.Random(api["name"])
+    arguments = [given for given, _ in tool.examples[:4]]
+    if not arguments and all(can_state(p, schema["properties"][p]) for p in schema["required"]):
+        arguments = [random_arguments(tool, rng) for _ in range(4)]  # the facts that templates put in words
     try:
-        text = endpoint.complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\ncode:\n{api['code'][:8000]}\n")
+        text = endpoint.complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\n"
+                                 f"arguments: {json.dumps(arguments)}\ncode:\n{api['code'][:8000]}\n")
         text = text.rpartition("</think>")[2]  # after the thoughts of a reasoning model
         answer, _ = json.JSONDecoder().raw_decode(text, text.index("{"))  # a fence or prose around it does no harm
     except (OSError, ValueError, RecursionError) as error:
@@ -3610,14 +3655,14 @@ FILE_SOURCES = {  # kind: its reader of (path, name, licence, args), which files
 
 def remove_stale(out, prefixes, units):
     """Delete files of inputs that were removed or have changed."""
-    for path in [*out.glob("*.jsonl*"), *out.glob("rejected/*.jsonl*")]:
+    for path in [*out.glob("*.jsonl*"), *out.glob("rejected/*.jsonl*"), *out.glob("tools/*.jsonl*")]:
         if path.name.startswith(tuple(prefixes)) and path.name not in units:
             path.unlink()
 
 
 def report(out, names, seconds):
-    """Print what the files hold, by kind of source."""
-    counts, apis, steps, size = defaultdict(Counter), defaultdict(set), 0, 0
+    """Print what the files hold, by kind of source, and what the tools, trajectories and conversations in them are like."""
+    counts, apis, figures, size = defaultdict(Counter), defaultdict(set), Counter(), 0
     for name in names:
         kind = name.split(".")[0]
         with open(out / name, encoding="utf-8") as lines:
@@ -3627,16 +3672,63 @@ def report(out, names, seconds):
                 size += len(line)
                 if record["domain"] == "api_doc" and len(record["apis"]) == 1:
                     apis[kind].update(record["apis"])
-                elif record["domain"] == "trajectory":
-                    steps += sum(m["role"] == "tool" for m in record["messages"])
+                elif record["domain"] in ("trajectory", "instruction"):
+                    count_calls(record, figures)
         if (out / "rejected" / name).exists():
             counts[kind]["rejected"] += (out / "rejected" / name).read_bytes().count(b"\n")
+        for tool in read_tools(out / "tools" / name) if (out / "tools" / name).exists() else ():
+            figures["tools"] += 1
+            figures["parameters"] += len(tool.parameters["properties"])
+            figures["typed"] += sum(bool({"type", "anyOf", "enum"} & p.keys()) for p in tool.parameters["properties"].values())
+            figures["described"] += sum("description" in p for p in tool.parameters["properties"].values())
+            figures["shown"] += len(tool.examples)
+            figures["chains"] += len(tool.chains)
     columns = (*DOMAINS, "rejected")
     print(f"{'source':<12} {'APIs':>9}" + "".join(f" {c:>11}" for c in columns))
     for kind in sorted(counts):
         print(f"{kind:<12} {len(apis[kind]):>9,}" + "".join(f" {counts[kind][c]:>11,}" for c in columns))
-    print(f"{len(set().union(*apis.values())):,} distinct APIs documented, {steps:,} tool calls with their results, {size / 1e6:,.0f} MB, "
-          f"in {seconds:.0f} s; what was rejected, and why, is in {out}/rejected")
+    print_figures(figures)
+    print(f"{len(set().union(*apis.values())):,} distinct APIs documented, {size / 1e6:,.0f} MB, in {seconds:.0f} s; "
+          f"what was rejected, and why, is in {out}/rejected")
+
+
+def count_calls(record, figures):
+    """Count what print_figures() prints of a conversation."""
+    domain, tools = record["domain"], [t["function"] for t in record.get("tools") or ()]
+    calls = [c["function"] for m in record["messages"] for c in m.get("tool_calls", ())]
+    results = [m["content"] for m in record["messages"] if m["role"] == "tool"]
+    figures[domain] += 1
+    figures[domain, "by name"] += any(c["name"] != "python" for c in calls)
+    figures[domain, "results"] += len(results)
+    figures[domain, "empty"] += sum(not isinstance(result, str) or not result.strip() for result in results)
+    for call in calls:
+        figures[domain, "arguments", min(3, len(json.loads(call["arguments"])))] += 1
+    request = next((m["content"] for m in record["messages"] if m["role"] == "user"), None) or ""
+    figures[domain, "copied"] += any(common_run(request, t.get("description") or "") for t in tools)
+    modules = [name.rpartition(".")[0] for name in record["apis"]]
+    figures[domain, "others"] += len(tools) > 1
+    figures[domain, "near"] += len(tools) > 1 and modules[0] in modules[1:]
+
+
+def print_figures(figures):
+    """Print a line on the tools of Python packages, one on trajectories and one on conversations."""
+    share = lambda key, of: f"{100 * figures[key] / max(1, figures[of]):.1f}%"
+    if figures["tools"]:
+        print(f"tools: {figures['tools']:,} with {figures['parameters']:,} parameters, {share('typed', 'parameters')} of them typed, "
+              f"{share('described', 'parameters')} described; {figures['shown']:,} calls in examples, "
+              f"{figures['chains']:,} times one on the result of another")
+    if figures["trajectory"]:
+        print(f"trajectories: {figures['trajectory']:,} with {figures['trajectory', 'results']:,} tool calls and their results, "
+              f"{share(('trajectory', 'empty'), ('trajectory', 'results'))} of them empty; "
+              f"{share(('trajectory', 'by name'), 'trajectory')} of the trajectories call a tool by name")
+    if figures["instruction"]:
+        by_count = [figures["instruction", "arguments", n] for n in range(4)]
+        shares = [f"{label} {100 * n / max(1, sum(by_count)):.1f}%"
+                  for label, n in zip(("none", "one", "two", "three and more"), by_count)]
+        print(f"conversations: {figures['instruction']:,} with {sum(by_count):,} calls; arguments of a call: {', '.join(shares)}; "
+              f"{share(('instruction', 'copied'), 'instruction')} of requests share eight words in a row with a tool's description; "
+              f"{share(('instruction', 'near'), ('instruction', 'others'))} of those that offer several tools offer "
+              "one of the same module")
 
 
 if __name__ == "__main__":
