@@ -949,7 +949,7 @@ def alternative(text, depth):
     if re.search(r"\b(callable|function|type|class)\b", words, re.I):
         return []
     for word in re.finditer(r"\w+", words):
-        if kind := JSON_TYPES.get(word[0].lower()):
+        if kind := word[0] not in ("Vector", "Series") and JSON_TYPES.get(word[0].lower()):  # these are classes
             items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
     return []
@@ -1017,7 +1017,7 @@ def sessions(doc, obj, module):
         assigned = assigned_name(statement)
         node = shown_call(statement.value) if assigned or isinstance(statement, ast.Expr) else None
         target = node and targets.get(ast.unparse(node.func))
-        output = part.want.replace("<BLANKLINE>", "").rstrip()
+        output = re.sub(r"\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         found[-1][1].append({
             "code": code, "output": output, "call": target and literal_call(target, node, literals), "binds": assigned,
@@ -2832,7 +2832,7 @@ SHAPES = {  # requests by what a purpose is: {p} the purpose, {a} the arguments 
     "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.", "Can you build {p}{a}?",
              "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.", "I want to use {p}{a}.", "Make {p}{a} for me."]}
 WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"), ("with", "{v} for {l}")]
-MADE_UP = 6           # conversations on a tool with values that are made up
+MADE_UP = 10  # conversations on a tool with values that are made up
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
@@ -2931,7 +2931,7 @@ def synthesise(tools, seed, shares):
         facts += [Fact([(tool, first[1]), (by_name[second[0]], second[1])], [first[2], second[2]]) for first, second in tool.chains if second[0] in by_name and purposes(by_name[second[0]])]
         facts += [None] * (MADE_UP if tool.parameters["properties"] else 1)
         for n, fact in enumerate(facts):
-            for attempt in range(3):  # not every choice can be put in words
+            for attempt in range(4):  # not every choice can be put in words
                 rng = random.Random(f"{seed} {n} {attempt} {tool.name}")
                 record = conversation_record(n, tool, fact, near, far, shares, rng)
                 if record and (content := json.dumps(record.messages)) not in written:
@@ -2961,6 +2961,8 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
         calls.append((other, random_arguments(other, rng)))
     pool = near if near and rng.random() < 0.5 else far
     count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(kind, rng.randrange(3))
+    if kind == "irrelevant":  # a tool of nearly the same description might do
+        pool = [t for t in pool if not alike(t.description, tool.description)]
     others = [t for t in rng.sample(pool, min(len(pool), count)) if all(t is not called for called, _ in calls)]
     offered = others if kind == "irrelevant" else list({t.name: t for t in [*(t for t, _ in calls), *others]}.values())
     if not kind or not offered or any(arguments is None for _, arguments in calls):
@@ -2975,6 +2977,12 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
                                messages=messages, tools=[definition(t, names[t.name]) for t in offered])
 
 
+def alike(text, other):
+    """Whether half of the words of the shorter text, but for short ones, are in the other."""
+    ours, theirs = ({w for w in re.findall(r"\w+", t.lower()) if len(w) > 3} for t in (text, other))
+    return len(ours & theirs) >= max(1, min(len(ours), len(theirs)) / 2)
+
+
 def definition(tool, name):
     """A tool in the form in which a model is given it."""
     return {"type": "function", "function": {"description": tool.description, "name": name, "parameters": tool.parameters}}
@@ -2987,7 +2995,7 @@ def can_call(tool):
         return False
     if tool.is_class and not (required and all("description" in properties[name] for name in required)):
         return False
-    return bool(tool.examples) or all(can_state(name, properties[name]) for name in required)
+    return bool(tool.examples) or all(can_state(tool, name) for name in required)
 
 
 def draw_kind(tool, fact, shares, rng):
@@ -3008,7 +3016,7 @@ def conversation(kind, calls, names, results, offered, rng):
     stated = [{p: v for p, v in given.items() if p != missing} for _, given in calls]
     if kind == "chain":
         stated[1] = {p: Said("the result") if same_value(v, results[0]) else v for p, v in stated[1].items()}
-    requests = [ask(t, given, offered, rng, plain=i > 0) for i, ((t, _), given) in enumerate(zip(calls, stated))]
+    requests = [ask(t, given, [t, *offered], rng, plain=i > 0) for i, ((t, _), given) in enumerate(zip(calls, stated))]
     if None in requests:
         return None
     if kind == "chain":
@@ -3038,11 +3046,17 @@ CLEAN = re.compile(r"(?!.*(\*\*|-th\b|\b[nk]-))[\w ,'\"`*()-]+")  # a purpose th
 UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|instances|method|module|wrapper|helper|"
                      r"internal|callable|decorator|deprecated|alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|"
                      r"hook|mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|i e|version of|kind for|prints as|routine|"
-                     r"system call|utility|function|functions|algorithm|type|types|code|generic)\b", re.I)
+                     r"system call|utility|function|functions|algorithm|type|types|code|generic|given|specified|provided|"
+                     r"the (true|false))\b", re.I)
+UNFINISHED = re.compile(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|over|into|per|within|under|"
+                        r"along|corresponding|according|based|depending|such|lists of equal)$")  # the end of a sentence that was cut
+ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
+QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common Hyperbolic Name Path Size Length Index Position "
+                 "Logarithm Factorial Element-wise Elementwise".split())  # how a sentence without a verb begins
 NOUNS = {"array": "array|list|sequence|tensor|matrix|vector|data|iterable|input|polynomial|series|values|numbers|elements|coefficients|samples?",
          "string": "string|text|file|path|filename|name|url|word|date|message|directory|pattern|document|expression",
          "integer": "number|integer|value|n", "number": "number|value|angle|real number"}
-NOT_A_NOUN = set("if whether when this it can must should optional specifies specify determines controls use set see one either by for to not any all "
+NOT_A_NOUN = set("each if whether when this it can must should optional specifies specify determines controls use set see one either by for to not any all "
                  "default only same used passed true false see if a an the and or as in on at of be is are has have which what how".split())
 
 
@@ -3064,53 +3078,71 @@ def find_purposes(name, documentation, is_class):
     >>> find_purposes("harmonic_mean", "Returns the harmonic mean of data.", False)
     (('give', 'the harmonic mean of data'), ('give', 'the harmonic mean'))
     """
-    words, sentence = words_of(name), re.sub(r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")).strip()
+    words = words_of(name)
+    sentence = re.sub(r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")).strip()
     if is_class:
-        kind, noun = read_purpose(re.sub(r"^The ", "A ", sentence)) or ("", "")
-        if kind and not re.match("(A|An|The) ", sentence):  # a class that is used as a function
-            return ((kind, noun),)
-        if kind != "give" and len(words) > 1 and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower()):
-            kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
-        return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
+        return class_purpose(words, sentence, documentation)
     found = [read_purpose(sentence)]
-    returned = re.search(r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$", documentation, re.M)
-    if returned:
-        given = f"{returned[1][0].lower()}{returned[1][1:].rstrip('.')}"
-        found += [purpose for purpose in [read_purpose(f"Return {given}")] if purpose and len(purpose[1]) > len(given) - 3 and len(given) < 70]
+    section = r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$"
+    if returned := re.search(section, documentation, re.M):
+        given = read_purpose(f"Return {returned[1][0].lower()}{returned[1][1:].rstrip('.')}")
+        whole = given and len(returned[1]) - 4 < len(given[1]) < 70 and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
+        found += [given] if whole else []
     name = " ".join(words).lower()
-    if len(words) > 1 and not re.match("(is|has|can|to|from|as|in|on|set|new)$", words[0].lower()) and name in re.sub(r"\W+((the|an?) )?", " ", documentation.lower()):
-        found.append(("do", name) if words[0].lower() in VERBS - {"return", "get"} else ("give", "the " + name.removeprefix("get ")))
+    told = f" {name} " in re.sub(r"\W+((the|an?) )?", " ", f" {documentation.lower()} ")
+    if len(words) > 1 and told and not re.match("(is|has|can|to|from|as|in|on|set|new) ", name):
+        if words[0].lower() in VERBS - {"return", "get"}:
+            found.append(("do", name))
+        elif not found[0] or found[0][0] == "give" or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate ")):
+            found.append(("give", "the " + name.removeprefix("get ")))
     return tuple(dict.fromkeys(p for p in found if p))
+
+
+def class_purpose(words, sentence, documentation):
+    """The purposes of a class: what it makes or, where it is used as a function, what that does."""
+    kind, noun = read_purpose(re.sub(r"^The ", "A ", sentence)) or ("", "")
+    if kind and not re.match("(A|An|The) ", sentence):
+        return ((kind, noun),)
+    if kind != "give" and len(words) > 1 and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower()):
+        kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
+    return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
 
 
 def read_purpose(sentence):
     """A sentence of documentation as (a key of SHAPES, words), or None where it says nothing that a request could say."""
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
+    sentence = re.sub(r"^\w+ly (\w)", lambda m: m[1].upper(), sentence)
     first, _, rest = sentence.partition(" ")
     verb = imperative(first.lower())
     if re.match(r"(?i)(return |returns )?[`*]*true[`*]* (if|when) ", sentence):
         kind, words = "check", re.split(r" (?:if|when) ", sentence, maxsplit=1)[1]
-    elif (verb in ("check", "test", "determine", "return", "decide", "verify") and re.match(r"(if|whether|that) ", rest)) or first == "Whether":
+    elif verb in ASKING and re.match(r"(if|whether|that) ", rest) or first == "Whether":
         kind, words = "check", rest.partition(" ")[2] if first != "Whether" else rest
     elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
         kind, words = "give", rest if re.match(r"(the|an?|all|every) ", rest) else f"the {rest}"
-    elif verb in VERBS and rest:
+    elif verb in VERBS and rest and not rest.startswith("of "):
         kind, words = "do", f"{verb} {rest}"
     elif first in ("The", "A", "An") and rest:
         kind, words = "give", sentence[0].lower() + sentence[1:]
+    elif first in QUANTITIES and rest:
+        kind, words = "give", f"the {first.lower()} {rest}"
     else:
         return None
-    if kind != "check":
-        words = re.split(r",? (?:which|that|so that|such that|using|when|where|if|and returns?|in order|as described|whose|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
-    else:
+    if kind == "check":
         words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
-    if re.match(r"(\S+ ){0,3}\S+,", sentence) and kind != "check":
-        return None
+    elif re.match(r"(\S+ ){0,3}\S+,", sentence) or re.search(r"[^,] (which|that|such that|whose|where|when|if)\b", words):
+        return None  # what would be cut is needed
+    else:
+        words = re.split(r",? (?:so that|and returns?|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
     cut = kind != "check" and len(words) < len(rest) - 2
-    words = re.sub(r"( or not| (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+)*)$", "", words).strip(" .,")
+    given = r" (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+){0,3}"
+    words = re.sub(rf"( or not| or (else )?None|{given})$", "", words).strip(" .,")
     plain = re.sub(r"[`*]", "", words)
-    usable = CLEAN.fullmatch(words) and not re.search(r"\b(given|specified|provided)\b", words) and not UNCLEAR.search(plain) and (kind == "check") + len(plain.split()) in range(3 + 2 * cut, 17) and plain.count("(") == plain.count(")")
-    return (kind, words) if usable and not re.search(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|along|corresponding|according|based|depending|such|lists of equal)$", plain) else None
+    count = len(plain.split()) + (kind == "check")
+    unclear = UNCLEAR.search(plain) or UNFINISHED.search(plain) or not CLEAN.fullmatch(words)
+    if unclear or not 3 + 2 * cut <= count < 17 or plain.count("(") != plain.count(")"):
+        return None
+    return kind, words
 
 
 def imperative(verb):
@@ -3132,7 +3164,7 @@ def words_of(name):
 def ask(tool, arguments, offered, rng, plain=False):
     """A request in words for a call of the tool that states all arguments, or None where no way of saying it reads right: names of
     parameters are left in it, or eight words in a row of the description of an offered tool. With `plain` it is a sentence to go on with."""
-    for attempt in range(12):
+    for attempt in range(5):
         kind, words = rng.choice(purposes(tool))
         words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
@@ -3147,9 +3179,14 @@ def ask(tool, arguments, offered, rng, plain=False):
 
 def common_run(text, other, length=8):
     """Whether two texts have that many words in a row in common."""
-    ours, theirs = (re.findall(r"\w+", t.lower()) for t in (text, other))
-    runs = {tuple(ours[i:i + length]) for i in range(len(ours) - length + 1)}
-    return any(tuple(theirs[i:i + length]) in runs for i in range(len(theirs) - length + 1))
+    return not runs_of(text, length).isdisjoint(runs_of(other, length))
+
+
+@lru_cache(10_000)
+def runs_of(text, length):
+    """The set of all runs of so many words in a text."""
+    words = re.findall(r"\w+", text.lower())
+    return {tuple(words[i:i + length]) for i in range(len(words) - length + 1)}
 
 
 def fill_in(kind, words, arguments, tool):
@@ -3164,7 +3201,7 @@ def fill_in(kind, words, arguments, tool):
 
     marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
     plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
-    words = re.sub(rf"[`*]+({marked or '(?!)'})[`*]+|(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]", value, words)
+    words = re.sub(rf"[`*']+({marked or '(?!)'})[`*']+|(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]", value, words)
     left = {p: v for p, v in arguments.items() if p not in stated}
     main = next(iter(left), None)
     if main and re.search(rf" (of|in|from|to) (the )?{main}$", words):
@@ -3173,8 +3210,10 @@ def fill_in(kind, words, arguments, tool):
     noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.parameters["required"] else None
     if noun and not isinstance(left[main], Said):
         end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|or|using|is|are|has|have|can|contains?|lies|was)\b|$)"
-        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if kind in ("give", "make") else ""
-        words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}", lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
+        made = kind in ("give", "make") or re.match("(create|generate|make|build|construct|produce|define|draw) ", words)
+        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
+        words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}",
+                               lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
         left = {p: v for p, v in left.items() if p != main or not count}
     return words, left
 
@@ -3188,9 +3227,9 @@ def clauses(kind, words, left, tool, rng):
     labels = labels if len({*labels.values()}) == len(labels) else {p: p for p in left}
     items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()]
     main = next(iter(left))
-    counted = type(left[main]) is bool or re.search(r"\b(size|length|number|count|times|shape)\b", value_text(main, tool.parameters["properties"].get(main, {})))
-    alone = kind != "make" and not counted and main in tool.parameters["required"] and not any(p in tool.parameters["required"] for p in left if p != main)
-    if alone:
+    counted = type(left[main]) is bool or re.search(r"\b(size|length|number|count|times|shape)\b", value_text(tool, main))
+    needed = [p for p in left if p in tool.parameters["required"]]
+    if kind != "make" and not counted and needed == [main]:
         lead, items = ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])]) if len(items) == 1 else (lead, items)
     listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
     use = "Use " + " and ".join(f"{in_words(v)} for {labels[p]}" for p, v in left.items())
@@ -3203,10 +3242,12 @@ def label(name, schema):
     if all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
         known = len(words) > 1 or words[0].lower() in description.lower()
         return "the " * known + " ".join(words).lower()
-    start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by|is|are|must|should)\b", description)[0]
+    start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by)\b", description)[0]
     start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
     first = start.partition(" ")[0].lower()
-    if re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,4}", start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
+    verbs = re.search(r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|so|and|or)\b", start)
+    plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
+    if plain and first not in NOT_A_NOUN and imperative(first) not in VERBS:
         return "the " + start[0].lower() + start[1:]
     return name
 
@@ -3233,17 +3274,12 @@ def mend(tool, arguments, rng):
     properties, required = tool.parameters["properties"], tool.parameters["required"]
     for p in rng.sample(sorted(arguments), len(arguments)):
         value, schema, other = arguments[p], properties[p], None
-        if p not in required and rng.random() < 0.3:
-            return f"TypeError: {tool.name.rpartition('.')[2]}() does not take {p} here; leave it out", {q: v for q, v in arguments.items() if q != p}
         if schema.get("enum"):
             other = rng.choice(schema["enum"])
             message = f"ValueError: {p}={value!r} is not available; use {other!r}"
-        elif type(value) in (int, float) and abs(value) > 1:
+        elif type(value) in (int, float) and abs(value) > 1 and (p not in required or type(value) is int):
             other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
             message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
-        elif type(value) is list and len(value) > 2:
-            other = value[:-1]
-            message = f"ValueError: {p} has {len(value)} items, only the first {len(other)} are allowed"
         elif type(value) is str and re.search(r"/.*\.\w+$", value):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
@@ -3273,7 +3309,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
     ("string", r"dir\b|directory|folder|^root", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
-    ("string", r"path|file|fname|filename|archive|^src$|^dst$", ["reports/2024.csv", "data/users.json", "/etc/hosts", "notes/meeting notes.txt", "images/logo.png", "backup/db.sql.gz"]),
+    ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", ["reports/2024.csv", "data/users.json", "/etc/hosts", "notes/meeting notes.txt", "images/logo.png", "backup/db.sql.gz"]),
     ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
     ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
     ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
@@ -3327,10 +3363,12 @@ OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, 
            {"user": {"id": 42, "active": True}, "score": 9.5}, {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
 UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|"
                      r"args|options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
-HIGH_DIMENSIONAL = re.compile(r"(?i):math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
+HIGH_DIMENSIONAL = re.compile(r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
                               r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function")
-
-
+OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
+SAYS_LITTLE = re.compile(r"path|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt")  # such a name of a parameter of texts
+POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|sigma|std|variance|kappa|lam|rate|"
+                      r"df\w*|counts?|radius|radii|durations?|lengths?|sizes?)\b")
 LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|observations|weights|indices|tensor|input|sequence of "
                     r"(numbers|floats|ints)|x\d?|y|a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|shape|size|matrix|mask)\b")
 
@@ -3339,16 +3377,16 @@ def random_arguments(tool, rng):
     """Arguments like those in an example of the documentation, or by the schema: what is required and, often, what is not. None where
     a value does not fit its schema."""
     properties, required = tool.parameters["properties"], tool.parameters["required"]
-    if tool.examples and (rng.random() < 0.7 or not all(can_state(p, properties[p]) for p in required)):
+    if tool.examples:
         arguments, _ = rng.choice(tool.examples)
-        kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(p, schema)}
+        kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(tool, p)}
         varied = {p: value if p in kept else vary(value, rng) for p, value in arguments.items()}
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
     size = rng.randrange(3, 6)
-    optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(p, schema)
+    optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(tool, p)
                 and "deprecated" not in schema.get("description", "").lower()]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
-    arguments = {p: random_value(p, schema, rng, size) for p, schema in properties.items() if p in required or p in chosen}
+    arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
     return arguments if all(fits(v, properties[p]) for p, v in arguments.items()) else None
 
 
@@ -3363,87 +3401,102 @@ def vary(value, rng):
     return value
 
 
-def can_state(name, schema):
+def can_state(tool, name):
     """Whether random_value() has a value for the parameter that a person could have meant."""
-    return bool(choices(name, schema))
+    return bool(choices(tool, name))
 
 
-def choices(name, schema):
-    """The alternatives of a schema for which random_value() has a value that a person could have meant."""
-    text = value_text(name, schema)
+def choices(tool, name):
+    """The alternatives of a parameter's schema for which random_value() has a value that a person could have meant."""
+    schema, text = tool.parameters["properties"][name], value_text(tool, name)
     several = schema["type"] if isinstance(schema.get("type"), list) else None
     found = []
+    several = ["integer"] if several and "integer" in several and re.match(r"axis$|dim$", name) else several
     for choice in schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema]):
         kind, items = choice.get("type"), choice.get("items") or {}
         if "enum" in choice or kind == "boolean":
             found.append(choice)
-        elif kind in ("integer", "number", "string") and values_of(kind, name, schema):
+        elif kind in ("integer", "number", "string") and values_of(kind, tool, name):
             found.append(choice)
-        elif kind == "object" and "title" not in choice and re.search(r"\b(mapping|dict|dictionary|json|fields|attributes|properties)\b", text):
+        elif kind == "object" and "title" not in choice and OBJECT_NAMES.match(name):
             found.append(choice)
         elif kind == "array" and not HIGH_DIMENSIONAL.search(text):
             inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
-            simple = inner.get("type") in ("integer", "number", "boolean") or inner.get("type") == "string" and "enum" not in inner
-            if simple or not items and LISTED.search(text):
+            texts = inner.get("type") == "string" and "enum" not in inner
+            if texts or inner.get("type") in ("integer", "number", "boolean") or not items and LISTED.search(text):
                 found.append(choice)
     return found
 
 
-def values_of(kind, name, schema):
-    """The VALUES for a parameter of a simple type: by its name, else by how its description begins; [] where neither says enough."""
-    words, description = " ".join(words_of(name)).lower(), schema.get("description", "").lower()[:80]
-    for text in (words, description):
-        if found := next((values for of, pattern, values in VALUES if of == kind and pattern.pattern and pattern.search(text)), None):
+def values_of(kind, tool, name):
+    """The VALUES for a parameter of a simple type: by its name and how its description begins, of which the former comes first
+    where it says something; without a description that of the tool. [] where nothing says enough."""
+    words = " ".join(words_of(name)).lower()
+    said = tool.parameters["properties"][name].get("description", "").lower()[:80]
+    says_little = kind == "string" and SAYS_LITTLE.fullmatch(words)
+    for text in (said or tool.description.lower(), words) if says_little else (words, said):
+        if found := next((v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None):
             return found
-    return [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values] if description else []
+    known = said or kind == "number"
+    return [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values] if known else []
 
 
-def value_text(name, schema):
+def value_text(tool, name):
     """What the values of a parameter are chosen by: the words of its name and its description, in small letters."""
-    return f"{' '.join(words_of(name))}: {schema.get('description', '')}".lower()
+    return f"{' '.join(words_of(name))}: {tool.parameters['properties'].get(name, {}).get('description', '')}".lower()
 
 
-def random_value(name, schema, rng, size):
+def random_value(tool, name, rng, size):
     """A value for a parameter by its enum, type, name, description and default; `size` is the length of its lists."""
-    text, default = value_text(name, schema), schema.get("default")
+    schema, text = tool.parameters["properties"][name], value_text(tool, name)
+    default = schema.get("default")
     if schema.get("nullable") and rng.random() < 0.05:
         return None
-    choice = rng.choice(choices(name, schema))
+    choice = rng.choice(choices(tool, name))
     kind = choice.get("type")
     if choice.get("enum"):
         return rng.choice([v for v in choice["enum"] if v != default] or choice["enum"])
     if kind == "boolean":
         return not default if type(default) is bool else rng.random() < 0.7
     if kind == "array":
-        return random_list(text, choice, rng, size)
+        whole = re.search(r"\b(bitwise|bit-wise|gcd|lcm|divisor)\b", tool.description, re.I)
+        return random_list("integer " * bool(whole) + text, choice, rng, size)
     if kind == "object":
         return rng.choice(OBJECTS)
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
         return rng.choice([2 * default, default + 1, 3 * default])
     if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
         return float(f"{default * rng.choice([0.5, 2, 5, 10] if default < 0.1 else [0.5, 0.8, 0.9]):.3g}")
-    return rng.choice([v for v in values_of(kind, name, schema) if v != default])
+    values = values_of(kind, tool, name)
+    if kind != "string" and POSITIVE.search(text):
+        values = [v for v in values if v > 0] or values
+    return rng.choice([v for v in values if v != default])
 
 
 def random_list(text, schema, rng, size):
     """A list by the type of its items or, where none is stated, by what its name and description say."""
     items = schema.get("items") or {}
     kind = items.get("type")
-    if kind != "array" and re.match(r"(shape|size|kernel|stride)", text):
+    if kind != "array" and re.match(r"(output |new |target )?(shape|size|kernel|stride)", text):
         return [rng.randrange(1, 6) for _ in range(2)]
     if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
         return [0, 1]
+    if kind != "integer" and re.match(r"(.* )?dates?\b", text.partition(":")[0]):
+        return ["2024-01-05", "2024-02-09", "2024-03-01"]
     if kind == "string" or kind is None and re.search(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines)\b", text):
         return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
-    if kind == "array" or re.search(r"\b(matrix|2-?d|two.dimensional|matrices)\b", text):
+    if kind == "array" or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]):
         return [[rng.randrange(-5, 10) for _ in range(3)] for _ in range(2)]
     if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
         return [rng.random() < 0.5 for _ in range(size)]
     if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
         return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
-    low = 0 if re.search(r"positive|indices|index|counts|weights|non-negative|degree|sequence|partition|permutation", text) else -9
-    whole = kind == "integer" or re.search(r"integer|indices|index|counts|coefficients", text) or kind is None and rng.random() < 0.4
-    return [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
+    if kind != "number" and re.search(r"\b(indices|index|sections|positions)\b", text):
+        return sorted(rng.sample(range(6), 2))
+    low = 1 if POSITIVE.search(text) or re.search(r"counts|weights|degree|sequence|partition|permutation", text) else -9
+    whole = kind == "integer" or re.search(r"integer|counts|coefficients", text) or kind is None and rng.random() < 0.4
+    values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
+    return sorted(values) if re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text) else values
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3558,7 +3611,7 @@ def ask_about(api, endpoint):
     name, schema, reject = api["name"], api["parameters"], lambda reason: rejection(api["file"], api["name"], reason)
     tool, rng = source_tool(api), random.Random(api["name"])
     arguments = [given for given, _ in tool.examples[:4]]
-    if not arguments and all(can_state(p, schema["properties"][p]) for p in schema["required"]):
+    if not arguments and all(can_state(tool, p) for p in schema["required"]):
         arguments = [random_arguments(tool, rng) for _ in range(4)]  # the facts that templates put in words
     try:
         text = endpoint.complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\n"
