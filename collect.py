@@ -97,10 +97,10 @@ def main():
         time.sleep(0.5)
     remove_stale(out, [prefix for _, prefixes in found for prefix in prefixes], units)
     if "synthesize:python" in args.sources and not args.llm_url:
-        unit, prefixes = template_unit(sorted(out.glob("python.*.jsonl")), args)
-        units[unit.filename] = unit
-        collect([unit], out, args)
-        remove_stale(out, prefixes, units)
+        made = template_units(sorted(out.glob("python.*.jsonl")), args)
+        units |= {u.filename: u for u in made}
+        collect(made, out, args)
+        remove_stale(out, ["synthesize.python-"], units)
     report(out, units, time.time() - started)
 
 
@@ -807,7 +807,9 @@ def class_schema(stated):
     if re.search(r"(?i)callable|function|\btype\b", stated):
         return {}
     found = re.search(r"\b(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|T|Self|Unpack|Generic)\b)[A-Z]\w*[a-z]\w*", stated)
-    described = found or re.search(r"\b(\w+)(?=[ -](?:object|instance|like object)s?\b)|\b[Gg]raphs?\b", stated)
+    described = found or re.search(r"\b(\w+)(?=[ -](?:object|instance|like object)s?\b)", stated)
+    if re.search(r"\b[Gg]raphs?\b", stated):
+        return {"type": "object", "title": "Graph"}
     return {"type": "object", "title": described[0]} if described else {}
 
 
@@ -859,7 +861,8 @@ def annotation_text(annotation, module=None, depth=0):
         notes = [getattr(note, "documentation", None) or getattr(note, "description", None) or note for note in args[1:]]
         return text(args[0]), next((note for note in notes if isinstance(note, str)), "")
     if origin is typing.Literal:
-        return f"Literal[{', '.join(repr(getattr(a, 'value', a)) for a in args)}]", ""
+        values = [getattr(a, "value", a) for a in args if not (isinstance(a, enum.Enum) and len(type(a)) == 1)]  # NO_DEFAULT
+        return f"Literal[{', '.join(map(repr, values))}]" if values else "", ""
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(text, args)), ""
     if origin:
@@ -969,7 +972,8 @@ def array_of(items):
 # ----------------------------------------------------------------------------------------------------------------------
 # Doctest examples to steps
 
-USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars"}
+USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars",
+               "nn": "torch.nn", "F": "torch.nn.functional"}
 SHOWING = {"print", "list", "tuple", "dict", "set", "str", "repr", "pprint", "pprint.pprint"}  # show what the call in them gives
 ARRAYS = {"array", "asarray", "tensor", "Tensor", "Matrix"}  # of a literal: as good as the literal
 DTYPE = re.compile(r"(np|numpy|torch)\.((u?int|float|complex|bool)\d*_?)|(int|float|bool|str)")
@@ -983,9 +987,9 @@ class Symbol(str):
 
 
 def sessions(doc, obj, module):
-    """The examples of one docstring, in order: [prose, [{"code", "output", "keys", "call", "imports", "binds"}, ...]], ...
+    """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "imports", "binds"}, ...]], ...
 
-    `keys` identify the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments, or names
+    `acts` says that it is an expression, which without an output must have changed something. `keys` identify the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments, or names
     bound to such before, which can be shown as a call of that very tool; `binds` is the name that its result gets, `imports` what
     the code needs. Names are looked up, no code is run.
     """
@@ -1007,8 +1011,8 @@ def sessions(doc, obj, module):
             prose = ""
         try:
             tree = ast.parse(code)
-        except SyntaxError:
-            tree = ast.Module([], [])
+        except SyntaxError:  # its lines lack the dots of a continued statement, or it is for another Python
+            continue
         names |= imported_names(tree)
         literals |= {name: Symbol(name) for name, path in imported_names(tree).items() if is_symbolic(path)}
         calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
@@ -1020,7 +1024,7 @@ def sessions(doc, obj, module):
         output = re.sub(r"\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
         found[-1][1].append({
-            "code": code, "output": output, "call": target and literal_call(target, node, literals), "binds": assigned,
+            "code": code, "output": output, "acts": isinstance(statement, ast.Expr), "call": target and literal_call(target, node, literals), "binds": assigned,
             "imports": sorted(filter(None, (import_of(name, names, obj, module) for name in used - bound))),
             "keys": sorted({api_key(t) for t in targets.values() if t is not None})})
         bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | imported_names(tree).keys()
@@ -1100,9 +1104,10 @@ def made_array(node, literals):
 
 def import_of(name, names, obj, module):
     """The statement that brings a name which an example uses without importing it, or None."""
-    if name in names and name in USUAL_NAMES:
+    if name in USUAL_NAMES and names.get(name) in sys.modules:
         return f"import {names[name]} as {name}"
-    found = obj if name == getattr(obj, "__name__", None) else vars(module).get(name)
+    found = obj if name == getattr(obj, "__name__", None) else vars(module).get(name, sys.modules.get(name))
+    found = module if found is None and name == module.__name__.rpartition(".")[2] else found
     if inspect.ismodule(found):
         return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
     return f"from {module.__name__} import {name}" if found is not None and not hasattr(builtins, name) else None
@@ -1311,27 +1316,41 @@ ONWARDS = ["Show me one more.", "Another example, please.", "Go on with the next
 
 
 def actions(api, apis):
-    """What the examples of a docstring do, as [(prose, [(the API called or None, arguments, result), ...]), ...]: a call with literal
-    arguments is one of its API, all else Python code, which takes along the statements without a result that stand before it."""
+    """What the examples of a docstring do, as [(prose, [(the API called or None, arguments, result), ...]), ...].
+
+    A call with literal arguments is one of its API. All else is Python code, which takes along the statements without a
+    result that stand before it.
+    """
     found, waiting, imported = [], [], set()
     for prose, steps in api["sessions"]:
-        found.append((prose, []))
+        acts = []
+        found.append((prose, acts))
         for step in steps:
+            waiting.append(step)
             if not step["output"]:
-                waiting.append(step)
                 continue
-            before = waiting[-1] if waiting else {"binds": None}
-            shown = before["binds"] and step["code"] in (before["binds"], f"print({before['binds']})", f"list({before['binds']})")
-            key, arguments = (before if shown else step)["call"] or (None, {})
-            if key in apis and key and fits(arguments, apis[key]["parameters"]):
-                found[-1][1].append((apis[key], arguments, step["output"]))
+            *before, last = waiting
+            name = before[-1]["binds"] if before else None
+            if name and step["code"] in (name, f"print({name})", f"list({name})"):  # shows what the call before gave
+                last = before.pop() | {"output": step["output"]}
+            named = [(*called_api(s, apis), s["output"]) for s in [*(s for s in before if s["acts"]), last]]
+            if all(target for target, *_ in named):
+                acts += named
+                waiting = [s for s in before if not s["acts"]]
                 continue
-            needed = sorted({line for s in [*waiting, step] for line in s["imports"]} - imported)
+            needed = sorted({line for s in waiting for line in s["imports"]} - imported)
             imported.update(needed)
-            code = "\n".join([*needed, *(s["code"] for s in waiting), step["code"]])
-            found[-1][1].append((None, {"code": code}, step["output"]))
+            acts.append((None, {"code": "\n".join([*needed, *(s["code"] for s in waiting)])}, step["output"]))
             waiting = []
     return found
+
+
+def called_api(step, apis):
+    """(the API that a step is a call of, its arguments), or (None, None)."""
+    key, arguments = step["call"] or (None, None)
+    if key in apis and fits(arguments, apis[key]["parameters"]):
+        return apis[key], arguments
+    return None, None
 
 
 def trajectories(apis, package):
@@ -1411,9 +1430,11 @@ def same_value(value, output):
 
 def last_paragraph(text, summary):
     """The prose just before an example, without headings, parameter lists and the summary itself, or ''."""
-    paragraphs = [re.sub(r"\s+", " ", p).strip() for p in re.split(r"\n\s*\n", text)]
-    paragraphs = [p for p in paragraphs if len(p) > 15 and summarise(p) != summary
-                  and not re.search(r"-{4,}|={4,}|\(.*\) ?->|^(\w+ )?(args|arguments|parameters|returns|inputs?|raises)\b|:param", p, re.I)]
+    text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
+    paragraphs = [re.sub(r"\s+", " ", p).strip("# \n") for p in re.split(r"\n\s*\n", text)]
+    odd = re.compile(r"-{4,}|={4,}|\(.*\) ?->|^(\w+ )?(args|arguments|parameters|returns|inputs?|raises|references?)\b|:param|"
+                     r"^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\", re.I)
+    paragraphs = [p.rstrip(":") for p in paragraphs if len(p) > 15 and summarise(p) != summary and not odd.search(p)]
     return paragraphs[-1][:500] if paragraphs else ""
 
 
@@ -2853,19 +2874,22 @@ VERBS = set("""accept add do adjust align append apply approximate ask assign bi
     trim truncate try turn unescape unpack unquote update upload validate verify visualize wait wrap write yield zip""".split())
 
 
-def template_unit(shards, args):
-    """The Unit of the conversations on all Python packages collected so far, and how the names of its files begin."""
+def template_units(shards, args, parts=4):
+    """The Units of the reference cards and of the conversations on all Python packages collected so far."""
     if not shards:
         fail("synthesize:python: no packages collected yet; give the source `python` too")
-    name = f"synthesize.python-{fingerprint(args, [s.name for s in shards], args.seed, args.kinds)}.jsonl"
-    return Unit(name, 0, template_records, (shards, args.seed, args.kinds)), ["synthesize.python-"]
+    name = f"synthesize.python-{fingerprint(args, [s.name for s in shards], args.seed, args.kinds)}"
+    paths = [shard.parent / "tools" / shard.name for shard in shards]
+    units = [Unit(f"{name}.cards.jsonl", 0, indexes, (paths, args.seed))]
+    for part in range(parts):
+        units.append(Unit(f"{name}.{part}.jsonl", 1, template_records, (paths, args.seed, args.kinds, part, parts)))
+    return units
 
 
-def template_records(shards, seed, shares):
-    """Reference cards and conversations on the APIs that the shards document."""
-    tools = [tool for shard in shards for tool in read_tools(shard.parent / "tools" / shard.name)]
-    yield from indexes(tools, seed)
-    yield from synthesise(tools, seed, shares)
+def template_records(paths, seed, shares, part, parts):
+    """A part of the conversations on the Tools in the files, such that equal ones would be in the same part."""
+    tools = [tool for path in paths for tool in read_tools(path)]
+    return synthesise(tools, seed, shares, lambda tool: zlib.crc32(short_name(tool).encode()) % parts == part)
 
 
 def read_tools(path):
@@ -2874,13 +2898,14 @@ def read_tools(path):
         return [Tool(**json.loads(line)) for line in lines]
 
 
-def indexes(tools, seed, sizes=(4, 5, 6)):
-    """Reference cards: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
+def indexes(paths, seed, sizes=(4, 5, 6)):
+    """Reference cards on the Tools in the files: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
 
     Every API is on one card of each size. Neighbours in hash order share a card, so that held-out APIs, which are
     neighbours too, spoil few others.
     """
-    tools = sorted((t for t in tools if not t.description.startswith("See ")), key=lambda t: unit_hash(t.name))
+    tools = [tool for path in paths for tool in read_tools(path) if not tool.description.startswith("See ")]
+    tools.sort(key=lambda t: unit_hash(t.name))
     for size, i in ((size, i) for size in sizes for i in range(0, len(tools), size)):
         card = list({t.description: t for t in tools[i:i + size]}.values())
         rng = random.Random(f"{seed} {size} {card[0].name}")
@@ -2910,8 +2935,8 @@ class Tool:
         return json.dumps(vars(self), ensure_ascii=False)
 
 
-def synthesise(tools, seed, shares):
-    """Conversations on each tool: one on every call that its documentation shows, and CONVERSATIONS with values made up. Yields Records.
+def synthesise(tools, seed, shares, chosen=lambda tool: True):
+    """Conversations on each chosen tool: one on every call that its documentation shows, and CONVERSATIONS with values made up. Yields Records.
 
     single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
     what a required parameter needs, and the assistant asks for it; error: a call fails, and another is made as the error message says;
@@ -2925,7 +2950,7 @@ def synthesise(tools, seed, shares):
     for tool in usable:
         modules[tool.name.rpartition(".")[0]].append(tool)
     written = set()
-    for tool in usable:
+    for tool in filter(chosen, usable):
         near, far = neighbours(tool, modules[tool.name.rpartition(".")[0]], 6), neighbours(tool, usable, 12)
         facts = [Fact([(tool, arguments)], [result]) for arguments, result in tool.examples]
         facts += [Fact([(tool, first[1]), (by_name[second[0]], second[1])], [first[2], second[2]]) for first, second in tool.chains if second[0] in by_name and purposes(by_name[second[0]])]
@@ -2968,13 +2993,18 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
     if not kind or not offered or any(arguments is None for _, arguments in calls):
         return None
     rng.shuffle(offered)
-    names = {t.name: ".".join(t.name.split(".")[-2:]) for t in [*offered, *(t for t, _ in calls)]}
+    names = {t.name: short_name(t) for t in [*offered, *(t for t, _ in calls)]}
     if len(set(names.values())) < len(names):
         names = {name: name for name in names}
     messages = conversation(kind, calls, names, fact.results if fact else [], offered, rng)
     return messages and Record(f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license,
                                list(dict.fromkeys([*(t.name for t, _ in calls), *(t.name for t in offered)])),
                                messages=messages, tools=[definition(t, names[t.name]) for t in offered])
+
+
+def short_name(tool):
+    """The last two parts of its qualified name."""
+    return ".".join(tool.name.split(".")[-2:])
 
 
 def alike(text, other):
@@ -3092,7 +3122,7 @@ def find_purposes(name, documentation, is_class):
     told = f" {name} " in re.sub(r"\W+((the|an?) )?", " ", f" {documentation.lower()} ")
     if len(words) > 1 and told and not re.match("(is|has|can|to|from|as|in|on|set|new) ", name):
         if words[0].lower() in VERBS - {"return", "get"}:
-            found.append(("do", name))
+            found.append(None if found[0] else ("do", name))
         elif not found[0] or found[0][0] == "give" or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate ")):
             found.append(("give", "the " + name.removeprefix("get ")))
     return tuple(dict.fromkeys(p for p in found if p))
@@ -3262,7 +3292,7 @@ def in_words(value):
 def answer(result, rng):
     """What the assistant says of a result."""
     result = result.strip()
-    if result.startswith("Traceback"):
+    if re.match(r"Traceback|\w+Error: ", result):
         return f"That fails: {result.splitlines()[-1]}"
     if "\n" not in result and len(result) <= 120:
         return rng.choice(ANSWERS).format(r=result)
@@ -3309,7 +3339,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
     ("string", r"dir\b|directory|folder|^root", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
-    ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", ["reports/2024.csv", "data/users.json", "/etc/hosts", "notes/meeting notes.txt", "images/logo.png", "backup/db.sql.gz"]),
+    ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", ["reports/2024.csv", "data/users.json", "notes/meeting notes.txt", "data/input.txt", "/tmp/results/run_7.dat", "backup/monthly.gz"]),
     ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
     ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
     ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
@@ -3366,7 +3396,7 @@ UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|lay
 HIGH_DIMENSIONAL = re.compile(r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
                               r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function")
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
-SAYS_LITTLE = re.compile(r"path|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt")  # such a name of a parameter of texts
+SAYS_LITTLE = re.compile(r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt")  # such a name of a parameter of texts
 POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|sigma|std|variance|kappa|lam|rate|"
                       r"df\w*|counts?|radius|radii|durations?|lengths?|sizes?)\b")
 LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|observations|weights|indices|tensor|input|sequence of "
@@ -3420,7 +3450,7 @@ def choices(tool, name):
             found.append(choice)
         elif kind == "object" and "title" not in choice and OBJECT_NAMES.match(name):
             found.append(choice)
-        elif kind == "array" and not HIGH_DIMENSIONAL.search(text):
+        elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
             inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
             texts = inner.get("type") == "string" and "enum" not in inner
             if texts or inner.get("type") in ("integer", "number", "boolean") or not items and LISTED.search(text):
@@ -3443,7 +3473,8 @@ def values_of(kind, tool, name):
 
 def value_text(tool, name):
     """What the values of a parameter are chosen by: the words of its name and its description, in small letters."""
-    return f"{' '.join(words_of(name))}: {tool.parameters['properties'].get(name, {}).get('description', '')}".lower()
+    description = tool.parameters["properties"].get(name, {}).get("description", "")
+    return f"{' '.join(words_of(name))}: {'matrix, ' * (name == 'X')}{description}".lower()
 
 
 def random_value(tool, name, rng, size):
@@ -3452,7 +3483,8 @@ def random_value(tool, name, rng, size):
     default = schema.get("default")
     if schema.get("nullable") and rng.random() < 0.05:
         return None
-    choice = rng.choice(choices(tool, name))
+    first, *others = choices(tool, name)
+    choice = rng.choice(others) if others and rng.random() < 0.2 else first
     kind = choice.get("type")
     if choice.get("enum"):
         return rng.choice([v for v in choice["enum"] if v != default] or choice["enum"])
@@ -3486,7 +3518,7 @@ def random_list(text, schema, rng, size):
     if kind == "string" or kind is None and re.search(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines)\b", text):
         return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
     if kind == "array" or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]):
-        return [[rng.randrange(-5, 10) for _ in range(3)] for _ in range(2)]
+        return [[rng.randrange(-5, 10) for _ in range(2)] for _ in range(size)]
     if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
         return [rng.random() < 0.5 for _ in range(size)]
     if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
