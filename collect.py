@@ -281,7 +281,8 @@ def fingerprint(args, *parts):
 
 def collect(units, out, args):
     """Do the units whose files are not there yet, the largest first, in processes."""
-    pending = sorted((u for u in units if not (out / u.filename).exists()), key=lambda u: (-u.size, u.filename))
+    done = lambda unit: (out / unit.filename).exists() and (out / "tools" / unit.filename).exists()
+    pending = sorted((u for u in units if not done(u)), key=lambda u: (-u.size, u.filename))
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
         written = pool.map(write_unit, pending, [out] * len(pending), [args] * len(pending))
@@ -3467,7 +3468,7 @@ def values_of(kind, tool, name):
     for text in (said or tool.description.lower(), words) if says_little else (words, said):
         if found := next((v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None):
             return found
-    known = said or kind == "number"
+    known = said or kind == "number" or len(name) == 1
     return [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values] if known else []
 
 

@@ -44,7 +44,8 @@ def api(name="pkg.m.f", code="def f(n: int, names=()): ...", **properties):
                                 "names": {"type": "array", "items": {"type": "string"}},
                                 "r": {"type": "number"}}
     return {"name": name, "description": "Do it.", "code": code, "file": "pkg/m.py", "source": "synthesize:pkg/m.py", "license": "MIT",
-            "signature": "(n: int)", "parameters": {"type": "object", "properties": properties, "required": ["n"]}}
+            "documentation": "Do it.", "usable": True, "examples": [({"n": 5}, "25")], "signature": "(n: int)",
+            "parameters": {"type": "object", "properties": properties, "required": ["n"]}}
 
 
 def answer(name, *calls, **changes):
@@ -149,14 +150,14 @@ def test_records_of_a_right_answer(endpoint, tmp_path):
     assert [r.id for r in records] == ["api_doc:synthesised:pkg.m.f"] + [f"instruction:synthesised:pkg.m.f:{i}" for i in (0, 1)]
     assert not rejected and {(r.source, r.license, *r.apis) for r in records} == {("synthesize:pkg/m.py", "MIT", "pkg.m.f")}
     assert records[0].text.startswith("pkg.m.f(n: int)\n\nDoes it well.\n\nRaises nothing.\n\n{")
-    (tmp_path / "shard.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
-    [tool] = collect.read_apis(tmp_path / "shard.jsonl")
+    tool = json.loads(records[0].text.rsplit("\n\n", 2)[1])
     assert tool["parameters"] == api()["parameters"] and tool["description"] == "Do it."
     assert records[2].tools == [{"type": "function", "function": {k: tool[k] for k in ("description", "name", "parameters")}}]
     user, assistant = records[2].messages
     assert user == {"role": "user", "content": "Twice."}
     assert [c["function"]["arguments"] for c in assistant["tool_calls"]] == ['{"n": 1}', '{"n": 2}']
     [(path, _, body)] = endpoint.seen
+    assert '\narguments: [{"n": 5}]\n' in body["messages"][0]["content"]  # what the documentation shows
     assert path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("m", 0)
     assert api()["code"] in body["messages"][0]["content"]
 
@@ -314,50 +315,126 @@ def test_by_templates_without_an_endpoint(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
+def tool(name, required=("count",), **changes):
+    """A Tool of which requests can be made."""
+    words = name.rpartition(".")[2].replace("_", " ")
+    properties = {"count": {"type": "integer", "description": "Number of boxes."},
+                  "mode": {"type": "string", "enum": ["fast", "safe"]},
+                  "names": {"type": "array", "items": {"type": "string"}, "description": "Names of the people."},
+                  "ratio": {"type": "number", "nullable": True}}
+    schema = {"type": "object", "properties": properties, "required": [*required]}
+    about = "Count the birds near {} lake {}." if ".n." in name else "Send the box called {} to {}."
+    return collect.Tool(**{"name": name, "description": about.format(words, "at its own place"), "parameters": schema,
+                           "documentation": about.format(words, "every day"), "source": "s", "license": "MIT"} | changes)
+
+
 KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}
+SPELLED = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oak", "pine", "rowan", "yew"]
 
 
 def test_kinds_of_conversations():
     """Each has the form of its kind, in the shares asked for; every call fits its schema; a question names what the request lacks."""
-    apis = [api(f"pkg.m.f{i}") | {"description": f"Do the thing called {i}."} for i in range(600)]
-    for a in apis[::2]:
-        a["parameters"] = a["parameters"] | {"required": []}
-    records = list(collect.synthesise(apis, 0, KINDS))
-    assert [r.to_json() for r in collect.synthesise(apis, 0, KINDS)] == [r.to_json() for r in records] and len({r.id for r in records}) == 1200
-    counts, roles, schemas = collect.Counter(), collect.defaultdict(set), {a["name"][4:]: a["parameters"] for a in apis}
+    names = [f"pkg.{m}.{a}_{b}" for m in "mn" for a in SPELLED for b in SPELLED]
+    tools = [tool(name, ["count"] if i % 2 else []) for i, name in enumerate(names)]
+    tools += [tool("pkg.m.unfit", usable=False)]
+    records = list(collect.synthesise(tools, 0, KINDS))
+    assert [r.to_json() for r in collect.synthesise(tools, 0, KINDS)] == [r.to_json() for r in records]
+    assert len({r.id for r in records}) == len({json.dumps(r.messages) for r in records}) == len(records) > 5 * len(names)
+    counts, roles, shown = collect.Counter(), collect.defaultdict(set), collect.defaultdict(set)
+    schemas = {t.name[4:]: t.parameters for t in tools}
     for r in records:
-        kind, tools = r.id.split(":")[2], [t["function"]["name"] for t in r.tools]
+        kind, offered = r.id.split(":")[2], [t["function"]["name"] for t in r.tools]
         counts[kind] += 1
         roles[kind].add(" ".join(m["role"] + "*" * len(m.get("tool_calls", ())) for m in r.messages))
         calls = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for m in r.messages for c in m.get("tool_calls", ())]
-        assert all(name in tools and collect.fits(arguments, schemas[name]) for name, arguments in calls)
+        assert all(name in offered and collect.fits(arguments, schemas[name]) for name, arguments in calls)
         request, answer = r.messages[0]["content"], r.messages[1]["content"]
-        assert len(tools) in {"multiple": (4,), "single": (1,), "parallel": (2,), "irrelevant": (3,)}.get(kind, (1, 2))
-        assert r.apis[0] == r.id.split(":")[3] and {f"pkg.{name}" for name in tools} == {*r.apis[kind == "irrelevant":]}
+        assert not any(collect.common_run(request, t["function"]["description"]) for t in r.tools)
+        assert len(offered) in {"multiple": range(2, 6), "single": [1], "irrelevant": range(1, 4)}.get(kind, range(1, 5))
+        assert r.apis[0] == r.id.split(":")[3] and {f"pkg.{name}" for name in offered} == {*r.apis[kind == "irrelevant":]}
+        shown[r.apis[0]].add(collect.re.sub(r"[\d\W]+|fast|safe", " ", request))
+        for _, arguments in calls[:1]:
+            assert kind == "missing" or str(arguments.get("count", "")) in request and arguments.get("mode", "") in request
         if kind == "missing":
-            [name] = collect.re.findall("`(.*)`", answer)
-            assert name == "n" and not collect.re.search(r"\bn\b", request)
-            assert len(r.messages) == 2 or json.dumps(calls[0][1]["n"]) in r.messages[2]["content"]
+            assert collect.re.findall("`(.*)`", answer) == ["count"] and "number of boxes" not in request
+            assert len(r.messages) == 2 or json.dumps(calls[0][1]["count"]) in r.messages[2]["content"]
         if kind == "error":
             (first, before), (second, after), message = *calls, r.messages[2]["content"]
-            changed = [p for p in before if before[p] != after[p]]
-            assert first == second and before.keys() == after.keys() and len(changed) < 2
-            assert all(json.dumps(value[p], ensure_ascii=False) in message for p in changed for value in (before, after))
-            counts["mended"] += len(changed)
-    assert roles == {"multiple": {"user assistant*"}, "single": {"user assistant*"}, "parallel": {"user assistant**"}, "irrelevant": {"user assistant"},
-                     "missing": {"user assistant", "user assistant user assistant*"}, "error": {"user assistant* tool assistant*"}}
-    assert all(abs(counts[kind] / 1200 - share / 10) < 0.03 for kind, share in KINDS.items()) and counts["mended"] > counts["error"] / 4
-    only = collect.Counter(r.id.split(":")[2] for r in collect.synthesise(apis, 0, {"single": 1.0, "missing": 3.0}))
-    assert only.keys() == {"single", "missing"} and only["missing"] == 600  # as many as there can be
-    assert len(list(collect.synthesise(apis, 0, {"missing": 1.0}))) == 600
+            [changed] = [p for p in before if before[p] != after.get(p)]
+            assert first == second and before.keys() == after.keys() and changed in message
+            assert all(str(value[changed]).lower() in message.lower() for value in (before, after))
+    assert roles == {"multiple": {"user assistant*"}, "single": {"user assistant*"}, "parallel": {"user assistant**"},
+                     "irrelevant": {"user assistant"}, "missing": {"user assistant", "user assistant user assistant*"},
+                     "error": {"user assistant* tool assistant*"}}
+    assert counts["multiple"] > counts["single"] > max(counts[k] for k in ("parallel", "irrelevant", "missing", "error"))
+    assert min(counts.values()) > 50 and sum(map(len, shown.values())) > 5 * len(names)  # several shapes a function
+    only = collect.Counter(r.id.split(":")[2] for r in collect.synthesise(tools, 0, {"single": 1.0, "missing": 3.0}))
+    assert only.keys() == {"single", "missing"}
+
+
+def test_conversations_on_what_examples_show():
+    """A call of the documentation has its result and an answer; a chain gives the result of one call to another."""
+    add = tool("pkg.m.add_boxes", examples=[({"count": 7, "mode": "safe"}, "1234567")])
+    add.chains = [(("pkg.m.add_boxes", {"count": 7}, "1234567"), ("pkg.m.sort_boxes", {"count": 1234567}, "'sorted'"))]
+    records = list(collect.synthesise([add, tool("pkg.m.sort_boxes")], 0, {"single": 1.0, "chain": 1.0}))
+    shown, chain = records[0].messages, next(r.messages for r in records if ":chain:" in r.id)
+    assert [m["role"] for m in shown] == ["user", "assistant", "tool", "assistant"] and shown[2]["content"] == "1234567"
+    assert json.loads(shown[1]["tool_calls"][0]["function"]["arguments"]) == {"count": 7, "mode": "safe"} and "1234567" in shown[3]["content"]
+    assert [m["role"] for m in chain] == ["user", *2 * ["assistant", "tool"], "assistant"]
+    assert "the result" in chain[0]["content"] and "1234567" not in chain[0]["content"]
+    assert json.loads(chain[3]["tool_calls"][0]["function"]["arguments"]) == {"count": 1234567}
+
+
+@pytest.mark.parametrize("documentation, name, purposes", [
+    ("Compute the mean of data.", "mean", [("do", "compute the mean of data")]),
+    ("Return the harmonic mean of data.", "harmonic_mean", [("give", "the harmonic mean of data"), ("give", "the harmonic mean")]),
+    ("Return True if n is a prime number.", "isprime", [("check", "n is a prime number")]),
+    ("Raised when a value is wrong.", "wrong", []), ("An element of a domain.", "domain", [("give", "an element of a domain")]),
+    ("Wrapper around the system call.", "call", []), ("See numpy.ndarray.", "array", []), ("", "f", []),
+    ("Recursively delete a directory tree.", "rmtree", [("do", "delete a directory tree")]),
+    ("Number of groups of order n.", "groups", [("give", "the number of groups of order n")]),
+    ("Do that which this object needs.", "need", []), ("Return the sum over the given axis.", "add", [])])
+def test_purposes(documentation, name, purposes):
+    assert [*collect.find_purposes(name, documentation, False)] == purposes
+
+
+def test_values_follow_name_type_and_description():
+    """Of a person's kind, and within what the schema and the words say."""
+    properties = {
+        "path": {"type": "string", "description": "Directory to list."}, "url": {"type": "string"}, "start_date": {"type": "string"},
+        "scale": {"type": "array", "items": {"type": "number"}, "description": "Must be positive."},
+        "matrix": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}, "data": {"type": "object"},
+        "level": {"type": "integer", "default": 3, "description": "How deep."}, "verbose_log": {"type": "boolean", "default": False},
+        "how": {"type": "string", "enum": ["a", "b"], "default": "a"}, "text": {"type": "string"}, "temperature": {"type": "number"}}
+    made, schema = collect.defaultdict(list), {"type": "object", "properties": properties, "required": [*properties]}
+    for seed in range(200):
+        arguments = collect.random_arguments(tool("pkg.m.f", parameters=schema), collect.random.Random(seed))
+        assert collect.fits(arguments, schema)
+        for name, value in arguments.items():
+            made[name].append(value)
+    assert all("/" in v and not v.endswith((".csv", ".json")) for v in made["path"]) and all("://" in v for v in made["url"])
+    assert all(v[:2] in ("19", "20") for v in made["start_date"]) and all(min(v) > 0 for v in made["scale"])
+    assert {len(row) for v in made["matrix"] for row in v} == {2} and all(v["data"] if 0 else v for v in made["data"])
+    assert 3 not in made["level"] and set(made["verbose_log"]) == {True} and set(made["how"]) == {"b"}
+    assert any(" " in v for v in made["text"]) and any(type(v) is float for v in made["temperature"])
+    assert not collect.can_state(tool("pkg.m.f", parameters={"properties": {"cb": {}, "g": {"type": "object", "title": "Graph"}}}), "g")
+
+
+def test_calls_in_the_examples_of_a_source_file(tmp_path):
+    (tmp_path / "m.py").write_text('def area(width, height=1):\n    """Area of a field.\n\n    >>> area(3, height=4)\n    12\n'
+                                   '    >>> area(x)\n    1\n    >>> print(area(2.5))\n    2.5\n    >>> area(1\n    """\n')
+    [found] = collect.source_apis(tmp_path / "m.py", "m.py", "MIT")
+    assert found["examples"] == [({"width": 3, "height": 4}, "12"), ({"width": 2.5}, "2.5")] and found["usable"]
 
 
 def test_tools_are_named_by_their_last_two_parts():
     """Unless two of them would then have one name. Where they come from, `apis` still tells: the called ones first, then the others."""
-    apis = [api(name) | {"description": f"Do the thing of {name}."} for name in ("pkg.m.f", "pkg.m.g", "other.m.f")]
-    for chosen, names in ((apis[:2], {"m.f", "m.g"}), (apis, {a["name"] for a in apis})):
+    tools = [tool(name) for name in ("pkg.m.send_one", "pkg.m.send_all", "other.m.send_one")]
+    for chosen, names in ((tools[:2], {"m.send_one", "m.send_all"}), (tools, {t.name for t in tools})):
         for r in collect.synthesise(chosen, 0, {"multiple": 1.0}):
-            assert {t["function"]["name"] for t in r.tools} == names and {*r.apis} == {a["name"] for a in chosen}
+            offered = {t["function"]["name"] for t in r.tools}
+            assert offered in ({*r.apis}, {name.partition(".")[2] for name in r.apis}) and len(offered) == len(r.apis)
+            assert offered <= names or len(offered) < len(chosen)
             assert r.apis[0].endswith(r.messages[-1]["tool_calls"][0]["function"]["name"])
 
 
