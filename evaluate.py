@@ -14,8 +14,9 @@ Suites
   heldout        of documents and APIs that no model was trained on: loss (mean loss of each document, nats a token, by domain, so what was
                  forgotten shows too), choice (one tool of four fits; by likelihood: which name is likeliest after the request, direct, and
                  which tool makes the request likeliest, channel, arXiv 2108.04106), next (which of four calls comes next in a trajectory,
-                 for models that cannot chat yet; the idea of APTBench, arXiv 2510.24397), calls (the right call, name and arguments),
-                 decoded freely and, as calls-constrained, within the names and schemas of the tools at hand
+                 for models that cannot chat yet; the idea of APTBench, arXiv 2510.24397), calls (name and arguments of calls that
+                 have arguments come first, then all calls by the number of their arguments and by kind), decoded freely and, as
+                 calls-constrained, within the names and schemas of the tools at hand
   bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the package bfcl-eval is installed
   agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds an item
   api-bank       API-Bank's calls, by exact match of name and arguments, which is stricter than its own execution
@@ -70,6 +71,7 @@ from collect import TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_messa
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
+HEADLINE = "name and arguments"  # of calls that have arguments: the first metric of the table
 HELDOUT = ("loss", "choice", "next", "calls", "calls-constrained")  # what the suite heldout consists of
 
 
@@ -548,6 +550,12 @@ BEGUN = {"integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER
 
 def scan_value(text, at, schema):
     """The position after the JSON value at `at` that has the schema's type (any type where it states none)."""
+    if schema.get("nullable"):
+        return scan_one_of(text, at, [schema | {"nullable": False}, {"type": "null"}])
+    if schema.get("anyOf"):
+        return scan_one_of(text, at, schema["anyOf"])
+    if isinstance(schema.get("type"), list) and not schema.get("enum"):
+        return scan_one_of(text, at, [schema | {"type": kind} for kind in schema["type"]])
     if schema.get("enum"):
         return scan(text, at, [json.dumps(v, ensure_ascii=False) for v in schema["enum"]])
     kind = schema.get("type")
@@ -577,6 +585,17 @@ def scan_value(text, at, schema):
             return at
 
 
+def scan_one_of(text, at, schemas):
+    """The position after the longest value at `at` that has one of the schemas. Raises Incomplete if one may go on."""
+    ends = []
+    for schema in schemas:
+        with contextlib.suppress(ValueError):
+            ends.append(scan_value(text, at, schema))
+    if not ends:
+        raise ValueError
+    return max(ends)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # heldout: documents and APIs that no model was trained on
 
@@ -592,11 +611,17 @@ def document_losses(corpus, args):
 
 
 def conversations(corpus, args):
-    """Held-out conversations that fit the model's window, in the order of a hash. The first of a conversation's APIs is what it is about: it
-    must be held out itself, not only another that is offered or called beside it."""
+    """Held-out conversations that fit the model's context, in the order of a hash, each cut after the message that is asked for.
+
+    That is the last message with calls or, if there is none, the last of all. The first of a conversation's APIs is what it
+    is about: it must be held out itself, not only another that is offered or called beside it.
+    """
     heldout = set(json.loads((corpus.directory / "heldout_apis.json").read_text(encoding="utf-8")))
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     records = sorted((Record.from_json(line) for line in lines), key=lambda r: unit_hash(r.id))
+    for record in records:
+        called = [i for i, message in enumerate(record.messages, 1) if message.get("tool_calls")]
+        del record.messages[called[-1] if called else len(record.messages):]
     fit = [r for r in records if heldout.intersection(r.apis[:1]) and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
     if not fit:
         fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
@@ -620,7 +645,7 @@ def tool_choices(corpus, args):
         return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold, "log_likelihoods": likelihoods.tolist()}
 
     single = [(r, r.messages[-1]["tool_calls"][0]) for r in conversations(corpus, args)
-              if len(r.tools) == 4 and len(r.messages[-1].get("tool_calls") or []) == 1]
+              if len(r.tools) == 4 and len(r.messages) == 2 and len(r.messages[-1].get("tool_calls") or []) == 1]
     return [(record.id, partial(episode, record, call)) for record, call in single[:args.limit or 150]]
 
 
@@ -661,28 +686,37 @@ def heldout_calls(corpus, args):
 
 
 def judge(record, answer):
-    """The item of an answer: its calls against the recorded ones, as BFCL compares them. To ask for a parameter is to name it."""
+    """The item of an answer: its calls against the recorded ones, as BFCL compares them. To ask for a parameter is to name it.
+
+    The recorded calls themselves are right, though BFCL's checker refuses some lists that hold both integers and decimals.
+    """
     *before, expected = record.messages
     tools = [t["function"] for t in record.tools]
     gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in expected.get("tool_calls") or []]
     missing = re.findall(r"`([^`]+)`", expected["content"])  # what the recorded answer asks for
-    if before[-1]["role"] == "tool":
-        kind = "mended after an error"
+    called = [c["function"]["name"] for m in before for c in m.get("tool_calls") or []]
+    if called:
+        kind = "mended after an error" if called[-1] == gold[0][0] else "uses a result"
     elif not gold:
         kind = "asks what is missing" if missing else "no tool fits"
     elif len(before) > 1:
         kind = "calls once told"
     else:
-        kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of four tools"
+        kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of several tools"
     if gold:
         right, why = check_call(tools, answer.calls or [], as_gold(tools, gold))
+        right = right or json.dumps(answer.calls) == json.dumps(gold)
     else:
         right, why = all(name in answer.text for name in missing), "does not ask for it"
     item = verdict(answer, answer.calls, bool(gold), right, why)
-    scores = {f"right: {kind}": item["verdict"] == "right", "a call or clean words": item["verdict"] not in ("unparseable", "error"),
-              "stops by itself": answer.ended and not answer.error}
+    right, scores = item["verdict"] == "right", {}
     if gold:
-        scores |= {"name": Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold), "name and arguments": item["verdict"] == "right"}
+        count = max(len(arguments) for _, arguments in gold)
+        scores |= {HEADLINE: right} if count else {}
+        scores |= {f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}": right}
+        scores |= {"name": Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold)}
+    scores |= {f"right: {kind}": right, "a call or clean words": item["verdict"] not in ("unparseable", "error"),
+               "stops by itself": answer.ended and not answer.error}
     return item | {"scores": {metric: float(score) for metric, score in scores.items()}, "gold": gold}
 
 
@@ -1903,6 +1937,7 @@ def summarise(suite, items, models):
     for name, item in by_id[models[0]].items():
         for metric in item["scores"]:
             ids.setdefault(metric, []).append(name)
+    ids = {metric: ids[metric] for metric in sorted(ids, key=lambda metric: metric != HEADLINE)}
     means, draws = {}, {}
     for metric, names in ids.items():
         values = np.array([[by_id[model][name]["scores"][metric] for model in models] for name in names])  # (N, models)
