@@ -3081,6 +3081,7 @@ UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|c
                      r"the (true|false))\b", re.I)
 UNFINISHED = re.compile(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|over|into|per|within|under|"
                         r"along|corresponding|according|based|depending|such|lists of equal)$")  # the end of a sentence that was cut
+STATES = r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|handles|wraps|which|used)\b"
 ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
 QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common Hyperbolic Name Path Size Length Index Position "
                  "Logarithm Factorial Element-wise Elementwise".split())  # how a sentence without a verb begins
@@ -3153,7 +3154,7 @@ def read_purpose(sentence):
         kind, words = "give", rest if re.match(r"(the|an?|all|every) ", rest) else f"the {rest}"
     elif verb in VERBS and rest and not rest.startswith("of "):
         kind, words = "do", f"{verb} {rest}"
-    elif first in ("The", "A", "An") and rest:
+    elif first in ("The", "A", "An") and rest and not re.search(STATES, rest):
         kind, words = "give", sentence[0].lower() + sentence[1:]
     elif first in QUANTITIES and rest:
         kind, words = "give", f"the {first.lower()} {rest}"
@@ -3240,7 +3241,7 @@ def fill_in(kind, words, arguments, tool):
         main = next(iter(left), None)
     noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.parameters["required"] else None
     if noun and not isinstance(left[main], Said):
-        end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|or|using|is|are|has|have|can|contains?|lies|was)\b|$)"
+        end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|using|is|are|has|have|can|contains?|lies|was)\b|$)"
         made = kind in ("give", "make") or re.match("(create|generate|make|build|construct|produce|define|draw) ", words)
         before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
         words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}",
@@ -3276,7 +3277,7 @@ def label(name, schema):
     start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by)\b", description)[0]
     start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
     first = start.partition(" ")[0].lower()
-    verbs = re.search(r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|so|and|or)\b", start)
+    verbs = re.search(r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|so|and|or)\b", start)
     plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
     if plain and first not in NOT_A_NOUN and imperative(first) not in VERBS:
         return "the " + start[0].lower() + start[1:]
@@ -3311,7 +3312,7 @@ def mend(tool, arguments, rng):
         elif type(value) in (int, float) and abs(value) > 1 and (p not in required or type(value) is int):
             other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
             message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
-        elif type(value) is str and re.search(r"/.*\.\w+$", value):
+        elif type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
         elif type(value) is bool and p not in required:
@@ -3336,7 +3337,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"device", ["cpu", "cuda:0"]),
     ("string", r"regex|pattern|regular expression|glob", [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
     ("string", r"date(?!base)|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
-    ("string", r"time|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
+    ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
     ("string", r"dir\b|directory|folder|^root", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
@@ -3374,13 +3375,13 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("integer", r"minute|second", [0, 15, 30, 45]),
     ("integer", r"precision|digits|decimals|places|dps", [2, 3, 4, 6, 10, 15]),
     ("integer", r"base|radix", [2, 8, 10, 16]),
-    ("integer", r"level|depth|degree|order", [1, 2, 3, 4, 5]),
+    ("integer", r"level|depth|degree|order|dimensions?|branching|height of|heights?$", [2, 3, 4, 5]),
     ("integer", r"n_jobs|workers|threads|process", [1, 2, 4, 8]),
-    ("integer", r"width|height|length|columns|cols|rows|channels|features|size|hidden", [8, 16, 20, 32, 64, 80, 128, 640]),
+    ("integer", r"width|height|length|columns|cols|rows|channels|features|size|hidden", [4, 6, 8, 10, 12, 16, 20, 32]),
     ("integer", r"k\b|group|kernel|stride|step|dilation|padding", [1, 2, 3, 5]),
     ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1, 2, 5, 10, -1]),
-    ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100, 1000]),
-    ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins", [2, 3, 4, 5, 8, 10, 12, 25, 50, 100]),
+    ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100]),
+    ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins", [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]),
     ("integer", r"", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]),
     ("number", r"timeout|seconds|delay|interval|duration|wait", [0.5, 2.5, 5, 10, 30]),
     ("number", r"between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|momentum|decay|rate|alpha|beta|gamma|rho", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
@@ -3396,8 +3397,9 @@ UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|lay
                      r"args|options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
 HIGH_DIMENSIONAL = re.compile(r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
                               r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function")
+OPENS = re.compile(r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")  # a file that must exist
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
-SAYS_LITTLE = re.compile(r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt")  # such a name of a parameter of texts
+SAYS_LITTLE = re.compile(r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on")  # such a name of a parameter of texts
 POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|sigma|std|variance|kappa|lam|rate|"
                       r"df\w*|counts?|radius|radii|durations?|lengths?|sizes?)\b")
 LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|observations|weights|indices|tensor|input|sequence of "
@@ -3445,7 +3447,7 @@ def choices(tool, name):
     several = ["integer"] if several and "integer" in several and re.match(r"axis$|dim$", name) else several
     for choice in schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema]):
         kind, items = choice.get("type"), choice.get("items") or {}
-        if "enum" in choice or kind == "boolean":
+        if "enum" in choice or kind == "boolean" and not SAYS_LITTLE.fullmatch(name):
             found.append(choice)
         elif kind in ("integer", "number", "string") and values_of(kind, tool, name):
             found.append(choice)
@@ -3510,7 +3512,7 @@ def random_list(text, schema, rng, size):
     """A list by the type of its items or, where none is stated, by what its name and description say."""
     items = schema.get("items") or {}
     kind = items.get("type")
-    if kind != "array" and re.match(r"(output |new |target )?(shape|size|kernel|stride)", text):
+    if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
         return [rng.randrange(1, 6) for _ in range(2)]
     if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
         return [0, 1]
@@ -3525,7 +3527,9 @@ def random_list(text, schema, rng, size):
     if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
         return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
     if kind != "number" and re.search(r"\b(indices|index|sections|positions)\b", text):
-        return sorted(rng.sample(range(6), 2))
+        return sorted(rng.sample(range(3), 2))
+    if re.match(r"(target|class|y true|y pred|labels (true|pred))", text):
+        return [rng.randrange(3) for _ in range(size)]
     low = 1 if POSITIVE.search(text) or re.search(r"counts|weights|degree|sequence|partition|permutation", text) else -9
     whole = kind == "integer" or re.search(r"integer|counts|coefficients", text) or kind is None and rng.random() < 0.4
     values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
