@@ -123,13 +123,13 @@ def parse_args():
     add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, metavar="N", help="items of a category at most (default: all; in heldout 1000 calls, 500 constrained ones, 150 of all else)")
+    add("--limit", type=int, metavar="N", help="items of a category at most (default: all; in heldout 800 calls, 400 constrained ones, 150 of all else)")
     add("--mode", default="native", choices=["native", "prompt"], help="of the benchmarks: tools given as such, calls made as the model was "
         "trained to; or tools and the form of an answer described in words")
     add("--constrained", action="store_true", help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
     add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most; one that is longer is cut off, and counts as such (default: "
         "1024; 160 in heldout)")
-    add("--seq-len", type=int, default=384, help="of heldout: tokens of a document that are read, and of a conversation that is asked")
+    add("--seq-len", type=int, default=768, help="of heldout: tokens of a document that are read, and of a conversation that is asked")
     add("--batch-size", type=int, default=32, help="items that a checkpoint works on at once")
     add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -625,7 +625,7 @@ def conversations(corpus, args):
     fit = [r for r in records if heldout.intersection(r.apis[:1]) and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
     if not fit:
         fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
-    return fit[:args.limit or 1000]
+    return fit[:args.limit or 800]
 
 
 def tool_choices(corpus, args):
@@ -2478,7 +2478,7 @@ def shape_chat(row, content, calls, reason, scores, kind):
 
 
 SUITES = {"loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
-          "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 500],
+          "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 400],
           "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
 TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 

@@ -414,7 +414,7 @@ def test_windows_longer_than_the_model_are_refused(small_corpus, tmp_path):
                                                                 hidden_dim=64, max_seq_len=128)), tmp_path)
     tokenizer.save(tmp_path)
     done = run("evaluate.py", "--model", tmp_path, "--corpus", small_corpus, "--out", tmp_path, ok=False)
-    assert "--seq-len 384 is more than the 128 positions" in done.stderr
+    assert "--seq-len 768 is more than the 128 positions" in done.stderr
 
 
 def evaluate_args(**given):
