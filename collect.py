@@ -3026,7 +3026,15 @@ def can_call(tool):
         return False
     if tool.is_class and not (required and all("description" in properties[name] for name in required)):
         return False
-    return bool(tool.examples) or all(can_state(tool, name) for name in required)
+    return bool(tool.examples) or all(can_state(tool, name) for name in needed(tool))
+
+
+def needed(tool):
+    """The parameters without which a call says nothing: what is required or, where nothing is, what *args takes."""
+    properties, required = tool.parameters["properties"], tool.parameters["required"]
+    first = next(iter(properties), None)
+    takes_many = first and properties[first].keys() <= {"type", "items", "description"} and properties[first].get("type") == "array"
+    return required or ([first] if takes_many else [])
 
 
 def draw_kind(tool, fact, shares, rng):
@@ -3078,9 +3086,10 @@ UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|c
                      r"internal|callable|decorator|deprecated|alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|"
                      r"hook|mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|i e|version of|kind for|prints as|routine|"
                      r"system call|utility|function|functions|algorithm|type|types|code|generic|given|specified|provided|"
-                     r"the (true|false))\b", re.I)
-UNFINISHED = re.compile(r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|over|into|per|within|under|"
-                        r"along|corresponding|according|based|depending|such|lists of equal)$")  # the end of a sentence that was cut
+                     r"the (true|false))\b|--|\w\(", re.I)
+UNFINISHED = re.compile(  # the end of a sentence that was cut
+    r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|over|into|per|"
+    r"within|under|matching|two|along|corresponding|according|based|depending|such|lists of equal)$")
 STATES = r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|handles|wraps|which|used)\b"
 ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
 QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common Hyperbolic Name Path Size Length Index Position "
@@ -3088,7 +3097,7 @@ QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Squ
 NOUNS = {"array": "array|list|sequence|tensor|matrix|vector|data|iterable|input|polynomial|series|values|numbers|elements|coefficients|samples?",
          "string": "string|text|file|path|filename|name|url|word|date|message|directory|pattern|document|expression",
          "integer": "number|integer|value|n", "number": "number|value|angle|real number"}
-NOT_A_NOUN = set("each if whether when this it can must should optional specifies specify determines controls use set see one either by for to not any all "
+NOT_A_NOUN = set("each indicate indicates indicating defines define if whether when this it can must should optional specifies specify determines controls use set see one either by for to not any all "
                  "default only same used passed true false see if a an the and or as in on at of be is are has have which what how".split())
 
 
@@ -3111,6 +3120,8 @@ def find_purposes(name, documentation, is_class):
     (('give', 'the harmonic mean of data'), ('give', 'the harmonic mean'))
     """
     words = words_of(name)
+    if re.search(r"(?i)\bdecorat|\bmixin\b|context manager", first_sentence(documentation)):
+        return ()
     sentence = re.sub(r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")).strip()
     if is_class:
         return class_purpose(words, sentence, documentation)
@@ -3203,7 +3214,7 @@ def ask(tool, arguments, offered, rng, plain=False):
         shapes = [s for s in SHAPES[kind][:2 if plain else None] if left or "{given}" not in s and "{Use}" not in s]
         request = rng.choice(shapes).format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
         names = {p for p in tool.parameters["required"] if p not in arguments}  # what the user forgets
-        odd = [w for w in re.findall(r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z])(?![\w\"'-])", words) if w not in names]
+        odd = [w for w in re.findall(r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])", words) if w not in names]
         if not odd and not any(common_run(request, t.description) for t in offered):
             return request
     return None
@@ -3260,8 +3271,7 @@ def clauses(kind, words, left, tool, rng):
     items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()]
     main = next(iter(left))
     counted = type(left[main]) is bool or re.search(r"\b(size|length|number|count|times|shape)\b", value_text(tool, main))
-    needed = [p for p in left if p in tool.parameters["required"]]
-    if kind != "make" and not counted and needed == [main]:
+    if kind != "make" and not counted and tool.parameters["required"] == [main]:
         lead, items = ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])]) if len(items) == 1 else (lead, items)
     listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
     use = "Use " + " and ".join(f"{in_words(v)} for {labels[p]}" for p, v in left.items())
@@ -3279,7 +3289,7 @@ def label(name, schema):
     first = start.partition(" ")[0].lower()
     verbs = re.search(r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|so|and|or)\b", start)
     plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
-    if plain and first not in NOT_A_NOUN and imperative(first) not in VERBS:
+    if plain and not UNFINISHED.search(start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
         return "the " + start[0].lower() + start[1:]
     return name
 
@@ -3326,7 +3336,19 @@ def mend(tool, arguments, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # Values that a person would give
 
-VALUES = [  # of texts and numbers, by the first pattern that is found in "name: description"
+PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt", "/tmp/results/run_7.dat", "backup/monthly.gz"]
+FILES = {"font": "fonts/DejaVuSans.ttf", "image": "images/logo.png", "csv": "data/sales.csv", "json": "data/users.json",  # by a word of
+         "xml": "feeds/news.xml", "html": "site/index.html", "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml",  # the tool
+         "graph": "graphs/friends.edgelist", "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
+         "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini", "config": "config/settings.ini",
+         "environment": "config/.env", "excel": "reports/2024.xlsx", "parquet": "data/events.parquet", "pickle": "cache/model.pkl",
+         "database": "data/shop.db", "library": "lib/libfast.so", "template": "templates/mail.html"}
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world", "Order #1042 has shipped",
+         "Zürich is lovely in spring.", "  leading and trailing spaces  ", "one,two,three"]
+BEGINS_AS_TEXT = re.compile(r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|specifying|"
+                            r"representing|alias|in|or|identifier|name))")
+VALUES = [  # of texts and numbers, by the first pattern that is found in the name or the description
+    ("string", r"sha ?\d+|md ?5|checksum|digest", ["9f86d081884c7d65", "d41d8cd98f00b204", "5d41402abc4b2a76"]),
     ("string", r"url|uri|endpoint|link|address of (a|the) (page|site)", ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json", "http://localhost:8080/health", "https://example.com/feed.xml"]),
     ("string", r"e-?mail|recipient|sender", ["ada@example.com", "support@example.org", "li.wei@example.net"]),
     ("string", r"host|server|domain|netloc", ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"]),
@@ -3340,14 +3362,14 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
-    ("string", r"dir\b|directory|folder|^root", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
-    ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", ["reports/2024.csv", "data/users.json", "notes/meeting notes.txt", "data/input.txt", "/tmp/results/run_7.dat", "backup/monthly.gz"]),
+    ("string", r"dir\b|directory|folder|^root|base path", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
+    ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", PATHS),
     ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
     ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
     ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
     ("string", r"colou?r", ["red", "#1f77b4", "dark green", "navy"]),
-    ("string", r"hash|digest|algorithm", ["sha256", "md5", "blake2b"]),
-    ("string", r"module|package|distribution", ["json", "collections.abc", "numpy", "requests"]),
+    ("string", r"algorithm|digestmod|hash name", ["sha256", "md5", "blake2b"]),
+    ("string", r"module|package|distribution name", ["json", "collections.abc", "numpy", "requests"]),
     ("string", r"command|cmd", ["ls -la /tmp", "git status", "echo hello world"]),
     ("string", r"(env|environment|variable)", ["HOME", "PATH", "DEBUG_LEVEL"]),
     ("string", r"user|login|author", ["ada", "guest", "Grace Hopper"]),
@@ -3361,11 +3383,9 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("string", r"unit", ["ms", "kg", "days", "km"]),
     ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
     ("string", r"format|fmt", ["%Y-%m-%d", "{:.2f}", "png"]),
-    ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment|note|^data\b", [
-        "The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world", "Order #1042 has shipped",
-        "Zürich is lovely in spring.", "  leading and trailing spaces  ", "one,two,three"]),
+    ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment|note|^data\b", TEXTS),
     ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]),
-    ("integer", r"axis|^dim\b|^dim\d|dimension along", [0, 1, -1]),
+    ("integer", r"axis|axes|^dim\b|^dim\d|dimension along", [0, 1, -1]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
     ("integer", r"year", [1999, 2012, 2024, 2025]),
@@ -3390,18 +3410,19 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in "name:
     ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length", [0.5, 1.5, 2, 2.5, 4, 10]),
     ("number", r"", [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, -1.5, -0.5, -2, -3.25, 100])]
 VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values) for kind, pattern, values in VALUES]
-SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"], ["red apple", "green pear"], ["2024-01-05", "2024-02-09", "2024-03-01"]]
+SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"], ["red apple", "green pear"]]
 OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}}, {"id": 7, "tags": ["new", "sale"]},
            {"user": {"id": 42, "active": True}, "score": 9.5}, {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
 UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|"
                      r"args|options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
 HIGH_DIMENSIONAL = re.compile(r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
-                              r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function")
+                              r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function|pairs|tuples")
 OPENS = re.compile(r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")  # a file that must exist
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
 SAYS_LITTLE = re.compile(r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on")  # such a name of a parameter of texts
 POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|sigma|std|variance|kappa|lam|rate|"
                       r"df\w*|counts?|radius|radii|durations?|lengths?|sizes?)\b")
+LISTED_TEXTS = re.compile(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|categories|options)\b")
 LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|observations|weights|indices|tensor|input|sequence of "
                     r"(numbers|floats|ints)|x\d?|y|a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|shape|size|matrix|mask)\b")
 
@@ -3416,6 +3437,7 @@ def random_arguments(tool, rng):
         varied = {p: value if p in kept else vary(value, rng) for p, value in arguments.items()}
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
     size = rng.randrange(3, 6)
+    required = needed(tool)
     optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(tool, p)
                 and "deprecated" not in schema.get("description", "").lower()]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
@@ -3456,7 +3478,8 @@ def choices(tool, name):
         elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
             inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
             texts = inner.get("type") == "string" and "enum" not in inner
-            if texts or inner.get("type") in ("integer", "number", "boolean") or not items and LISTED.search(text):
+            if not texts and inner.get("type") in ("integer", "number", "boolean") or not items and LISTED.search(text) or (
+                    texts and LISTED_TEXTS.search(text)):
                 found.append(choice)
     return found
 
@@ -3465,19 +3488,29 @@ def values_of(kind, tool, name):
     """The VALUES for a parameter of a simple type: by its name and how its description begins, of which the former comes first
     where it says something; without a description that of the tool. [] where nothing says enough."""
     words = " ".join(words_of(name)).lower()
-    said = tool.parameters["properties"][name].get("description", "").lower()[:80]
+    said = tool.parameters["properties"][name].get("description", "").lower()[:50]
     says_little = kind == "string" and SAYS_LITTLE.fullmatch(words)
     for text in (said or tool.description.lower(), words) if says_little else (words, said):
-        if found := next((v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None):
+        found = next((v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None)
+        if found is PATHS:
+            return files_of(tool)
+        if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
             return found
     known = said or kind == "number" or len(name) == 1
     return [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values] if known else []
 
 
+def files_of(tool):
+    """Paths of files of the kind that a tool's description speaks of."""
+    words = re.findall(r"[a-z]+", tool.description.lower())
+    path = next((path for word, path in FILES.items() if word in words), None)
+    return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"] if path else PATHS
+
+
 def value_text(tool, name):
     """What the values of a parameter are chosen by: the words of its name and its description, in small letters."""
     description = tool.parameters["properties"].get(name, {}).get("description", "")
-    return f"{' '.join(words_of(name))}: {'matrix, ' * (name == 'X')}{description}".lower()
+    return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y'))}{description}".lower()
 
 
 def random_value(tool, name, rng, size):
@@ -3516,9 +3549,9 @@ def random_list(text, schema, rng, size):
         return [rng.randrange(1, 6) for _ in range(2)]
     if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
         return [0, 1]
-    if kind != "integer" and re.match(r"(.* )?dates?\b", text.partition(":")[0]):
+    if kind != "integer" and re.match(r".*dates?$", text.partition(":")[0]):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
-    if kind == "string" or kind is None and re.search(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines)\b", text):
+    if kind == "string" or kind is None and LISTED_TEXTS.search(text):
         return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
     if kind == "array" or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]):
         return [[rng.randrange(-5, 10) for _ in range(2)] for _ in range(size)]
@@ -3531,7 +3564,7 @@ def random_list(text, schema, rng, size):
     if re.match(r"(target|class|y true|y pred|labels (true|pred))", text):
         return [rng.randrange(3) for _ in range(size)]
     low = 1 if POSITIVE.search(text) or re.search(r"counts|weights|degree|sequence|partition|permutation", text) else -9
-    whole = kind == "integer" or re.search(r"integer|counts|coefficients", text) or kind is None and rng.random() < 0.4
+    whole = kind == "integer" or re.search(r"integer|counts|coefficients|degree", text) or kind is None and rng.random() < 0.4
     values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
     return sorted(values) if re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text) else values
 
