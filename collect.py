@@ -2902,12 +2902,12 @@ def read_tools(path):
 def indexes(paths, seed, sizes=(4, 5, 6)):
     """Reference cards on the Tools in the files: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
 
-    Every API is on one card of each size. Neighbours in hash order share a card, so that held-out APIs, which are
+    Every API is on one card of each size, but for one that would be alone there. Neighbours in hash order share a card, so that held-out APIs, which are
     neighbours too, spoil few others.
     """
     tools = [tool for path in paths for tool in read_tools(path) if not tool.description.startswith("See ")]
     tools.sort(key=lambda t: unit_hash(t.name))
-    for size, i in ((size, i) for size in sizes for i in range(0, len(tools), size)):
+    for size, i in ((size, i) for size in sizes for i in range(0, len(tools) - 1, size)):
         card = list({t.description: t for t in tools[i:i + size]}.values())
         rng = random.Random(f"{seed} {size} {card[0].name}")
         by_name = [json.dumps({"description": t.description, "name": t.name}, ensure_ascii=False) for t in card]
@@ -2954,7 +2954,10 @@ def synthesise(tools, seed, shares, chosen=lambda tool: True):
     for tool in filter(chosen, usable):
         near, far = neighbours(tool, modules[tool.name.rpartition(".")[0]], 6), neighbours(tool, usable, 12)
         facts = [Fact([(tool, arguments)], [result]) for arguments, result in tool.examples]
-        facts += [Fact([(tool, first[1]), (by_name[second[0]], second[1])], [first[2], second[2]]) for first, second in tool.chains if second[0] in by_name and purposes(by_name[second[0]])]
+        for first, second in tool.chains:
+            taker = by_name.get(second[0])
+            if taker and taker.usable and purposes(taker):
+                facts.append(Fact([(tool, first[1]), (taker, second[1])], [first[2], second[2]]))
         facts += [None] * (MADE_UP if tool.parameters["properties"] else 1)
         for n, fact in enumerate(facts):
             for attempt in range(4):  # not every choice can be put in words
@@ -3089,7 +3092,7 @@ UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|c
                      r"the (true|false))\b|--|\w\(", re.I)
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|over|into|per|"
-    r"within|under|matching|two|along|corresponding|according|based|depending|such|lists of equal)$")
+    r"within|under|matching|(from|of|between) two|along|corresponding|according|based|depending|such|lists of equal)$")
 STATES = r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|handles|wraps|which|used)\b"
 ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
 QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common Hyperbolic Name Path Size Length Index Position "
