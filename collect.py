@@ -179,7 +179,9 @@ def fail(message):
 
 @dataclasses.dataclass
 class Unit:
-    """A piece of work: function(*arguments) yields the Records of one file, and a rejection() for what cannot be converted."""
+    """A piece of work: function(*arguments) yields the Records of one file, and a rejection() for what cannot
+    be converted.
+    """
     filename: str       # of the records; holds a fingerprint of all that they depend on
     size: float         # of the input, in bytes or so: large ones begin first
     function: callable
@@ -187,7 +189,9 @@ class Unit:
 
 
 def find_units(kind, value="", *, args):
-    """(units, prefixes) of the source `kind:value`: the work, and how the names of all its files begin, current or stale."""
+    """(units, prefixes) of the source `kind:value`: the work, and how the names of all its files begin,
+    current or stale.
+    """
     if kind == "python":
         return python_units(value, args)
     if kind in ("crawl", "hf") or kind == "openapi" and re.match(r"https?:", value):
@@ -236,7 +240,9 @@ def web_unit(kind, value, args):
 
 
 def file_units(kind, prefix, files, args):
-    """Units for a list of files (path, name, licence), put into groups by a hash of their names: what changes redoes its group."""
+    """Units for a list of files (path, name, licence), put into groups by a hash of their names: what changes
+    redoes its group.
+    """
     grouped = defaultdict(list)
     for file in files:  # a language model is asked by one unit alone, which keeps to the budget
         grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % (1 if kind == "synthesize" and args.llm_url else 64)].append(file)
@@ -328,7 +334,9 @@ def wanted(license, args):
 
 @contextlib.contextmanager
 def writing(path):
-    """A file to write text to, which appears under its name whole or not at all, though two threads or processes write it at once."""
+    """A file to write text to, which appears under its name whole or not at all, though two threads or
+    processes write it at once.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     with open(temporary, "w", encoding="utf-8", errors="replace") as file:
         yield file
@@ -355,7 +363,9 @@ LICENSES = {  # how the texts of common licences are told apart; the first that 
 
 @lru_cache(10_000)
 def nearby_license(directory, root):
-    """The licence of the nearest LICENSE or COPYING file, in the directory or above it up to root; "unknown" where there is none."""
+    """The licence of the nearest LICENSE or COPYING file, in the directory or above it up to root; "unknown"
+    where there is none.
+    """
     for path in sorted(p for p in directory.iterdir() if re.match(r"(?i)(un)?licen[cs]e|copying", p.name) and p.is_file()):
         text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
         return next((name for name, pattern in LICENSES.items() if re.search(pattern, text, re.I)), f"see {path.name}")
@@ -405,8 +415,9 @@ class Record:
 def unit_hash(name):
     """A number in [0, 1) that depends on the name alone.
 
-    It orders the APIs at random but for ever in the same way: build_corpus.py holds out those under a threshold,
-    and synthesise() draws the tools of one conversation from neighbours, which so fall on the same side.
+    It orders the APIs at random but for ever in the same way: build_corpus.py holds out those under a
+    threshold, and synthesise() draws the tools of one conversation from neighbours, which so fall on the same
+    side.
     """
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
 
@@ -488,7 +499,9 @@ def describe_package(name, version, license, description, top_level, roots, buil
 
 
 def child():
-    """Answer module names on standard input with one JSON line each on (a private copy of) standard output."""
+    """Answer module names on standard input with one JSON line each on (a private copy of) standard
+    output.
+    """
     reply = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
     null = os.open(os.devnull, os.O_RDWR)
     requests = os.fdopen(os.dup(0), encoding="utf-8")
@@ -503,7 +516,9 @@ def child():
 
 
 def describe_module(name, seen):
-    """Public callables of one module: {"objects": [...], "error": reason or None}. Describes each object once."""
+    """Public callables of one module: {"objects": [...], "error": reason or None}. Describes each object
+    once.
+    """
     try:
         module = importlib.import_module(name)
         names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
@@ -528,15 +543,23 @@ def describe_object(obj, module, public_name, seen):
     path = f"{module.__name__}.{public_name}"
     if key in seen:
         return [{"key": key, "path": path}]
-    described = [describe_callable(obj, key, documentation(obj), module) | {"path": path, "unfit": unfit(obj, key)}]
+    described = [
+        describe_callable(obj, key, documentation(obj), module) | {"path": path, "unfit": unfit(obj, key)}
+    ]
     seen.add(key)
     for name, member in sorted(members(obj).items()) if inspect.isclass(obj) else []:
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if not name.startswith("_") and callable(function) and not inspect.isclass(function):
             bound = not isinstance(member, staticmethod)
             reason = "" if function is not member else "a method, whose object a call cannot name"
-            described.append(describe_callable(function, f"{key}.{name}", documentation(function), module, bound) | {
-                "of": key, "name": name, "unfit": reason or unfit(obj, key) or unfit(function, f"{key}.{name}")})
+            described.append(
+                describe_callable(function, f"{key}.{name}", documentation(function), module, bound)
+                | {
+                    "of": key,
+                    "name": name,
+                    "unfit": reason or unfit(obj, key) or unfit(function, f"{key}.{name}"),
+                }
+            )
     return described
 
 
@@ -558,18 +581,30 @@ def unfit(obj, key):
         return "an exception, a metaclass or an enumeration"
     if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not inspect.isclass(obj):
         return "a type"
-    if inspect.isclass(obj) and (inspect.isabstract(obj) or getattr(obj, "_is_protocol", False) or re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
-                                 or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])):
+    if inspect.isclass(obj) and (
+        inspect.isabstract(obj)
+        or getattr(obj, "_is_protocol", False)
+        or re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
+        or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
+    ):
         return "an abstract base"
-    if hasattr(obj, "__deprecated__") or re.search(r"^\.\. deprecated::|^(\W*)[Dd]eprecated\b|^.{0,200}\b(is|are|was|been) deprecated\b", doc, re.M):
+    if hasattr(obj, "__deprecated__") or re.search(
+        r"^\.\. deprecated::|^(\W*)[Dd]eprecated\b|^.{0,200}\b(is|are|was|been) deprecated\b", doc, re.M
+    ):
         return "deprecated"
-    if re.search(r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|lib2to3|distutils|tkinter|turtle\w*|curses)\b", key):
+    if re.search(
+        r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|"
+        r"lib2to3|distutils|tkinter|turtle\w*|curses)\b",
+        key,
+    ):
         return "test code, or part of a program"
     return ""
 
 
 def members(cls):
-    """What a class defines itself or takes from private bases, such as torch.Tensor from torch._C.TensorBase."""
+    """What a class defines itself or takes from private bases, such as torch.Tensor from
+    torch._C.TensorBase.
+    """
     private = [b for b in cls.__mro__[1:] if re.search(r"(^|\.)_", f"{b.__module__}.{b.__name__}")]
     return {name: member for base in [*reversed(private), cls] for name, member in vars(base).items()}
 
@@ -584,18 +619,34 @@ def describe_callable(obj, key, doc, module, bound=False):
     """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
     signature = find_signature(obj, doc)
     parameters = list(signature.parameters.values()) if signature else []
-    if bound and parameters and (parameters[0].name in ("self", "cls") or inspect.isfunction(obj) and parameters[0].kind < 2):
+    if (
+        bound
+        and parameters
+        and (parameters[0].name in ("self", "cls") or inspect.isfunction(obj) and parameters[0].kind < 2)
+    ):
         parameters = parameters[1:]
     schema = json_schema(parameters, doc, module)
-    return {"key": key, "doc": doc, "home": key.split(":")[0],
-            "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
-            "is_class": inspect.isclass(obj), "parameters": schema,
-            "known": signature is not None and all(p.kind != p.VAR_POSITIONAL or "description" in schema["properties"].get(p.name, {"description": ""})
-                                                   for p in parameters), "sessions": sessions(doc, obj, module)}
+    return {
+        "key": key,
+        "doc": doc,
+        "home": key.split(":")[0],
+        "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
+        "is_class": inspect.isclass(obj),
+        "parameters": schema,
+        "known": signature is not None
+        and all(
+            p.kind != p.VAR_POSITIONAL
+            or "description" in schema["properties"].get(p.name, {"description": ""})
+            for p in parameters
+        ),
+        "sessions": sessions(doc, obj, module),
+    }
 
 
 def stable(text):
-    """Without what differs from run to run and from user to user: memory addresses, and where Python is installed."""
+    """Without what differs from run to run and from user to user: memory addresses, and where Python is
+    installed.
+    """
     for place in (sys.prefix, sys.base_prefix, os.getcwd()):
         text = text.replace(place, "/usr") if len(place) > 4 else text
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
@@ -616,7 +667,9 @@ def find_signature(obj, doc):
         found = re.fullmatch(r"\s*[\w.]*\w\((.*?)\)\s*((->|[-:]+ ).*)?", start)
         stated, count = found[1] if found else "", 1
         while count:  # f(a[, b[, c]]) is f(a, b=..., c=...)
-            stated, count = re.subn(r"\[\s*,([^\[\]=,]+)(=[^\[\],]+)?\]", lambda m: f",{m[1]}{m[2] or '=...'}", stated)
+            stated, count = re.subn(
+                r"\[\s*,([^\[\]=,]+)(=[^\[\],]+)?\]", lambda m: f",{m[1]}{m[2] or '=...'}", stated
+            )
         try:
             return signature_of(ast.parse(f"def f({stated}): pass").body[0].args) if found else signature
         except (SyntaxError, ValueError):
@@ -625,7 +678,9 @@ def find_signature(obj, doc):
 
 
 def signature_of(definition):
-    """The inspect.Signature of an ast.arguments, without what `**` takes up. Raises ValueError where two arguments have one name."""
+    """The inspect.Signature of an ast.arguments, without what `**` takes up. Raises ValueError where two
+    arguments have one name.
+    """
     P, empty = inspect.Parameter, inspect.Parameter.empty
 
     def parameter(arg, kind, default):
@@ -656,14 +711,15 @@ NAMES = r"\*{0,2}[A-Za-z_]\w*(?:\s*,\s*\*{0,2}[A-Za-z_]\w*)*(?:,\s*\.{3})?"
 FIELD = re.compile(r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(\*{0,2}\w+)\s*:\s*(.*)")
 FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
 NUMPY_ENTRY = re.compile(rf"`*({NAMES})`*(?:\s*:(?:\s+(.*))?)?")
-ENTRY = re.compile(  # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
+# "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
+ENTRY = re.compile(
     rf"(?:[-*•+]\s+)?['\"`*]*({NAMES})['\"`*]*(?:\s*\(((?:[^()]|\([^()]*\))*)\))?"
     r"(?:\s*:(?!:)\s*|\s+--?\s+|\s*[–—]\s*|\s{2,}(?=[A-Z]))(.*)")
 RULE = re.compile(r"[-=~]{3,}")  # the line under a heading in NumPy's style
-PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?"
-                        r"(parameters?|params?|arguments?|args|kwargs|keywords?|inputs?)", re.I)
-OTHERS = re.compile(r"returns?|yields?|receives?|raises?|warns?|warnings?|exceptions?|see also|notes?|references?|examples?|"
-                    r"usage|attributes|methods|shape|outputs?|results?|side effects", re.I)
+PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?(parameters?|params?|"
+                        r"arguments?|args|kwargs|keywords?|inputs?)", re.I)
+OTHERS = re.compile(r"returns?|yields?|receives?|raises?|warns?|warnings?|exceptions?|see also|notes?|"
+                    r"references?|examples?|usage|attributes|methods|shape|outputs?|results?|side effects", re.I)
 
 
 class Documented(typing.NamedTuple):
@@ -673,12 +729,14 @@ class Documented(typing.NamedTuple):
 
 
 def documented_parameters(doc, known=()):
-    """{name: Documented} of the parameters in a docstring of NumPy's, Google's, Sphinx's or epytext's style, or in a plain list.
+    """{name: Documented} of the parameters in a docstring of NumPy's, Google's, Sphinx's or epytext's style,
+    or in a plain list.
 
-    Under a heading for parameters each entry counts; elsewhere one that begins with the name of a `known` parameter.
-    Sources: numpydoc.readthedocs.io/en/latest/format.html, google.github.io/styleguide/pyguide.html, section 3.8.
+    Under a heading for parameters each entry counts; elsewhere one that begins with the name of a `known`
+    parameter. Sources: numpydoc.readthedocs.io/en/latest/format.html,
+    google.github.io/styleguide/pyguide.html, section 3.8.
 
-    >>> documented_parameters("Add.\\n\\nArgs:\\n    a (int): The first\\n        number.\\n    b: The second.")["a"]
+    >>> documented_parameters("Args:\\n    a (int): The first\\n        number.\\n    b: Other.")["a"]
     Documented(type='int', description='The first number.')
     """
     found, lines = {}, doc.expandtabs().split("\n")
@@ -691,7 +749,11 @@ def documented_parameters(doc, known=()):
         elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
             names, kind, description = parameter_names(match[1]), match[2] or "", paragraph("", lines, i)
         elif style in ("google", "") and (match := ENTRY.fullmatch(text)):
-            names, kind, description = parameter_names(match[1]), match[2] or "", paragraph(match[3], lines, i)
+            names, kind, description = (
+                parameter_names(match[1]),
+                match[2] or "",
+                paragraph(match[3], lines, i),
+            )
             if style == "" and not {*names} <= {*known} or not description:
                 names = []
         for name in names:
@@ -701,16 +763,21 @@ def documented_parameters(doc, known=()):
 
 
 def sections(lines):
-    """Of each line (style, indentation of the heading): "numpy" or "google" under a heading for parameters, "other" under
-    another heading, "" under none."""
+    """Of each line (style, indentation of the heading): "numpy" or "google" under a heading for parameters,
+    "other" under another heading, "" under none.
+    """
     style, base = "", 0
     for i, line in enumerate(lines):
         text, indent = line.strip(), indentation(line)
         heading = text.strip("*#:` ")
         ruled = text and i + 1 < len(lines) and RULE.fullmatch(lines[i + 1].strip())
-        marked = re.fullmatch(r"[*#]*[\w ]+:[*]*|#+ [\w ]+", text) and (PARAMETERS.fullmatch(heading) or OTHERS.fullmatch(heading))
+        marked = re.fullmatch(r"[*#]*[\w ]+:[*]*|#+ [\w ]+", text) and (
+            PARAMETERS.fullmatch(heading) or OTHERS.fullmatch(heading)
+        )
         if ruled or marked:
-            style, base = ("numpy" if ruled else "google") if PARAMETERS.fullmatch(heading) else "other", indent
+            style, base = (
+                ("numpy" if ruled else "google") if PARAMETERS.fullmatch(heading) else "other"
+            ), indent
             yield "heading", base
             continue
         if text and style == "google" and indent <= base and not re.match(r"[-*•+] ", text):
@@ -730,7 +797,9 @@ def parameter_names(text):
 
 
 def paragraph(first, lines, i):
-    """What an entry at line i says, in one line: its own text and, indented below it, the rest of the paragraph."""
+    """What an entry at line i says, in one line: its own text and, indented below it, the rest of the
+    paragraph.
+    """
     held = [first] * bool(first.strip())
     for line in lines[i + 1:]:
         if held and not line.strip() or line.strip() and indentation(line) <= indentation(lines[i]):
@@ -742,24 +811,33 @@ def paragraph(first, lines, i):
 # ----------------------------------------------------------------------------------------------------------------------
 # Signatures to JSON Schema
 
-JSON_TYPES = {word: kind for kind, words in {  # JSON's name of a type: the words that mean it in annotations and docstrings
+# JSON's name of a type: the words that mean it in annotations and docstrings
+JSON_TYPES = {word: kind for kind, words in {
     "boolean": "bool boolean bools booleans",
     "integer": "int integer ints integers symint int8 int16 int32 int64 intp uint8 long",
-    "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 float64 symfloat",
-    "string": "str string strings strs text path paths pathlike path_like bytes filename strpath anystr url regex pattern date "
-              "datetime timestamp uuid char character characters dtype device literalstring bytes_like readablebuffer fspath "
+    "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 "
+              "float64 symfloat",
+    "string": "str string strings strs text path paths pathlike path_like bytes filename strpath anystr "
+              "url regex pattern date "
+              "datetime timestamp uuid char character characters dtype device literalstring bytes_like "
+              "readablebuffer fspath "
               "expr expression symbol",
-    "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like arraylike ndarray tensor tensors "
-             "set sets frozenset iterator list_like deque vector matrix collection generator mutablesequence abstractset bytearray series",
-    "object": "dict dicts dictionary dictionaries mapping mappings mutablemapping ordereddict defaultdict typeddict",
+    "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
+             "arraylike ndarray "
+             "tensor tensors set sets frozenset iterator list_like deque vector matrix collection "
+             "generator mutablesequence abstractset bytearray series",
+    "object": "dict dicts dictionary dictionaries mapping mappings mutablemapping ordereddict defaultdict "
+              "typeddict",
     "string integer": "hashable node nodes label labels"}.items()
     for word in words.split()}
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
 
 def json_schema(parameters, doc, module=None):
-    """JSON Schema of a list of inspect.Parameters. The type is the annotation's or else the documented one or else the
-    default's; {} where none is known. The description is the docstring's or that in typing.Annotated."""
+    """JSON Schema of a list of inspect.Parameters. The type is the annotation's or else the documented one or
+    else the default's; {} where none is known. The description is the docstring's or that in
+    typing.Annotated.
+    """
     parameters = [p for i, p in enumerate(parameters) if i or p.name not in ("self", "cls")]
     known, kinds = {p.name for p in parameters}, {p.kind for p in parameters}
     documented = documented_parameters(doc, known)
@@ -770,22 +848,33 @@ def json_schema(parameters, doc, module=None):
         if p.kind == p.VAR_KEYWORD:  # stands for those that are documented by name
             properties |= {other: parameter_schema(other, "", entry) for other, entry in others.items()}
             continue
-        if p.kind == p.VAR_POSITIONAL and p.VAR_KEYWORD not in kinds and said == Documented() and len(others) == 1:
+        if (
+            p.kind == p.VAR_POSITIONAL
+            and p.VAR_KEYWORD not in kinds
+            and said == Documented()
+            and len(others) == 1
+        ):
             [(name, said)] = others.items()
         stated, note = ("", "") if p.annotation is p.empty else annotation_text(p.annotation, module)
         entry = parameter_schema(name, stated, said._replace(description=said.description or note), p.default)
         if p.kind == p.VAR_POSITIONAL and entry.get("type") != "array":
             items = {k: v for k, v in entry.items() if k != "description"}
-            entry = array_of([items] if items else []) | {k: v for k, v in entry.items() if k == "description"}
-        elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and not re.search(r"\boptional\b", said.type):
+            entry = array_of([items] if items else []) | {
+                k: v for k, v in entry.items() if k == "description"
+            }
+        elif (
+            p.kind != p.VAR_POSITIONAL and p.default is p.empty and not re.search(r"\boptional\b", said.type)
+        ):
             required.append(name)
         properties[name] = entry
     return {"type": "object", "properties": properties, "required": required}
 
 
 def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
-    """The schema of a parameter: from its annotation as text, from what the docstring says, from its default, or guessed from its
-    description and name. An object of a class is {"type": "object", "title": <the class>}."""
+    """The schema of a parameter: from its annotation as text, from what the docstring says, from its default,
+    or guessed from its description and name. An object of a class is {"type": "object", "title": <the
+    class>}.
+    """
     schema = dict(type_schema(stated) or type_schema(said.type))
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
@@ -794,20 +883,32 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         finite = type(default) is not float or abs(default) < 1e300
         if type(default) in (bool, int, str, float) and finite and fits(default, schema):
             schema["default"] = default
-    schema = schema or class_schema(stated or said.type) or ({} if stated or said.type else guessed_schema(name, said.description))
+    schema = (
+        schema
+        or class_schema(stated or said.type)
+        or ({} if stated or said.type else guessed_schema(name, said.description))
+    )
     if schema.get("type", "string") == "string" and len(values := values_in_words(said.description)) > 1:
-        schema = {"type": "string", "enum": values} | ({"default": schema["default"]} if schema.get("default") in values else {})
+        schema = {"type": "string", "enum": values} | (
+            {"default": schema["default"]} if schema.get("default") in values else {}
+        )
     if schema and re.search(r"\bNone\b|\bOptional\b", stated or said.type):
         schema["nullable"] = True
     return schema | ({"description": shorten(said.description)} if said.description else {})
 
 
 def class_schema(stated):
-    """The schema of an object of a class, such as "Console", "Optional[pd.DataFrame]" or "estimator object"; {} if it is of none."""
+    """The schema of an object of a class, such as "Console", "Optional[pd.DataFrame]" or "estimator object";
+    {} if it is of none.
+    """
     stated = re.split(r"\bdefaults?\b|\boptional\b", stated)[0]
     if re.search(r"(?i)callable|function|\btype\b", stated):
         return {}
-    found = re.search(r"\b(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|T|Self|Unpack|Generic)\b)[A-Z]\w*[a-z]\w*", stated)
+    found = re.search(
+        r"\b(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|T|Self|Unpack|"
+        r"Generic)\b)[A-Z]\w*[a-z]\w*",
+        stated,
+    )
     described = found or re.search(r"\b(\w+)(?=[ -](?:object|instance|like object)s?\b)", stated)
     if re.search(r"\b[Gg]raphs?\b", stated):
         return {"type": "object", "title": "Graph"}
@@ -817,11 +918,17 @@ def class_schema(stated):
 def guessed_schema(name, description):
     """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
-    if re.match(r"(?i)(whether|if (true|set|false|given)|true (if|to)|flag|enable|disable|boolean)\b", description):
+    if re.match(
+        r"(?i)(whether|if (true|set|false|given)|true (if|to)|flag|enable|disable|boolean)\b", description
+    ):
         return {"type": "boolean"}
-    if re.match(r"(?i)(the |an? )?(\w+ )?(number of|count|index|size|length|width|height|dimension|position)\b", start):
+    if re.match(
+        r"(?i)(the |an? )?(\w+ )?(number of|count|index|size|length|width|height|dimension|position)\b", start
+    ):
         return {"type": "integer"}
-    if re.match(r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start):
+    if re.match(
+        r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start
+    ):
         return {"type": "string"}
     return type_schema(start) or type_schema(name)
 
@@ -833,18 +940,27 @@ def values_in_words(description):
     ['sum', 'mean', 'none']
     """
     value = r"[`*]*(?:'[\w .+-]+'|\"[\w .+-]+\")[`*]*"
-    found = re.search(rf"(?i)\b(?:one of|either|(?:must|should|can) be|options?(?: are)?|choices?(?: are)?):?(?: one of)?:?[\s({{\[]*"
-                      rf"({value}(?:,?\s*(?:or\b|and\b|\|)?\s*{value})*)", description)
+    found = re.search(
+        rf"(?i)\b(?:one of|either|(?:must|should|can) be|options?(?: are)?|choices?(?: are)?):?"
+        rf"(?: one of)?:?[\s({{\[]*"
+        rf"({value}(?:,?\s*(?:or\b|and\b|\|)?\s*{value})*)",
+        description,
+    )
     return [value for _, value in re.findall(r"(['\"])([\w .+-]+)\1", found[1])] if found else []
 
 
 def default_in_words(text):
     """The default in "int, default 5", "(default: 'a')" or "Defaults to ``True``.", or None.
 
-    >>> default_in_words("How many. Defaults to 5."), default_in_words("{'a', 'b'}, default='a'"), default_in_words("By default all.")
-    (5, 'a', None)
+    >>> [default_in_words(text) for text in ("Defaults to 5.", "{'a', 'b'}, default='a'", "By default all.")]
+    [5, 'a', None]
     """
-    found = re.search(r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b|True\b|False\b)", text, re.I)
+    found = re.search(
+        r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b|"
+        r"True\b|False\b)",
+        text,
+        re.I,
+    )
     try:
         return ast.literal_eval(found[1]) if found else None
     except (ValueError, SyntaxError):  # such as 1.2.3
@@ -852,53 +968,93 @@ def default_in_words(text):
 
 
 def annotation_text(annotation, module=None, depth=0):
-    """An annotation as (text that type_schema() reads, description in typing.Annotated or ""). What a name in a text means
-    is looked up in the module and in what its package has for typing."""
+    """An annotation as (text that type_schema() reads, description in typing.Annotated or ""). What a name in
+    a text means is looked up in the module and in what its package has for typing.
+    """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
     if isinstance(annotation, str):
-        return re.sub(r"'[^']*'|\"[^\"]*\"|[A-Za-z_][\w.]*", lambda m: text(alias) if (alias := find_alias(m[0], module)) else m[0], annotation), ""
+        return (
+            re.sub(
+                r"'[^']*'|\"[^\"]*\"|[A-Za-z_][\w.]*",
+                lambda m: text(alias) if (alias := find_alias(m[0], module)) else m[0],
+                annotation,
+            ),
+            "",
+        )
     if origin is typing.Annotated:
-        notes = [getattr(note, "documentation", None) or getattr(note, "description", None) or note for note in args[1:]]
+        notes = [
+            getattr(note, "documentation", None) or getattr(note, "description", None) or note
+            for note in args[1:]
+        ]
         return text(args[0]), next((note for note in notes if isinstance(note, str)), "")
     if origin is typing.Literal:
-        values = [getattr(a, "value", a) for a in args if not (isinstance(a, enum.Enum) and len(type(a)) == 1)]  # NO_DEFAULT
+        values = [
+            getattr(a, "value", a) for a in args if not (isinstance(a, enum.Enum) and len(type(a)) == 1)
+        ]  # NO_DEFAULT
         return f"Literal[{', '.join(map(repr, values))}]" if values else "", ""
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(text, args)), ""
     if origin:
-        return f"{getattr(origin, '__name__', origin)}[{', '.join(text(a) for a in args if not isinstance(a, list))}]", ""
+        return (
+            f"{getattr(origin, '__name__', origin)}["
+            f"{', '.join(text(a) for a in args if not isinstance(a, list))}]",
+            "",
+        )
     if annotation in (None, type(None)):
         return "None", ""
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
         values = [m.value for m in annotation]
         simple = values and all(type(v) in (str, int) for v in values)
         return f"Literal[{', '.join(map(repr, values))}]" if simple else annotation.__name__, ""
-    for attribute in ("__supertype__", "__bound__", "__forward_arg__", "__value__"):  # NewType, TypeVar, ForwardRef, type statement
+    for attribute in (
+        "__supertype__",
+        "__bound__",
+        "__forward_arg__",
+        "__value__",
+    ):  # NewType, TypeVar, ForwardRef, type statement
         if meant := getattr(annotation, attribute, None):
             return text(meant), ""
     return getattr(annotation, "__qualname__", None) or str(annotation), ""
 
 
 def find_alias(name, module):
-    """The type that a name in an annotation stands for, such as `Axis` in pandas, if it is no class of its own; or None."""
+    """The type that a name in an annotation stands for, such as `Axis` in pandas, if it is no class of its
+    own; or None.
+    """
     top = getattr(module, "__name__", "").split(".")[0]
-    places = [module, *(m for n, m in list(sys.modules.items()) if n.startswith(f"{top}.") and re.search(r"\._?(typing|types)$", n))]
+    places = [
+        module,
+        *(
+            m
+            for n, m in list(sys.modules.items())
+            if n.startswith(f"{top}.") and re.search(r"\._?(typing|types)$", n)
+        ),
+    ]
     for place in places if top and name.rpartition(".")[2].lower() not in JSON_TYPES else []:
         found = vars(place).get(name.rpartition(".")[2])
         plain = inspect.isclass(found) and not issubclass(found, enum.Enum) and not typing.get_origin(found)
-        if found is not None and not plain and not callable(found) or typing.get_origin(found) or hasattr(found, "__value__"):
-            return None if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)) else found
+        if (
+            found is not None
+            and not plain
+            and not callable(found)
+            or typing.get_origin(found)
+            or hasattr(found, "__value__")
+        ):
+            return (
+                None if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)) else found
+            )
         if inspect.isclass(found) and issubclass(found, enum.Enum):
             return found
     return None
 
 
 def type_schema(stated, depth=0):
-    """The JSON Schema of an annotation or a docstring's type, with each alternative that JSON can express; {} if there is none.
+    """The JSON Schema of an annotation or a docstring's type, with each alternative that JSON can express; {}
+    if there is none.
 
-    >>> type_schema("Optional[int]"), type_schema("{'C', 'F'}, optional"), type_schema("list of str, default None")
-    ({'type': 'integer'}, {'type': 'string', 'enum': ['C', 'F']}, {'type': 'array', 'items': {'type': 'string'}})
+    >>> type_schema("{'C', 'F'}, optional"), type_schema("list of str, default None")
+    ({'type': 'string', 'enum': ['C', 'F']}, {'type': 'array', 'items': {'type': 'string'}})
     >>> type_schema("str | list[int] | Path"), type_schema("'auto', bool or callable")
     ({'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'integer'}}]}, \
 {'anyOf': [{'type': 'string', 'enum': ['auto']}, {'type': 'boolean'}]})
@@ -915,7 +1071,11 @@ def type_schema(stated, depth=0):
         found = [schema for schema in found if schema != {"type": "integer"}]
     if values := [v for v in dict.fromkeys(values) if {"type": PYTHON_TYPES[type(v)]} not in found]:
         kinds = sorted({PYTHON_TYPES[type(v)] for v in values})
-        found.insert(0, ({"type": kinds[0]} if len(kinds) == 1 else {}) | ({} if kinds == ["boolean"] else {"enum": values}))
+        found.insert(
+            0,
+            ({"type": kinds[0]} if len(kinds) == 1 else {})
+            | ({} if kinds == ["boolean"] else {"enum": values}),
+        )
     if len(found) < 2:
         return found[0] if found else {}
     if all(schema.keys() == {"type"} for schema in found):
@@ -932,14 +1092,21 @@ def alternatives(text, depth):
             parts.append("")
         else:
             parts[-1] += token
-    return [schema for part in parts if part.strip() and depth < 8 for schema in alternative(part.strip(), depth + 1)]
+    return [
+        schema
+        for part in parts
+        if part.strip() and depth < 8
+        for schema in alternative(part.strip(), depth + 1)
+    ]
 
 
 def alternative(text, depth):
     """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
     if re.fullmatch(r"'[^']*'|\"[^\"]*\"|-?\d+(\.\d+)?|True|False", text):
         return [{"enum": [ast.literal_eval(text)]}]
-    if found := re.fullmatch(r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S):
+    if found := re.fullmatch(
+        r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S
+    ):
         return alternatives(found[2], depth)
     if found := re.fullmatch(r"(?:[\w.]+\.)?Annotated\[(.*)\]", text, re.S):
         return alternatives(found[1], depth)[:1]
@@ -953,7 +1120,9 @@ def alternative(text, depth):
     if re.search(r"\b(callable|function|type|class)\b", words, re.I):
         return []
     for word in re.finditer(r"\w+", words):
-        if kind := word[0] not in ("Vector", "Series") and JSON_TYPES.get(word[0].lower()):  # these are classes
+        if kind := word[0] not in ("Vector", "Series") and JSON_TYPES.get(
+            word[0].lower()
+        ):  # these are classes
             items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
     return []
@@ -961,7 +1130,9 @@ def alternative(text, depth):
 
 def of_kind(kind, items, depth):
     """The schemas of one of JSON_TYPES; `items` is a text on what an array holds."""
-    return [array_of(alternatives(items, depth)) if name == "array" else {"type": name} for name in kind.split()]
+    return [
+        array_of(alternatives(items, depth)) if name == "array" else {"type": name} for name in kind.split()
+    ]
 
 
 def array_of(items):
@@ -975,7 +1146,17 @@ def array_of(items):
 
 USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars",
                "nn": "torch.nn", "F": "torch.nn.functional"}
-SHOWING = {"print", "list", "tuple", "dict", "set", "str", "repr", "pprint", "pprint.pprint"}  # show what the call in them gives
+SHOWING = {
+    "print",
+    "list",
+    "tuple",
+    "dict",
+    "set",
+    "str",
+    "repr",
+    "pprint",
+    "pprint.pprint",
+}  # show a call's result
 ARRAYS = {"array", "asarray", "tensor", "Tensor", "Matrix"}  # of a literal: as good as the literal
 DTYPE = re.compile(r"(np|numpy|torch)\.((u?int|float|complex|bool)\d*_?)|(int|float|bool|str)")
 
@@ -984,15 +1165,19 @@ SYMBOLS = {"symbols", "Symbol", "var", "Function", "Dummy"}
 
 
 class Symbol(str):
-    """A name bound to a mathematical symbol: expressions of such are given to tools as text, such as "x**2 + 1"."""
+    """A name bound to a mathematical symbol: expressions of such are given to tools as text, such as "x**2 +
+    1".
+    """
 
 
 def sessions(doc, obj, module):
-    """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "imports", "binds"}, ...]], ...
+    """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "imports",
+    "binds"}, ...]], ...
 
-    `acts` says that it is an expression, which without an output must have changed something. `keys` identify the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments, or names
-    bound to such before, which can be shown as a call of that very tool; `binds` is the name that its result gets, `imports` what
-    the code needs. Names are looked up, no code is run.
+    `acts` says that it is an expression, which without an output must have changed something. `keys` identify
+    the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments,
+    or names bound to such before, which can be shown as a call of that very tool; `binds` is the name that
+    its result gets, `imports` what the code needs. Names are looked up, no code is run.
     """
     if ">>>" not in doc:
         return []
@@ -1024,20 +1209,44 @@ def sessions(doc, obj, module):
         target = node and targets.get(ast.unparse(node.func))
         output = re.sub(r"\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-        found[-1][1].append({
-            "code": code, "output": output, "acts": isinstance(statement, ast.Expr), "call": target and literal_call(target, node, literals), "binds": assigned,
-            "imports": sorted(filter(None, (import_of(name, names, obj, module) for name in used - bound))),
-            "keys": sorted({api_key(t) for t in targets.values() if t is not None})})
-        bound |= {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)} | imported_names(tree).keys()
-        touched = used if not output and not assigned else {  # a statement may change what it names, a method its object
-            n.func.value.id for n in calls.values() if isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name)}
+        found[-1][1].append(
+            {
+                "code": code,
+                "output": output,
+                "acts": isinstance(statement, ast.Expr),
+                "call": target and literal_call(target, node, literals),
+                "binds": assigned,
+                "imports": sorted(
+                    filter(None, (import_of(name, names, obj, module) for name in used - bound))
+                ),
+                "keys": sorted({api_key(t) for t in targets.values() if t is not None}),
+            }
+        )
+        bound |= {
+            n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        } | imported_names(tree).keys()
+        touched = (
+            used
+            if not output and not assigned
+            else {  # a statement may change what it names, a method its object
+                n.func.value.id
+                for n in calls.values()
+                if isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name)
+            }
+        )
         for name in touched | {assigned}:
             literals.pop(name, None)
         if assigned and not isinstance(statement.value, ast.Name):  # two names for one object may change it
             with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 literals[assigned] = literal_value(statement.value, literals)
-        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call) and ast.unparse(statement.value.func) in SYMBOLS:
-            literals |= {n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)}
+        if (
+            isinstance(statement, ast.Assign)
+            and isinstance(statement.value, ast.Call)
+            and ast.unparse(statement.value.func) in SYMBOLS
+        ):
+            literals |= {
+                n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)
+            }
     return found
 
 
@@ -1050,21 +1259,34 @@ def is_symbolic(path):
 
 def assigned_name(statement):
     """The name that a statement such as `x = ...` binds, or None."""
-    simple = isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name)
+    simple = (
+        isinstance(statement, ast.Assign)
+        and len(statement.targets) == 1
+        and isinstance(statement.targets[0], ast.Name)
+    )
     return statement.targets[0].id if simple else None
 
 
 def shown_call(node):
-    """The call whose result an expression shows: itself, or what stands in print(...) or list(...). None if there is no such call."""
-    while isinstance(node, ast.Call) and ast.unparse(node.func) in SHOWING and len(node.args) == 1 and isinstance(node.args[0], ast.Call):
+    """The call whose result an expression shows: itself, or what stands in print(...) or list(...). None if
+    there is no such call.
+    """
+    while (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func) in SHOWING
+        and len(node.args) == 1
+        and isinstance(node.args[0], ast.Call)
+    ):
         node = node.args[0]
     return node if isinstance(node, ast.Call) else None
 
 
 def literal_value(node, literals):
-    """The JSON value of an expression of literals and of names that `literals` holds; np.array([1, 2]) is [1, 2].
+    """The JSON value of an expression of literals and of names that `literals` holds; np.array([1, 2]) is [1,
+    2].
 
-    Raises ValueError, TypeError or SyntaxError for any other expression."""
+    Raises ValueError, TypeError or SyntaxError for any other expression.
+    """
     if isinstance(node, ast.Name) and not DTYPE.fullmatch(node.id):
         if node.id not in literals:
             raise ValueError(f"{node.id} is no literal")
@@ -1072,16 +1294,30 @@ def literal_value(node, literals):
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         return [literal_value(item, literals) for item in node.elts]
     if isinstance(node, ast.Dict):
-        return {ast.literal_eval(key): literal_value(value, literals) for key, value in zip(node.keys, node.values)}
-    if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in ARRAYS and len(node.args) == 1 and not node.keywords:
+        return {
+            ast.literal_eval(key): literal_value(value, literals)
+            for key, value in zip(node.keys, node.values)
+        }
+    if (
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ARRAYS
+        and len(node.args) == 1
+        and not node.keywords
+    ):
         return literal_value(node.args[0], literals)
     if isinstance(node, ast.Call) and not node.keywords and (made := made_array(node, literals)) is not None:
         return made
     if isinstance(node, (ast.Name, ast.Attribute)) and (dtype := DTYPE.fullmatch(ast.unparse(node))):
         return dtype[2] or dtype[0]
-    functions = {n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+    functions = {
+        n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+    }
     used = [literals.get(n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in functions]
-    if isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call)) and used and all(isinstance(value, Symbol) for value in used):
+    if (
+        isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call))
+        and used
+        and all(isinstance(value, Symbol) for value in used)
+    ):
         return ast.unparse(node)
     value = ast.literal_eval(node)
     json.dumps(value, allow_nan=False)
@@ -1090,17 +1326,29 @@ def literal_value(node, literals):
 
 def made_array(node, literals):
     """The list in arange(6), range(6), ones(3), zeros(3) and arange(6).reshape(2, 3), or None."""
-    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [literal_value(a, literals) for a in node.args]
+    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [
+        literal_value(a, literals) for a in node.args
+    ]
     if kind in ("reshape", "view") and isinstance(node.func, ast.Attribute):
-        values, shape = literal_value(node.func.value, literals), arguments[0] if isinstance(arguments[0], list) else arguments
+        values, shape = literal_value(node.func.value, literals), (
+            arguments[0] if isinstance(arguments[0], list) else arguments
+        )
         for n in shape[:0:-1]:
             values = [values[i:i + n] for i in range(0, len(values), n)] if n > 0 else None
         return values
-    if not arguments or len(arguments) > 3 or not all(type(a) in (int, float) and a == int(a) and abs(a) <= 100 for a in arguments):
+    if (
+        not arguments
+        or len(arguments) > 3
+        or not all(type(a) in (int, float) and a == int(a) and abs(a) <= 100 for a in arguments)
+    ):
         return None
     whole = [int(a) for a in arguments]
-    return {"arange": lambda: list(range(*whole)), "range": lambda: list(range(*whole)), "ones": lambda: [1.0] * whole[0],
-            "zeros": lambda: [0.0] * whole[0]}.get(kind, lambda: None)()
+    return {
+        "arange": lambda: list(range(*whole)),
+        "range": lambda: list(range(*whole)),
+        "ones": lambda: [1.0] * whole[0],
+        "zeros": lambda: [0.0] * whole[0],
+    }.get(kind, lambda: None)()
 
 
 def import_of(name, names, obj, module):
@@ -1111,7 +1359,9 @@ def import_of(name, names, obj, module):
     found = module if found is None and name == module.__name__.rpartition(".")[2] else found
     if inspect.ismodule(found):
         return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
-    return f"from {module.__name__} import {name}" if found is not None and not hasattr(builtins, name) else None
+    return (
+        f"from {module.__name__} import {name}" if found is not None and not hasattr(builtins, name) else None
+    )
 
 
 def imported_names(tree):
@@ -1126,7 +1376,9 @@ def imported_names(tree):
 
 
 def look_up(text, names, obj, module):
-    """The callable that a dotted name in an example stands for, or None. Only already imported modules are searched."""
+    """The callable that a dotted name in an example stands for, or None. Only already imported modules are
+    searched.
+    """
     if not re.fullmatch(r"[\w.]+", text):
         return None
     parts = text.split(".")
@@ -1143,13 +1395,18 @@ def look_up(text, names, obj, module):
 
 
 def api_key(obj, home=None, name=None):
-    """Where an object was defined, which identifies it under whatever name it is reached; of what a function made, its text too."""
-    key = f"{getattr(obj, '__module__', None) or home}:{getattr(obj, '__qualname__', None) or getattr(obj, '__name__', name)}"
+    """Where an object was defined, which identifies it under whatever name it is reached; of what a function
+    made, its text too.
+    """
+    known_as = getattr(obj, "__qualname__", None) or getattr(obj, "__name__", name)
+    key = f"{getattr(obj, '__module__', None) or home}:{known_as}"
     return key + f"#{zlib.crc32((obj.__doc__ or '').encode()):08x}" if "<locals>" in key else key
 
 
 def literal_call(target, node, literals):
-    """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one; else None."""
+    """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one;
+    else None.
+    """
     try:
         return [api_key(target), bind_literals(find_signature(target, documentation(target)), node, literals)]
     except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
@@ -1179,13 +1436,20 @@ def package_records(package, args):
     objects, rejected = introspect(package, args.timeout)
     yield from (rejection(module, "", reason) for module, reason in rejected)
     apis = name_apis(objects, package)
-    for records in (api_documents(apis, package), package_tools(apis, package), trajectories(apis, package), code_files(package, args.code_mb),
-                    prose(package)):
+    for records in (
+        api_documents(apis, package),
+        package_tools(apis, package),
+        trajectories(apis, package),
+        code_files(package, args.code_mb),
+        prose(package),
+    ):
         yield from records
 
 
 def introspect(package, timeout):
-    """Ask child processes about each module. A child that dies or is too slow is replaced; its module is lost."""
+    """Ask child processes about each module. A child that dies or is too slow is replaced; its module is
+    lost.
+    """
     objects, rejected, process = [], [], None
     # Little of the user's environment goes along: some modules have defaults that show it, and it may hold secrets.
     environment = {k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")} | {
@@ -1220,7 +1484,8 @@ def introspect(package, timeout):
 
 
 def name_apis(objects, package):
-    """Give each object its public name: the shortest path it is reachable by, in the module it comes from if possible.
+    """Give each object its public name: the shortest path it is reachable by, in the module it comes from if
+    possible.
 
     Returns {key: description with "name", "summary", "tool"} for what is documented.
     """
@@ -1234,7 +1499,13 @@ def name_apis(objects, package):
     def rank(path, home):
         parent = path.rpartition(".")[0]
         own = home == parent or home.startswith(parent + ".") or home.lstrip("_") == parent
-        return path.count("."), re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None, not own, len(path), path
+        return (
+            path.count("."),
+            re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None,
+            not own,
+            len(path),
+            path,
+        )
 
     best = {key: min(found, key=lambda p: rank(p, key.split(":")[0])) for key, found in paths.items()}
     names = {key: best.get(key) or f"{best[o['of']]}.{o['name']}" for key, o in described.items()
@@ -1255,15 +1526,24 @@ def name_apis(objects, package):
 
 
 def infer_types(described):
-    """Give parameters that state no type that of their values in examples, or that which most of the same name in the package have."""
+    """Give parameters that state no type that of their values in examples, or that which most of the same
+    name in the package have.
+    """
     properties = {o["key"]: o["parameters"]["properties"] for o in described}
     values, stated = defaultdict(set), defaultdict(Counter)
     for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
         for name, value in step["call"][1].items():
             values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
     for name, schema in ((n, s) for of in properties.values() for n, s in of.items()):
-        stated[name][schema["type"] if isinstance(schema.get("type"), str) else None] += "type" in schema or "anyOf" in schema or "enum" in schema
-    for key, name in ((k, n) for k, of in properties.items() for n, s in of.items() if not {"type", "anyOf", "enum"} & s.keys()):
+        stated[name][schema["type"] if isinstance(schema.get("type"), str) else None] += (
+            "type" in schema or "anyOf" in schema or "enum" in schema
+        )
+    for key, name in (
+        (k, n)
+        for k, of in properties.items()
+        for n, s in of.items()
+        if not {"type", "anyOf", "enum"} & s.keys()
+    ):
         seen = values[key, name]
         [(usual, count)] = stated[name].most_common(1)
         if count >= 3 and usual and count > 0.7 * stated[name].total() and seen <= {usual}:
@@ -1278,7 +1558,8 @@ def distinct(apis):
 
 
 def summarise(doc):
-    """The first sentence of a docstring, on one line, without the signature that compiled functions put there, and without markup.
+    """The first sentence of a docstring, on one line, without the signature that compiled functions put
+    there, and without markup.
 
     >>> summarise("add(a, b) -> int\\n\\nAdd two numbers, i.e.\\nsum them. More.")
     'Add two numbers, i.e. sum them.'
@@ -1289,14 +1570,18 @@ def summarise(doc):
 
 def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or ""."""
-    doc = re.sub(r"^([ \t]*)(!!!|\.\. \w+::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M)  # admonitions and directives
+    doc = re.sub(
+        r"^([ \t]*)(!!!|\.\. \w+::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
+    )  # admonitions and directives
     paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
     paragraphs = [p for p in paragraphs if p and not re.match(r"[\w.]+\(.*\)", p) and not re.match(r"[.=~*-]{2,}", p)]
     return re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
 
 
 def api_documents(apis, package):
-    """One document an API: how it is called, what it does, and the tool definition an agent would be given."""
+    """One document an API: how it is called, what it does, and the tool definition an agent would be
+    given.
+    """
     for api in distinct(apis):
         version = f"{package.name} {package.version}"
         text = document(api["name"], api["signature"], api["doc"], api["tool"]["function"], version, package.license)
@@ -1304,23 +1589,29 @@ def api_documents(apis, package):
 
 
 def document(name, signature, doc, tool, package, license):
-    """The text of an API's documentation, whatever it is an API of; read_apis() finds the tool definition in it."""
+    """The text of an API's documentation, whatever it is an API of; read_apis() finds the tool definition in
+    it.
+    """
     return f"{name}{signature}\n\n{doc}\n\n{json.dumps(tool, ensure_ascii=False)}\n\nPackage: {package}, license: {license}"
 
 
 PYTHON_TOOL = {"type": "function", "function": {
-    "description": "Run Python code, in one session that keeps its names, and return what it prints.", "name": "python",
+    "description": "Run Python code, in one session that keeps its names, and return what it "
+                   "prints.", "name": "python",
     "parameters": {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]}}}
-OPENINGS = ["Show me an example of {n}. {t}", "How is {n} used? {t}", "I want to see {n} at work. {t}", "Run an example of {n} for me. {t}",
-            "Try out {n}, please. {t}", "Demonstrate {n}. {t}", "I need to {p}. {t}", "How can I {p}? {t}", "Please {p}. {t}"]
-ONWARDS = ["Show me one more.", "Another example, please.", "Go on with the next example.", "And what else can it do?"]
+OPENINGS = ["Show me an example of {n}. {t}", "How is {n} used? {t}", "I want to see {n} at work. {t}",
+            "Run an example of {n} for me. {t}", "Try out {n}, please. {t}", "Demonstrate {n}. {t}",
+            "I need to {p}. {t}", "How can I {p}? {t}", "Please {p}. {t}"]
+ONWARDS = ["Show me one more.", "Another example, please.", "Go on with the next example.",
+           "And what else can it do?"]
 
 
 def actions(api, apis):
-    """What the examples of a docstring do, as [(prose, [(the API called or None, arguments, result), ...]), ...].
+    """What the examples of a docstring do, as [(prose, [(the API called or None, arguments, result), ...]),
+    ...].
 
-    A call with literal arguments is one of its API. All else is Python code, which takes along the statements without a
-    result that stand before it.
+    A call with literal arguments is one of its API. All else is Python code, which takes along the statements
+    without a result that stand before it.
     """
     found, waiting, imported = [], [], set()
     for prose, steps in api["sessions"]:
@@ -1332,7 +1623,11 @@ def actions(api, apis):
                 continue
             *before, last = waiting
             name = before[-1]["binds"] if before else None
-            if name and step["code"] in (name, f"print({name})", f"list({name})"):  # shows what the call before gave
+            if name and step["code"] in (
+                name,
+                f"print({name})",
+                f"list({name})",
+            ):  # shows what the call before gave
                 last = before.pop() | {"output": step["output"]}
             named = [(*called_api(s, apis), s["output"]) for s in [*(s for s in before if s["acts"]), last]]
             if all(target for target, *_ in named):
@@ -1355,17 +1650,23 @@ def called_api(step, apis):
 
 
 def trajectories(apis, package):
-    """One conversation a docstring: the prose asks, a call of the API itself or of a Python tool acts, the real output answers."""
+    """One conversation a docstring: the prose asks, a call of the API itself or of a Python tool acts, the
+    real output answers.
+    """
     for api in distinct(apis):
         rng = random.Random(api["name"])
         tools, messages, called, prose = {}, [], {api["name"]}, ""
-        called.update(apis[k]["name"] for _, steps in api["sessions"] for s in steps for k in s["keys"] if k in apis)
+        called.update(
+            apis[k]["name"] for _, steps in api["sessions"] for s in steps for k in s["keys"] if k in apis
+        )
         for text, acts in actions(api, apis):
             prose = f"{prose}\n\n{text}"
             if not acts:
                 continue
             said = last_paragraph(prose, api["summary"])
-            messages.append(chat_message("user", session_request(api, acts, said, not messages, package, rng)))
+            messages.append(
+                chat_message("user", session_request(api, acts, said, not messages, package, rng))
+            )
             for target, arguments, result in acts:
                 tool = target["tool"] if target else PYTHON_TOOL
                 tools[tool["function"]["name"]] = tool
@@ -1379,7 +1680,9 @@ def trajectories(apis, package):
 
 
 def session_request(api, acts, prose, first, package, rng):
-    """What a user asks who wants these actions: the prose before them and, where a tool is called first, the call in words."""
+    """What a user asks who wants these actions: the prose before them and, where a tool is called first, the
+    call in words.
+    """
     target, arguments, _ = acts[0]
     tool = target and package_tool(target, package)
     if tool and purposes(tool) and len(acts) == 1:
@@ -1395,10 +1698,16 @@ def package_tools(apis, package):
     """A Tool for each API, with the calls of it that the package's documentation shows."""
     examples, chains = defaultdict(dict), defaultdict(list)
     for api in distinct(apis):
-        acts = [(target["name"], arguments, result) for _, of in actions(api, apis) for target, arguments, result in of
-                if target and target["known"]]
+        acts = [
+            (target["name"], arguments, result)
+            for _, of in actions(api, apis)
+            for target, arguments, result in of
+            if target and target["known"]
+        ]
         for name, arguments, result in acts:
-            if len(json.dumps(arguments)) < 300 and not {"[]", "{}", '""'} & {*map(json.dumps, arguments.values())}:
+            if len(json.dumps(arguments)) < 300 and not {"[]", "{}", '""'} & {
+                *map(json.dumps, arguments.values())
+            }:
                 examples[name].setdefault(json.dumps(arguments), (arguments, result))
     shown = [(name, *example) for name, of in examples.items() for example in of.values()]
     takers = defaultdict(list)
@@ -1407,7 +1716,11 @@ def package_tools(apis, package):
             takers[plain_value(value)].append(call)
     for first in shown:
         for second in takers[plain_value(first[2])][:20] if len(plain_value(first[2])) > 4 else []:
-            if second[0] != first[0] and not any(same_value(v, first[2]) for v in first[1].values()) and len(chains[first[0]]) < 5:
+            if (
+                second[0] != first[0]
+                and not any(same_value(v, first[2]) for v in first[1].values())
+                and len(chains[first[0]]) < 5
+            ):
                 chains[first[0]].append((first, second))
     for api in distinct(apis):
         yield package_tool(api, package, list(examples[api["name"]].values()), chains[api["name"]])
@@ -1415,14 +1728,29 @@ def package_tools(apis, package):
 
 def package_tool(api, package, examples=(), chains=()):
     usable = api["known"] and not api["unfit"] and api["name"].count(".") <= 3
-    return Tool(api["name"], api["summary"], api["parameters"], api["doc"], f"python:{package.name}", package.license,
-                api["is_class"], usable, examples, chains)
+    return Tool(
+        api["name"],
+        api["summary"],
+        api["parameters"],
+        api["doc"],
+        f"python:{package.name}",
+        package.license,
+        api["is_class"],
+        usable,
+        examples,
+        chains,
+    )
 
 
 def plain_value(value):
     """A value, or an output that shows one, as text to compare: array([1, 2]) is [1,2]."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|'", "", text).replace('"', "").replace("(", "[").replace(")", "]")
+    return (
+        re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|'", "", text)
+        .replace('"', "")
+        .replace("(", "[")
+        .replace(")", "]")
+    )
 
 
 def same_value(value, output):
@@ -1433,14 +1761,22 @@ def last_paragraph(text, summary):
     """The prose just before an example, without headings, parameter lists and the summary itself, or ''."""
     text = re.sub(r":\w+:`~?([^`]*)`", r"\1", text)
     paragraphs = [re.sub(r"\s+", " ", p).strip("# \n") for p in re.split(r"\n\s*\n", text)]
-    odd = re.compile(r"-{4,}|={4,}|\(.*\) ?->|^(\w+ )?(args|arguments|parameters|returns|inputs?|raises|references?)\b|:param|"
-                     r"^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\", re.I)
-    paragraphs = [p.rstrip(":") for p in paragraphs if len(p) > 15 and summarise(p) != summary and not odd.search(p)]
+    odd = re.compile(
+        r"-{4,}|={4,}|\(.*\) ?->|^(\w+ )?(args|arguments|parameters|returns|inputs?|raises|references?)\b|"
+        r":param|"
+        r"^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\",
+        re.I,
+    )
+    paragraphs = [
+        p.rstrip(":") for p in paragraphs if len(p) > 15 and summarise(p) != summary and not odd.search(p)
+    ]
     return paragraphs[-1][:500] if paragraphs else ""
 
 
 def code_files(package, limit_mb):
-    """Source files, chosen by a hash of their path until the limit is reached. Generated and test files are left out."""
+    """Source files, chosen by a hash of their path until the limit is reached. Generated and test files are
+    left out.
+    """
     budget = limit_mb * 1e6
     for path, module, public in sorted(package.files, key=lambda f: unit_hash(f[1])):
         if not public or budget <= 0 or not 200 < path.stat().st_size < 100_000:
@@ -1453,7 +1789,9 @@ def code_files(package, limit_mb):
 
 
 def prose(package):
-    """Package description, module documentation, long comments and, in the standard library, the language reference's topics."""
+    """Package description, module documentation, long comments and, in the standard library, the language
+    reference's topics.
+    """
     texts = {f"text:{package.name}": package.description}
     if package.name == "stdlib":
         topics = importlib.import_module("pydoc_data.topics").topics
@@ -1482,8 +1820,10 @@ KEPT_KEYS = ("type", "format", "enum", "default", "minimum", "maximum", "minLeng
 
 
 def web_api(name, head, doc, parameters, body, returns, resolve, service, source, license, url, body_required=True, outcomes=""):
-    """The api_doc record of one operation of a web service. `parameters` is {name: (what is stated of it, its schema)}; the
-    properties of the request body stand beside them or, where they would clash, the body as one parameter."""
+    """The api_doc record of one operation of a web service. `parameters` is {name: (what is stated of it, its
+    schema)}; the properties of the request body stand beside them or, where they would clash, the body as one
+    parameter.
+    """
     properties = {key: json_schema_of(schema, resolve) for key, (_, schema) in parameters.items()}
     for key, (stated, _) in parameters.items():
         properties[key] |= {"description": shorten(stated["description"])} if stated.get("description") else {}
@@ -1574,7 +1914,9 @@ def botocore_records(path, name, license, args):
 
 
 def command_records(path, name, license, args):
-    """One record a tldr page (tldr-pages.github.io): a .md file, or the `text` of JSON lines whose `source` is its path."""
+    """One record a tldr page (tldr-pages.github.io): a .md file, or the `text` of JSON lines whose `source`
+    is its path.
+    """
     pages = [(name, {"text": path.read_text(encoding="utf-8", errors="replace")})] if path.suffix == ".md" else read_values(path)
     for place, page in pages:
         place, page = str(mapping(page).get("source") or place), str(mapping(page).get("text"))
@@ -1591,7 +1933,9 @@ def command_records(path, name, license, args):
 
 
 def read_spec(path):
-    """The object in a JSON (or .gz) file, or in a YAML file where PyYAML is installed. Raises ValueError with the reason."""
+    """The object in a JSON (or .gz) file, or in a YAML file where PyYAML is installed. Raises ValueError with
+    the reason.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read(MAX_SPEC + 1)
@@ -1652,14 +1996,17 @@ def resolved(node, resolve):
 
 
 def schema_of(node):
-    """The schema of a parameter, body or response: in place, or of one of its content types, JSON preferred."""
+    """The schema of a parameter, body or response: in place, or of one of its content types, JSON
+    preferred.
+    """
     types = mapping(node.get("content"))
     return node.get("schema") or mapping(types.get("application/json") or next(iter(types.values()), None)).get("schema")
 
 
 def json_schema_of(node, resolve, depth=0, seen=(), budget=None):
-    """JSON Schema with what every $ref points to in its place. A reference inside what it refers to is only named, and below
-    MAX_DEPTH or after MAX_NODES no more than types are given."""
+    """JSON Schema with what every $ref points to in its place. A reference inside what it refers to is only
+    named, and below MAX_DEPTH or after MAX_NODES no more than types are given.
+    """
     budget, about = budget or [MAX_NODES], None
     while isinstance(ref := mapping(node).get("$ref"), str):  # perhaps to a reference again
         about = about or node.get("description")
@@ -1698,10 +2045,11 @@ TOO_LONG = ValueError(f"longer than {MAX_RECORD} characters")
 
 
 def read_values(path):
-    """Yield (where, value) for each record of a .csv, .txt, .md, JSON or JSON lines file, the latter by content; also .gz.
+    """Yield (where, value) for each record of a .csv, .txt, .md, JSON or JSON lines file, the latter by
+    content; also .gz.
 
-    `where` is the line, or the index or key in a JSON list or object; `value` the parsed JSON, a CSV row as a dict, a text, or,
-    for what cannot be read, a ValueError.
+    `where` is the line, or the index or key in a JSON list or object; `value` the parsed JSON, a CSV row as a
+    dict, a text, or, for what cannot be read, a ValueError.
     """
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
     readers = {"txt": read_whole, "md": read_whole, "csv": read_csv, "jsonl": read_lines, "ndjson": read_lines}
@@ -1738,7 +2086,9 @@ def text_lines(path):
 
 
 def parse(text):
-    """The JSON value of a text, NaN and Infinity read as null; a ValueError is returned, not raised, if there is none."""
+    """The JSON value of a text, NaN and Infinity read as null; a ValueError is returned, not raised, if there
+    is none.
+    """
     try:
         return json.loads(text, parse_constant=lambda name: None) if text is not None else TOO_LONG
     except (ValueError, RecursionError) as error:
@@ -1776,7 +2126,9 @@ def read_csv(path):
 
 
 def read_json(path):
-    """A list of records, a mapping of ids to records, one record (an object, or a list of messages), or JSON lines."""
+    """A list of records, a mapping of ids to records, one record (an object, or a list of messages), or JSON
+    lines.
+    """
     lines = (line for line in text_lines(path) if line is None or line.strip())
     first, second = next(lines, None), next(lines, None)
     if second and second.startswith("{") and isinstance(parse(first), dict):
@@ -1790,7 +2142,9 @@ def read_json(path):
 
 
 def read_list(path):
-    """Decode the members of a JSON list as they are read. What follows a broken one cannot be told apart: it is the last."""
+    """Decode the members of a JSON list as they are read. What follows a broken one cannot be told apart: it
+    is the last.
+    """
     decoder, chunks = json.JSONDecoder(parse_constant=lambda name: None), text_chunks(path)
     buffer, at, index = next(text for text in chunks if text.strip()).lstrip()[1:], 0, 0
     while True:
@@ -1810,7 +2164,9 @@ def read_list(path):
 
 
 def records_in(where, value, depth=2):
-    """A JSON object as one record, or, if it is of no known format, as a mapping of ids to records (or of names to such)."""
+    """A JSON object as one record, or, if it is of no known format, as a mapping of ids to records (or of
+    names to such).
+    """
     mapping = isinstance(value, dict) and depth and not recognise(value)
     if mapping and any(all(isinstance(v, kind) for v in value.values()) for kind in (dict, str, list)):
         for key, member in value.items():
@@ -1829,7 +2185,9 @@ def chat_records(path, name, license, args):
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
-    """The Records of (where, value) pairs; `form`, a key of FORMATS, is the format of all (default: each is recognised)."""
+    """The Records of (where, value) pairs; `form`, a key of FORMATS, is the format of all (default: each is
+    recognised).
+    """
     for where, value in values:
         pairs = attempt(convert, value, form)
         for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
@@ -1870,7 +2228,9 @@ def recognise(value):
 
 
 def finish(messages, tools):
-    """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become question marks."""
+    """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become
+    question marks.
+    """
     messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in messages])
     both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
     messages, tools = json.loads(both.encode("utf-8", "replace"))
@@ -1879,7 +2239,9 @@ def finish(messages, tools):
 
 
 def set_thought_apart(message):
-    """The message with what its content holds in <think> tags, as reasoning models write it, as its `reasoning_content`."""
+    """The message with what its content holds in <think> tags, as reasoning models write it, as its
+    `reasoning_content`.
+    """
     thought = re.match(r"\s*<think>(.*?)</think>\s*", message["content"], re.DOTALL)
     if not thought:
         return message
@@ -1888,12 +2250,16 @@ def set_thought_apart(message):
 
 
 def thinking(text):
-    """The field of an assistant's message that holds its thoughts, which reasoning models write before their answer."""
+    """The field of an assistant's message that holds its thoughts, which reasoning models write before their
+    answer.
+    """
     return {"reasoning_content": text.strip()} if text and text.strip() else {}
 
 
 def link(messages):
-    """Give every call an id, every result the id of its call, and to a call the thoughts that stand alone before it."""
+    """Give every call an id, every result the id of its call, and to a call the thoughts that stand alone
+    before it.
+    """
     linked, ids, unanswered = [], set(), iter(())
     for message in messages:
         calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(message.get("tool_calls", ()))]
@@ -1973,7 +2339,9 @@ def structured(text):
 
 
 def literal(evaluate, text):
-    """Run a literal parser on a text of reasonable length (ast takes hundreds of bytes a character), with one kind of error."""
+    """Run a literal parser on a text of reasonable length (ast takes hundreds of bytes a character), with one
+    kind of error.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as for "\d" in somebody's string
@@ -1993,7 +2361,9 @@ def call(name, arguments, id=None):
 
 
 def calls_in(value):
-    """The calls of a {"name", "arguments"} object, bare or as OpenAI wraps it, or of a list of such; also as text."""
+    """The calls of a {"name", "arguments"} object, bare or as OpenAI wraps it, or of a list of such; also as
+    text.
+    """
     if isinstance(value, str):
         # Glaive writes the arguments as JSON between apostrophes, with apostrophes inside.
         glaive = re.fullmatch(r"""\s*\{\s*"name":\s*"([^"]*)",\s*"arguments":\s*'(.*)'\s*\}\s*""", value, re.DOTALL)
@@ -2009,7 +2379,9 @@ CALLED = re.compile(r"""("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)|([^\s()"'=,\[\]{
 
 
 def python_calls(text):
-    """Calls of "[f(a=1), my API(b='x')]" or "f(a=1)", by ast and literals only. Raises ValueError on anything else."""
+    """Calls of "[f(a=1), my API(b='x')]" or "f(a=1)", by ast and literals only. Raises ValueError on anything
+    else.
+    """
     def evaluate():
         names = [match[2].strip() for match in CALLED.finditer(text) if match[2]]  # not all are names to Python: "my API", "a/b"
         tree = ast.parse(CALLED.sub(lambda match: match[1] or "f(", text).strip(), mode="eval").body
@@ -2034,7 +2406,9 @@ def code_call(language, code):
 
 
 def action_call(action):
-    """The call that an action in a text stands for: search[x], f(a, b), a code block, or a command to the environment."""
+    """The call that an action in a text stands for: search[x], f(a, b), a code block, or a command to the
+    environment.
+    """
     action = action.strip()
     if fence := FENCE.match(action):
         return code_call(fence[1] or "bash", fence[2])
@@ -2050,7 +2424,9 @@ def action_call(action):
 
 
 def lift(text, react):
-    """Split an assistant's text into (what it says, the calls written in it): tags and, with `react`, Thought/Action."""
+    """Split an assistant's text into (what it says, the calls written in it): tags and, with `react`,
+    Thought/Action.
+    """
     calls = []
     for tag, inside, glaive in TAGGED.findall(text):
         code = tag.startswith("execute")
@@ -2067,8 +2443,10 @@ def lift(text, react):
 
 
 def converse(turns, react=False, messages=None):
-    """Append to messages those of (role, text) pairs: calls written in a text become tool calls, and what follows a call and
-    is marked as its result (or, with `react`, whatever the user says next) becomes a tool message."""
+    """Append to messages those of (role, text) pairs: calls written in a text become tool calls, and what
+    follows a call and is marked as its result (or, with `react`, whatever the user says next) becomes a tool
+    message.
+    """
     messages = [] if messages is None else messages
     for role, text in turns:
         role, last = ROLES.get(role.lower(), role.lower()), messages[-1] if messages else {}
@@ -2089,9 +2467,11 @@ def converse(turns, react=False, messages=None):
 
 
 def split_turns(text, labels, kept=()):
-    """(role, text) pairs of a text whose turns begin with a label and a colon; neighbours of one role become one turn.
+    """(role, text) pairs of a text whose turns begin with a label and a colon; neighbours of one role become
+    one turn.
 
-    `labels` maps each label to its role; those in `kept` stay in the text. What precedes the first is the user's.
+    `labels` maps each label to its role; those in `kept` stay in the text. What precedes the first is the
+    user's.
     """
     parts, role, start = [], "user", 0
     for match in re.finditer(rf"^({'|'.join(labels)})(?: \d+)?:[ \t]*", text, re.M):
@@ -2103,7 +2483,9 @@ def split_turns(text, labels, kept=()):
 
 
 def tools_of(value):
-    """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names for types."""
+    """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names
+    for types.
+    """
     value = structured(value) if isinstance(value, str) and value.strip() else value or []
     tools = []
     for given in value if isinstance(value, list) else [value]:
@@ -2129,7 +2511,9 @@ def schema_types(schema):
 
 
 def tools_in(text):
-    """Tool definitions written as JSON (or a Python list) in a system prompt, each at the start of a line or after a mark."""
+    """Tool definitions written as JSON (or a Python list) in a system prompt, each at the start of a line or
+    after a mark.
+    """
     tools, end = [], 0
     for match in re.finditer(r"(?:^|<tools>|APIs:|-)\s*(?=[\[{])", text[:2**20], re.M):
         if match.end() < end:
@@ -2209,7 +2593,9 @@ react_turns = partial(split_turns, kept=("Thought", "Action", "Answer"), labels=
 
 
 def react_text(text):
-    """Episodes of Question / Thought n / Action n / Observation n lines, without a log's headings and verdicts."""
+    """Episodes of Question / Thought n / Action n / Observation n lines, without a log's headings and
+    verdicts.
+    """
     for episode in re.split(r"^(?=Question:)", text, flags=re.M)[1:]:
         episode = re.split(r"^(?:Correct answer:|-{5,} BEGIN)", episode, flags=re.M)[0]
         yield converse(react_turns(episode), react=True), []
@@ -2238,7 +2624,9 @@ def glaive_text(record):
 
 
 def alpaca(record):
-    """An instruction and its output: an answer, or a ReAct episode (which may begin with the end of the question)."""
+    """An instruction and its output: an answer, or a ReAct episode (which may begin with the end of the
+    question).
+    """
     turns = react_turns(record["output"])
     asked = [record["instruction"], record.get("input"), turns.pop(0)[1] if len(turns) > 1 and turns[0][0] == "user" else ""]
     turns = [("assistant" if role == "user" else role, text) for role, text in turns]
@@ -2283,7 +2671,9 @@ def toolbench_tree(record):
 
 
 def tooleval(record):
-    """The file holds 100 characters of each step: the calls up to the first one that this cuts, then the names alone."""
+    """The file holds 100 characters of each step: the calls up to the first one that this cuts, then the
+    names alone.
+    """
     messages, names, (node,) = [user(record["query"])], [], record["answer"]["answer_details"]
     step = r"^\{'name': '([^']*)', 'arguments': (?:'(.*?)', 'response': '?(.*))?"
     while node:
@@ -2353,7 +2743,9 @@ def api_bank_dialogue(record):
 
 
 def tau_display(record):
-    """The display lacks the calls ("assistant: None"). None is made up: a result becomes a user message that begins "tool:"."""
+    """The display lacks the calls ("assistant: None"). None is made up: a result becomes a user message that
+    begins "tool:".
+    """
     turns = split_turns(record["messages_display"], {r: r for r in ("user", "assistant", "tool")}, kept=("tool",))
     return [chat_message("user" if role == "tool" else role, text) for role, text in turns if text != "None"], []
 
@@ -2382,7 +2774,9 @@ def toolverifier(record):
 
 
 def gorilla(record):
-    """An instruction, and the explanation, call and code that answer it (no call where the source's is not valid Python)."""
+    """An instruction, and the explanation, call and code that answer it (no call where the source's is not
+    valid Python).
+    """
     parts = groups(r"'Instruction': (.*?), 'Output':.*'explanation': (.*?), 'code': (.*)\}\}\s*$", record["code"])
     asked, explanation, code = (part.strip("\"'") for part in parts)
     calls = attempt(python_calls, record["api_call"])
@@ -2399,7 +2793,9 @@ def agentbench_os(record):
 
 
 def agentbench_kg(record):
-    """A question, the calls that answer it (#0 is the first result), and the answer; results were not recorded."""
+    """A question, the calls that answer it (#0 is the first result), and the answer; results were not
+    recorded.
+    """
     asked = f"{record['question']}\nEntities: {json.dumps(record['entities'], ensure_ascii=False)}"
     answers = ", ".join(a.get("entity_name") or a["answer_argument"] for a in record["answer"])
     return [user(asked), assistant("", *map(action_call, record["actions"])), assistant(answers)], []
@@ -2453,7 +2849,9 @@ NOT_PUBLIC = [*map(ipaddress.ip_network, "192.0.0.0/24 192.88.99.0/24 ::/3 2001:
 
 
 class WebError(ValueError):
-    """What cannot be had, in one line; `status` is that of the answer, 0 if none was complete, None if nothing was asked."""
+    """What cannot be had, in one line; `status` is that of the answer, 0 if none was complete, None if
+    nothing was asked.
+    """
 
     def __init__(self, message, status=None):
         super().__init__(message)
@@ -2462,7 +2860,9 @@ class WebError(ValueError):
 
 @dataclasses.dataclass
 class Page:
-    """An answer: the address after redirects, the headers by their names in lower case, and the body, decompressed."""
+    """An answer: the address after redirects, the headers by their names in lower case, and the body,
+    decompressed.
+    """
     url: str
     status: int
     headers: dict
@@ -2476,7 +2876,9 @@ def is_public(address):
 
 
 def canonical(url, base=""):
-    """An address made absolute, in one spelling, without fragment, user and default port; "" if it is none of the web."""
+    """An address made absolute, in one spelling, without fragment, user and default port; "" if it is none of
+    the web.
+    """
     try:
         parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
         host, port, usual = parts.hostname.encode("idna").decode(), parts.port, {"http": 80, "https": 443}[parts.scheme]
@@ -2501,8 +2903,10 @@ class Web:
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
 
     def get(self, url, headers=None, refuse=lambda url: ""):
-        """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells why not
-        to visit an address, or "", and is asked at every step. Raises WebError, also for a status other than 200."""
+        """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
+        why not to visit an address, or "", and is asked at every step. Raises WebError, also for a status
+        other than 200.
+        """
         target = canonical(url)
         for hop in itertools.count():
             if reason := "more than 5 redirects" if hop > 5 else refuse(target) if target else "only http and https are fetched":
@@ -2517,7 +2921,9 @@ class Web:
         return page
 
     def remember(self, url, headers):
-        """The answer of one address: from the cache where it is fresh, else asked for, if only whether it has changed."""
+        """The answer of one address: from the cache where it is fresh, else asked for, if only whether it has
+        changed.
+        """
         path = Path(self.cache) / hashlib.sha256(json.dumps([url, headers]).encode()).hexdigest()
         page = Page(url, 0, {}, b"")
         if path.exists():
@@ -2537,7 +2943,9 @@ class Web:
         return fresh
 
     def persist(self, url, headers, body=None):
-        """Ask, by POST if there is a body, until there is an answer, with growing pauses, or as long as the server says in Retry-After."""
+        """Ask, by POST if there is a body, until there is an answer, with growing pauses, or as long as the
+        server says in Retry-After.
+        """
         host, give_up = urllib.parse.urlsplit(url).netloc, time.monotonic() + 10 * self.timeout
         for attempt in itertools.count():
             time.sleep(max(0, self.turns.get(host, 0) - time.monotonic()))
@@ -2554,7 +2962,9 @@ class Web:
             time.sleep(pause)
 
     def request(self, url, headers, attempt, sent):
-        """One request, to an address that has been checked: the name is looked up once, so that no second answer can differ."""
+        """One request, to an address that has been checked: the name is looked up once, so that no second
+        answer can differ.
+        """
         parts, deadline = urllib.parse.urlsplit(url), time.monotonic() + self.timeout
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         found = [entry[4][0] for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
@@ -2620,8 +3030,10 @@ MARKS = {**dict.fromkeys("br div ul ol dl dt dd tr figure figcaption details sum
 
 
 def html_to_text(source):
-    """(title, text, found) of a page. In the text headings have #, items -, cells |, and code stands as it is between fences.
-    `found` lists what it refers to, by tag ("a") and relation ("canonical"), and the "api"s it defines as Sphinx marks them."""
+    """(title, text, found) of a page. In the text headings have #, items -, cells |, and code stands as it is
+    between fences. `found` lists what it refers to, by tag ("a") and relation ("canonical"), and the "api"s
+    it defines as Sphinx marks them.
+    """
     source, found, blocks = NO_TEXT.sub(" ", source), defaultdict(list), []
     for _, tag, attributes in TAG.findall(source):
         values = {name.lower(): html.unescape(value.strip("\"'")) for name, value in ATTRIBUTE.findall(attributes)}
@@ -2644,8 +3056,10 @@ def html_to_text(source):
 
 
 def robot_rules(text):
-    """robots.txt by RFC 9309 (urllib.robotparser knows neither `*` in a path nor that the longest rule wins): returns
-    ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us, or else for all."""
+    """robots.txt by RFC 9309 (urllib.robotparser knows neither `*` in a path nor that the longest rule wins):
+    returns ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us,
+    or else for all.
+    """
     groups, text = defaultdict(str), "\n".join(line.partition("#")[0].strip() for line in text.splitlines()) + "\n"
     for agents, rules in re.findall(r"((?:^user-agent\b.*\s+)+)((?:^(?!user-agent).+\s*)*)", text, re.I | re.M):
         for name in re.findall(r":\s*(\S+)", agents.lower()):
@@ -2658,8 +3072,10 @@ def robot_rules(text):
 
 
 def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
-    """Read a site, on one host, `depth` levels of links deep. Yields a Record a page, `api_doc` if it defines APIs as Sphinx does,
-    else `text`, or why there is none; `license` is for pages that state none. Raises WebError if the first cannot be read."""
+    """Read a site, on one host, `depth` levels of links deep. Yields a Record a page, `api_doc` if it defines
+    APIs as Sphinx does, else `text`, or why there is none; `license` is for pages that state none. Raises
+    WebError if the first cannot be read.
+    """
     start = canonical(url)
     host = urllib.parse.urlsplit(start).netloc
     try:
@@ -2731,8 +3147,10 @@ def url_records(url, args):
 
 
 def hf_rows(name, web, host=HF_HOST, token=None):
-    """Yield (where, row) for each row of OWNER/DATASET[/CONFIG[/SPLIT]], in pages of 100 from the datasets server; a rejection
-    for a row that the server cut. The cache of `web` has the pages, so a killed run goes on where it was. Raises ValueError."""
+    """Yield (where, row) for each row of OWNER/DATASET[/CONFIG[/SPLIT]], in pages of 100 from the datasets
+    server; a rejection for a row that the server cut. The cache of `web` has the pages, so a killed run goes
+    on where it was. Raises ValueError.
+    """
     dataset, wanted = "/".join(name.split("/")[:2]), name.split("/")[2:]
     headers = {"Authorization": f"Bearer {token.strip()}"} if token else None
     try:
@@ -2758,7 +3176,9 @@ def hf_rows(name, web, host=HF_HOST, token=None):
 
 
 def hf_license(name, web, hub="https://huggingface.co"):
-    """The licence that a dataset's card on the hub states (the datasets server does not know it), or "unknown"."""
+    """The licence that a dataset's card on the hub states (the datasets server does not know it), or
+    "unknown".
+    """
     try:
         tags = json.loads(web.get(f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").body)["tags"]
     except (ValueError, LookupError, TypeError):
@@ -2767,7 +3187,9 @@ def hf_license(name, web, hub="https://huggingface.co"):
 
 
 def hf_records(name, args):
-    """The rows of a dataset: conversations in a format we know, or else texts. Raises ValueError if the server gives none."""
+    """The rows of a dataset: conversations in a format we know, or else texts. Raises ValueError if the
+    server gives none.
+    """
     web = web_client(args, max_bytes=100_000_000)
     license = args.license or (hf_license(name, web) if args.hf_host == HF_HOST else "unknown")
     for found in hf_rows(name, web, args.hf_host, os.environ.get("HF_TOKEN")):
@@ -2840,39 +3262,51 @@ def minified(text):
 # ----------------------------------------------------------------------------------------------------------------------
 # Function-calling conversations from documentation
 #
-# First the calls that documentation itself shows, then calls with values made up by name, type and description. What is asked is put
-# in words from the summary, the Returns section or the name, never in the words of the tool's description alone.
+# First the calls that documentation shows, then calls with values made up by name, type and description.
+# What is asked is put in words from the summary, the Returns section or the name, and not in the words of the
+# tool's description alone.
 
-KINDS = {"multiple": 5, "single": 3, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1, "chain": 1}  # and their shares
-SHAPES = {  # requests by what a purpose is: {p} the purpose, {a} the arguments in words, {given} the same at the beginning
-    "do": ["{P}{a}.", "Please {p}{a}.", "Can you {p}{a}?", "I need to {p}{a}.", "I want to {p}{a}.", "Help me {p}{a}.",
-           "{given}, please {p}.", "Could you {p}{a}? Thanks!", "For my project I have to {p}{a}.", "{P}. {Use}.", "Go ahead and {p}{a}."],
-    "give": ["What is {p}{a}?", "Give me {p}{a}.", "I need {p}{a}.", "Please work out {p}{a}.", "Can you tell me {p}{a}?",
-             "{given}, what is {p}?", "I'm looking for {p}{a}.", "Find {p}{a}.", "Get me {p}. {Use}.", "I'd like to know {p}{a}."],
-    "check": ["Check whether {p}{a}.", "Can you tell me whether {p}{a}?", "I want to know if {p}{a}.", "{given}, find out whether {p}.",
-              "Please check if {p}{a}.", "Is it true that {p}{a}?"],
-    "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.", "Can you build {p}{a}?",
-             "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.", "I want to use {p}{a}.", "Make {p}{a} for me."]}
-WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"), ("with", "{v} for {l}")]
+KINDS = {"multiple": 5, "single": 3, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1,
+         "chain": 1}  # shares
+# Requests by what a purpose is: {p} the purpose, {a} the arguments in words, {given} the same to begin with.
+SHAPES = {
+    "do": ["{P}{a}.", "Please {p}{a}.", "Can you {p}{a}?", "I need to {p}{a}.", "I want to {p}{a}.",
+           "Help me {p}{a}.", "{given}, please {p}.", "Could you {p}{a}? Thanks!",
+           "For my project I have to {p}{a}.", "{P}. {Use}.", "Go ahead and {p}{a}."],
+    "give": ["What is {p}{a}?", "Give me {p}{a}.", "I need {p}{a}.", "Please work out {p}{a}.",
+             "Can you tell me {p}{a}?", "{given}, what is {p}?", "I'm looking for {p}{a}.", "Find {p}{a}.",
+             "Get me {p}. {Use}.", "I'd like to know {p}{a}."],
+    "check": ["Check whether {p}{a}.", "Can you tell me whether {p}{a}?", "I want to know if {p}{a}.",
+              "{given}, find out whether {p}.", "Please check if {p}{a}.", "Is it true that {p}{a}?"],
+    "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.",
+             "Can you build {p}{a}?", "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.",
+             "I want to use {p}{a}.", "Make {p}{a} for me."]}
+WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
+        ("with", "{v} for {l}")]
 MADE_UP = 10  # conversations on a tool with values that are made up
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
-QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.", "I need `{p}` for this. What is it?"]
+QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
+             "I need `{p}` for this. What is it?"]
 TOLD = ["{v}", "It is {v}.", "Use {v}.", "Take {v}, please.", "{v}, please.", "Sorry, {v}."]
 REFUSALS = ["None of the given tools can do this.", "I have no tool for that request.",
             "The tools at hand do not cover this, so I make no call.", "No available function fits this request."]
 ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
-VERBS = set("""accept add do adjust align append apply approximate ask assign bind bound build calculate call cast change check choose clamp clear
-    clip close collect combine compare compile compose compress compute concatenate configure construct convert copy count create crop cut
-    decode decompose decompress decrypt define delete derive describe detect determine differentiate disable display divide download draw
-    drop dump embed enable encode encrypt enumerate escape estimate evaluate expand export express extract factor fetch fill filter find
-    fit flatten flip fold format generate get give group guess hash import indent infer initialize insert integrate interpolate intersect
-    invert iterate join launch list load locate look lookup make map mark match measure merge minimize mirror modify move multiply negate
-    normalize obtain open order pack pad parse partition perform permute pick plot predict prepare print process produce project prove put
-    quantize quote raise randomize read reduce remove rename render repeat replace report reset reshape resize resolve retrieve return
-    reverse rewrite roll rotate round run sample save scale scan search select send separate serialize set shift show shuffle simplify skip
-    solve sort specify split stack start stop store strip substitute subtract sum swap take test tile train transform translate transpose
-    trim truncate try turn unescape unpack unquote update upload validate verify visualize wait wrap write yield zip""".split())
+VERBS = set("""
+    accept add do adjust align append apply approximate ask assign bind bound build calculate call cast change
+    check choose clamp clear clip close collect combine compare compile compose compress compute concatenate
+    configure construct convert copy count create crop cut decode decompose decompress decrypt define delete
+    derive describe detect determine differentiate disable display divide download draw drop dump embed enable
+    encode encrypt enumerate escape estimate evaluate expand export express extract factor fetch fill filter
+    find fit flatten flip fold format generate get give group guess hash import indent infer initialize insert
+    integrate interpolate intersect invert iterate join launch list load locate look lookup make map mark
+    match measure merge minimize mirror modify move multiply negate normalize obtain open order pack pad parse
+    partition perform permute pick plot predict prepare print process produce project prove put quantize quote
+    raise randomize read reduce remove rename render repeat replace report reset reshape resize resolve
+    retrieve return reverse rewrite roll rotate round run sample save scale scan search select send separate
+    serialize set shift show shuffle simplify skip solve sort specify split stack start stop store strip
+    substitute subtract sum swap take test tile train transform translate transpose trim truncate try turn
+    unescape unpack unquote update upload validate verify visualize wait wrap write yield zip""".split())
 
 
 def template_units(shards, args, parts=4):
@@ -2883,12 +3317,16 @@ def template_units(shards, args, parts=4):
     paths = [shard.parent / "tools" / shard.name for shard in shards]
     units = [Unit(f"{name}.cards.jsonl", 0, indexes, (paths, args.seed))]
     for part in range(parts):
-        units.append(Unit(f"{name}.{part}.jsonl", 1, template_records, (paths, args.seed, args.kinds, part, parts)))
+        units.append(
+            Unit(f"{name}.{part}.jsonl", 1, template_records, (paths, args.seed, args.kinds, part, parts))
+        )
     return units
 
 
 def template_records(paths, seed, shares, part, parts):
-    """A part of the conversations on the Tools in the files, such that equal ones would be in the same part."""
+    """A part of the conversations on the Tools in the files, such that equal ones would be in the same
+    part.
+    """
     tools = [tool for path in paths for tool in read_tools(path)]
     return synthesise(tools, seed, shares, lambda tool: zlib.crc32(short_name(tool).encode()) % parts == part)
 
@@ -2900,18 +3338,23 @@ def read_tools(path):
 
 
 def indexes(paths, seed, sizes=(4, 5, 6)):
-    """Reference cards on the Tools in the files: a few APIs listed by name, then by purpose. To read one is to look names up by what they do.
+    """Reference cards on the Tools in the files: a few APIs listed by name, then by purpose. To read one is
+    to look names up by what they do.
 
-    Every API is on one card of each size, but for one that would be alone there. Neighbours in hash order share a card, so that held-out APIs, which are
-    neighbours too, spoil few others.
+    Every API is on one card of each size, but for one that would be alone there. Neighbours in hash order
+    share a card, so that held-out APIs, which are neighbours too, spoil few others.
     """
     tools = [tool for path in paths for tool in read_tools(path) if not tool.description.startswith("See ")]
     tools.sort(key=lambda t: unit_hash(t.name))
     for size, i in ((size, i) for size in sizes for i in range(0, len(tools) - 1, size)):
         card = list({t.description: t for t in tools[i:i + size]}.values())
         rng = random.Random(f"{seed} {size} {card[0].name}")
-        by_name = [json.dumps({"description": t.description, "name": t.name}, ensure_ascii=False) for t in card]
-        by_purpose = [f"{t.description}\n" + json.dumps({"name": t.name}) for t in rng.sample(card, len(card))]
+        by_name = [
+            json.dumps({"description": t.description, "name": t.name}, ensure_ascii=False) for t in card
+        ]
+        by_purpose = [
+            f"{t.description}\n" + json.dumps({"name": t.name}) for t in rng.sample(card, len(card))
+        ]
         text = "\n".join(["APIs by name", *by_name, "", "APIs by purpose", *by_purpose])
         licenses = " AND ".join(sorted({t.license for t in card}))
         names = sorted(t.name for t in card)
@@ -2920,7 +3363,9 @@ def indexes(paths, seed, sizes=(4, 5, 6)):
 
 @dataclasses.dataclass
 class Tool:
-    """What conversations are made from, a line of data/raw/tools/*.jsonl: a documented API and the calls that examples show."""
+    """What conversations are made from, a line of data/raw/tools/*.jsonl: a documented API and the calls that
+    examples show.
+    """
     name: str           # qualified
     description: str
     parameters: dict
@@ -2930,21 +3375,23 @@ class Tool:
     is_class: bool = False
     usable: bool = True  # whether someone would call it with JSON values
     examples: list = ()  # (arguments, result)
-    chains: list = ()    # of pairs (name of the tool, arguments, result), where the first result is an argument of the second
+    chains: list = ()    # pairs of (name, arguments, result): the first result is an argument of the second
 
     def to_json(self):
         return json.dumps(vars(self), ensure_ascii=False)
 
 
 def synthesise(tools, seed, shares, chosen=lambda tool: True):
-    """Conversations on each chosen tool: one on every call that its documentation shows, and CONVERSATIONS with values made up. Yields Records.
+    """Conversations on each chosen tool: one on every call that its documentation shows, and CONVERSATIONS
+    with values made up. Yields Records.
 
-    single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits; missing: the request lacks
-    what a required parameter needs, and the assistant asks for it; error: a call fails, and another is made as the error message says;
-    chain: the result of a call is an argument of the next, as an example in the documentation has it. Tools have the last two parts of
-    their qualified names, or all where two would have the same; `apis` has the qualified ones, that which the request is about first.
-    Half of the other tools are of the same module. They are neighbours in hash order, and so mostly held out together; nothing here
-    knows which are.
+    single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits;
+    missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call
+    fails, and another is made as the error message says; chain: the result of a call is an argument of the
+    next, as an example in the documentation has it. Tools have the last two parts of their qualified names,
+    or all where two would have the same; `apis` has the qualified ones, that which the request is about
+    first. Half of the other tools are of the same module. They are neighbours in hash order, and so mostly
+    held out together; nothing here knows which are.
     """
     by_name, modules = {t.name: t for t in tools}, defaultdict(list)
     usable = sorted(filter(can_call, by_name.values()), key=lambda t: unit_hash(t.name))
@@ -2982,18 +3429,28 @@ class Fact(typing.NamedTuple):
 
 
 def conversation_record(n, tool, fact, near, far, shares, rng):
-    """A Record of a conversation on a tool, about a Fact or, without one, with values made up; None where it cannot be put in words."""
+    """A Record of a conversation on a tool, about a Fact or, without one, with values made up; None where it
+    cannot be put in words.
+    """
     kind = draw_kind(tool, fact, shares, rng)
     calls = list(fact.calls) if fact else [(tool, random_arguments(tool, rng))]
     if kind == "parallel":
         other = rng.choice([tool, *near])
         calls.append((other, random_arguments(other, rng)))
     pool = near if near and rng.random() < 0.5 else far
-    count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(kind, rng.randrange(3))
+    count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(
+        kind, rng.randrange(3)
+    )
     if kind == "irrelevant":  # a tool of nearly the same description might do
         pool = [t for t in pool if not alike(t.description, tool.description)]
-    others = [t for t in rng.sample(pool, min(len(pool), count)) if all(t is not called for called, _ in calls)]
-    offered = others if kind == "irrelevant" else list({t.name: t for t in [*(t for t, _ in calls), *others]}.values())
+    others = [
+        t for t in rng.sample(pool, min(len(pool), count)) if all(t is not called for called, _ in calls)
+    ]
+    offered = (
+        others
+        if kind == "irrelevant"
+        else list({t.name: t for t in [*(t for t, _ in calls), *others]}.values())
+    )
     if not kind or not offered or any(arguments is None for _, arguments in calls):
         return None
     rng.shuffle(offered)
@@ -3001,9 +3458,15 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
     if len(set(names.values())) < len(names):
         names = {name: name for name in names}
     messages = conversation(kind, calls, names, fact.results if fact else [], offered, rng)
-    return messages and Record(f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license,
-                               list(dict.fromkeys([*(t.name for t, _ in calls), *(t.name for t in offered)])),
-                               messages=messages, tools=[definition(t, names[t.name]) for t in offered])
+    return messages and Record(
+        f"instruction:{n}:{kind}:{tool.name}",
+        "instruction",
+        tool.source,
+        tool.license,
+        list(dict.fromkeys([*(t.name for t, _ in calls), *(t.name for t in offered)])),
+        messages=messages,
+        tools=[definition(t, names[t.name]) for t in offered],
+    )
 
 
 def short_name(tool):
@@ -3019,11 +3482,16 @@ def alike(text, other):
 
 def definition(tool, name):
     """A tool in the form in which a model is given it."""
-    return {"type": "function", "function": {"description": tool.description, "name": name, "parameters": tool.parameters}}
+    return {
+        "type": "function",
+        "function": {"description": tool.description, "name": name, "parameters": tool.parameters},
+    }
 
 
 def can_call(tool):
-    """Whether a request can state what the tool requires, and say what for. A class counts only if its constructor is documented."""
+    """Whether a request can state what the tool requires, and say what for. A class counts only if its
+    constructor is documented.
+    """
     properties, required = tool.parameters["properties"], tool.parameters["required"]
     if not tool.usable or len(json.dumps(tool.parameters)) > LONGEST_SCHEMA or not purposes(tool):
         return False
@@ -3033,10 +3501,16 @@ def can_call(tool):
 
 
 def needed(tool):
-    """The parameters without which a call says nothing: what is required or, where nothing is, what *args takes."""
+    """The parameters without which a call says nothing: what is required or, where nothing is, what *args
+    takes.
+    """
     properties, required = tool.parameters["properties"], tool.parameters["required"]
     first = next(iter(properties), None)
-    takes_many = first and properties[first].keys() <= {"type", "items", "description"} and properties[first].get("type") == "array"
+    takes_many = (
+        first
+        and properties[first].keys() <= {"type", "items", "description"}
+        and properties[first].get("type") == "array"
+    )
     return required or ([first] if takes_many else [])
 
 
@@ -3044,64 +3518,98 @@ def draw_kind(tool, fact, shares, rng):
     """One of the kinds, by their shares, that such a conversation can be; None if there is none."""
     if fact and len(fact.calls) > 1:
         return "chain" if shares.get("chain") else None
-    cannot = {"chain"} | ({"missing", "error", "irrelevant", "parallel"} if fact else set() if tool.parameters["required"] else {"missing"})
+    cannot = {"chain"} | (
+        {"missing", "error", "irrelevant", "parallel"}
+        if fact
+        else set() if tool.parameters["required"] else {"missing"}
+    )
     allowed = {kind: share for kind, share in shares.items() if share and kind not in cannot}
     return rng.choices([*allowed], [*allowed.values()])[0] if allowed else None
 
 
 def conversation(kind, calls, names, results, offered, rng):
-    """The messages of a conversation of that kind, in which `calls`, [(tool, arguments)], are made, or should be; None where no request
-    for them reads right. `results` is what they give, where it is known."""
+    """The messages of a conversation of that kind, in which `calls`, [(tool, arguments)], are made, or should
+    be; None where no request for them reads right. `results` is what they give, where it is known.
+    """
     tool, arguments = calls[0]
     made = [(names[t.name], given) for t, given in calls]
     missing = rng.choice(tool.parameters["required"]) if kind == "missing" else None
     stated = [{p: v for p, v in given.items() if p != missing} for _, given in calls]
     if kind == "chain":
         stated[1] = {p: Said("the result") if same_value(v, results[0]) else v for p, v in stated[1].items()}
-    requests = [ask(t, given, [t, *offered], rng, plain=i > 0) for i, ((t, _), given) in enumerate(zip(calls, stated))]
+    requests = [
+        ask(t, given, [t, *offered], rng, plain=i > 0) for i, ((t, _), given) in enumerate(zip(calls, stated))
+    ]
     if None in requests:
         return None
     if kind == "chain":
         user = chat_message("user", f"{requests[0]} Then {requests[1][0].lower()}{requests[1][1:]}")
-        return [user, *itertools.chain.from_iterable(
-            [chat_message("assistant", calls=[call]), chat_message("tool", result)] for call, result in zip(made, results)),
-            chat_message("assistant", answer(results[1], rng))]
+        return [
+            user,
+            *itertools.chain.from_iterable(
+                [chat_message("assistant", calls=[call]), chat_message("tool", result)]
+                for call, result in zip(made, results)
+            ),
+            chat_message("assistant", answer(results[1], rng)),
+        ]
     user = chat_message("user", rng.choice(ALSO).join(requests))
     if kind == "irrelevant":
         return [user, chat_message("assistant", rng.choice(REFUSALS))]
     call = chat_message("assistant", calls=made)
     if missing:
         told = [chat_message("user", rng.choice(TOLD).format(v=in_words(arguments[missing]))), call]
-        return [user, chat_message("assistant", rng.choice(QUESTIONS).format(p=missing))] + told * (rng.random() < 0.6)
+        return [user, chat_message("assistant", rng.choice(QUESTIONS).format(p=missing))] + told * (
+            rng.random() < 0.6
+        )
     if kind == "error":
         message, mended = mend(tool, arguments, rng)
-        return message and [user, call, chat_message("tool", message), chat_message("assistant", calls=[(names[tool.name], mended)])]
+        return message and [
+            user,
+            call,
+            chat_message("tool", message),
+            chat_message("assistant", calls=[(names[tool.name], mended)]),
+        ]
     if results and len(calls) == 1:
-        return [user, call, chat_message("tool", results[0]), chat_message("assistant", answer(results[0], rng))]
+        return [
+            user,
+            call,
+            chat_message("tool", results[0]),
+            chat_message("assistant", answer(results[0], rng)),
+        ]
     return [user, call]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Requests in words
 
-CLEAN = re.compile(r"(?!.*(\*\*|-th\b|\b[nk]-))[\w ,'\"`*()-]+")  # a purpose that can stand in a request: no formula, no markup
-UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|instances|method|module|wrapper|helper|"
-                     r"internal|callable|decorator|deprecated|alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|"
-                     r"hook|mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|i e|version of|kind for|prints as|routine|"
-                     r"system call|utility|function|functions|algorithm|type|types|code|generic|given|specified|provided|"
-                     r"the (true|false))\b|--|\w\(", re.I)
+# A purpose that can stand in a request holds no formula and no markup, and is clear by itself.
+CLEAN = re.compile(r"(?!.*(\*\*|-th\b|\b[nk]-))[\w ,'\"`*()-]+")
+UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
+                     r"instances|method|module|wrapper|helper|internal|callable|decorator|deprecated|"
+                     r"alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|hook|"
+                     r"mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|"
+                     r"i e|version of|kind for|prints as|routine|system call|utility|function|functions|"
+                     r"algorithm|type|types|code|generic|given|specified|provided|the (true|false))\b|--|"
+                     r"\w\(", re.I)
 UNFINISHED = re.compile(  # the end of a sentence that was cut
-    r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|containing|shape|over|into|per|"
-    r"within|under|matching|(from|of|between) two|along|corresponding|according|based|depending|such|lists of equal)$")
-STATES = r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|handles|wraps|which|used)\b"
+    r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
+    r"containing|shape|over|into|per|within|under|matching|(from|of|between) two|along|corresponding|"
+    r"according|based|depending|such|lists of equal)$")
+STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|"
+          r"handles|wraps|which|used)\b")
 ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
-QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common Hyperbolic Name Path Size Length Index Position "
-                 "Logarithm Factorial Element-wise Elementwise".split())  # how a sentence without a verb begins
-NOUNS = {"array": "array|list|sequence|tensor|matrix|vector|data|iterable|input|polynomial|series|values|numbers|elements|coefficients|samples?",
-         "string": "string|text|file|path|filename|name|url|word|date|message|directory|pattern|document|expression",
+QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common "
+                 "Hyperbolic Name Path Size Length Index Position Logarithm Factorial Element-wise "
+                 "Elementwise".split())  # how a sentence without a verb begins
+NOUNS = {"array": "array|list|sequence|tensor|matrix|vector|data|iterable|input|polynomial|series|values|"
+                  "numbers|elements|coefficients|samples?",
+         "string": "string|text|file|path|filename|name|url|word|date|message|directory|pattern|document|"
+                   "expression",
          "integer": "number|integer|value|n", "number": "number|value|angle|real number"}
-NOT_A_NOUN = set("each indicate indicates indicating defines define if whether when this it can must should optional specifies specify determines controls use set see one either by for to not any all "
-                 "default only same used passed true false see if a an the and or as in on at of be is are has have which what how".split())
+NOT_A_NOUN = set("each indicate indicates indicating defines define if whether when this it can must "
+                 "should optional specifies specify determines controls use set see one either by for to "
+                 "not any all default only same used passed true false see if a an the and or as in on "
+                 "at of be is are has have which what how".split())
 
 
 class Said(str):
@@ -3109,8 +3617,9 @@ class Said(str):
 
 
 def purposes(tool):
-    """What a tool is for, as [(a key of SHAPES, words)], from the first sentence of its documentation, from what it says to return,
-    and from the tool's name. The words may hold names of parameters."""
+    """What a tool is for, as [(a key of SHAPES, words)], from the first sentence of its documentation, from
+    what it says to return, and from the tool's name. The words may hold names of parameters.
+    """
     return find_purposes(tool.name.rpartition(".")[2], tool.documentation, tool.is_class)
 
 
@@ -3125,21 +3634,31 @@ def find_purposes(name, documentation, is_class):
     words = words_of(name)
     if re.search(r"(?i)\bdecorat|\bmixin\b|context manager", first_sentence(documentation)):
         return ()
-    sentence = re.sub(r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")).strip()
+    sentence = re.sub(
+        r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")
+    ).strip()
     if is_class:
         return class_purpose(words, sentence, documentation)
     found = [read_purpose(sentence)]
     section = r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$"
     if returned := re.search(section, documentation, re.M):
         given = read_purpose(f"Return {returned[1][0].lower()}{returned[1][1:].rstrip('.')}")
-        whole = given and len(returned[1]) - 4 < len(given[1]) < 70 and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
+        whole = (
+            given
+            and len(returned[1]) - 4 < len(given[1]) < 70
+            and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
+        )
         found += [given] if whole else []
     name = " ".join(words).lower()
     told = f" {name} " in re.sub(r"\W+((the|an?) )?", " ", f" {documentation.lower()} ")
     if len(words) > 1 and told and not re.match("(is|has|can|to|from|as|in|on|set|new) ", name):
         if words[0].lower() in VERBS - {"return", "get"}:
             found.append(None if found[0] else ("do", name))
-        elif not found[0] or found[0][0] == "give" or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate ")):
+        elif (
+            not found[0]
+            or found[0][0] == "give"
+            or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate "))
+        ):
             found.append(("give", "the " + name.removeprefix("get ")))
     return tuple(dict.fromkeys(p for p in found if p))
 
@@ -3149,13 +3668,19 @@ def class_purpose(words, sentence, documentation):
     kind, noun = read_purpose(re.sub(r"^The ", "A ", sentence)) or ("", "")
     if kind and not re.match("(A|An|The) ", sentence):
         return ((kind, noun),)
-    if kind != "give" and len(words) > 1 and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower()):
+    if (
+        kind != "give"
+        and len(words) > 1
+        and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower())
+    ):
         kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
     return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
 
 
 def read_purpose(sentence):
-    """A sentence of documentation as (a key of SHAPES, words), or None where it says nothing that a request could say."""
+    """A sentence of documentation as (a key of SHAPES, words), or None where it says nothing that a request
+    could say.
+    """
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
     sentence = re.sub(r"^\w+ly (\w)", lambda m: m[1].upper(), sentence)
     first, _, rest = sentence.partition(" ")
@@ -3176,10 +3701,14 @@ def read_purpose(sentence):
         return None
     if kind == "check":
         words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
-    elif re.match(r"(\S+ ){0,3}\S+,", sentence) or re.search(r"[^,] (which|that|such that|whose|where|when|if)\b", words):
+    elif re.match(r"(\S+ ){0,3}\S+,", sentence) or re.search(
+        r"[^,] (which|that|such that|whose|where|when|if)\b", words
+    ):
         return None  # what would be cut is needed
     else:
-        words = re.split(r",? (?:so that|and returns?|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
+        words = re.split(
+            r",? (?:so that|and returns?|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words
+        )[0]
     cut = kind != "check" and len(words) < len(rest) - 2
     given = r" (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+){0,3}"
     words = re.sub(rf"( or not| or (else )?None|{given})$", "", words).strip(" .,")
@@ -3204,20 +3733,34 @@ def imperative(verb):
 
 def words_of(name):
     """The words in a name: "get_closeMatches" gives get, close, Matches."""
-    return [word for part in name.split("_") for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", part)]
+    return [
+        word for part in name.split("_") for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", part)
+    ]
 
 
 def ask(tool, arguments, offered, rng, plain=False):
-    """A request in words for a call of the tool that states all arguments, or None where no way of saying it reads right: names of
-    parameters are left in it, or eight words in a row of the description of an offered tool. With `plain` it is a sentence to go on with."""
+    """A request in words for a call of the tool that states all arguments, or None where no way of saying it
+    reads right: names of parameters are left in it, or eight words in a row of the description of an offered
+    tool. With `plain` it is a sentence to go on with.
+    """
     for attempt in range(5):
         kind, words = rng.choice(purposes(tool))
         words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
-        shapes = [s for s in SHAPES[kind][:2 if plain else None] if left or "{given}" not in s and "{Use}" not in s]
-        request = rng.choice(shapes).format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
+        shapes = [
+            s for s in SHAPES[kind][: 2 if plain else None] if left or "{given}" not in s and "{Use}" not in s
+        ]
+        request = rng.choice(shapes).format(
+            p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use
+        )
         names = {p for p in tool.parameters["required"] if p not in arguments}  # what the user forgets
-        odd = [w for w in re.findall(r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])", words) if w not in names]
+        odd = [
+            w
+            for w in re.findall(
+                r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])", words
+            )
+            if w not in names
+        ]
         if not odd and not any(common_run(request, t.description) for t in offered):
             return request
     return None
@@ -3236,8 +3779,10 @@ def runs_of(text, length):
 
 
 def fill_in(kind, words, arguments, tool):
-    """(words with values in the place of the parameters that they name, arguments that are left). A name that is a common word counts
-    only where the documentation marks it. The first argument may follow the noun that stands for it: "the list [1, 2]"."""
+    """(words with values in the place of the parameters that they name, arguments that are left). A name that
+    is a common word counts only where the documentation marks it. The first argument may follow the noun that
+    stands for it: "the list [1, 2]".
+    """
     stated = set()
 
     def value(match):
@@ -3247,7 +3792,11 @@ def fill_in(kind, words, arguments, tool):
 
     marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
     plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
-    words = re.sub(rf"[`*']+({marked or '(?!)'})[`*']+|(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]", value, words)
+    words = re.sub(
+        rf"[`*']+({marked or '(?!)'})[`*']+|(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]",
+        value,
+        words,
+    )
     left = {p: v for p, v in arguments.items() if p not in stated}
     main = next(iter(left), None)
     if main and re.search(rf" (of|in|from|to) (the )?{main}$", words):
@@ -3255,8 +3804,11 @@ def fill_in(kind, words, arguments, tool):
         main = next(iter(left), None)
     noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.parameters["required"] else None
     if noun and not isinstance(left[main], Said):
-        end = r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|using|is|are|has|have|can|contains?|lies|was)\b|$)"
-        made = kind in ("give", "make") or re.match("(create|generate|make|build|construct|produce|define|draw) ", words)
+        end = (r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|using|is|are|has|have|can|contains?|"
+               r"lies|was)\b|$)")
+        made = kind in ("give", "make") or re.match(
+            "(create|generate|make|build|construct|produce|define|draw) ", words
+        )
         before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
         words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}",
                                lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
@@ -3265,17 +3817,27 @@ def fill_in(kind, words, arguments, tool):
 
 
 def clauses(kind, words, left, tool, rng):
-    """What is left of the arguments, in words: to stand behind the purpose, before it, and as a sentence of its own."""
+    """What is left of the arguments, in words: to stand behind the purpose, before it, and as a sentence of
+    its own.
+    """
     if not left:
         return "", "", ""
     lead, item = rng.choice(WITH if not any(type(v) is bool for v in left.values()) else WITH[1:4:2])
     labels = {p: label(p, tool.parameters["properties"].get(p, {})) for p in left}
     labels = labels if len({*labels.values()}) == len(labels) else {p: p for p in left}
-    items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()]
+    items = [
+        (item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()
+    ]
     main = next(iter(left))
-    counted = type(left[main]) is bool or re.search(r"\b(size|length|number|count|times|shape)\b", value_text(tool, main))
+    counted = type(left[main]) is bool or re.search(
+        r"\b(size|length|number|count|times|shape)\b", value_text(tool, main)
+    )
     if kind != "make" and not counted and tool.parameters["required"] == [main]:
-        lead, items = ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])]) if len(items) == 1 else (lead, items)
+        lead, items = (
+            ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])])
+            if len(items) == 1
+            else (lead, items)
+        )
     listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
     use = "Use " + " and ".join(f"{in_words(v)} for {labels[p]}" for p, v in left.items())
     return f" {lead} {listed}", f"{'For' if lead == 'of' else lead.capitalize()} {listed}", use
@@ -3290,7 +3852,11 @@ def label(name, schema):
     start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by)\b", description)[0]
     start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
     first = start.partition(" ")[0].lower()
-    verbs = re.search(r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|so|and|or)\b", start)
+    verbs = re.search(
+        r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|"
+        r"so|and|or)\b",
+        start,
+    )
     plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
     if plain and not UNFINISHED.search(start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
         return "the " + start[0].lower() + start[1:]
@@ -3298,8 +3864,14 @@ def label(name, schema):
 
 
 def in_words(value):
-    """A value as a person writes it: file names and addresses bare, other text in quotes, all else as JSON."""
-    if isinstance(value, Said) or isinstance(value, str) and re.fullmatch(r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+", value):
+    """A value as a person writes it: file names and addresses bare, other text in quotes, all else as
+    JSON.
+    """
+    if (
+        isinstance(value, Said)
+        or isinstance(value, str)
+        and re.fullmatch(r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+", value)
+    ):
         return value
     return "None" if value is None else json.dumps(value, ensure_ascii=False)
 
@@ -3315,7 +3887,9 @@ def answer(result, rng):
 
 
 def mend(tool, arguments, rng):
-    """(error message of a call, the arguments that it asks for in their place); None twice where nothing can be otherwise."""
+    """(error message of a call, the arguments that it asks for in their place); None twice where nothing can
+    be otherwise.
+    """
     properties, required = tool.parameters["properties"], tool.parameters["required"]
     for p in rng.sample(sorted(arguments), len(arguments)):
         value, schema, other = arguments[p], properties[p], None
@@ -3330,7 +3904,9 @@ def mend(tool, arguments, rng):
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
         elif type(value) is bool and p not in required:
             other = not value
-            message = f"NotImplementedError: {p}={json.dumps(value)} is not supported; use {json.dumps(other)}"
+            message = (
+                f"NotImplementedError: {p}={json.dumps(value)} is not supported; use {json.dumps(other)}"
+            )
         if other is not None and other != value and fits(other, schema):
             return message, arguments | {p: other}
     return None, None
@@ -3339,33 +3915,45 @@ def mend(tool, arguments, rng):
 # ----------------------------------------------------------------------------------------------------------------------
 # Values that a person would give
 
-PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt", "/tmp/results/run_7.dat", "backup/monthly.gz"]
-FILES = {"font": "fonts/DejaVuSans.ttf", "image": "images/logo.png", "csv": "data/sales.csv", "json": "data/users.json",  # by a word of
-         "xml": "feeds/news.xml", "html": "site/index.html", "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml",  # the tool
-         "graph": "graphs/friends.edgelist", "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
-         "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini", "config": "config/settings.ini",
-         "environment": "config/.env", "excel": "reports/2024.xlsx", "parquet": "data/events.parquet", "pickle": "cache/model.pkl",
-         "database": "data/shop.db", "library": "lib/libfast.so", "template": "templates/mail.html"}
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world", "Order #1042 has shipped",
-         "Zürich is lovely in spring.", "  leading and trailing spaces  ", "one,two,three"]
-BEGINS_AS_TEXT = re.compile(r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|specifying|"
-                            r"representing|alias|in|or|identifier|name))")
+PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
+         "/tmp/results/run_7.dat", "backup/monthly.gz"]
+FILES = {  # by a word in the tool's description
+    "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png", "csv": "data/sales.csv",
+    "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
+    "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml", "graph": "graphs/friends.edgelist",
+    "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
+    "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini",
+    "config": "config/settings.ini", "environment": "config/.env", "excel": "reports/2024.xlsx",
+    "parquet": "data/events.parquet", "pickle": "cache/model.pkl", "database": "data/shop.db",
+    "library": "lib/libfast.so", "template": "templates/mail.html"}
+TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
+         "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
+         "one,two,three"]
+BEGINS_AS_TEXT = re.compile(
+    r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
+    r"specifying|representing|alias|in|or|identifier|name))")
 VALUES = [  # of texts and numbers, by the first pattern that is found in the name or the description
-    ("string", r"sha ?\d+|md ?5|checksum|digest", ["9f86d081884c7d65", "d41d8cd98f00b204", "5d41402abc4b2a76"]),
-    ("string", r"url|uri|endpoint|link|address of (a|the) (page|site)", ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json", "http://localhost:8080/health", "https://example.com/feed.xml"]),
+    ("string", r"sha ?\d+|md ?5|checksum|digest",
+     ["9f86d081884c7d65", "d41d8cd98f00b204", "5d41402abc4b2a76"]),
+    ("string", r"url|uri|endpoint|link|address of (a|the) (page|site)",
+     ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json",
+      "http://localhost:8080/health", "https://example.com/feed.xml"]),
     ("string", r"e-?mail|recipient|sender", ["ada@example.com", "support@example.org", "li.wei@example.net"]),
-    ("string", r"host|server|domain|netloc", ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"]),
+    ("string", r"host|server|domain|netloc",
+     ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"]),
     ("string", r"\bip|address", ["192.168.1.20", "10.0.0.5", "2001:db8::1"]),
     ("string", r"encoding|charset|codec", ["utf-8", "latin-1", "ascii", "utf-16"]),
     ("string", r"^errors\b", ["strict", "ignore", "replace"]),
     ("string", r"dtype|data type", ["float32", "float64", "int64", "bool"]),
     ("string", r"device", ["cpu", "cuda:0"]),
-    ("string", r"regex|pattern|regular expression|glob", [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
+    ("string", r"regex|pattern|regular expression|glob",
+     [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
     ("string", r"date(?!base)|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
     ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
-    ("string", r"dir\b|directory|folder|^root|base path", ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
+    ("string", r"dir\b|directory|folder|^root|base path",
+     ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
     ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", PATHS),
     ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
     ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
@@ -3377,8 +3965,10 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"(env|environment|variable)", ["HOME", "PATH", "DEBUG_LEVEL"]),
     ("string", r"user|login|author", ["ada", "guest", "Grace Hopper"]),
     ("string", r"token|password|secret", ["s3cret-Pa55", "correct horse battery staple"]),
-    ("string", r"title|subject|heading|caption|label|desc", ["Monthly sales report", "Average temperature", "Results of the second run"]),
-    ("string", r"query|question|search", ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]),
+    ("string", r"title|subject|heading|caption|label|desc",
+     ["Monthly sales report", "Average temperature", "Results of the second run"]),
+    ("string", r"query|question|search",
+     ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]),
     ("string", r"html|markup", ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]),
     ("string", r"json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
     ("string", r"header", ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]),
@@ -3386,8 +3976,10 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"unit", ["ms", "kg", "days", "km"]),
     ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
     ("string", r"format|fmt", ["%Y-%m-%d", "{:.2f}", "png"]),
-    ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment|note|^data\b", TEXTS),
-    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]),
+    ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
+               r"comment|note|^data\b", TEXTS),
+    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex",
+     ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]),
     ("integer", r"axis|axes|^dim\b|^dim\d|dimension along", [0, 1, -1]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
@@ -3400,39 +3992,59 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("integer", r"base|radix", [2, 8, 10, 16]),
     ("integer", r"level|depth|degree|order|dimensions?|branching|height of|heights?$", [2, 3, 4, 5]),
     ("integer", r"n_jobs|workers|threads|process", [1, 2, 4, 8]),
-    ("integer", r"width|height|length|columns|cols|rows|channels|features|size|hidden", [4, 6, 8, 10, 12, 16, 20, 32]),
+    ("integer", r"width|height|length|columns|cols|rows|channels|features|size|hidden",
+     [4, 6, 8, 10, 12, 16, 20, 32]),
     ("integer", r"k\b|group|kernel|stride|step|dilation|padding", [1, 2, 3, 5]),
     ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1, 2, 5, 10, -1]),
     ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100]),
-    ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins", [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]),
+    ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins",
+     [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]),
     ("integer", r"", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]),
     ("number", r"timeout|seconds|delay|interval|duration|wait", [0.5, 2.5, 5, 10, 30]),
-    ("number", r"between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|momentum|decay|rate|alpha|beta|gamma|rho", [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
+    ("number", r"between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|"
+               r"momentum|decay|rate|alpha|beta|gamma|rho",
+     [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
     ("number", r"eps|tol|lr\b|learning", [0.1, 0.01, 1e-3, 1e-5, 1e-6]),
     ("number", r"angle|degree|theta|phi|rotation|lat|lon", [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]),
-    ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length", [0.5, 1.5, 2, 2.5, 4, 10]),
-    ("number", r"", [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, -1.5, -0.5, -2, -3.25, 100])]
-VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values) for kind, pattern, values in VALUES]
-SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"], ["red apple", "green pear"]]
-OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}}, {"id": 7, "tags": ["new", "sale"]},
-           {"user": {"id": 42, "active": True}, "score": 9.5}, {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
-UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|"
-                     r"args|options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
-HIGH_DIMENSIONAL = re.compile(r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|positive.definite|struct|"
-                              r"quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|frames?\b|graph|adjacency|callable|function|pairs|tuples")
-OPENS = re.compile(r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")  # a file that must exist
+    ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length",
+     [0.5, 1.5, 2, 2.5, 4, 10]),
+    ("number", r"",
+     [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, -1.5, -0.5, -2, -3.25, 100])]
+VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values)
+          for kind, pattern, values in VALUES]
+SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
+           ["red apple", "green pear"]]
+OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
+           {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": True}, "score": 9.5},
+           {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
+UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|layout|memory_format|"
+                     r"requires_grad|pin_memory|generator|name|kwargs|args|options|_.*|verbose|"
+                     r"check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
+HIGH_DIMENSIONAL = re.compile(
+    r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
+    r"positive.definite|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
+    r"frames?\b|graph|adjacency|callable|function|pairs|tuples")
+OPENS = re.compile(  # what is done with a file that must exist
+    r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
-SAYS_LITTLE = re.compile(r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on")  # such a name of a parameter of texts
-POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|sigma|std|variance|kappa|lam|rate|"
-                      r"df\w*|counts?|radius|radii|durations?|lengths?|sizes?)\b")
-LISTED_TEXTS = re.compile(r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|categories|options)\b")
-LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|observations|weights|indices|tensor|input|sequence of "
-                    r"(numbers|floats|ints)|x\d?|y|a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|shape|size|matrix|mask)\b")
+SAYS_LITTLE = re.compile(  # such a name of a parameter
+    r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on")
+POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|"
+                      r"sigma|std|variance|kappa|lam|rate|df\w*|counts?|radius|radii|durations?|lengths?|"
+                      r"sizes?)\b")
+LISTED_TEXTS = re.compile(  # what hints at a list of texts
+    r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|categories|"
+    r"options)\b")
+LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|"
+                    r"observations|weights|indices|tensor|input|sequence of (numbers|floats|ints)|x\d?|y|"
+                    r"a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|"
+                    r"shape|size|matrix|mask)\b")
 
 
 def random_arguments(tool, rng):
-    """Arguments like those in an example of the documentation, or by the schema: what is required and, often, what is not. None where
-    a value does not fit its schema."""
+    """Arguments like those in an example of the documentation, or by the schema: what is required and, often,
+    what is not. None where a value does not fit its schema.
+    """
     properties, required = tool.parameters["properties"], tool.parameters["required"]
     if tool.examples:
         arguments, _ = rng.choice(tool.examples)
@@ -3441,8 +4053,14 @@ def random_arguments(tool, rng):
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
     size = rng.randrange(3, 6)
     required = needed(tool)
-    optional = [p for p, schema in properties.items() if p not in required and not UNUSUAL.match(p) and can_state(tool, p)
-                and "deprecated" not in schema.get("description", "").lower()]
+    optional = [
+        p
+        for p, schema in properties.items()
+        if p not in required
+        and not UNUSUAL.match(p)
+        and can_state(tool, p)
+        and "deprecated" not in schema.get("description", "").lower()
+    ]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
     arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
     return arguments if all(fits(v, properties[p]) for p, v in arguments.items()) else None
@@ -3465,7 +4083,9 @@ def can_state(tool, name):
 
 
 def choices(tool, name):
-    """The alternatives of a parameter's schema for which random_value() has a value that a person could have meant."""
+    """The alternatives of a parameter's schema for which random_value() has a value that a person could have
+    meant.
+    """
     schema, text = tool.parameters["properties"][name], value_text(tool, name)
     several = schema["type"] if isinstance(schema.get("type"), list) else None
     found = []
@@ -3481,26 +4101,39 @@ def choices(tool, name):
         elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
             inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
             texts = inner.get("type") == "string" and "enum" not in inner
-            if not texts and inner.get("type") in ("integer", "number", "boolean") or not items and LISTED.search(text) or (
-                    texts and LISTED_TEXTS.search(text)):
+            if (
+                not texts
+                and inner.get("type") in ("integer", "number", "boolean")
+                or not items
+                and LISTED.search(text)
+                or (texts and LISTED_TEXTS.search(text))
+            ):
                 found.append(choice)
     return found
 
 
 def values_of(kind, tool, name):
-    """The VALUES for a parameter of a simple type: by its name and how its description begins, of which the former comes first
-    where it says something; without a description that of the tool. [] where nothing says enough."""
+    """The VALUES for a parameter of a simple type: by its name and how its description begins, of which the
+    former comes first where it says something; without a description that of the tool. [] where nothing says
+    enough.
+    """
     words = " ".join(words_of(name)).lower()
     said = tool.parameters["properties"][name].get("description", "").lower()[:50]
     says_little = kind == "string" and SAYS_LITTLE.fullmatch(words)
     for text in (said or tool.description.lower(), words) if says_little else (words, said):
-        found = next((v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None)
+        found = next(
+            (v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None
+        )
         if found is PATHS:
             return files_of(tool)
         if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
             return found
     known = said or kind == "number" or len(name) == 1
-    return [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values] if known else []
+    return (
+        [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values]
+        if known
+        else []
+    )
 
 
 def files_of(tool):
@@ -3511,13 +4144,17 @@ def files_of(tool):
 
 
 def value_text(tool, name):
-    """What the values of a parameter are chosen by: the words of its name and its description, in small letters."""
+    """What the values of a parameter are chosen by: the words of its name and its description, in small
+    letters.
+    """
     description = tool.parameters["properties"].get(name, {}).get("description", "")
     return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y'))}{description}".lower()
 
 
 def random_value(tool, name, rng, size):
-    """A value for a parameter by its enum, type, name, description and default; `size` is the length of its lists."""
+    """A value for a parameter by its enum, type, name, description and default; `size` is the length of its
+    lists.
+    """
     schema, text = tool.parameters["properties"][name], value_text(tool, name)
     default = schema.get("default")
     if schema.get("nullable") and rng.random() < 0.05:
@@ -3556,7 +4193,9 @@ def random_list(text, schema, rng, size):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
     if kind == "string" or kind is None and LISTED_TEXTS.search(text):
         return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
-    if kind == "array" or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]):
+    if kind == "array" or re.search(
+        r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]
+    ):
         return [[rng.randrange(-5, 10) for _ in range(2)] for _ in range(size)]
     if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
         return [rng.random() < 0.5 for _ in range(size)]
@@ -3566,10 +4205,23 @@ def random_list(text, schema, rng, size):
         return sorted(rng.sample(range(3), 2))
     if re.match(r"(target|class|y true|y pred|labels (true|pred))", text):
         return [rng.randrange(3) for _ in range(size)]
-    low = 1 if POSITIVE.search(text) or re.search(r"counts|weights|degree|sequence|partition|permutation", text) else -9
-    whole = kind == "integer" or re.search(r"integer|counts|coefficients|degree", text) or kind is None and rng.random() < 0.4
+    low = (
+        1
+        if POSITIVE.search(text) or re.search(r"counts|weights|degree|sequence|partition|permutation", text)
+        else -9
+    )
+    whole = (
+        kind == "integer"
+        or re.search(r"integer|counts|coefficients|degree", text)
+        or kind is None
+        and rng.random() < 0.4
+    )
     values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
-    return sorted(values) if re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text) else values
+    return (
+        sorted(values)
+        if re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text)
+        else values
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3582,16 +4234,19 @@ JSON object and nothing else:
 {"documentation": "", "conversations": [{"request": "", "calls": [{"name": "", "arguments": {}}]}]}
 - documentation: what a good manual would say, as plain text without the signature. The first sentence says what the function
   does; then what each parameter means, its unit and values; what is returned, changed, raised. State only what the code shows.
-- conversations: three requests as different users would write them, each with a concrete goal and without the function's name,
-  and the calls that fulfil them: first with the required parameters only; then with optional ones, if there are any; then a
-  request for two separate things, answered by two calls. Take the arguments from "arguments" below as far as they go. Every value
-  in the arguments is stated in the request or follows from it. `name` is exactly the name below; the arguments have the types in
-  the schema, all that it requires, and no others. Where the function cannot be called with JSON values, the list is empty.
+- conversations: three requests as different users would write them, each with a concrete goal and without the
+  function's name, and the calls that fulfil them: first with the required parameters only; then with optional
+  ones, if there are any; then a request for two separate things, answered by two calls. Take the arguments
+  from "arguments" below as far as they go. Every value in the arguments is stated in the request or follows
+  from it. `name` is exactly the name below; the arguments have the types in the schema, all that it requires,
+  and no others. Where the function cannot be called with JSON values, the list is empty.
 """
 
 
 def synthesize_files(files, args):
-    """Documentation and conversations from Python source files; without --llm-url from those functions that have a docstring."""
+    """Documentation and conversations from Python source files; without --llm-url from those functions that
+    have a docstring.
+    """
     apis = (api for path, name, license in files for api in source_apis(path, name, args.license or license))
     if args.llm_url:
         return (yield from llm_synthesise(apis, args))
@@ -3603,9 +4258,11 @@ def synthesize_files(files, args):
 
 
 def source_apis(path, name, license):
-    """The public functions and methods of a Python file, which is parsed and never run; one rejection if it cannot be parsed.
+    """The public functions and methods of a Python file, which is parsed and never run; one rejection if it
+    cannot be parsed.
 
-    `name` is the path below the source's root: in pkg/mod.py the names are pkg.mod.function and pkg.mod.Class.method.
+    `name` is the path below the source's root: in pkg/mod.py the names are pkg.mod.function and
+    pkg.mod.Class.method.
     """
     module = [re.sub(r"\W+", "_", part) for part in name.removesuffix(".py").split("/") if part != "__init__"]
     try:
@@ -3634,7 +4291,9 @@ def source_apis(path, name, license):
 
 
 def shown_calls(doc, name, signature):
-    """The calls of a function in its docstring's examples, as [(arguments, output)]; those with literal arguments."""
+    """The calls of a function in its docstring's examples, as [(arguments, output)]; those with literal
+    arguments.
+    """
     found = []
     with contextlib.suppress(ValueError):  # of the parser: the examples are ill-formed
         for example in doctest.DocTestParser().get_examples(doc):
@@ -3647,12 +4306,22 @@ def shown_calls(doc, name, signature):
 
 def source_tool(api):
     """The Tool of an API from source_apis()."""
-    return Tool(api["name"], api["description"], api["parameters"], api["documentation"], api["source"], api["license"],
-                usable=api["usable"], examples=api["examples"])
+    return Tool(
+        api["name"],
+        api["description"],
+        api["parameters"],
+        api["documentation"],
+        api["source"],
+        api["license"],
+        usable=api["usable"],
+        examples=api["examples"],
+    )
 
 
 def definitions(tree, prefix=""):
-    """(name within the module, definition) of each public function and method, also those under `if` and `try`."""
+    """(name within the module, definition) of each public function and method, also those under `if` and
+    `try`.
+    """
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
             yield from definitions(node, prefix)
@@ -3671,7 +4340,9 @@ def api_record(api):
 
 
 def llm_synthesise(apis, args):
-    """What the model writes about each API, as Records and rejections, in the order of the APIs. Takes a few at a time."""
+    """What the model writes about each API, as Records and rejections, in the order of the APIs. Takes a few
+    at a time.
+    """
     apis, endpoint = iter(apis), Endpoint(args)
     with ThreadPoolExecutor(args.llm_parallel) as pool:
         while batch := list(itertools.islice(apis, 8 * args.llm_parallel)):
@@ -3680,7 +4351,9 @@ def llm_synthesise(apis, args):
 
 
 def ask_about(api, endpoint):
-    """The Records in the model's answer about an API, and a rejection for each part of it that is not as LLM_PROMPT asks."""
+    """The Records in the model's answer about an API, and a rejection for each part of it that is not as
+    LLM_PROMPT asks.
+    """
     name, schema, reject = api["name"], api["parameters"], lambda reason: rejection(api["file"], api["name"], reason)
     tool, rng = source_tool(api), random.Random(api["name"])
     arguments = [given for given, _ in tool.examples[:4]]
@@ -3714,7 +4387,9 @@ def ask_about(api, endpoint):
 
 
 def fits(value, schema):
-    """Whether a JSON value is what a schema of the kind that json_schema() makes asks for. A boolean is no number here."""
+    """Whether a JSON value is what a schema of the kind that json_schema() makes asks for. A boolean is no
+    number here.
+    """
     if value is None and schema.get("nullable"):
         return True
     if "anyOf" in schema and not any(fits(value, choice) for choice in schema["anyOf"]):
@@ -3722,7 +4397,11 @@ def fits(value, schema):
     kind = PYTHON_TYPES.get(type(value))
     stated = schema.get("type", kind)
     stated = stated if isinstance(stated, list) else [stated]
-    if kind not in stated and (kind != "integer" or "number" not in stated) or value not in schema.get("enum", [value]):
+    if (
+        kind not in stated
+        and (kind != "integer" or "number" not in stated)
+        or value not in schema.get("enum", [value])
+    ):
         return False
     if "items" in schema and kind == "array":
         return all(fits(item, schema["items"]) for item in value)
@@ -3740,7 +4419,9 @@ class Endpoint:
         args.llm_cache.mkdir(parents=True, exist_ok=True)
 
     def complete(self, prompt):
-        """The model's answer to a prompt, from disk or else from the server. Raises OSError with the reason if there is none."""
+        """The model's answer to a prompt, from disk or else from the server. Raises OSError with the reason
+        if there is none.
+        """
         args, key = self.args, os.environ.get("OPENAI_API_KEY", "").strip()
         body = {"model": args.llm_model, "messages": [chat_message("user", prompt)], "temperature": 0, "max_tokens": 2048}
         path = args.llm_cache / f"{hashlib.sha256(json.dumps(body).encode()).hexdigest()}.json"
@@ -3787,7 +4468,9 @@ def remove_stale(out, prefixes, units):
 
 
 def report(out, names, seconds):
-    """Print what the files hold, by kind of source, and what the tools, trajectories and conversations in them are like."""
+    """Print what the files hold, by kind of source, and what the tools, trajectories and conversations in
+    them are like.
+    """
     counts, apis, figures, size = defaultdict(Counter), defaultdict(set), Counter(), 0
     for name in names:
         kind = name.split(".")[0]
@@ -3805,7 +4488,9 @@ def report(out, names, seconds):
         for tool in read_tools(out / "tools" / name) if (out / "tools" / name).exists() else ():
             figures["tools"] += 1
             figures["parameters"] += len(tool.parameters["properties"])
-            figures["typed"] += sum(bool({"type", "anyOf", "enum"} & p.keys()) for p in tool.parameters["properties"].values())
+            figures["typed"] += sum(
+                bool({"type", "anyOf", "enum"} & p.keys()) for p in tool.parameters["properties"].values()
+            )
             figures["described"] += sum("description" in p for p in tool.parameters["properties"].values())
             figures["shown"] += len(tool.examples)
             figures["chains"] += len(tool.chains)
@@ -3814,8 +4499,11 @@ def report(out, names, seconds):
     for kind in sorted(counts):
         print(f"{kind:<12} {len(apis[kind]):>9,}" + "".join(f" {counts[kind][c]:>11,}" for c in columns))
     print_figures(figures)
-    print(f"{len(set().union(*apis.values())):,} distinct APIs documented, {size / 1e6:,.0f} MB, in {seconds:.0f} s; "
-          f"what was rejected, and why, is in {out}/rejected")
+    print(
+        f"{len(set().union(*apis.values())):,} distinct APIs documented, {size / 1e6:,.0f} MB, "
+        f"in {seconds:.0f} s; "
+        f"what was rejected, and why, is in {out}/rejected"
+    )
 
 
 def count_calls(record, figures):
@@ -3840,21 +4528,29 @@ def print_figures(figures):
     """Print a line on the tools of Python packages, one on trajectories and one on conversations."""
     share = lambda key, of: f"{100 * figures[key] / max(1, figures[of]):.1f}%"
     if figures["tools"]:
-        print(f"tools: {figures['tools']:,} with {figures['parameters']:,} parameters, {share('typed', 'parameters')} of them typed, "
-              f"{share('described', 'parameters')} described; {figures['shown']:,} calls in examples, "
-              f"{figures['chains']:,} times one on the result of another")
+        print(
+            f"tools: {figures['tools']:,} with {figures['parameters']:,} parameters, "
+            f"{share('typed', 'parameters')} of them typed, {share('described', 'parameters')} described; "
+            f"{figures['shown']:,} calls in examples, "
+            f"{figures['chains']:,} times one on the result of another"
+        )
     if figures["trajectory"]:
-        print(f"trajectories: {figures['trajectory']:,} with {figures['trajectory', 'results']:,} tool calls and their results, "
+        calls = figures["trajectory", "results"]
+        print(f"trajectories: {figures['trajectory']:,} with {calls:,} tool calls and their results, "
               f"{share(('trajectory', 'empty'), ('trajectory', 'results'))} of them empty; "
               f"{share(('trajectory', 'by name'), 'trajectory')} of the trajectories call a tool by name")
     if figures["instruction"]:
-        by_count = [figures["instruction", "arguments", n] for n in range(4)]
-        shares = [f"{label} {100 * n / max(1, sum(by_count)):.1f}%"
-                  for label, n in zip(("none", "one", "two", "three and more"), by_count)]
-        print(f"conversations: {figures['instruction']:,} with {sum(by_count):,} calls; arguments of a call: {', '.join(shares)}; "
-              f"{share(('instruction', 'copied'), 'instruction')} of requests share eight words in a row with a tool's description; "
-              f"{share(('instruction', 'near'), ('instruction', 'others'))} of those that offer several tools offer "
-              "one of the same module")
+        counts = [figures["instruction", "arguments", n] for n in range(4)]
+        shares = [f"{label} {100 * n / max(1, sum(counts)):.1f}%"
+                  for label, n in zip(("none", "one", "two", "three and more"), counts)]
+        print(
+            f"conversations: {figures['instruction']:,} with {sum(counts):,} calls; "
+            f"arguments of a call: {', '.join(shares)}; "
+            f"{share(('instruction', 'copied'), 'instruction')} of requests share eight words in a row "
+            "with a tool's description; "
+            f"{share(('instruction', 'near'), ('instruction', 'others'))} of those that offer several tools "
+            "offer one of the same module"
+        )
 
 
 if __name__ == "__main__":

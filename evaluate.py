@@ -14,9 +14,9 @@ Suites
   heldout        of documents and APIs that no model was trained on: loss (mean loss of each document, nats a token, by domain, so what was
                  forgotten shows too), choice (one tool of four fits; by likelihood: which name is likeliest after the request, direct, and
                  which tool makes the request likeliest, channel, arXiv 2108.04106), next (which of four calls comes next in a trajectory,
-                 for models that cannot chat yet; the idea of APTBench, arXiv 2510.24397), calls (name and arguments of calls that
-                 have arguments come first, then all calls by the number of their arguments and by kind), decoded freely and, as
-                 calls-constrained, within the names and schemas of the tools at hand
+                 for models that cannot chat yet; the idea of APTBench, arXiv 2510.24397), calls (name and arguments
+                 of calls that have arguments come first, then all calls by the number of their arguments and by
+                 kind), decoded freely and, as calls-constrained, within the names and schemas of the tools at hand
   bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the package bfcl-eval is installed
   agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds an item
   api-bank       API-Bank's calls, by exact match of name and arguments, which is stricter than its own execution
@@ -123,13 +123,24 @@ def parse_args():
     add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, metavar="N", help="items of a category at most (default: all; in heldout 800 calls, 400 constrained ones, 150 of all else)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="items of a category at most (default: all; in heldout 800 calls, 400 constrained ones, "
+        "150 of all else)",
+    )
     add("--mode", default="native", choices=["native", "prompt"], help="of the benchmarks: tools given as such, calls made as the model was "
         "trained to; or tools and the form of an answer described in words")
     add("--constrained", action="store_true", help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
     add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most; one that is longer is cut off, and counts as such (default: "
         "1024; 160 in heldout)")
-    add("--seq-len", type=int, default=768, help="of heldout: tokens of a document that are read, and of a conversation that is asked")
+    add(
+        "--seq-len",
+        type=int,
+        default=768,
+        help="of heldout: tokens of a document that are read, and of a conversation that is asked",
+    )
     add("--batch-size", type=int, default=32, help="items that a checkpoint works on at once")
     add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -158,9 +169,11 @@ def turn(answer):
 
 
 def verdict(answer, calls, wanted, right, why=""):
-    """The start of an item's record: which of VERDICTS, why if it is not right, the calls that were made, and the output.
+    """The start of an item's record: which of VERDICTS, why if it is not right, the calls that were made, and
+    the output.
 
-    wanted: whether there should be a call; right: whether what was written is right, if it can be read; why: what is wrong with it, if not.
+    wanted: whether there should be a call; right: whether what was written is right, if it can be read; why:
+    what is wrong with it, if not.
     """
     if answer.error:
         return {"verdict": "error", "failure": re.sub(r"\d+", "N", answer.error), "calls": None, "output": "", "error": answer.error}
@@ -176,8 +189,8 @@ def verdict(answer, calls, wanted, right, why=""):
 
 
 def clean(answer):
-    """Whether an answer without a call can be a refusal: at least three different words (or characters that are words), no markup, nothing
-    like a call, not cut off; or the empty list. "abc" is garbage.
+    """Whether an answer without a call can be a refusal: at least three different words (or characters that
+    are words), no markup, nothing like a call, not cut off; or the empty list. "abc" is garbage.
 
     >>> clean(Answer("No function fits.")), clean(Answer("abc")), clean(Answer("</tool_call> I do not know")), clean(Answer("I call f(a=1) now."))
     (True, False, False, False)
@@ -188,7 +201,9 @@ def clean(answer):
 
 
 def play(episodes, reply):
-    """The records of episodes [(id, function)] that go on together: what all of them ask in a round is answered by one call of reply."""
+    """The records of episodes [(id, function)] that go on together: what all of them ask in a round is
+    answered by one call of reply.
+    """
     begun = {name: begin() for name, begin in episodes}
     records, answers = {}, dict.fromkeys(begun)
     while answers:
@@ -204,9 +219,11 @@ def play(episodes, reply):
 
 
 def play_all(suite, episodes, model, identity, directory, args):
-    """The records of a suite's episodes, from their file or played now; finished ones are kept if this is stopped.
+    """The records of a suite's episodes, from their file or played now; finished ones are kept if this is
+    stopped.
 
-    Items are played in groups, which ranks share out: what an item's batch holds depends on neither their number nor what was done before.
+    Items are played in groups, which ranks share out: what an item's batch holds depends on neither their
+    number nor what was done before.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     whole, part = directory / f"{suite}.jsonl", directory / f"{suite}.part{rank}.jsonl"
@@ -234,7 +251,9 @@ def play_all(suite, episodes, model, identity, directory, args):
 
 
 def read_items(path, identity):
-    """{id: item} of a file that was written under the same identity, but for a last line that was cut off; None if there is none."""
+    """{id: item} of a file that was written under the same identity, but for a last line that was cut off;
+    None if there is none.
+    """
     try:
         head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
         if json.loads(head) != identity:
@@ -256,7 +275,9 @@ def listing(directory):
 
 
 def find_data(directory, pattern):
-    """The files (or directories) of that name, which may hold wildcards, anywhere beneath a directory; at least one, or this is the end."""
+    """The files (or directories) of that name, which may hold wildcards, anywhere beneath a directory; at
+    least one, or this is the end.
+    """
     found = sorted(Path(directory).rglob(pattern))
     if not found:
         fail(f"{directory}: there is no {pattern} in it; --data DIR says where the benchmarks' files are")
@@ -320,7 +341,9 @@ class Local:
         self.identity = [sha256(file) for file in sorted(Path(path).glob("model*.safetensors"))]
 
     def reply(self, requests, max_tokens, constrained=False):
-        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of pairs."""
+        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of
+        pairs.
+        """
         answers = iter(self.answer([r for r in requests if isinstance(r, tuple)], max_tokens, constrained))
         likelihoods = iter(self.score([pair for r in requests if isinstance(r, list) for pair in r]))
         return [next(answers) if isinstance(r, tuple) else [next(likelihoods) for _ in r] for r in requests]
@@ -341,7 +364,9 @@ class Local:
 
     @torch.inference_mode()
     def score(self, pairs):
-        """The log-likelihood, in nats, of each continuation after its context, both texts or ids; None where they do not fit the window."""
+        """The log-likelihood, in nats, of each continuation after its context, both texts or ids; None where
+        they do not fit the window.
+        """
         wanted, found = {}, [None] * len(pairs)  # {the tokens that are read: [(which pair, the tokens that are foretold)]}
         for i, (context, continuation) in enumerate(pairs):
             context, continuation = (p if isinstance(p, list) else self.tokenizer.encode(p) for p in (context, continuation))
@@ -360,7 +385,9 @@ class Local:
 
 
 class Endpoint:
-    """A server of OpenAI's API, by its URL (http://host:port/v1), with #NAME of the model if it is not the first; threads may share it."""
+    """A server of OpenAI's API, by its URL (http://host:port/v1), with #NAME of the model if it is not the
+    first; threads may share it.
+    """
     group = 1
     timeout, tries, backoff = 180.0, 6, 1.0  # seconds that an answer may take; how often it is asked for; seconds between, then doubled
 
@@ -374,15 +401,18 @@ class Endpoint:
         self.identity = [self.url, self.name]
 
     def reply(self, requests, max_tokens, constrained=False):
-        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of pairs."""
+        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of
+        pairs.
+        """
         with ThreadPoolExecutor(self.workers) as pool:
             replies = [pool.submit(self.answer, *r, max_tokens) if isinstance(r, tuple) else [pool.submit(self.score, *pair) for pair in r]
                        for r in requests]
             return [[future.result() for future in r] if isinstance(r, list) else r.result() for r in replies]
 
     def answer(self, messages, tools, max_tokens):
-        """The Answer to a chat. One that fails after all tries has its `error`. Where names of functions hold what OpenAI's API refuses, such as
-        a dot, the server sees an underscore."""
+        """The Answer to a chat. One that fails after all tries has its `error`. Where names of functions hold
+        what OpenAI's API refuses, such as a dot, the server sees an underscore.
+        """
         allowed = lambda name: re.sub(r"[^a-zA-Z0-9_-]", "_", name)
         names = {allowed(tool["function"]["name"]): tool["function"]["name"] for tool in tools or []}
         tools = [tool | {"function": tool["function"] | {"name": allowed(tool["function"]["name"])}} for tool in tools or []]
@@ -402,7 +432,8 @@ class Endpoint:
             return Answer("", None, False, str(error) if isinstance(error, OSError) else "not a chat completion")
 
     def score(self, context, continuation):
-        """The log-likelihood, in nats, of the tokens that hold a text after another; None if both do not fit the window.
+        """The log-likelihood, in nats, of the tokens that hold a text after another; None if both do not fit
+        the window.
 
         Needs completions that echo the prompt with its log-probabilities, which vLLM and --serve give.
         """
@@ -422,7 +453,9 @@ class Endpoint:
             fail(f"{self.url}: likelihoods need completions with echo and logprobs: {error if isinstance(error, OSError) else 'it gives none'}")
 
     def ask(self, path, body=None):
-        """The JSON object in the server's answer. Raises OSError with the reason if there is none after all tries."""
+        """The JSON object in the server's answer. Raises OSError with the reason if there is none after all
+        tries.
+        """
         key, page = os.environ.get("OPENAI_API_KEY", "").strip(), None
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         backoff = self.backoff * random.uniform(0.5, 1.5)  # so that requests which failed together do not return together
@@ -443,7 +476,8 @@ class Endpoint:
 
 
 def parse_calls(output):
-    """[(name, arguments)] in a model's answer, [] if it makes no call, None if what it writes as a call is not one.
+    """[(name, arguments)] in a model's answer, [] if it makes no call, None if what it writes as a call is
+    not one.
 
     >>> parse_calls('<tool_call>\\n{"name": "f", "arguments": {"x": 1}}\\n</tool_call>')
     [('f', {'x': 1})]
@@ -471,7 +505,9 @@ def parse_calls(output):
 
 
 class Constraint:
-    """Picks tokens for `generate`. Plain answers are free; once a call is begun it must name a tool and fit its schema."""
+    """Picks tokens for `generate`. Plain answers are free; once a call is begun it must name a tool and fit
+    its schema.
+    """
 
     def __init__(self, tokenizer, tools):
         self.tokenizer = tokenizer
@@ -526,7 +562,9 @@ def scan(text, at, options):
 
 
 def scan_call(text, at, tools):
-    """The position after the call at `at`: a tool's name, then its parameters, each at most once and all required ones."""
+    """The position after the call at `at`: a tool's name, then its parameters, each at most once and all
+    required ones.
+    """
     start = scan(text, at, ['<tool_call>\n{"name": "'])
     at = scan(text, start, [f'{name}", "arguments": {{' for name in tools])
     name = next(n for n in tools if text.startswith(f'{n}", "arguments": {{', start))
@@ -549,7 +587,9 @@ BEGUN = {"integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER
 
 
 def scan_value(text, at, schema):
-    """The position after the JSON value at `at` that has the schema's type (any type where it states none)."""
+    """The position after the JSON value at `at` that has the schema's type (any type where it states
+    none).
+    """
     if schema.get("nullable"):
         return scan_one_of(text, at, [schema | {"nullable": False}, {"type": "null"}])
     if schema.get("anyOf"):
@@ -586,7 +626,9 @@ def scan_value(text, at, schema):
 
 
 def scan_one_of(text, at, schemas):
-    """The position after the longest value at `at` that has one of the schemas. Raises Incomplete if one may go on."""
+    """The position after the longest value at `at` that has one of the schemas. Raises Incomplete if one may
+    go on.
+    """
     ends = []
     for schema in schemas:
         with contextlib.suppress(ValueError):
@@ -611,10 +653,12 @@ def document_losses(corpus, args):
 
 
 def conversations(corpus, args):
-    """Held-out conversations that fit the model's context, in the order of a hash, each cut after the message that is asked for.
+    """Held-out conversations that fit the model's context, in the order of a hash, each cut after the message
+    that is asked for.
 
-    That is the last message with calls or, if there is none, the last of all. The first of a conversation's APIs is what it
-    is about: it must be held out itself, not only another that is offered or called beside it.
+    That is the last message with calls or, if there is none, the last of all. The first of a conversation's
+    APIs is what it is about: it must be held out itself, not only another that is offered or called beside
+    it.
     """
     heldout = set(json.loads((corpus.directory / "heldout_apis.json").read_text(encoding="utf-8")))
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
@@ -644,14 +688,19 @@ def tool_choices(corpus, args):
         direct, channel = (float(row.argmax() == gold) for row in likelihoods)
         return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold, "log_likelihoods": likelihoods.tolist()}
 
-    single = [(r, r.messages[-1]["tool_calls"][0]) for r in conversations(corpus, args)
-              if len(r.tools) == 4 and len(r.messages) == 2 and len(r.messages[-1].get("tool_calls") or []) == 1]
+    single = [
+        (r, r.messages[-1]["tool_calls"][0])
+        for r in conversations(corpus, args)
+        if len(r.tools) == 4 and len(r.messages) == 2 and len(r.messages[-1].get("tool_calls") or []) == 1
+    ]
     return [(record.id, partial(episode, record, call)) for record, call in single[:args.limit or 150]]
 
 
 def next_calls(corpus, args):
-    """Which of four calls a held-out trajectory begins with, by likelihood a token: the others are later ones of it, or else calls of the
-    same tool in other trajectories. (Of what was called before, a model that copies would like any better than what is new.)"""
+    """Which of four calls a held-out trajectory begins with, by likelihood a token: the others are later ones
+    of it, or else calls of the same tool in other trajectories. (Of what was called before, a model that
+    copies would like any better than what is new.)
+    """
     begin, end = (corpus.tokenizer.special[tag] for tag in ("<tool_call>", "</tool_call>"))
     tool = lambda call: corpus.tokenizer.decode(call).partition('", "arguments"')[0]
     trajectories, of_tool = [], {}  # of each: what stands before its first call, and the calls
@@ -686,9 +735,11 @@ def heldout_calls(corpus, args):
 
 
 def judge(record, answer):
-    """The item of an answer: its calls against the recorded ones, as BFCL compares them. To ask for a parameter is to name it.
+    """The item of an answer: its calls against the recorded ones, as BFCL compares them. To ask for a
+    parameter is to name it.
 
-    The recorded calls themselves are right, though BFCL's checker refuses some lists that hold both integers and decimals.
+    The recorded calls themselves are right, though BFCL's checker refuses some lists that hold both integers
+    and decimals.
     """
     *before, expected = record.messages
     tools = [t["function"] for t in record.tools]
@@ -715,8 +766,11 @@ def judge(record, answer):
         scores |= {HEADLINE: right} if count else {}
         scores |= {f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}": right}
         scores |= {"name": Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold)}
-    scores |= {f"right: {kind}": right, "a call or clean words": item["verdict"] not in ("unparseable", "error"),
-               "stops by itself": answer.ended and not answer.error}
+    scores |= {
+        f"right: {kind}": right,
+        "a call or clean words": item["verdict"] not in ("unparseable", "error"),
+        "stops by itself": answer.ended and not answer.error,
+    }
     return item | {"scores": {metric: float(score) for metric, score in scores.items()}, "gold": gold}
 
 
@@ -731,11 +785,13 @@ UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticErro
 
 
 def check_call(tools, calls, gold, language="python"):
-    """Whether calls are the gold ones in any order, and if not, which of KINDS stands in the way, as (bool, kind or None).
+    """Whether calls are the gold ones in any order, and if not, which of KINDS stands in the way, as (bool,
+    kind or None).
 
-    tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)]; gold: [{name: {parameter:
-    [acceptable values]}}], where "" among the values lets the parameter be left out. Each gold call in turn takes the first call left
-    that fits; BFCL's simple and multiple categories are the case of one. What makes the original raise an exception is wrong here.
+    tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)];
+    gold: [{name: {parameter: [acceptable values]}}], where "" among the values lets the parameter be left
+    out. Each gold call in turn takes the first call left that fits; BFCL's simple and multiple categories are
+    the case of one. What makes the original raise an exception is wrong here.
 
     >>> f = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
     >>> check_call([f], [("f", {"a": 1})], [{"f": {"a": [1, 2]}}]), check_call([f], [("f", {"a": 1.0})], [{"f": {"a": [1, 2]}}])
@@ -776,7 +832,9 @@ def mismatch(tool, name, arguments, gold, language):
 
 
 def value_mismatch(value, schema, options, language):
-    """"wrong type", "wrong value" or None. The type is checked exactly, one level deep: True is no integer, nor is 1.0."""
+    """"wrong type", "wrong value" or None. The type is checked exactly, one level deep: True is no integer,
+    nor is 1.0.
+    """
     stated, items = stated_types(schema)
     if language != "python":
         if type(value) is not str:
@@ -807,7 +865,9 @@ def value_mismatch(value, schema, options, language):
 
 
 def stated_types(schema):
-    """The names of the type and of the items' type that a schema states, each None if it states none or several."""
+    """The names of the type and of the items' type that a schema states, each None if it states none or
+    several.
+    """
     schemas = [schema, schema.get("items")] if isinstance(schema, dict) else [None, None]
     kinds = [s.get("type") if isinstance(s, dict) else None for s in schemas]
     return [kind if isinstance(kind, str) else None for kind in kinds]
@@ -824,7 +884,9 @@ def plain(value):
 
 
 def same_dict(value, gold):
-    """Whether each value is among those that the gold has for its key, and no key is missing but such as may be left out."""
+    """Whether each value is among those that the gold has for its key, and no key is missing but such as may
+    be left out.
+    """
     return gold != "" and all(k in gold and plain(v) in map(plain, gold[k]) for k, v in value.items()) and all(
         k in value or "" in options for k, options in gold.items())
 
@@ -943,7 +1005,8 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def parse_python_calls(text):
-    """The calls [(name, arguments)] of a list like "[f(a=1), g(b='x')]", its brackets optional; None if it is not one.
+    """The calls [(name, arguments)] of a list like "[f(a=1), g(b='x')]", its brackets optional; None if it is
+    not one.
 
     >>> parse_python_calls("[f.g(a=[1, -2.5], b={'c': None}), h(d=name)]"), parse_python_calls("No function fits.")
     ([('f.g', {'a': [1, -2.5], 'b': {'c': None}}), ('h', {'d': 'name'})], None)
@@ -972,7 +1035,9 @@ def python_call(node):
 
 
 def python_value(node):
-    """The value of a constant, list, tuple, dict or sum of numbers; a name is a string, and so is the source of what else BFCL takes."""
+    """The value of a constant, list, tuple, dict or sum of numbers; a name is a string, and so is the source
+    of what else BFCL takes.
+    """
     match node:
         case ast.Constant():
             return "..." if node.value is ... else node.value
@@ -1017,7 +1082,9 @@ CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def split_source(text):
-    """A text cut at the commas and semicolons outside brackets, quotes and type parameters; None if these do not balance."""
+    """A text cut at the commas and semicolons outside brackets, quotes and type parameters; None if these do
+    not balance.
+    """
     pieces, start, expected = [], 0, []
     for token in SOURCE_TOKEN.finditer(text):
         if token[0] in CLOSING:
@@ -1034,10 +1101,11 @@ def split_source(text):
 
 
 def parse_source_calls(text):
-    """The calls of a list like "[f(a=1, b=new int[]{1, 2})]" of Java or JavaScript, each value its source text; None if it is not one.
+    """The calls of a list like "[f(a=1, b=new int[]{1, 2})]" of Java or JavaScript, each value its source
+    text; None if it is not one.
 
-    BFCL's parsers differ where they fall short: they drop the body of new HashMap<>() {{ put(...); }}, see the first of several calls only,
-    and a call in x = f(a=1) too, and may fail on Java without a semicolon.
+    BFCL's parsers differ where they fall short: they drop the body of new HashMap<>() {{ put(...); }}, see
+    the first of several calls only, and a call in x = f(a=1) too, and may fail on Java without a semicolon.
 
     >>> parse_source_calls('[A.f(a="x", b=new HashMap<String, Object>(), c=-5L)]'), parse_source_calls("f(a=(1)")
     ([('A.f', {'a': 'x', 'b': 'new HashMap<String, Object>()', 'c': '-5L'})], None)
@@ -1078,7 +1146,9 @@ The functions, one JSON object a line:
 
 
 def bfcl(args):
-    """Single-turn categories of BFCL v4, of which v1 and v2 are subsets, and v3's multi-turn ones where the package bfcl-eval is installed."""
+    """Single-turn categories of BFCL v4, of which v1 and v2 are subsets, and v3's multi-turn ones where the
+    package bfcl-eval is installed.
+    """
     episodes = []
     for category in SINGLE_TURN + MULTI_TURN:
         path = next(p for p in find_data(args.data, f"BFCL_v4_{category}.json") if p.parent.name != "possible_answer")
@@ -1098,7 +1168,9 @@ def bfcl(args):
 
 
 def single_turn(entry, gold, category, args):
-    """The episode of a single-turn item. Officially garbage scores as a refusal; the verdict tells them apart."""
+    """The episode of a single-turn item. Officially garbage scores as a refusal; the verdict tells them
+    apart.
+    """
     language, functions = LANGUAGES.get(category, "python"), entry["function"]
     answer = yield ask(entry["question"][0], [described(f, language) for f in functions], args)
     calls, why = calls_of(answer, language, args), ""
@@ -1111,7 +1183,9 @@ def single_turn(entry, gold, category, args):
 
 
 def described(function, language="python"):
-    """A definition of BFCL as one of OpenAI's, with JSON Schema's types. Parameters of Java and JavaScript become strings, as officially."""
+    """A definition of BFCL as one of OpenAI's, with JSON Schema's types. Parameters of Java and JavaScript
+    become strings, as officially.
+    """
     function = copy.deepcopy({key: function[key] for key in ("name", "description", "parameters")})
     named = {"python": "Python 3", "java": "Java 8", "javascript": "JavaScript"}[language]
     function["description"] += f" It is a function of {named}."
@@ -1125,7 +1199,9 @@ def described(function, language="python"):
 
 
 def json_schema(schema):
-    """A schema with BFCL's types as one with JSON Schema's. What names no known type is a string, as officially."""
+    """A schema with BFCL's types as one with JSON Schema's. What names no known type is a string, as
+    officially.
+    """
     schema = schema | {"type": JSON_TYPES[TYPES.get(schema.get("type"), str)]}
     if "items" in schema:
         schema["items"] = json_schema(schema["items"])
@@ -1135,7 +1211,9 @@ def json_schema(schema):
 
 
 def ask(messages, functions, args):
-    """What an episode yields: messages, and tools in native mode; in prompt mode the functions stand in the system message."""
+    """What an episode yields: messages, and tools in native mode; in prompt mode the functions stand in the
+    system message.
+    """
     if args.mode == "native":
         return messages, [{"type": "function", "function": f} for f in functions]
     system = PROMPT + "\n".join(json.dumps(f, ensure_ascii=False) for f in functions)
@@ -1224,7 +1302,9 @@ class World:
 
 
 def multi_turn(docs, entry, gold, category, args, max_steps=20):
-    """The episode of a multi-turn item. It ends with the first turn that fails, since the rest no longer counts."""
+    """The episode of a multi-turn item. It ends with the first turn that fails, since the rest no longer
+    counts.
+    """
     ours, theirs = World(entry), World(entry)
     functions = [f for name in entry["involved_classes"] for f in docs[name]]
     withheld = {int(at): names for at, names in entry.get("missed_function", {}).items()}  # told of at the beginning of that turn
@@ -1303,8 +1383,9 @@ class Final(NamedTuple):
 def converse(messages, tools, rounds, most, act, judge, read=None):
     """An episode's rounds; returns the start of its record.
 
-    act(name, arguments) carries out one of the at most `most` calls of a turn that count, and returns its result or Final; judge(Final or None)
-    is whether all is right in the end. With read, turns are plain text: read(text) finds the calls in it, or None, which ends the episode.
+    act(name, arguments) carries out one of the at most `most` calls of a turn that count, and returns its
+    result or Final; judge(Final or None) is whether all is right in the end. With read, turns are plain text:
+    read(text) finds the calls in it, or None, which ends the episode.
     """
     made, log, final = [], [], None
     for _ in range(rounds):
@@ -1368,7 +1449,9 @@ MODIFICATIONS = ("INSERT", "UPDATE", "DELETE")
 
 
 def agentbench_db(args):
-    """An item is a question about a table (right: the values) or a modification of it (right: the hash of the table as it then is)."""
+    """An item is a question about a table (right: the values) or a modification of it (right: the hash of the
+    table as it then is).
+    """
     episodes, count = [], Counter()
     for path in find_data(args.data, "dbbench/standard.jsonl") + sorted(Path(args.data).rglob("dbbench/dev.jsonl")):
         split = "" if path.stem == "standard" else f"{path.stem}: "
@@ -1423,7 +1506,9 @@ def quote(name):
 
 
 def open_table(table):
-    """A database in memory with the item's table, every column TEXT as in the original; it reaches nothing else."""
+    """A database in memory with the item's table, every column TEXT as in the original; it reaches nothing
+    else.
+    """
     columns = [quote(c["name"]) for c in table["table_info"]["columns"]]
     database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     database.create_collation("mysql", lambda a, b: (fold(a) > fold(b)) - (fold(a) < fold(b)))
@@ -1455,7 +1540,9 @@ def execute(database, sql, seconds=5):
 
 
 def run_sql(database, sql):
-    """What a model sees of a statement: rows in the original's form, cut after 800 characters, or the error."""
+    """What a model sees of a statement: rows in the original's form, cut after 800 characters, or the
+    error.
+    """
     shown = ""
     try:
         for row in execute(database, to_sqlite(sql)):
@@ -1468,7 +1555,8 @@ def run_sql(database, sql):
 
 
 def to_sqlite(sql):
-    r"""SQL whose strings with MySQL's backslashes, and names that begin with a digit, are written as in SQLite.
+    r"""SQL whose strings with MySQL's backslashes, and names that begin with a digit, are written as in
+    SQLite.
 
     >>> print(to_sqlite(r"INSERT INTO 1952_race VALUES (1e5, 'it\'s', 'C:\\')"))
     INSERT INTO `1952_race` VALUES (1e5, 'it''s', 'C:\')
@@ -1484,8 +1572,10 @@ def to_sqlite(sql):
 
 
 def table_hashes(database, table):
-    """The md5 of the rows' sorted hashes, of which each is 5 digits of the md5 of a row's values; whole, and cut at 1,024 characters as MySQL's
-    GROUP_CONCAT cuts, since the recorded ones are of both kinds. None of them where the table or a column is gone."""
+    """The md5 of the rows' sorted hashes, of which each is 5 digits of the md5 of a row's values; whole, and
+    cut at 1,024 characters as MySQL's GROUP_CONCAT cuts, since the recorded ones are of both kinds. None of
+    them where the table or a column is gone.
+    """
     def md5(text):
         return hashlib.md5(text.encode("utf-8", "replace")).hexdigest()
 
@@ -1499,7 +1589,8 @@ def table_hashes(database, table):
 
 
 def same_values(answer, gold):
-    """Whether an answer (a list, or the text of one or of a value) holds the label's values, in any order: numbers within 0.01, or the same texts.
+    """Whether an answer (a list, or the text of one or of a value) holds the label's values, in any order:
+    numbers within 0.01, or the same texts.
 
     >>> same_values(["1,174"], ["1174.0"]), same_values('[("b",), ("a",)]', ["a", "b"]), same_values("", ["none"]), same_values(["12"], ["12.5"])
     (True, True, True, False)
@@ -1518,7 +1609,9 @@ def same_values(answer, gold):
 
 
 def compared_values(answer):
-    """An answer's values as texts: no quotes around them, no percent sign, no commas, and 0 for all that stands for nothing."""
+    """An answer's values as texts: no quotes around them, no percent sign, no commas, and 0 for all that
+    stands for nothing.
+    """
     if isinstance(answer, str) and re.fullmatch(r"\s*\[.*\]\s*", answer, re.S):
         parsed = literal_value(answer.strip())
         if not isinstance(parsed, list):  # commas divide it but within quotes, of whichever kind, which are lost
@@ -1565,9 +1658,11 @@ CHECKS = {  # what the original's scripts of these names do with the answer and 
 
 
 def agentbench_os(args):
-    """An item is a task in a shell; right is what its answer is compared with, or what scripts find that check the answer and the system.
+    """An item is a task in a shell; right is what its answer is compared with, or what scripts find that
+    check the answer and the system.
 
-    Items that need a file which is not there (the original has them in a folder scripts), or the network, are left out, and said to be.
+    Items that need a file which is not there (the original has them in a folder scripts), or the network, are
+    left out, and said to be.
     """
     if not shutil.which("bwrap"):
         fail("agentbench-os needs a sandbox: apt-get install bubblewrap")
@@ -1596,7 +1691,9 @@ def agentbench_os(args):
 
 
 def os_task(item, path, folder):
-    """An item, each script of it as (language, text) or a name in CHECKS. Raises LookupError, which says what it lacks."""
+    """An item, each script of it as (language, text) or a name in CHECKS. Raises LookupError, which says what
+    it lacks.
+    """
     def script(value):
         value = evaluation["example"] if value is None else value  # as the first check: what it puts out is compared with the answer
         value = {"code": value} if isinstance(value, str) else value
@@ -1656,7 +1753,9 @@ def os_episode(task, metric, mode):
 
 
 def os_right(sandbox, task, answer):
-    """Whether an answer matches, or every check succeeds, given the answer and what the checks before it put out."""
+    """Whether an answer matches, or every check succeeds, given the answer and what the checks before it put
+    out.
+    """
     if match := task["match"]:
         if not isinstance(answer, str):
             return False
@@ -1781,7 +1880,8 @@ class Sandbox:
         self.process.wait()
 
     def run(self, script, stdin="< /dev/null", seconds=30):
-        """Run a script in the shell, whose directory and variables the next one finds; returns its status and what it puts out.
+        """Run a script in the shell, whose directory and variables the next one finds; returns its status and
+        what it puts out.
 
         Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox.
         """
@@ -1812,7 +1912,9 @@ class Sandbox:
         return int(end[1]), output[:end.start()].decode(errors="replace")
 
     def run_apart(self, script, *arguments):
-        """Run a (language, text) in a process and an environment of its own; returns its status and standard output."""
+        """Run a (language, text) in a process and an environment of its own; returns its status and standard
+        output.
+        """
         command = ["/usr/bin/env", "-i", f"PATH={PATHS}", "HOME=/root", "LANG=C.UTF-8",
                    *(["python3", "-c", script[1]] if script[0] == "python" else ["bash", "-c", script[1], "--"]), *arguments]
         return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)")
@@ -1835,9 +1937,11 @@ def resident(pid):
 
 
 def api_bank(args):
-    """Each call of API-Bank's dialogues (Li et al. 2023, arXiv 2304.08244) is an item: given all that was said before, what is called next?
+    """Each call of API-Bank's dialogues (Li et al. 2023, arXiv 2304.08244) is an item: given all that was
+    said before, what is called next?
 
-    At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and what it has found so far.
+    At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and
+    what it has found so far.
     """
     known = {"ToolSearcher": bank_tool("ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
     for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
@@ -1889,8 +1993,9 @@ def bank_tool(name, description="", parameters=None):
 
 
 def mmlu(args):
-    """Multiple choice (Hendrycks et al. 2021, arXiv 2009.03300): the likeliest of the letters after five examples of the subject, or as
-    many as the model's window has room for."""
+    """Multiple choice (Hendrycks et al. 2021, arXiv 2009.03300): the likeliest of the letters after five
+    examples of the subject, or as many as the model's window has room for.
+    """
     examples = {}
     for question in questions(args.data, "dev"):
         examples.setdefault(question["subject"], []).append(question)
@@ -1928,7 +2033,8 @@ def questions(directory, split):
 
 
 def summarise(suite, items, models):
-    """What out/eval/results.json holds of a suite: an object for each metric and model, the others' compared with the first's.
+    """What out/eval/results.json holds of a suite: an object for each metric and model, the others' compared
+    with the first's.
 
     Metrics are means over the items that have them; totals are formulas of these means (TOTALS).
     """
@@ -1962,7 +2068,9 @@ def summarise(suite, items, models):
 
 
 def total_of(formula, means, sizes):
-    """A total from the means of metrics and their numbers of items: a tuple is the mean of its parts, a set the mean over all its items."""
+    """A total from the means of metrics and their numbers of items: a tuple is the mean of its parts, a set
+    the mean over all its items.
+    """
     if isinstance(formula, tuple):
         return sum(total_of(part, means, sizes) for part in formula) / len(formula)
     if isinstance(formula, frozenset):
@@ -1976,7 +2084,9 @@ def parts_of(formula):
 
 
 def resample(values, resamples=2000):
-    """Means (resamples, M) of as many draws of N rows, with replacement, from values (N, M). The same rows for every column: paired."""
+    """Means (resamples, M) of as many draws of N rows, with replacement, from values (N, M). The same rows
+    for every column: paired.
+    """
     n = len(values)
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)  # (resamples, N): how often each row is drawn
     return counts @ values / n
@@ -2020,7 +2130,9 @@ def failures(suite, items, models, longest=600):
 
 
 def draw(results, models, paths, out, pyplot):
-    """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training as curves."""
+    """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training
+    as curves.
+    """
     suites = list(dict.fromkeys(r["suite"] for r in results))
     logs = {model: Path(path, "metrics.jsonl") for model, path in zip(models, paths)}
     logs = {model: [json.loads(line) for line in log.read_text().splitlines()] for model, log in logs.items() if log.exists()}
@@ -2067,7 +2179,9 @@ def serve(args):
 
 
 class Row:
-    """A text that the engine continues for a client. `events` gets what can be sent: (row, text, scores), and the text None at the end."""
+    """A text that the engine continues for a client. `events` gets what can be sent: (row, text, scores), and
+    the text None at the end.
+    """
 
     def __init__(self, tokenizer, ids, echo, options, events, index):
         self.tokenizer, self.ids, self.echo, self.options, self.events, self.index = tokenizer, ids, echo, options, events, index
@@ -2096,7 +2210,9 @@ class Row:
             self.sent, self.told = ready, len(self.scores)
 
     def ready(self):
-        """How much of the text can be sent: up to what may begin a stop, or begin a call or stand before one."""
+        """How much of the text can be sent: up to what may begin a stop, or begin a call or stand before
+        one.
+        """
         end = len(self.text)
         for mark in [*self.options.stop, *["<tool_call>"] * bool(self.options.tools)]:
             end = min(end, len(self.text) - next((n for n in range(len(mark) - 1, 0, -1) if self.text.endswith(mark[:n])), 0))
@@ -2117,7 +2233,9 @@ class Row:
 
 
 class Engine:
-    """The one thread that runs the model. Rows that wait join the batch at every eighth token, when those that have ended leave it."""
+    """The one thread that runs the model. Rows that wait join the batch at every eighth token, when those
+    that have ended leave it.
+    """
 
     def __init__(self, local, size):
         self.local, self.size, self.waiting, self.closed = local, size, queue.SimpleQueue(), False
@@ -2173,7 +2291,9 @@ class Engine:
             at += 1
 
     def read(self, row):
-        """The log-probabilities of a prompt that is echoed with them. One to which nothing is added has ended."""
+        """The log-probabilities of a prompt that is echoed with them. One to which nothing is added has
+        ended.
+        """
         if row.options.echo and row.options.logprobs is not None:
             decoder, starts = codecs.getincrementaldecoder("utf-8")("replace"), [0]
             for i in row.ids:
@@ -2197,7 +2317,9 @@ def score_tokens(logits, ids, top, starts):
 
 
 def token_bytes(tokenizer, token):
-    """The bytes of a token; none of one that the tokenizer does not know, as a model may have room for more."""
+    """The bytes of a token; none of one that the tokenizer does not know, as a model may have room for
+    more.
+    """
     try:
         return tokenizer.encoding.decode_single_token_bytes(token)
     except KeyError:
@@ -2312,7 +2434,9 @@ class Api(BaseHTTPRequestHandler):
             yield event
 
     def stream(self, rows, events, shape, head):
-        """Server-sent events: a JSON object for each piece of a text, then [DONE]. A call is sent when it is whole."""
+        """Server-sent events: a JSON object for each piece of a text, then [DONE]. A call is sent when it is
+        whole.
+        """
         chat, include_usage, begun = "chat" in head["object"], rows[0].options.include_usage, set()
         head = head | {"object": head["object"] + ".chunk" * chat} | ({"usage": None} if include_usage else {})
 
@@ -2340,7 +2464,9 @@ class Api(BaseHTTPRequestHandler):
 
 
 def read_options(body, local, prompts, least, limit):
-    """What both kinds of request have in common. `limit`: tokens that may be added if the request does not say."""
+    """What both kinds of request have in common. `limit`: tokens that may be added if the request does not
+    say.
+    """
     stop, stop_ids, stream_options = body.get("stop") or [], body.get("stop_token_ids") or [], body.get("stream_options")
     stop = [stop] if isinstance(stop, str) else stop
     need(isinstance(stop, list) and all(isinstance(s, str) and s for s in stop), "stop must be a string or a list of strings", "stop")
@@ -2357,7 +2483,9 @@ def read_options(body, local, prompts, least, limit):
 
 
 def read_completion(body, local):
-    """[(ids, text to echo)] and options. Special tokens in a prompt are special: it is the client's own, perhaps a whole conversation."""
+    """[(ids, text to echo)] and options. Special tokens in a prompt are special: it is the client's own,
+    perhaps a whole conversation.
+    """
     prompts, tokenizer, read = body.get("prompt"), local.tokenizer, []
     if isinstance(prompts, str) or isinstance(prompts, list) and prompts and type(prompts[0]) is int:
         prompts = [prompts]
@@ -2376,7 +2504,9 @@ def read_completion(body, local):
 
 
 def read_chat(body, local):
-    """[(ids, "")] and options. Special tokens in messages are text. A call that must be made is begun, and kept within the tools' schemas."""
+    """[(ids, "")] and options. Special tokens in messages are text. A call that must be made is begun, and
+    kept within the tools' schemas.
+    """
     tokenizer, tools, choice = local.tokenizer, read_tools(body), body.get("tool_choice") or "auto"
     forced, called = choice not in ("auto", "none"), tools
     if isinstance(choice, dict):

@@ -80,7 +80,8 @@ def parse_args():
     add("--keep-adapter", action="store_true", help="write the updates to adapter/ of the run too, in PEFT's format")
     add("--show", type=int, metavar="N", help="print N conversations with what is learned marked, and end")
     add_training_flags(parser, lr=5e-4)
-    parser.set_defaults(seq_len=768, attention_lr=0.1)  # most conversations fit; attention stays near what pre-training made it
+    # Most conversations fit; attention stays near what pre-training made it.
+    parser.set_defaults(seq_len=768, attention_lr=0.1)
     return parser.parse_args()
 
 

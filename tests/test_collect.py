@@ -110,7 +110,10 @@ def half(x: float, *, exact: bool = False):
     assert [m["role"] for m in trajectory.messages] == 2 * ["user", "assistant", "tool", "assistant"]
     called = [c["function"] for m in trajectory.messages for c in m.get("tool_calls", [])]
     assert called[0] == {"name": "pkg.m.half", "arguments": '{"x": 4.0}'}  # literal arguments: the API itself is the tool
-    assert called[1] == {"name": "python", "arguments": json.dumps({"code": 'from pkg.m import half\ny = "a"\nhalf(y)'})}
+    assert called[1] == {
+        "name": "python",
+        "arguments": json.dumps({"code": 'from pkg.m import half\ny = "a"\nhalf(y)'}),
+    }
     assert "4.0" in trajectory.messages[0]["content"] and "2.0" in trajectory.messages[3]["content"]
     assert trajectory.messages[4]["content"] == "Then an error, after a step of preparation."
     assert trajectory.messages[6]["content"].endswith("TypeError: not a number")
@@ -164,13 +167,21 @@ def double(x):
 
 
 def test_what_examples_call(tmp_path, monkeypatch):
-    """By name with literals or names for such; effects without an output are kept, imports added, broken steps left out."""
+    """By name with literals or names for such; effects without an output are kept, imports added, broken
+    steps left out.
+    """
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     package = package_of(tmp_path, m=EXAMPLES)
     objects, _ = collect.introspect(package, 5.0)
     apis = collect.name_apis(objects, package)
-    trajectories = {t.id.rpartition(".")[2]: [(c["function"]["name"], json.loads(c["function"]["arguments"]))
-                    for m in t.messages for c in m.get("tool_calls", [])] for t in collect.trajectories(apis, package)}
+    trajectories = {
+        t.id.rpartition(".")[2]: [
+            (c["function"]["name"], json.loads(c["function"]["arguments"]))
+            for m in t.messages
+            for c in m.get("tool_calls", [])
+        ]
+        for t in collect.trajectories(apis, package)
+    }
     assert trajectories["push"] == [("pkg.m.push", {"n": 3}), ("pkg.m.push", {"n": 4}), ("pkg.m.top", {})]
     *named, (python, code) = trajectories["top"]
     assert named == [("pkg.m.total", {"values": [1, 2]}), ("pkg.m.total", {"values": [1, 2, 3]})]
@@ -186,8 +197,10 @@ def test_what_examples_call(tmp_path, monkeypatch):
     ("int", {"type": "integer"}), ("Optional[str]", {"type": "string"}), ("float | None", {"type": "number"}),
     ("array_like", {"type": "array"}), ("list of int", {"type": "array", "items": {"type": "integer"}}),
     ("{'C', 'F'}, optional", {"type": "string", "enum": ["C", "F"]}), ("Literal['a', 'b']", {"type": "string", "enum": ["a", "b"]}),
-    ("dict[str, int]", {"type": "object"}), ("int or list[str]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
-    ("str | bool", {"type": ["string", "boolean"]}), ("Callable[[int], str]", {}), ("Tensor", {"type": "array"}), ("Printer", {}), ("", {})])
+    ("dict[str, int]", {"type": "object"}),
+    ("int or list[str]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
+    ("str | bool", {"type": ["string", "boolean"]}),
+    ("Callable[[int], str]", {}), ("Tensor", {"type": "array"}), ("Printer", {}), ("", {})])
 def test_type_schema(stated, schema):
     assert collect.type_schema(stated) == schema
 
@@ -200,7 +213,9 @@ def test_signature_from_documentation():
 
 
 def test_conversations_of_the_default(raw):
-    """Every call names a tool at hand, fits its schema and is said; none is of an exception; the shares are those asked for."""
+    """Every call names a tool at hand, fits its schema and is said; none is of an exception; the shares are
+    those asked for.
+    """
     conversations = [r for r in read(raw) if r["domain"] == "instruction"]
     tools = {t.name: t for path in (raw / "tools").glob("python.*") for t in collect.read_tools(path)}
     figures, kinds = collect.Counter(), collect.Counter(r["id"].split(":")[2] for r in conversations)
@@ -213,10 +228,19 @@ def test_conversations_of_the_default(raw):
             assert collect.fits(arguments, schemas[call["name"]]), record["id"]
             said = "\n".join(m["content"] for m in messages[:i])
             for value in arguments.values():
-                shown = value if isinstance(value, str) else "None" if value is None else json.dumps(value, ensure_ascii=False)
-                assert kind == "chain" or shown in said or json.dumps(value, ensure_ascii=False) in said, (record["id"], value)
+                shown = (
+                    value
+                    if isinstance(value, str)
+                    else "None" if value is None else json.dumps(value, ensure_ascii=False)
+                )
+                assert kind == "chain" or shown in said or json.dumps(value, ensure_ascii=False) in said, (
+                    record["id"],
+                    value,
+                )
         assert all(tools[name].usable for name in record["apis"])
-    assert len(conversations) >= 12_000 and len({json.dumps(r["messages"]) for r in conversations}) == len(conversations)
+    assert len(conversations) >= 12_000 and len({json.dumps(r["messages"]) for r in conversations}) == len(
+        conversations
+    )
     calls = [figures["instruction", "arguments", n] for n in range(4)]
     assert calls[0] <= 0.25 * sum(calls) and calls[2] + calls[3] >= 0.35 * sum(calls)
     assert figures["instruction", "copied"] <= 0.15 * len(conversations)
@@ -230,7 +254,9 @@ def test_parameters_and_trajectories_of_the_default(raw):
     """Shares that the documentation of an installation reaches."""
     tools = [t for path in (raw / "tools").glob("python.*") for t in collect.read_tools(path)]
     parameters = [p for t in tools for p in t.parameters["properties"].values()]
-    assert sum(bool({"type", "anyOf", "enum"} & p.keys()) for p in parameters) >= 0.7 * len(parameters) > 30_000
+    assert (
+        sum(bool({"type", "anyOf", "enum"} & p.keys()) for p in parameters) >= 0.7 * len(parameters) > 30_000
+    )
     figures = collect.Counter()
     for record in read(raw):
         if record["domain"] == "trajectory":
@@ -247,7 +273,10 @@ def test_default_environment(raw):
     assert len(ids) == len(set(ids))
     documented = [r for r in records if r["domain"] == "api_doc" and len(r["apis"]) == 1]
     assert len(documented) > 20_000 and len({r["apis"][0] for r in documented}) == len(documented)
-    assert sum(m["role"] == "tool" for r in records if r["domain"] == "trajectory" for m in r["messages"]) > 20_000
+    assert (
+        sum(m["role"] == "tool" for r in records if r["domain"] == "trajectory" for m in r["messages"])
+        > 20_000
+    )
     names = {r["apis"][0] for r in documented}
     assert {"json.dumps", "numpy.roll", "torch.nn.Linear", "sympy.sin", "torch.Tensor.abs", "textwrap.shorten"} <= names
     assert all(r["license"] for r in records)
@@ -278,7 +307,9 @@ def test_seed_changes_the_conversations_alone(small_raw, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     run("collect.py", "--out", tmp_path, *PACKAGES, "--code-mb", 0.2, "--seed", 1)
     old, new = ({p.name for p in d.glob("*.jsonl")} for d in (small_raw, tmp_path))
-    assert len(old & new) == 2 and len(new - old) == len(old - new) == 5  # the cards and four files of conversations
+    assert (
+        len(old & new) == 2 and len(new - old) == len(old - new) == 5
+    )  # the cards and four files of conversations
 
 
 def test_unknown_package_is_named(tmp_path):

@@ -43,9 +43,19 @@ def api(name="pkg.m.f", code="def f(n: int, names=()): ...", **properties):
     properties = properties or {"n": {"type": "integer"}, "mode": {"type": "string", "enum": ["a", "b"]},
                                 "names": {"type": "array", "items": {"type": "string"}},
                                 "r": {"type": "number"}}
-    return {"name": name, "description": "Do it.", "code": code, "file": "pkg/m.py", "source": "synthesize:pkg/m.py", "license": "MIT",
-            "documentation": "Do it.", "usable": True, "examples": [({"n": 5}, "25")], "signature": "(n: int)",
-            "parameters": {"type": "object", "properties": properties, "required": ["n"]}}
+    return {
+        "name": name,
+        "description": "Do it.",
+        "code": code,
+        "file": "pkg/m.py",
+        "source": "synthesize:pkg/m.py",
+        "license": "MIT",
+        "documentation": "Do it.",
+        "usable": True,
+        "examples": [({"n": 5}, "25")],
+        "signature": "(n: int)",
+        "parameters": {"type": "object", "properties": properties, "required": ["n"]},
+    }
 
 
 def answer(name, *calls, **changes):
@@ -64,7 +74,9 @@ def reply(content, tokens=100):
 
 @pytest.fixture
 def endpoint(tmp_path, monkeypatch):
-    """A local endpoint: `play` (request body -> status, headers, text) answers; `seen` keeps (path, headers, body)."""
+    """A local endpoint: `play` (request body -> status, headers, text) answers; `seen` keeps (path, headers,
+    body).
+    """
     server = ThreadingHTTPServer(("127.0.0.1", 0), None)
 
     class Handler(BaseHTTPRequestHandler):
@@ -132,7 +144,9 @@ def test_a_bad_source_file_is_one_rejection(tmp_path, source):
 
 
 def test_odd_source_files(tmp_path):
-    """Form feeds are no line breaks to Python, __init__ is no part of a name, sources have encodings, docstrings long gaps."""
+    """Form feeds are no line breaks to Python, __init__ is no part of a name, sources have encodings,
+    docstrings long gaps.
+    """
     (tmp_path / "a.py").write_bytes("# coding: latin-1\r\n\fx = 'é'\r\ndef f(n):\r\n    'a{}b'\r\n"
                                     .format("\\n" * 30000).encode("latin-1"))
     started = time.time()
@@ -276,7 +290,9 @@ def test_killed_run_resumes(endpoint):
 
 @pytest.mark.parametrize("tokens, requests", [(100, 3), (250, 1), (None, 1), ("many", 1), (-100, 1)])
 def test_budget(endpoint, tokens, requests):
-    """Counted by the server, or guessed from the characters, some 500 tokens; what is in the cache is free."""
+    """Counted by the server, or guessed from the characters, some 500 tokens; what is in the cache is
+    free.
+    """
     endpoint.play = lambda body: reply(answer(name_in(body)), tokens)
     apis = [api(f"pkg.m.f{i}") for i in range(8)]
     for done in (requests, 2 * requests):
@@ -318,14 +334,25 @@ def test_by_templates_without_an_endpoint(tmp_path):
 def tool(name, required=("count",), **changes):
     """A Tool of which requests can be made."""
     words = name.rpartition(".")[2].replace("_", " ")
-    properties = {"count": {"type": "integer", "description": "Number of boxes."},
-                  "mode": {"type": "string", "enum": ["fast", "safe"]},
-                  "names": {"type": "array", "items": {"type": "string"}, "description": "Names of the people."},
-                  "ratio": {"type": "number", "nullable": True}}
+    properties = {
+        "count": {"type": "integer", "description": "Number of boxes."},
+        "mode": {"type": "string", "enum": ["fast", "safe"]},
+        "names": {"type": "array", "items": {"type": "string"}, "description": "Names of the people."},
+        "ratio": {"type": "number", "nullable": True},
+    }
     schema = {"type": "object", "properties": properties, "required": [*required]}
     about = "Count the birds near {} lake {}." if ".n." in name else "Send the box called {} to {}."
-    return collect.Tool(**{"name": name, "description": about.format(words, "at its own place"), "parameters": schema,
-                           "documentation": about.format(words, "every day"), "source": "s", "license": "MIT"} | changes)
+    return collect.Tool(
+        **{
+            "name": name,
+            "description": about.format(words, "at its own place"),
+            "parameters": schema,
+            "documentation": about.format(words, "every day"),
+            "source": "s",
+            "license": "MIT",
+        }
+        | changes
+    )
 
 
 KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}
@@ -333,13 +360,20 @@ SPELLED = ["ash", "birch", "cedar", "elm", "fir", "hazel", "larch", "maple", "oa
 
 
 def test_kinds_of_conversations():
-    """Each has the form of its kind, in the shares asked for; every call fits its schema; a question names what the request lacks."""
+    """Each has the form of its kind, in the shares asked for; every call fits its schema; a question names
+    what the request lacks.
+    """
     names = [f"pkg.{m}.{a}_{b}" for m in "mn" for a in SPELLED for b in SPELLED]
     tools = [tool(name, ["count"] if i % 2 else []) for i, name in enumerate(names)]
     tools += [tool("pkg.m.unfit", usable=False)]
     records = list(collect.synthesise(tools, 0, KINDS))
     assert [r.to_json() for r in collect.synthesise(tools, 0, KINDS)] == [r.to_json() for r in records]
-    assert len({r.id for r in records}) == len({json.dumps(r.messages) for r in records}) == len(records) > 5 * len(names)
+    assert (
+        len({r.id for r in records})
+        == len({json.dumps(r.messages) for r in records})
+        == len(records)
+        > 5 * len(names)
+    )
     counts, roles, shown = collect.Counter(), collect.defaultdict(set), collect.defaultdict(set)
     schemas = {t.name[4:]: t.parameters for t in tools}
     for r in records:
@@ -350,11 +384,19 @@ def test_kinds_of_conversations():
         assert all(name in offered and collect.fits(arguments, schemas[name]) for name, arguments in calls)
         request, answer = r.messages[0]["content"], r.messages[1]["content"]
         assert not any(collect.common_run(request, t["function"]["description"]) for t in r.tools)
-        assert len(offered) in {"multiple": range(2, 6), "single": [1], "irrelevant": range(1, 4)}.get(kind, range(1, 5))
-        assert r.apis[0] == r.id.split(":")[3] and {f"pkg.{name}" for name in offered} == {*r.apis[kind == "irrelevant":]}
+        assert len(offered) in {"multiple": range(2, 6), "single": [1], "irrelevant": range(1, 4)}.get(
+            kind, range(1, 5)
+        )
+        assert r.apis[0] == r.id.split(":")[3] and {f"pkg.{name}" for name in offered} == {
+            *r.apis[kind == "irrelevant" :]
+        }
         shown[r.apis[0]].add(collect.re.sub(r"[\d\W]+|fast|safe", " ", request))
         for _, arguments in calls[:1]:
-            assert kind == "missing" or str(arguments.get("count", "")) in request and arguments.get("mode", "") in request
+            assert (
+                kind == "missing"
+                or str(arguments.get("count", "")) in request
+                and arguments.get("mode", "") in request
+            )
         if kind == "missing":
             assert collect.re.findall("`(.*)`", answer) == ["count"] and "number of boxes" not in request
             assert len(r.messages) == 2 or json.dumps(calls[0][1]["count"]) in r.messages[2]["content"]
@@ -363,23 +405,45 @@ def test_kinds_of_conversations():
             [changed] = [p for p in before if before[p] != after.get(p)]
             assert first == second and before.keys() == after.keys() and changed in message
             assert all(str(value[changed]).lower() in message.lower() for value in (before, after))
-    assert roles == {"multiple": {"user assistant*"}, "single": {"user assistant*"}, "parallel": {"user assistant**"},
-                     "irrelevant": {"user assistant"}, "missing": {"user assistant", "user assistant user assistant*"},
-                     "error": {"user assistant* tool assistant*"}}
-    assert counts["multiple"] > counts["single"] > max(counts[k] for k in ("parallel", "irrelevant", "missing", "error"))
-    assert min(counts.values()) > 50 and sum(map(len, shown.values())) > 5 * len(names)  # several shapes a function
-    only = collect.Counter(r.id.split(":")[2] for r in collect.synthesise(tools, 0, {"single": 1.0, "missing": 3.0}))
+    assert roles == {
+        "multiple": {"user assistant*"},
+        "single": {"user assistant*"},
+        "parallel": {"user assistant**"},
+        "irrelevant": {"user assistant"},
+        "missing": {"user assistant", "user assistant user assistant*"},
+        "error": {"user assistant* tool assistant*"},
+    }
+    assert (
+        counts["multiple"]
+        > counts["single"]
+        > max(counts[k] for k in ("parallel", "irrelevant", "missing", "error"))
+    )
+    assert min(counts.values()) > 50 and sum(map(len, shown.values())) > 5 * len(
+        names
+    )  # several shapes a function
+    only = collect.Counter(
+        r.id.split(":")[2] for r in collect.synthesise(tools, 0, {"single": 1.0, "missing": 3.0})
+    )
     assert only.keys() == {"single", "missing"}
 
 
 def test_conversations_on_what_examples_show():
-    """A call of the documentation has its result and an answer; a chain gives the result of one call to another."""
+    """A call of the documentation has its result and an answer; a chain gives the result of one call to
+    another.
+    """
     add = tool("pkg.m.add_boxes", examples=[({"count": 7, "mode": "safe"}, "1234567")])
-    add.chains = [(("pkg.m.add_boxes", {"count": 7}, "1234567"), ("pkg.m.sort_boxes", {"count": 1234567}, "'sorted'"))]
+    add.chains = [
+        (("pkg.m.add_boxes", {"count": 7}, "1234567"), ("pkg.m.sort_boxes", {"count": 1234567}, "'sorted'"))
+    ]
     records = list(collect.synthesise([add, tool("pkg.m.sort_boxes")], 0, {"single": 1.0, "chain": 1.0}))
     shown, chain = records[0].messages, next(r.messages for r in records if ":chain:" in r.id)
-    assert [m["role"] for m in shown] == ["user", "assistant", "tool", "assistant"] and shown[2]["content"] == "1234567"
-    assert json.loads(shown[1]["tool_calls"][0]["function"]["arguments"]) == {"count": 7, "mode": "safe"} and "1234567" in shown[3]["content"]
+    assert [m["role"] for m in shown] == ["user", "assistant", "tool", "assistant"] and shown[2][
+        "content"
+    ] == "1234567"
+    assert (
+        json.loads(shown[1]["tool_calls"][0]["function"]["arguments"]) == {"count": 7, "mode": "safe"}
+        and "1234567" in shown[3]["content"]
+    )
     assert [m["role"] for m in chain] == ["user", *2 * ["assistant", "tool"], "assistant"]
     assert "the result" in chain[0]["content"] and "1234567" not in chain[0]["content"]
     assert json.loads(chain[3]["tool_calls"][0]["function"]["arguments"]) == {"count": 1234567}
@@ -387,9 +451,11 @@ def test_conversations_on_what_examples_show():
 
 @pytest.mark.parametrize("documentation, name, purposes", [
     ("Compute the mean of data.", "mean", [("do", "compute the mean of data")]),
-    ("Return the harmonic mean of data.", "harmonic_mean", [("give", "the harmonic mean of data"), ("give", "the harmonic mean")]),
+    ("Return the harmonic mean of data.", "harmonic_mean",
+     [("give", "the harmonic mean of data"), ("give", "the harmonic mean")]),
     ("Return True if n is a prime number.", "isprime", [("check", "n is a prime number")]),
-    ("Raised when a value is wrong.", "wrong", []), ("An element of a domain.", "domain", [("give", "an element of a domain")]),
+    ("Raised when a value is wrong.", "wrong", []),
+    ("An element of a domain.", "domain", [("give", "an element of a domain")]),
     ("Wrapper around the system call.", "call", []), ("See numpy.ndarray.", "array", []), ("", "f", []),
     ("Recursively delete a directory tree.", "rmtree", [("do", "delete a directory tree")]),
     ("Number of groups of order n.", "groups", [("give", "the number of groups of order n")]),
@@ -401,39 +467,64 @@ def test_purposes(documentation, name, purposes):
 def test_values_follow_name_type_and_description():
     """Of a person's kind, and within what the schema and the words say."""
     properties = {
-        "path": {"type": "string", "description": "Directory to list."}, "url": {"type": "string"}, "start_date": {"type": "string"},
+        "path": {"type": "string", "description": "Directory to list."},
+        "url": {"type": "string"},
+        "start_date": {"type": "string"},
         "scale": {"type": "array", "items": {"type": "number"}, "description": "Must be positive."},
-        "matrix": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}, "data": {"type": "object"},
-        "level": {"type": "integer", "default": 3, "description": "How deep."}, "verbose_log": {"type": "boolean", "default": False},
-        "how": {"type": "string", "enum": ["a", "b"], "default": "a"}, "text": {"type": "string"}, "temperature": {"type": "number"}}
-    made, schema = collect.defaultdict(list), {"type": "object", "properties": properties, "required": [*properties]}
+        "matrix": {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+        "data": {"type": "object"},
+        "level": {"type": "integer", "default": 3, "description": "How deep."},
+        "verbose_log": {"type": "boolean", "default": False},
+        "how": {"type": "string", "enum": ["a", "b"], "default": "a"},
+        "text": {"type": "string"},
+        "temperature": {"type": "number"},
+    }
+    made, schema = collect.defaultdict(list), {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+    }
     for seed in range(200):
         arguments = collect.random_arguments(tool("pkg.m.f", parameters=schema), collect.random.Random(seed))
         assert collect.fits(arguments, schema)
         for name, value in arguments.items():
             made[name].append(value)
-    assert all("/" in v and not v.endswith((".csv", ".json")) for v in made["path"]) and all("://" in v for v in made["url"])
+    assert all("/" in v and not v.endswith((".csv", ".json")) for v in made["path"]) and all(
+        "://" in v for v in made["url"]
+    )
     assert all(v[:2] in ("19", "20") for v in made["start_date"]) and all(min(v) > 0 for v in made["scale"])
-    assert {len(row) for v in made["matrix"] for row in v} == {2} and all(v["data"] if 0 else v for v in made["data"])
+    assert {len(row) for v in made["matrix"] for row in v} == {2} and all(
+        v["data"] if 0 else v for v in made["data"]
+    )
     assert 3 not in made["level"] and set(made["verbose_log"]) == {True} and set(made["how"]) == {"b"}
     assert any(" " in v for v in made["text"]) and any(type(v) is float for v in made["temperature"])
-    assert not collect.can_state(tool("pkg.m.f", parameters={"properties": {"cb": {}, "g": {"type": "object", "title": "Graph"}}}), "g")
+    assert not collect.can_state(
+        tool("pkg.m.f", parameters={"properties": {"cb": {}, "g": {"type": "object", "title": "Graph"}}}), "g"
+    )
 
 
 def test_calls_in_the_examples_of_a_source_file(tmp_path):
-    (tmp_path / "m.py").write_text('def area(width, height=1):\n    """Area of a field.\n\n    >>> area(3, height=4)\n    12\n'
-                                   '    >>> area(x)\n    1\n    >>> print(area(2.5))\n    2.5\n    >>> area(1\n    """\n')
+    (tmp_path / "m.py").write_text(
+        'def area(width, height=1):\n    """Area of a field.\n\n    >>> area(3, height=4)\n    12\n'
+        '    >>> area(x)\n    1\n    >>> print(area(2.5))\n    2.5\n    >>> area(1\n    """\n'
+    )
     [found] = collect.source_apis(tmp_path / "m.py", "m.py", "MIT")
-    assert found["examples"] == [({"width": 3, "height": 4}, "12"), ({"width": 2.5}, "2.5")] and found["usable"]
+    assert (
+        found["examples"] == [({"width": 3, "height": 4}, "12"), ({"width": 2.5}, "2.5")] and found["usable"]
+    )
 
 
 def test_tools_are_named_by_their_last_two_parts():
-    """Unless two of them would then have one name. Where they come from, `apis` still tells: the called ones first, then the others."""
+    """Unless two of them would then have one name. Where they come from, `apis` still tells: the called ones
+    first, then the others.
+    """
     tools = [tool(name) for name in ("pkg.m.send_one", "pkg.m.send_all", "other.m.send_one")]
     for chosen, names in ((tools[:2], {"m.send_one", "m.send_all"}), (tools, {t.name for t in tools})):
         for r in collect.synthesise(chosen, 0, {"multiple": 1.0}):
             offered = {t["function"]["name"] for t in r.tools}
-            assert offered in ({*r.apis}, {name.partition(".")[2] for name in r.apis}) and len(offered) == len(r.apis)
+            assert offered in ({*r.apis}, {name.partition(".")[2] for name in r.apis}) and len(
+                offered
+            ) == len(r.apis)
             assert offered <= names or len(offered) < len(chosen)
             assert r.apis[0].endswith(r.messages[-1]["tool_calls"][0]["function"]["name"])
 

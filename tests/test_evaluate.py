@@ -83,8 +83,13 @@ def test_verdicts(calls, output, verdict):
     assert scores["a call or clean words"] == (verdict != "unparseable") and scores["stops by itself"]
     assert all(score == (verdict == "right") for name, score in scores.items() if name.startswith("right"))
     if calls:
-        assert (scores["name"], scores["name and arguments"]) == (verdict in ("right", "wrong"), verdict == "right")
-        assert scores["arguments: one"] == scores["name and arguments"] == scores["right: one of several tools"]
+        assert (scores["name"], scores["name and arguments"]) == (
+            verdict in ("right", "wrong"),
+            verdict == "right",
+        )
+        assert (
+            scores["arguments: one"] == scores["name and arguments"] == scores["right: one of several tools"]
+        )
     else:
         assert not scores.keys() & {"name", "name and arguments", "arguments: none"}
 
@@ -96,7 +101,8 @@ def test_verdicts(calls, output, verdict):
      chat_message("assistant", "", [("roll", {"shift": 1})]), ROLL % 1, "calls once told", "right"),
     ([chat_message("user", "Roll."), chat_message("assistant", "", [("roll", {"shift": 1})]), chat_message("tool", "Error: use 2")],
      chat_message("assistant", "", [("roll", {"shift": 2})]), ROLL % 1, "mended after an error", "wrong"),
-    ([chat_message("user", "Go back, then roll by the result."), chat_message("assistant", "", [("roll.back", {})]), chat_message("tool", "2")],
+    ([chat_message("user", "Go back, then roll by the result."), chat_message("assistant", "", [("roll.back", {})]),
+      chat_message("tool", "2")],
      chat_message("assistant", "", [("roll", {"shift": 2})]), ROLL % 2, "uses a result", "right"),
     ([chat_message("user", "Cook.")], chat_message("assistant", "No tool fits."), "None of them fits.", "no tool fits", "right")])
 def test_kinds_of_items(before, answer, output, kind, verdict):
@@ -108,19 +114,25 @@ def test_kinds_of_items(before, answer, output, kind, verdict):
     ([("roll.back", {})], "none"), ([("roll", {"shift": 1})], "one"), ([("roll", {"shift": 1, "scale": 2})], "two"),
     ([("roll.back", {}), ("roll", {"shift": 1, "scale": 2, "mode": "clip"})], "three and more")])
 def test_calls_are_counted_by_their_arguments(calls, count):
-    written = "\n".join(f'<tool_call>\n{json.dumps({"name": n, "arguments": a})}\n</tool_call>' for n, a in calls)
+    written = "\n".join(
+        f'<tool_call>\n{json.dumps({"name": n, "arguments": a})}\n</tool_call>' for n, a in calls
+    )
     for output, right in ((written, 1.0), ("I cannot do it.", 0.0)):
         scores = evaluate.judge(record(chat_message("assistant", "", calls)), answered(output))["scores"]
-        assert [m for m in scores if m.startswith("arguments")] == [f"arguments: {count}"] and scores[f"arguments: {count}"] == right
+        assert [m for m in scores if m.startswith("arguments")] == [f"arguments: {count}"] and scores[
+            f"arguments: {count}"
+        ] == right
         assert scores.get("name and arguments") == (None if count == "none" else right)
 
 
 VALUES = [  # (schema, values that have it, values that have not)
     ({"type": "integer", "nullable": True}, [None, -3, 0], ["a", 1.5, True]),
     ({"type": ["string", "number"]}, ["a b", -2.5, 7], [None, [1], True]),
-    ({"anyOf": [{"type": "string", "enum": ["auto"]}, {"type": "array", "items": {"type": "integer"}}], "nullable": True},
+    ({"anyOf": [{"type": "string", "enum": ["auto"]}, {"type": "array", "items": {"type": "integer"}}],
+      "nullable": True},
      ["auto", [], [1, -2], None], ["other", [1.5], {}]),
-    ({"type": "array", "items": {"type": "array", "items": {"type": "number"}}}, [[[1, 2.5], [-3]], []], [[1], "[[1]]"]),
+    ({"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+     [[[1, 2.5], [-3]], []], [[1], "[[1]]"]),
     ({"type": "object", "title": "Frame"}, [{"a": {"b": [1, None]}}, {}], [[], "a"]),
     ({"enum": [1, "two", None, False]}, [1, "two", None, False], [2, "three", True]),
     ({"type": ["integer", "array"], "items": {"type": "integer"}}, [12, [1, 2]], ["12", [True]]),
@@ -130,34 +142,81 @@ VALUES = [  # (schema, values that have it, values that have not)
 
 @pytest.mark.parametrize("schema, legal, illegal", VALUES)
 def test_values_within_their_schema(schema, legal, illegal):
-    """Constrained decoding takes each beginning of a value that fits, and no other value; a recorded call is right against itself alone."""
+    """Constrained decoding takes each beginning of a value that fits, and no other value; a recorded call is
+    right against itself alone.
+    """
     tools = [{"name": "f", "parameters": {"type": "object", "properties": {"x": schema}, "required": ["x"]}}]
-    schemas, call = {"f": tools[0]["parameters"]}, '<tool_call>\n{"name": "f", "arguments": {"x": %s}}\n</tool_call>'
+    schemas, call = {
+        "f": tools[0]["parameters"]
+    }, '<tool_call>\n{"name": "f", "arguments": {"x": %s}}\n</tool_call>'
     for value in legal:
         text = call % json.dumps(value, ensure_ascii=False)
-        assert all(evaluate.Constraint.legal(text[:n], schemas, finished=False) for n in range(len("<tool_call>"), len(text)))
+        assert all(
+            evaluate.Constraint.legal(text[:n], schemas, finished=False)
+            for n in range(len("<tool_call>"), len(text))
+        )
         assert evaluate.Constraint.legal(text, schemas, finished=True)
-        said = Record("i", "instruction", "s", "MIT", [], messages=[chat_message("user", "Do it."), chat_message("assistant", "", [("f", {"x": value})])],
-                      tools=[{"type": "function", "function": t} for t in tools])
+        said = Record(
+            "i",
+            "instruction",
+            "s",
+            "MIT",
+            [],
+            messages=[chat_message("user", "Do it."), chat_message("assistant", "", [("f", {"x": value})])],
+            tools=[{"type": "function", "function": t} for t in tools],
+        )
         assert evaluate.judge(said, answered(text))["verdict"] == "right"
         for other in [v for v in [*legal, *illegal, "something else"] if json.dumps(v) != json.dumps(value)]:
-            assert evaluate.judge(said, answered(call % json.dumps(other, ensure_ascii=False)))["verdict"] == "wrong", (value, other)
+            assert (
+                evaluate.judge(said, answered(call % json.dumps(other, ensure_ascii=False)))["verdict"]
+                == "wrong"
+            ), (value, other)
     for value in illegal:
-        assert not evaluate.Constraint.legal(call % json.dumps(value, ensure_ascii=False), schemas, finished=True)
+        assert not evaluate.Constraint.legal(
+            call % json.dumps(value, ensure_ascii=False), schemas, finished=True
+        )
 
 
 def test_the_last_call_is_what_is_asked_for(tmp_path):
-    """Of a conversation that goes on after its calls, and of one whose second call takes the result of the first."""
+    """Of a conversation that goes on after its calls, and of one whose second call takes the result of the
+    first.
+    """
     call = lambda shift: chat_message("assistant", "", [("roll", {"shift": shift})])
-    chats = [[chat_message("user", "Roll."), call(1), chat_message("tool", "5"), chat_message("assistant", "It is 5.")],
-             [chat_message("user", "Roll."), call(1), chat_message("tool", "5"), call(5), chat_message("tool", "9"), chat_message("assistant", "9.")],
-             [chat_message("user", "Sing."), chat_message("assistant", "No tool fits.")]]
-    records = [Record(str(i), "instruction", "s", "MIT", ["pkg.roll"], messages=m, tools=[{"type": "function", "function": t} for t in TOOLS])
-               for i, m in enumerate(chats)]
+    chats = [
+        [
+            chat_message("user", "Roll."),
+            call(1),
+            chat_message("tool", "5"),
+            chat_message("assistant", "It is 5."),
+        ],
+        [
+            chat_message("user", "Roll."),
+            call(1),
+            chat_message("tool", "5"),
+            call(5),
+            chat_message("tool", "9"),
+            chat_message("assistant", "9."),
+        ],
+        [chat_message("user", "Sing."), chat_message("assistant", "No tool fits.")],
+    ]
+    records = [
+        Record(
+            str(i),
+            "instruction",
+            "s",
+            "MIT",
+            ["pkg.roll"],
+            messages=m,
+            tools=[{"type": "function", "function": t} for t in TOOLS],
+        )
+        for i, m in enumerate(chats)
+    ]
     (tmp_path / "heldout.jsonl").write_text("".join(r.to_json() + "\n" for r in records))
     (tmp_path / "heldout_apis.json").write_text('["pkg.roll"]')
     corpus = argparse.Namespace(directory=tmp_path, tokenizer=Tokenizer({bytes([b]): b for b in range(256)}))
-    found = {r.id: r.messages for r in evaluate.conversations(corpus, argparse.Namespace(seq_len=9999, limit=None))}
+    found = {
+        r.id: r.messages for r in evaluate.conversations(corpus, argparse.Namespace(seq_len=9999, limit=None))
+    }
     assert found == {"0": chats[0][:2], "1": chats[1][:4], "2": chats[2]}
 
 
@@ -168,7 +227,12 @@ def test_an_answer_cut_off_is_no_refusal():
 def test_a_failed_request_stays_in_the_denominator():
     item = evaluate.judge(record(chat_message("assistant", "", [("roll", {"shift": 1})])), Answer("", None, False, "timed out after 60 s"))
     assert item["verdict"] == "error" and item["failure"] == "timed out after N s" and set(item["scores"].values()) == {0}
-    assert item["scores"].keys() >= {"name", "name and arguments", "right: one of several tools", "a call or clean words"}
+    assert item["scores"].keys() >= {
+        "name",
+        "name and arguments",
+        "right: one of several tools",
+        "a call or clean words",
+    }
 
 
 LEGAL = ['<tool_call>\n{"name": "roll", "arguments": {"shift": -12, "scale": 1.5e-3, "mode": "clip"}}\n</tool_call>',
@@ -243,7 +307,9 @@ def test_differences_to_the_first_model_are_paired():
 
 
 def test_totals_are_formulas_of_means(monkeypatch):
-    """A total's interval comes from the same draws as its parts', and a total whose parts were not all measured is left out."""
+    """A total's interval comes from the same draws as its parts', and a total whose parts were not all
+    measured is left out.
+    """
     monkeypatch.setitem(evaluate.TOTALS, "s", {"half": ("x", "y"), "all": frozenset("xy"), "other": ("x", "z")})
     found = [{"id": f"{m}{i}", "scores": {m: float(i % 4 == 0) if m == "x" else 1.0}} for m, n in (("x", 100), ("y", 300)) for i in range(n)]
     results = {r["metric"]: r for r in evaluate.summarise("s", {"a": found}, ["a"])}
@@ -295,7 +361,9 @@ def test_a_group_of_episodes_goes_on_together():
 
 
 def test_finished_items_are_kept(tmp_path):
-    """Stopped in its third group, a suite goes on there; a last line that was cut off, and items of another model, count for nothing."""
+    """Stopped in its third group, a suite goes on there; a last line that was cut off, and items of another
+    model, count for nothing.
+    """
     class Tired(Parrot):
         def reply(self, requests, **options):
             if len(self.rounds) == 6:
@@ -359,7 +427,9 @@ MMLU = {"dev": [["Which is a colour?", "red", "ten", "ran", "of", "A"]] * 5, "te
 
 
 def test_mmlu_from_its_own_files(checkpoint, tmp_path):
-    """Five examples do not fit this model's window: there are as many as do, and every question is answered."""
+    """Five examples do not fit this model's window: there are as many as do, and every question is
+    answered.
+    """
     for split, rows in MMLU.items():
         (tmp_path / f"word_kinds_{split}.csv").write_text("\n".join(",".join(row) for row in rows))
     model = evaluate.Local(checkpoint, None, evaluate_args())
@@ -401,7 +471,9 @@ def test_api_bank_is_exact_match(tmp_path, arguments, right):
 
 @pytest.mark.parametrize("text", ["[WhoIsThere(room=b'7')]", "[WhoIsThere(room=7j)]", "[WhoIsThere(room={(1, 2): 3})]", "[WhoIsThere(room={1: 2, 'a': 3})]"])
 def test_values_that_json_does_not_know_end_nothing(tmp_path, text):
-    """In the mode prompt a model may write any Python literal; the item is wrong, and its record can be written."""
+    """In the mode prompt a model may write any Python literal; the item is wrong, and its record can be
+    written.
+    """
     bank(tmp_path)
     _, (_, call) = evaluate.api_bank(evaluate_args(data=tmp_path, mode="prompt"))
     (record,) = evaluate.play([("i", call)], lambda requests: [Answer(text)] * len(requests))
@@ -441,7 +513,9 @@ needs_data = pytest.mark.skipif(not DATA.exists(), reason=f"no benchmarks in {DA
 
 @pytest.fixture(scope="module")
 def abc():
-    """An endpoint that answers "abc" to everything, and finds every token equally likely; it counts the requests of each kind."""
+    """An endpoint that answers "abc" to everything, and finds every token equally likely; it counts the
+    requests of each kind.
+    """
     asked = Counter()
 
     class Handler(BaseHTTPRequestHandler):
@@ -473,7 +547,9 @@ def abc():
 @needs_data
 @pytest.mark.parametrize("mode", ["native", "prompt"])
 def test_a_model_that_always_says_abc(abc, mode, tmp_path):
-    """Nothing is right by it but a quarter of MMLU and, officially, what should not be answered by a call; and that counts as unparseable."""
+    """Nothing is right by it but a quarter of MMLU and, officially, what should not be answered by a call;
+    and that counts as unparseable.
+    """
     url, asked = abc
     command = ["evaluate.py", "--model", url, "--suite", "bfcl", "agentbench-db", "api-bank", "mmlu", "--data", DATA, "--out", tmp_path, "--limit", 40,
                "--mode", mode]
