@@ -4521,7 +4521,7 @@ def count_calls(record, figures):
     figures[domain, "copied"] += any(common_run(request, t.get("description") or "") for t in tools)
     modules = [name.rpartition(".")[0] for name in record["apis"]]
     figures[domain, "others"] += len(tools) > 1
-    figures[domain, "near"] += len(tools) > 1 and modules[0] in modules[1:]
+    figures[domain, "near"] += len(tools) > 1 and bool({*modules[:1]} & {*modules[1:]})
 
 
 def print_figures(figures):

@@ -1,5 +1,6 @@
 import argparse
 import ast
+import hashlib
 import json
 import math
 import os
@@ -444,10 +445,10 @@ def edited(text, rng, share):
     return " ".join(words[:at] + [f"w{rng.randrange(10**6)}" for _ in words[at:at + length]] + words[at + length:])
 
 
-def through_files(directory, texts, threshold=0.8, workers=1):
-    """(documents, dropped): texts as the script works on them, their positions as ids."""
+def through_files(directory, texts, threshold=0.8, workers=1, name=lambda i, text: f"{i:06}"):
+    """(documents, dropped): texts as the script works on them, their positions as ids or those that `name` gives."""
     directory.mkdir(exist_ok=True)
-    write_raw(directory / "raw", [record(f"{i:06}", "api_doc", text) for i, text in enumerate(texts)])
+    write_raw(directory / "raw", [record(name(i, text), "api_doc", text) for i, text in enumerate(texts)])
     args = argparse.Namespace(workers=workers, near_duplicates=threshold)
     shard = directory / "raw" / "records.jsonl"
     pieces = build_corpus.find_pieces([shard], {shard: build_corpus.sha256(shard)}, False)
@@ -525,7 +526,8 @@ def test_near_duplicates_against_brute_force(real):
 
 def test_near_duplicates_do_not_depend_on_order_pieces_or_workers(real_texts, tmp_path, monkeypatch):
     def kept(name, texts, **options):
-        documents, dropped = through_files(tmp_path / name, texts, **options)
+        by_text = lambda i, text: hashlib.sha256(text.encode()).hexdigest()  # of two of one length the id decides
+        documents, dropped = through_files(tmp_path / name, texts, name=by_text, **options)
         return {documents[i].text for i in np.flatnonzero(dropped.kept)}, len(documents.pieces)
     texts = real_texts[:3000]
     first, _ = kept("a", texts)
