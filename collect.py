@@ -667,9 +667,8 @@ def find_signature(obj, doc):
         found = re.fullmatch(r"\s*[\w.]*\w\((.*?)\)\s*((->|[-:]+ ).*)?", start)
         stated, count = found[1] if found else "", 1
         while count:  # f(a[, b[, c]]) is f(a, b=..., c=...)
-            stated, count = re.subn(
-                r"\[\s*,([^\[\]=,]+)(=[^\[\],]+)?\]", lambda m: f",{m[1]}{m[2] or '=...'}", stated
-            )
+            stated, count = re.subn(r"\[\s*,([^\[\]]*)\]", lambda m: "," + ",".join(
+                part if "=" in part else f"{part}=..." for part in m[1].split(",")), stated)
         try:
             return signature_of(ast.parse(f"def f({stated}): pass").body[0].args) if found else signature
         except (SyntaxError, ValueError):
@@ -801,7 +800,7 @@ def paragraph(first, lines, i):
     paragraph.
     """
     held = [first] * bool(first.strip())
-    for line in lines[i + 1:]:
+    for line in map(lines.__getitem__, range(i + 1, len(lines))):  # a copy of the rest would cost quadratic time
         if held and not line.strip() or line.strip() and indentation(line) <= indentation(lines[i]):
             break
         held += [line.strip()] * bool(line.strip())
@@ -906,7 +905,7 @@ def class_schema(stated):
         return {}
     found = re.search(
         r"\b(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|T|Self|Unpack|"
-        r"Generic)\b)[A-Z]\w*[a-z]\w*",
+        r"Generic)\b)(?:[A-Z]\w*[a-z]\w*|IO\b)",
         stated,
     )
     described = found or re.search(r"\b(\w+)(?=[ -](?:object|instance|like object)s?\b)", stated)
@@ -1044,7 +1043,7 @@ def find_alias(name, module):
             return (
                 None if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)) else found
             )
-        if inspect.isclass(found) and issubclass(found, enum.Enum):
+        if inspect.isclass(found) and issubclass(found, enum.Enum) or hasattr(found, "__supertype__"):
             return found
     return None
 
