@@ -619,11 +619,8 @@ def describe_callable(obj, key, doc, module, bound=False):
     """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
     signature = find_signature(obj, doc)
     parameters = list(signature.parameters.values()) if signature else []
-    if (
-        bound
-        and parameters
-        and (parameters[0].name in ("self", "cls") or inspect.isfunction(obj) and parameters[0].kind < 2)
-    ):
+    takes_self = inspect.isfunction(obj) and bool(parameters) and obj.__code__.co_varnames[:1] == (parameters[0].name,)
+    if bound and parameters and (parameters[0].name in ("self", "cls") or takes_self):
         parameters = parameters[1:]
     schema = json_schema(parameters, doc, module)
     return {
@@ -817,13 +814,10 @@ JSON_TYPES = {word: kind for kind, words in {
     "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 "
               "float64 symfloat",
     "string": "str string strings strs text path paths pathlike path_like bytes filename strpath anystr "
-              "url regex pattern date "
-              "datetime timestamp uuid char character characters dtype device literalstring bytes_like "
-              "readablebuffer fspath "
-              "expr expression symbol",
+              "url regex pattern date datetime timestamp uuid char character characters dtype device "
+              "literalstring bytes_like readablebuffer fspath expr expression symbol",
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
-             "arraylike ndarray "
-             "tensor tensors set sets frozenset iterator list_like deque vector matrix collection "
+             "arraylike ndarray longtensor booltensor tensor tensors set sets frozenset iterator list_like deque vector matrix collection "
              "generator mutablesequence abstractset bytearray series",
     "object": "dict dicts dictionary dictionaries mapping mappings mutablemapping ordereddict defaultdict "
               "typeddict",
@@ -861,10 +855,8 @@ def json_schema(parameters, doc, module=None):
             entry = array_of([items] if items else []) | {
                 k: v for k, v in entry.items() if k == "description"
             }
-        elif (
-            p.kind != p.VAR_POSITIONAL and p.default is p.empty and not re.search(r"\boptional\b", said.type)
-        ):
-            required.append(name)
+        elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and name != "out":
+            required += [name] * (not re.search(r"\boptional\b", said.type))
         properties[name] = entry
     return {"type": "object", "properties": properties, "required": required}
 
@@ -3282,7 +3274,7 @@ SHAPES = {
              "I want to use {p}{a}.", "Make {p}{a} for me."]}
 WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
         ("with", "{v} for {l}")]
-MADE_UP = 10  # conversations on a tool with values that are made up
+VARIED, MADE_UP = 14, 7  # conversations on a tool with values like its examples', and on one without any examples
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
@@ -3404,7 +3396,8 @@ def synthesise(tools, seed, shares, chosen=lambda tool: True):
             taker = by_name.get(second[0])
             if taker and taker.usable and purposes(taker):
                 facts.append(Fact([(tool, first[1]), (taker, second[1])], [first[2], second[2]]))
-        facts += [None] * (MADE_UP if tool.parameters["properties"] else 1)
+        made_up = VARIED if tool.examples else MADE_UP
+        facts += [None] * (made_up if tool.parameters["properties"] else 1)
         for n, fact in enumerate(facts):
             for attempt in range(4):  # not every choice can be put in words
                 rng = random.Random(f"{seed} {n} {attempt} {tool.name}")
@@ -3436,6 +3429,8 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
     if kind == "parallel":
         other = rng.choice([tool, *near])
         calls.append((other, random_arguments(other, rng)))
+        if calls[0] == calls[1]:
+            return None
     pool = near if near and rng.random() < 0.5 else far
     count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(
         kind, rng.randrange(3)
@@ -3947,11 +3942,12 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"device", ["cpu", "cuda:0"]),
     ("string", r"regex|pattern|regular expression|glob",
      [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
-    ("string", r"date(?!base)|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
+    ("string", r"mime ?type|content type", ["text/csv", "application/json", "image/png"]),
+    ("string", r"date(?!base)|datetime|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
     ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
-    ("string", r"dir\b|directory|folder|^root|base path",
+    ("string", r"dir\b|directory|folder|^root|base path|home$",
      ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
     ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", PATHS),
     ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
@@ -3969,7 +3965,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"query|question|search",
      ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]),
     ("string", r"html|markup", ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]),
-    ("string", r"json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
+    ("string", r"^json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
     ("string", r"header", ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]),
     ("string", r"key|column|field|attribute|attr\b|weight", ["user_id", "created_at", "price", "weight"]),
     ("string", r"unit", ["ms", "kg", "days", "km"]),
@@ -4003,6 +3999,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("number", r"between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|"
                r"momentum|decay|rate|alpha|beta|gamma|rho",
      [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
+    ("number", r"noise", [0.05, 0.1, 0.2, 0.5]),
     ("number", r"eps|tol|lr\b|learning", [0.1, 0.01, 1e-3, 1e-5, 1e-6]),
     ("number", r"angle|degree|theta|phi|rotation|lat|lon", [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]),
     ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length",
@@ -4032,8 +4029,8 @@ POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to 
                       r"sigma|std|variance|kappa|lam|rate|df\w*|counts?|radius|radii|durations?|lengths?|"
                       r"sizes?)\b")
 LISTED_TEXTS = re.compile(  # what hints at a list of texts
-    r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|categories|"
-    r"options)\b")
+    r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|"
+    r"categories)\b")
 LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|"
                     r"observations|weights|indices|tensor|input|sequence of (numbers|floats|ints)|x\d?|y|"
                     r"a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|"
