@@ -619,8 +619,9 @@ def describe_callable(obj, key, doc, module, bound=False):
     """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
     signature = find_signature(obj, doc)
     parameters = list(signature.parameters.values()) if signature else []
-    takes_self = inspect.isfunction(obj) and bool(parameters) and obj.__code__.co_varnames[:1] == (parameters[0].name,)
-    if bound and parameters and (parameters[0].name in ("self", "cls") or takes_self):
+    first = parameters[0].name if parameters else ""
+    takes_self = inspect.isfunction(obj) and obj.__code__.co_varnames[:1] == (first,)
+    if bound and first and (first in ("self", "cls") or takes_self):
         parameters = parameters[1:]
     schema = json_schema(parameters, doc, module)
     return {
@@ -817,8 +818,8 @@ JSON_TYPES = {word: kind for kind, words in {
               "url regex pattern date datetime timestamp uuid char character characters dtype device "
               "literalstring bytes_like readablebuffer fspath expr expression symbol",
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
-             "arraylike ndarray longtensor booltensor tensor tensors set sets frozenset iterator list_like deque vector matrix collection "
-             "generator mutablesequence abstractset bytearray series",
+             "arraylike ndarray longtensor booltensor tensor tensors set sets frozenset iterator list_like "
+             "deque vector matrix collection generator mutablesequence abstractset bytearray series",
     "object": "dict dicts dictionary dictionaries mapping mappings mutablemapping ordereddict defaultdict "
               "typeddict",
     "string integer": "hashable node nodes label labels"}.items()
@@ -3645,7 +3646,8 @@ def find_purposes(name, documentation, is_class):
         found += [given] if whole else []
     name = " ".join(words).lower()
     told = f" {name} " in re.sub(r"\W+((the|an?) )?", " ", f" {documentation.lower()} ")
-    if len(words) > 1 and told and not re.match("(is|has|can|to|from|as|in|on|set|new) ", name):
+    odd = re.search(r"^(is|has|can|set|new) |\b(to|from|as|in|on|by|with|for|at|along)\b", name)
+    if len(words) > 1 and told and not odd:
         if words[0].lower() in VERBS - {"return", "get"}:
             found.append(None if found[0] else ("do", name))
         elif (
@@ -3850,6 +3852,7 @@ def label(name, schema):
         r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|"
         r"so|and|or)\b",
         start,
+        re.I,
     )
     plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
     if plain and not UNFINISHED.search(start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
@@ -3890,7 +3893,7 @@ def mend(tool, arguments, rng):
         if schema.get("enum"):
             other = rng.choice(schema["enum"])
             message = f"ValueError: {p}={value!r} is not available; use {other!r}"
-        elif type(value) in (int, float) and abs(value) > 1 and (p not in required or type(value) is int):
+        elif type(value) in (int, float) and abs(value) > (4 if p in required else 1):
             other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
             message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
         elif type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
@@ -3955,6 +3958,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
     ("string", r"colou?r", ["red", "#1f77b4", "dark green", "navy"]),
     ("string", r"algorithm|digestmod|hash name", ["sha256", "md5", "blake2b"]),
+    ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
     ("string", r"module|package|distribution name", ["json", "collections.abc", "numpy", "requests"]),
     ("string", r"command|cmd", ["ls -la /tmp", "git status", "echo hello world"]),
     ("string", r"(env|environment|variable)", ["HOME", "PATH", "DEBUG_LEVEL"]),
@@ -3969,13 +3973,13 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"header", ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]),
     ("string", r"key|column|field|attribute|attr\b|weight", ["user_id", "created_at", "price", "weight"]),
     ("string", r"unit", ["ms", "kg", "days", "km"]),
-    ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
-    ("string", r"format|fmt", ["%Y-%m-%d", "{:.2f}", "png"]),
+    ("string", r"^(\w+ )?(format|fmt)\b", ["%Y-%m-%d", "{:.2f}", "png"]),
     ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
                r"comment|note|^data\b", TEXTS),
     ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex",
      ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]),
-    ("integer", r"axis|axes|^dim\b|^dim\d|dimension along", [0, 1, -1]),
+    ("integer", r"axis|axes|^dim\b|^dim\d|dimension along", [0, -1]),
+    ("integer", r"version", [1, 2, 3]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
     ("integer", r"year", [1999, 2012, 2024, 2025]),
@@ -4013,7 +4017,7 @@ SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "bet
 OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
            {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": True}, "score": 9.5},
            {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
-UNUSUAL = re.compile(r"(out|where|subok|casting|signature|order|backend|like|layout|memory_format|"
+UNUSUAL = re.compile(r"(out|label|where|subok|casting|signature|order|backend|like|layout|memory_format|"
                      r"requires_grad|pin_memory|generator|name|kwargs|args|options|_.*|verbose|"
                      r"check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
 HIGH_DIMENSIONAL = re.compile(
@@ -4092,7 +4096,7 @@ def choices(tool, name):
             found.append(choice)
         elif kind in ("integer", "number", "string") and values_of(kind, tool, name):
             found.append(choice)
-        elif kind == "object" and "title" not in choice and OBJECT_NAMES.match(name):
+        elif kind == "object" and "title" not in choice and OBJECT_NAMES.match(name) and "graph" not in text:
             found.append(choice)
         elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
             inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
@@ -4144,7 +4148,7 @@ def value_text(tool, name):
     letters.
     """
     description = tool.parameters["properties"].get(name, {}).get("description", "")
-    return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y'))}{description}".lower()
+    return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y', 'A'))}{description}".lower()
 
 
 def random_value(tool, name, rng, size):
@@ -4188,6 +4192,8 @@ def random_list(text, schema, rng, size):
     if kind != "integer" and re.match(r".*dates?$", text.partition(":")[0]):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
     if kind == "string" or kind is None and LISTED_TEXTS.search(text):
+        if re.search(r"\blines\b", text):
+            return ["1 2", "2 3", "3 1"]
         return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
     if kind == "array" or re.search(
         r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]
