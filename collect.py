@@ -17,6 +17,7 @@ In:   any number of SOURCEs; by default `python synthesize:python`, what the Pyt
           code:DIR  text:DIR        source files and prose
       A PATH is a file or a directory, which is walked.
 Out:  data/raw/*.jsonl, one record a line (class Record), of the domains api_doc, trajectory, instruction, code and text;
+      data/raw/tools/*.jsonl, what conversations are made from: documented functions and the calls that they show (class Tool);
       data/raw/rejected/*.jsonl, what could not be converted: file, line and reason.
 
 Laptop:         python collect.py
@@ -1581,9 +1582,7 @@ def api_documents(apis, package):
 
 
 def document(name, signature, doc, tool, package, license):
-    """The text of an API's documentation, whatever it is an API of; read_apis() finds the tool definition in
-    it.
-    """
+    """The text of an API's documentation, whatever it is an API of; the last but one paragraph is the tool."""
     return f"{name}{signature}\n\n{doc}\n\n{json.dumps(tool, ensure_ascii=False)}\n\nPackage: {package}, license: {license}"
 
 
@@ -3374,8 +3373,8 @@ class Tool:
 
 
 def synthesise(tools, seed, shares, chosen=lambda tool: True):
-    """Conversations on each chosen tool: one on every call that its documentation shows, and CONVERSATIONS
-    with values made up. Yields Records.
+    """Conversations on each chosen tool: one on every call that its documentation shows, and VARIED or
+    MADE_UP ones with values made up. Yields Records.
 
     single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits;
     missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call
