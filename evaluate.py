@@ -127,7 +127,7 @@ def parse_args():
         "--limit",
         type=int,
         metavar="N",
-        help="items of a category at most (default: all; in heldout 800 calls, 400 constrained ones, "
+        help="items of a category at most (default: all; in heldout 600 calls, 300 constrained ones, "
         "150 of all else)",
     )
     add("--mode", default="native", choices=["native", "prompt"], help="of the benchmarks: tools given as such, calls made as the model was "
@@ -669,7 +669,7 @@ def conversations(corpus, args):
     fit = [r for r in records if heldout.intersection(r.apis[:1]) and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
     if not fit:
         fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
-    return fit[:args.limit or 800]
+    return fit[:args.limit or 600]
 
 
 def tool_choices(corpus, args):
@@ -677,11 +677,15 @@ def tool_choices(corpus, args):
     tokenizer = corpus.tokenizer
 
     def episode(record, call):
-        request, names = record.messages[:-1], [t["function"]["name"] for t in record.tools]
-        gold = names.index(call["function"]["name"])
-        prompt = tokenizer.render(request, record.tools, answer=True)[0] + [tokenizer.special["<tool_call>"]] + tokenizer.encode('\n{"name": "')
+        request, right = record.messages[:-1], call["function"]["name"]
+        others = [t for t in record.tools if t["function"]["name"] != right][:3]
+        tools = [t for t in record.tools if t in others or t["function"]["name"] == right]
+        names = [t["function"]["name"] for t in tools]
+        gold = names.index(right)
+        prompt = tokenizer.render(request, tools, answer=True)[0]
+        prompt += [tokenizer.special["<tool_call>"], *tokenizer.encode('\n{"name": "')]
         pairs = [(prompt, tokenizer.encode(f'{name}",')) for name in names]
-        for tool in record.tools:
+        for tool in tools:
             before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]] + tokenizer.encode("user\n")
             pairs.append((before, tokenizer.encode(request[0]["content"])))
         likelihoods = np.reshape((yield pairs), (2, -1))  # of each name after the request, of the request after each tool
@@ -691,7 +695,7 @@ def tool_choices(corpus, args):
     single = [
         (r, r.messages[-1]["tool_calls"][0])
         for r in conversations(corpus, args)
-        if len(r.tools) == 4 and len(r.messages) == 2 and len(r.messages[-1].get("tool_calls") or []) == 1
+        if len(r.tools) >= 4 and len(r.messages) == 2 and len(r.messages[-1].get("tool_calls") or []) == 1
     ]
     return [(record.id, partial(episode, record, call)) for record, call in single[:args.limit or 150]]
 
@@ -2608,7 +2612,7 @@ def shape_chat(row, content, calls, reason, scores, kind):
 
 
 SUITES = {"loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
-          "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 400],
+          "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 300],
           "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
 TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 

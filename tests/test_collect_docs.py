@@ -1,9 +1,12 @@
 """What docstrings and annotations say of parameters, beside docstring_parser and numpydoc."""
+import contextlib
 import enum
 import importlib
 import inspect
 import json
 import re
+import signal
+import sys
 import time
 import typing
 import warnings
@@ -331,3 +334,480 @@ def test_web_specifications_keep_what_is_said_of_parameters(tmp_path):
     assert properties["item"]["description"] == "What to send."
     assert properties["item"]["properties"]["count"] == {
         "type": "integer", "minimum": 1, "maximum": 9, "description": "How many of them."}
+
+
+# What is right, by hand, in each style. In a plain list there are no types but for those guessed.
+HAND = {
+    "x": {"type": "integer", "description": "Where it is, which may be negative as well."},
+    "y": {"type": "integer", "description": "How high: up."},
+    "mode": {"type": "string", "enum": ["fast", "slow"], "default": "fast", "description": "How to move."},
+    "names": {"type": "array", "items": {"type": "string"}, "description": "What they are called."},
+    "data": {"type": "array", "description": "What is moved."},
+    "key": {"description": "Gives the order."},
+    "limit": {"type": "integer", "default": 5, "nullable": True, "description": "The most steps. Defaults to 5."},
+    "args": {"type": "array", "items": {"type": "number"}, "description": "Further points."}}
+BOTH = "Where they are, which may be negative as well."
+BY_HAND = {
+    "numpy": ("""Move a point.
+
+        Parameters
+        ----------
+        x, y : int
+            Where they are, which may be
+            negative as well.
+
+            A second paragraph: of x.
+        mode : {'fast', 'slow'}
+            How to move.
+        names : list of str, optional
+            What they are called.
+        data : array_like
+            What is moved.
+        key : callable
+            Gives the order.
+        limit : int or None
+            The most steps. Defaults to 5.
+        *args : float
+            Further points.
+        **kwargs
+            Passed on.
+
+        Returns
+        -------
+        x : str
+            Not the parameter.
+        total : int
+            The sum.
+
+        Raises
+        ------
+        KeyError
+            If it is not there.
+        """, HAND | {name: {"type": "integer", "description": BOTH} for name in "xy"}),
+    "google": ("""Move a point.
+
+        Args:
+            x (int): Where it is, which may be
+                negative as well.
+            y (int): How high: up.
+            mode ({'fast', 'slow'}): How to move.
+            names (list of str, optional): What they are called.
+            data (array_like): What is moved.
+            key (callable): Gives the order.
+            limit (int or None): The most steps. Defaults to 5.
+            *args (float): Further points.
+            **kwargs: Passed on.
+
+        Returns:
+            total (int): The sum.
+
+        Raises:
+            KeyError: If it is not there.
+        """, HAND),
+    "sphinx": (r"""Move a point.
+
+        :param int x: Where it is, which may be
+            negative as well.
+        :param y: How high: up.
+        :type y: int
+        :param mode: How to move.
+        :type mode: {'fast', 'slow'}
+        :param names: What they are called.
+        :type names: list of str, optional
+        :param array_like data: What is moved.
+        :param callable key: Gives the order.
+        :param limit: The most steps. Defaults to 5.
+        :type limit: int or None
+        :param float \*args: Further points.
+        :param kwargs: Passed on.
+        :returns: The sum.
+        :rtype: int
+        :raises KeyError: If it is not there.
+        """, HAND),
+    "epytext": ("""Move a point.
+
+        @param x: Where it is, which may be
+            negative as well.
+        @type x: C{int}
+        @param y: How high: up.
+        @type y: int
+        @param mode: How to move.
+        @type mode: {'fast', 'slow'}
+        @param names: What they are called.
+        @type names: list of str, optional
+        @param data: What is moved.
+        @type data: array_like
+        @param key: Gives the order.
+        @type key: callable
+        @param limit: The most steps. Defaults to 5.
+        @type limit: C{int} or C{None}
+        @param args: Further points.
+        @type args: float
+        @return: The sum.
+        @rtype: int
+        @raise KeyError: If it is not there.
+        """, HAND),
+    "plain": ("""Move a point.
+
+        Keyword arguments:
+        x, y -- Where they are, which may be
+                negative as well.
+        mode -- How to move (default 'fast').
+        data -- What is moved.
+        key -- Gives the order.
+        limit -- The most steps. Defaults to 5.
+
+        KeyError -- is raised if it is not there.
+        """, {"x": {"description": BOTH}, "y": {"description": BOTH},
+              "mode": {"type": "string", "default": "fast", "description": "How to move (default 'fast')."},
+              "data": {"description": "What is moved."}, "key": {"description": "Gives the order."},
+              "limit": {"type": "integer", "default": 5, "description": "The most steps. Defaults to 5."}})}
+
+
+def move(x, y, mode="fast", names=None, data=None, key=None, limit=None, *args, **kwargs):
+    pass
+
+
+@pytest.mark.parametrize("style", BY_HAND)
+def test_whole_schemas_by_hand(style):
+    doc, expected = BY_HAND[style]
+    schema = schema_of(move, doc)
+    assert schema["type"] == "object" and schema["required"] == ["x", "y"]
+    named = {name: entry for name, entry in schema["properties"].items() if name in expected}
+    assert named == expected
+    undocumented = {"names", "args"} if style == "plain" else set()
+    assert schema["properties"].keys() == expected.keys() | undocumented
+
+
+def documented(doc, *names):
+    """Of each of the named parameters, what is said of it."""
+    found = collect.documented_parameters(inspect.cleandoc(doc), set(names))
+    return {name: found.get(name, collect.Documented()).description for name in names}
+
+
+@pytest.mark.parametrize("doc, expected", [
+    ("Go.\n\nArgs:\n    a: In.\n\nReturns:\n    b: Out.\n\nRaises:\n    c: Never.", {"a": "In.", "b": "", "c": ""}),
+    ("Go.\n\nParameters\n----------\na : int\n    In.\n\nReturns\n-------\na : str\n    Out.\nb : str\n    Out.",
+     {"a": "In.", "b": ""}),
+    ("Go.\n\n:param a: In.\n:returns: b: out.\n:raises c: Never.", {"a": "In.", "b": "", "c": ""})],
+    ids=["google", "numpy", "sphinx"])
+def test_other_sections_do_not_leak(doc, expected):
+    assert documented(doc, *expected) == expected
+
+
+@pytest.mark.parametrize("below", ["        - b: a way\n        - more: a way\n", "\n        Note: it is short.\n"],
+                         ids=["list", "paragraph"])
+def test_what_is_indented_below_a_parameter_is_none(below):
+    found = collect.documented_parameters(f"Go.\n\nArgs:\n    a: The first.\n{below}    b: The other.", {"a", "b"})
+    assert found.keys() == {"a", "b"} and found["b"].description == "The other."
+
+
+@pytest.mark.parametrize("doc, expected", [
+    # boto3.s3.inject:copy, polars.functions.lazy:rolling_corr, torch.Tensor.unfold
+    ("Copy.\n\nExample::\n\n    source = {\n        'Key': 'mykey'\n    }\n\n:param Key: The name of the key.",
+     {"Key": "The name of the key."}),
+    ("Roll.\n\nIt needs the\n`window - 1` elements before it.\n\nParameters\n----------\nwindow\n    The length.",
+     {"window": "The length."}),
+    ("Unfold.\n\nOf what size the\ndimension :attr:`dimension` is.\n\nArgs:\n    dimension (int): Where to unfold.",
+     {"dimension": "Where to unfold."})], ids=["boto3", "polars", "torch"])
+def test_sections_count_more_than_what_looks_like_an_entry(doc, expected):
+    assert documented(doc, *expected) == expected
+
+
+def test_entries_named_as_headings_are():
+    """sympy.plot documents args; the entries after it count too."""
+    doc = "Plot.\n\nParameters\n==========\n\nargs :\n    What to plot.\n\ntitle : str\n    Of the plot."
+    assert documented(doc, "args", "title") == {"args": "What to plot.", "title": "Of the plot."}
+
+
+@pytest.mark.parametrize("doc", [
+    "Join.\n\nParameters\n----------\n\\*parts : str\n    What to join.", "Join.\n\nArgs:\n    \\*parts (str): What to join."],
+    ids=["numpy", "google"])
+def test_a_star_may_be_escaped(doc):
+    """numpy.ndarray.item and torch.broadcast_shapes write it so."""
+    assert documented(doc, "parts") == {"parts": "What to join."}
+
+
+@pytest.mark.parametrize("doc", [
+    "Shine.\n\nParameters\n----------\nλ : float\n    The wavelength.", "Shine.\n\nArgs:\n    λ (float): The wavelength."],
+    ids=["numpy", "google"])
+def test_names_are_those_of_python(doc):
+    assert documented(doc, "λ") == {"λ": "The wavelength."}
+
+
+def test_what_stands_in_angle_brackets_is_no_markup():
+    """click, pandas and polars write so of streams, of tags and of what takes a name's place."""
+    def read(a):
+        pass
+    for said in ("Reads from `<stdin>`, not a file.", "Classes of the ``<table>`` tag."):
+        assert schema_of(read, f"Read.\n\nArgs:\n    a (str): {said}")["properties"]["a"]["description"] == said
+
+
+def test_long_descriptions_are_cut_after_a_word():
+    def read(a):
+        pass
+    description = schema_of(read, "Read.\n\nArgs:\n    a (str): " + "word " * 100)["properties"]["a"]["description"]
+    assert re.fullmatch(r"(word )+\.\.\.", description) and 150 < len(description) <= 204
+
+
+def alone(annotation, default=inspect.Parameter.empty, doc=""):
+    """The schema of a parameter p by itself, whose names are those of this file."""
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameter = inspect.Parameter("p", kind, annotation=annotation, default=default)
+    return collect.json_schema([parameter], doc, sys.modules[__name__])["properties"]["p"]
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+    HIGH = 2
+
+
+ARRAY, INTEGERS = {"type": "array"}, {"type": "array", "items": {"type": "integer"}}
+MORE_ANNOTATIONS = [
+    (typing.Optional[typing.Literal["a", "b"]], "Optional[Literal['a', 'b']]",
+     {"type": "string", "enum": ["a", "b"], "nullable": True}),
+    (typing.Literal["a,b", "c|d"], "Literal['a,b', 'c|d']", {"type": "string", "enum": ["a,b", "c|d"]}),
+    (typing.Literal[1, "a"], "Literal[1, 'a']", {"enum": [1, "a"]}),
+    (typing.Union[int, str, None], "Union[int, str, None]", {"type": ["integer", "string"], "nullable": True}),
+    (typing.Union[int, float], "int | float", {"type": "number"}),
+    (typing.Optional[typing.List[str]], "typing.Optional[typing.List[str]]",
+     {"type": "array", "items": {"type": "string"}, "nullable": True}),
+    (tuple[int, ...], "tuple[int, ...]", INTEGERS), (tuple[int, str], "tuple[int, str]", ARRAY),
+    (set[int], "set[int]", INTEGERS), (list[UserId], "list[UserId]", INTEGERS),
+    (list[dict[str, int]], "list[dict[str, int]]", {"type": "array", "items": {"type": "object"}}),
+    (list[typing.Optional[int]], "list[Optional[int]]", INTEGERS),  # an item may be null, the list not
+    (typing.Optional[Colour], "Optional[Colour]", {"type": "string", "enum": ["red", "blue"], "nullable": True}),
+    (Level, "Level", {"type": "integer", "enum": [1, 2]}), (typing.TypeVar("T", bound=int), "int", {"type": "integer"}),
+    (typing.Optional[Namespace], "Optional[Namespace]", {"type": "object", "title": "Namespace", "nullable": True}),
+    (typing.Type[int], "Type[int]", {}), (typing.Optional[typing.Callable], "Optional[Callable]", {}),
+    (typing.ForwardRef("list[int]"), "list[int]", INTEGERS),
+    (int, "'int'", {"type": "integer"})]  # quoted, under `from __future__ import annotations`
+
+
+@pytest.mark.parametrize("annotation, text, expected", MORE_ANNOTATIONS, ids=[text for _, text, _ in MORE_ANNOTATIONS])
+def test_more_annotations_are_read_as_their_strings(annotation, text, expected):
+    assert alone(annotation) == expected
+    assert alone(text) == expected
+
+
+@pytest.mark.parametrize("annotation, default, kept", [
+    ("int", True, False), ("bool", 1, False), ("bool", 0, False), ("str", 1, False), ("dict", [], False),
+    ("Literal['a', 'b']", "c", False), ("float", float("inf"), False), ("float", float("nan"), False),
+    ("Literal['a', 'b']", "b", True), ("float", 1, True), ("Optional[str]", "x", True),
+    ("ssl.SSLContext | str | bool", True, True)])
+def test_a_default_never_contradicts_the_type(annotation, default, kept):
+    schema = alone(annotation, default)
+    assert schema.get("default", "none") == (default if kept else "none")
+    assert {k: v for k, v in schema.items() if k != "default"} == alone(annotation)
+
+
+def test_what_is_documented_comes_before_a_guess():
+    """From the default, or from the name."""
+    numpy = "Go.\n\nParameters\n----------\np : {}\n    Tolerance."
+    assert alone(inspect.Parameter.empty, 0) == {"type": "integer", "default": 0}
+    assert alone(inspect.Parameter.empty, 0, numpy.format("float")) == {
+        "type": "number", "default": 0, "description": "Tolerance."}
+    assert alone("str", doc=numpy.format("int"))["type"] == "string"  # an annotation comes first
+    assert alone("str | list[str]", "") == {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}], "default": ""}
+
+
+@pytest.mark.parametrize("first, names, required", [
+    ("f(a[, b])", ["a", "b"], ["a"]), ("f(a[, b, c])", ["a", "b", "c"], ["a"]), ("f(a, b=None[, c])", ["a", "b", "c"], ["a"]),
+    ("f(a: int, b: str = 'x') -> bool", ["a", "b"], ["a"]), ("m.f(a, /, b, *, c=1)", ["a", "b", "c"], ["a", "b"]),
+    ("f() -> int", [], [])])
+def test_required_by_the_first_line_of_the_documentation(first, names, required):
+    """Where introspection shows no more than (...)."""
+    def hidden(*args, **kwargs):
+        pass
+    for obj in (None, hidden):
+        parameters = collect.find_signature(obj, f"{first}\n\nDo it.").parameters.values()
+        schema = collect.json_schema(parameters, "")
+        assert [*schema["properties"]] == names and schema["required"] == required
+
+
+def sampled(package, reference, most=100):
+    """Every k-th of the functions in which the reference finds parameters: [(name, object, {parameter: description})]."""
+    found = []
+    for name, obj in documented_functions(package, 10_000):
+        try:
+            expected = reference(collect.documentation(obj))
+        except Exception:  # the references refuse some docstrings
+            continue
+        pairs = {part.strip(" *\\"): said for key, said in expected.items() for part in key.split(",") if words(said)}
+        found += [(name, obj, pairs)] * bool(pairs)
+    return found[::-(-len(found) // most)]
+
+
+@pytest.mark.parametrize("package, reference, least", [
+    ("numpy", by_numpydoc, 200), ("numpy", by_docstring_parser, 200), ("networkx", by_numpydoc, 100),
+    ("networkx", by_docstring_parser, 100), ("sympy", by_numpydoc, 100), ("torch", by_docstring_parser, 200)])
+def test_descriptions_begin_as_those_of_the_reference(package, reference, least):
+    """What `**` takes up is in the schema only where it was found: each name that the reference has for it counts."""
+    pytest.importorskip(package)
+    total, found, same, missed, others = 0, 0, 0, [], []
+    for name, obj, expected in sampled(package, reference):
+        doc = collect.documentation(obj)
+        parameters = list(collect.find_signature(obj, doc).parameters.values())
+        stars = [p.name for p in parameters if p.kind == p.VAR_KEYWORD]
+        named = {p.name for p in parameters} - {*stars}
+        properties = collect.json_schema(parameters, doc)["properties"]
+        for parameter, said in expected.items():
+            taken = stars and parameter.isidentifier() and parameter not in (*stars, "optional", "required")
+            if parameter not in named and not taken:  # numpydoc finds two names in "name: int, optional"
+                continue
+            ours = properties.get(parameter, {}).get("description", "")
+            start = words(ours)[:-1] if ours.endswith("...") else words(ours)
+            total, found = total + 1, found + bool(ours)
+            if not ours:
+                missed.append((name, parameter, said[:60]))
+            elif start == words(said)[:len(start)]:
+                same += 1
+            else:
+                others.append((name, parameter, ours[:60], said[:60]))
+    assert total >= least
+    assert found >= 0.95 * total, (found, total, missed[:10])
+    assert same >= 0.95 * found, (same, found, others[:10])
+
+
+@contextlib.contextmanager
+def within(seconds):
+    """TimeoutError where it takes longer, so that what explodes does not hang the tests."""
+    def late(*_):
+        raise TimeoutError(f"over {seconds} s")
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("make", [
+    lambda n: ":param " + "a" * n, lambda n: ":param " + " " * n + "!", lambda n: ":param a" + " " * n + "!",
+    lambda n: "Args:\n    how: one of 'a'" + " " * n + "!", lambda n: "Args:\n    how: default" + " " * n + "!",
+    lambda n: "Args:\n    how (" + "A" * n + "): b", lambda n: "*" * n + "Args" + "*" * n,
+    lambda n: "x\n---\n" * (n // 6), lambda n: "Parameters\n----------\n" + "a :\n\n" * (n // 5),
+    lambda n: "Args:\n" + "\u2028\x00\xa0é: ü\n" * (n // 8),
+    lambda n: "\n".join(" " * i + "a: b" for i in range(int((2 * n) ** 0.5))),
+    lambda n: "Args:\n" + "\n".join("\t" * i + "a: b" for i in range(int((n / 4) ** 0.5)))],
+    ids="name spaces spaces-after choices default type stars rules blanks unicode steps tabs".split())
+def test_time_grows_with_the_length_and_not_its_square(make):
+    """100,000 characters take a fraction of a second; their square would take minutes."""
+    doc = make(100_000)
+    with within(3):
+        collect.documented_parameters(doc, {"a", "how"})
+        json.dumps(collect.json_schema(inspect.signature(join).parameters.values(), doc))
+
+
+def test_a_megabyte_of_entries():
+    with within(15):
+        assert collect.documented_parameters("a: b\n" * 200_000, {"a"}) == {"a": collect.Documented("", "b")}
+
+
+def test_unfit_takes_bounded_time():
+    def f():
+        pass
+    f.__doc__ = "Do it.\n" + ".\n" * 50_000
+    with within(3):
+        assert collect.unfit(f, "m:f") == ""
+
+
+UNFIT = '''
+import enum, typing, warnings
+
+class Careful(UserWarning):
+    """Warns of something."""
+
+class Flags(enum.IntFlag):
+    """Flags of things."""
+    A = 1
+
+class Proto(typing.Protocol):
+    """What readers have."""
+
+class Parent:
+    """This is the base class of all readers."""
+
+class Basement:
+    """A room below the house."""
+
+def capitals(x: int):
+    """DEPRECATED: Do it in the old way."""
+
+def since(x: int):
+    """Deprecated since 1.0, use new."""
+
+def test_it():
+    """Test it."""
+
+def latest(n: int):
+    """Get the latest contest."""
+
+def warn(n: int):
+    """Warn about deprecated features."""
+
+def one_parameter(x: int, y: int = 0):
+    """Do it.
+
+    Parameters
+    ----------
+    x : int
+        A number.
+    y : int
+        Another.
+
+        .. deprecated:: 1.2
+            y is deprecated, and will go.
+    """
+'''
+
+
+def test_more_of_what_no_one_would_call(tmp_path, monkeypatch):
+    """A function of which one parameter is deprecated is not: pandas.concat is such."""
+    (tmp_path / "more_unfitting.py").write_text(UNFIT)
+    monkeypatch.syspath_prepend(tmp_path)
+    objects = collect.describe_module("more_unfitting", set())["objects"]
+    assert all(o["doc"] for o in objects)
+    found = {o["key"].partition(":")[2]: o["unfit"] for o in objects}
+    assert {name for name, reason in found.items() if not reason} == {"Basement", "latest", "warn", "one_parameter"}
+    assert found.keys() == {"Careful", "Flags", "Proto", "Parent", "Basement", "capitals", "since", "test_it", "latest",
+                            "warn", "one_parameter"}
+
+
+def test_web_parameters_keep_limits_and_what_is_required(tmp_path):
+    operation = {
+        "operationId": "find", "summary": "Find orders.", "responses": {},
+        "parameters": [
+            {"name": "size", "in": "query", "description": "How many.",
+             "schema": {"type": "integer", "minimum": 1, "maximum": 50, "default": 10}},
+            {"name": "since", "in": "query", "required": True, "description": "From when on.",
+             "schema": {"type": "string", "format": "date-time"}},
+            {"name": "kinds", "in": "query", "schema": {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}}],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {
+            "type": "object", "required": ["buyer"], "properties": {"buyer": {
+                "type": "object", "description": "Who buys.", "required": ["name"], "properties": {
+                    "name": {"type": "string", "description": "As on the card."},
+                    "born": {"type": "string", "format": "date", "description": "The day of birth."}}}}}}}}}
+    path = tmp_path / "find.json"
+    path.write_text(json.dumps({"openapi": "3.0.0", "info": {"title": "Shop", "version": "1"},
+                                "paths": {"/find": {"post": operation}}}))
+    [record] = collect.openapi_records(path, "find.json", "MIT", Namespace())
+    schema = json.loads(record.text.rsplit("\n\n", 2)[1])["parameters"]
+    assert sorted(schema["required"]) == ["buyer", "since"]
+    assert schema["properties"]["size"] == {
+        "type": "integer", "minimum": 1, "maximum": 50, "default": 10, "description": "How many."}
+    assert schema["properties"]["since"] == {"type": "string", "format": "date-time", "description": "From when on."}
+    assert schema["properties"]["kinds"] == {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}
+    buyer = schema["properties"]["buyer"]
+    assert buyer["description"] == "Who buys." and buyer["required"] == ["name"]
+    assert buyer["properties"] == {
+        "name": {"type": "string", "description": "As on the card."},
+        "born": {"type": "string", "format": "date", "description": "The day of birth."}}
+
+
+def test_a_summary_is_no_admonition():
+    """As pydantic's, whose documentation begins with a link."""
+    doc = '!!! abstract "Usage Documentation"\n    [Models](../concepts/models.md)\n\nA base class for creating models.'
+    assert collect.summarise(doc) == "A base class for creating models."
