@@ -3318,14 +3318,15 @@ def template_records(paths, seed, shares, part, parts):
     """A part of the conversations on the Tools in the files, such that equal ones would be in the same
     part.
     """
-    tools = [tool for path in paths for tool in read_tools(path)]
+    tools = [tool for path in paths for tool in read_tools(path) if tool.usable]
     return synthesise(tools, seed, shares, lambda tool: zlib.crc32(short_name(tool).encode()) % parts == part)
 
 
 def read_tools(path):
-    """The Tools in a file that write_unit() wrote."""
+    """Yield the Tools in a file that write_unit() wrote."""
     with open(path, encoding="utf-8") as lines:
-        return [Tool(**json.loads(line)) for line in lines]
+        for line in lines:
+            yield Tool(**json.loads(line))
 
 
 def indexes(paths, seed, sizes=(4, 5, 6)):
@@ -3335,21 +3336,18 @@ def indexes(paths, seed, sizes=(4, 5, 6)):
     Every API is on one card of each size, but for one that would be alone there. Neighbours in hash order
     share a card, so that held-out APIs, which are neighbours too, spoil few others.
     """
-    tools = [tool for path in paths for tool in read_tools(path) if not tool.description.startswith("See ")]
-    tools.sort(key=lambda t: unit_hash(t.name))
-    for size, i in ((size, i) for size in sizes for i in range(0, len(tools) - 1, size)):
-        card = list({t.description: t for t in tools[i:i + size]}.values())
-        rng = random.Random(f"{seed} {size} {card[0].name}")
-        by_name = [
-            json.dumps({"description": t.description, "name": t.name}, ensure_ascii=False) for t in card
-        ]
-        by_purpose = [
-            f"{t.description}\n" + json.dumps({"name": t.name}) for t in rng.sample(card, len(card))
-        ]
+    entries = [(t.name, t.description, t.license) for path in paths for t in read_tools(path)]
+    entries = sorted((e for e in entries if not e[1].startswith("See ")), key=lambda entry: unit_hash(entry[0]))
+    for size, i in ((size, i) for size in sizes for i in range(0, len(entries) - 1, size)):
+        card = {description: (name, license) for name, description, license in entries[i:i + size]}
+        first = next(iter(card.values()))[0]
+        rng = random.Random(f"{seed} {size} {first}")
+        by_name = [json.dumps({"description": d, "name": card[d][0]}, ensure_ascii=False) for d in card]
+        by_purpose = [f"{d}\n" + json.dumps({"name": card[d][0]}) for d in rng.sample([*card], len(card))]
         text = "\n".join(["APIs by name", *by_name, "", "APIs by purpose", *by_purpose])
-        licenses = " AND ".join(sorted({t.license for t in card}))
-        names = sorted(t.name for t in card)
-        yield Record(f"api_doc:index:{size}:{card[0].name}", "api_doc", "python:index", licenses, names, text)
+        names, licenses = zip(*card.values())
+        yield Record(f"api_doc:index:{size}:{first}", "api_doc", "python:index", " AND ".join(sorted({*licenses})),
+                     sorted(names), text)
 
 
 @dataclasses.dataclass
