@@ -3274,7 +3274,7 @@ SHAPES = {
              "I want to use {p}{a}.", "Make {p}{a} for me."]}
 WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
         ("with", "{v} for {l}")]
-VARIED, MADE_UP = 14, 7  # conversations on a tool with values like its examples', and on one without any examples
+VARIED, MADE_UP = 15, 7  # conversations on a tool with values like its examples', and on one without any examples
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
@@ -3284,20 +3284,21 @@ REFUSALS = ["None of the given tools can do this.", "I have no tool for that req
             "The tools at hand do not cover this, so I make no call.", "No available function fits this request."]
 ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
 VERBS = set("""
-    accept add do adjust align append apply approximate ask assign bind bound build calculate call cast change
-    check choose clamp clear clip close collect combine compare compile compose compress compute concatenate
-    configure construct convert copy count create crop cut decode decompose decompress decrypt define delete
-    derive describe detect determine differentiate disable display divide download draw drop dump embed enable
-    encode encrypt enumerate escape estimate evaluate expand export express extract factor fetch fill filter
-    find fit flatten flip fold format generate get give group guess hash import indent infer initialize insert
-    integrate interpolate intersect invert iterate join launch list load locate look lookup make map mark
-    match measure merge minimize mirror modify move multiply negate normalize obtain open order pack pad parse
-    partition perform permute pick plot predict prepare print process produce project prove put quantize quote
-    raise randomize read reduce remove rename render repeat replace report reset reshape resize resolve
-    retrieve return reverse rewrite roll rotate round run sample save scale scan search select send separate
-    serialize set shift show shuffle simplify skip solve sort specify split stack start stop store strip
-    substitute subtract sum swap take test tile train transform translate transpose trim truncate try turn
-    unescape unpack unquote update upload validate verify visualize wait wrap write yield zip""".split())
+    accept add adjust align append apply approximate ask assign bind bound build calculate call cast
+    change check choose clamp clear clip close collect combine compare compile compose compress compute
+    concatenate configure construct convert copy count create crop cut decode decompose decompress decrypt
+    define delete derive describe detect determine differentiate disable display divide do download draw
+    drop dump embed enable encode encrypt enumerate escape estimate evaluate expand export express extract
+    factor fetch fill filter find fit flatten flip fold format generate get give group guess hash import
+    indent infer initialize insert integrate interpolate intersect invert iterate join launch list load
+    locate look lookup make map mark match measure merge minimize mirror modify move multiply negate
+    normalize obtain open order pack pad parse partition perform permute pick plot predict prepare print
+    process produce project prove put quantize quote raise randomize read reduce register remove rename
+    render repeat replace report reset reshape resize resolve retrieve return reverse rewrite roll rotate
+    round run sample save scale scan search select send separate serialize set shift show shuffle simplify
+    skip solve sort specify split stack start stop store strip substitute subtract sum swap take test tile
+    train transform translate transpose trim truncate try turn unescape unpack unquote unregister update
+    upload validate verify visualize wait wrap write yield zip""".split())
 
 
 def template_units(shards, args, parts=4):
@@ -3493,17 +3494,12 @@ def can_call(tool):
 
 
 def needed(tool):
-    """The parameters without which a call says nothing: what is required or, where nothing is, what *args
-    takes.
+    """The parameters without which a call says nothing: what is required or, where nothing is, the first
+    without a default of its own.
     """
     properties, required = tool.parameters["properties"], tool.parameters["required"]
-    first = next(iter(properties), None)
-    takes_many = (
-        first
-        and properties[first].keys() <= {"type", "items", "description"}
-        and properties[first].get("type") == "array"
-    )
-    return required or ([first] if takes_many else [])
+    first = next((p for p in properties if p == "args" or not UNUSUAL.match(p)), None)
+    return required or [first] * (first is not None and properties[first].get("default", "") == "")
 
 
 def draw_kind(tool, fact, shares, rng):
@@ -3535,7 +3531,8 @@ def conversation(kind, calls, names, results, offered, rng):
     if None in requests:
         return None
     if kind == "chain":
-        user = chat_message("user", f"{requests[0]} Then {requests[1][0].lower()}{requests[1][1:]}")
+        then = f"{requests[1][0].lower()}{requests[1][1:]}".replace("the the result", "the result")
+        user = chat_message("user", f"{requests[0]} Then {then}")
         return [
             user,
             *itertools.chain.from_iterable(
@@ -3586,7 +3583,7 @@ UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|c
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
     r"containing|shape|over|into|per|within|under|matching|(from|of|between) two|along|corresponding|"
-    r"according|based|depending|such|lists of equal)$")
+    r"according|based|depending|such|lists of equal|using)$")
 STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|"
           r"handles|wraps|which|used)\b")
 ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
@@ -3695,12 +3692,12 @@ def read_purpose(sentence):
     if kind == "check":
         words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
     elif re.match(r"(\S+ ){0,3}\S+,", sentence) or re.search(
-        r"[^,] (which|that|such that|whose|where|when|if)\b", words
+        r"[^,] (which|that|such that|whose|where|when|if|and returns?)\b", words
     ):
         return None  # what would be cut is needed
     else:
         words = re.split(
-            r",? (?:so that|and returns?|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words
+            r",? (?:so that|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words
         )[0]
     cut = kind != "check" and len(words) < len(rest) - 2
     given = r" (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+){0,3}"
@@ -3944,8 +3941,8 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
      [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
     ("string", r"mime ?type|content type", ["text/csv", "application/json", "image/png"]),
     ("string", r"date(?!base)|datetime|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
-    ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
+    ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
     ("string", r"dir\b|directory|folder|^root|base path|home$",
      ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
@@ -4014,9 +4011,10 @@ SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "bet
 OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
            {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": True}, "score": 9.5},
            {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
-UNUSUAL = re.compile(r"(out|label|where|subok|casting|signature|order|backend|like|layout|memory_format|"
-                     r"requires_grad|pin_memory|generator|name|kwargs|args|options|_.*|verbose|"
-                     r"check_finite|overwrite_.*|device|master|cls|parent|context|ctx|file|stream|dtype)$")
+UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|signature|order|backend|"
+                     r"like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|args|"
+                     r"options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
+                     r"context|ctx|file|stream|dtype)$")
 HIGH_DIMENSIONAL = re.compile(
     r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
     r"positive.definite|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
@@ -4027,8 +4025,8 @@ OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metada
 SAYS_LITTLE = re.compile(  # such a name of a parameter
     r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on")
 POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|"
-                      r"sigma|std|variance|kappa|lam|rate|df\w*|counts?|radius|radii|durations?|lengths?|"
-                      r"sizes?)\b")
+                      r"sigma|std|variance|kappa|lam|rate|concentration|shape|df\w*|counts?|radius|"
+                      r"radii|durations?|lengths?|sizes?)\b")
 LISTED_TEXTS = re.compile(  # what hints at a list of texts
     r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|"
     r"categories)\b")
@@ -4048,7 +4046,7 @@ def random_arguments(tool, rng):
         kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(tool, p)}
         varied = {p: value if p in kept else vary(value, rng) for p, value in arguments.items()}
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
-    size = rng.randrange(3, 6)
+    size = rng.randrange(2, 5)
     required = needed(tool)
     optional = [
         p
@@ -4060,6 +4058,10 @@ def random_arguments(tool, rng):
     ]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
     arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
+    for low, high in (("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max")):
+        a, b = arguments.get(low), arguments.get(high)
+        if type(a) is type(b) and type(a) in (int, float, str) and a > b:
+            arguments |= {low: b, high: a}
     return arguments if all(fits(v, properties[p]) for p, v in arguments.items()) else None
 
 
@@ -4069,7 +4071,9 @@ def vary(value, rng):
         return value + rng.randrange(-abs(value) // 3, abs(value) // 3 + 1)
     if type(value) is float:
         return float(f"{value * rng.uniform(0.7, 1.3):.3g}")
-    if type(value) is list and all(type(v) in (int, float, list) for v in value):
+    numbers = type(value) is list and all(type(v) in (int, float) for v in value)
+    rows = type(value) is list and all(type(v) is list and len(v) == len(value[0]) for v in value)
+    if numbers or rows and all(type(v) in (int, float) for row in value for v in row):
         return [vary(v, rng) for v in value]
     return value
 
@@ -4116,8 +4120,15 @@ def values_of(kind, tool, name):
     """
     words = " ".join(words_of(name)).lower()
     said = tool.parameters["properties"][name].get("description", "").lower()[:50]
-    says_little = kind == "string" and SAYS_LITTLE.fullmatch(words)
-    for text in (said or tool.description.lower(), words) if says_little else (words, said):
+    if kind == "number" and re.match(r"(the )?number of", said):
+        return values_of("integer", tool, name)
+    if kind == "string" and not said and re.fullmatch("name|arg|obj|val|value|v|x", words):
+        texts = (tool.description.lower(),)  # such a name says nothing
+    elif kind == "string" and SAYS_LITTLE.fullmatch(words) or len(words) == 1:
+        texts = (said or tool.description.lower(), words)
+    else:
+        texts = (words, said)
+    for text in texts:
         found = next(
             (v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None
         )
@@ -4154,7 +4165,7 @@ def random_value(tool, name, rng, size):
     """
     schema, text = tool.parameters["properties"][name], value_text(tool, name)
     default = schema.get("default")
-    if schema.get("nullable") and rng.random() < 0.05:
+    if schema.get("nullable") and name not in tool.parameters["required"] and rng.random() < 0.05:
         return None
     first, *others = choices(tool, name)
     choice = rng.choice(others) if others and rng.random() < 0.2 else first
@@ -4185,7 +4196,7 @@ def random_list(text, schema, rng, size):
     if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
         return [rng.randrange(1, 6) for _ in range(2)]
     if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
-        return [0, 1]
+        return [0]
     if kind != "integer" and re.match(r".*dates?$", text.partition(":")[0]):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
     if kind == "string" or kind is None and LISTED_TEXTS.search(text):
@@ -4195,7 +4206,7 @@ def random_list(text, schema, rng, size):
     if kind == "array" or re.search(
         r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]
     ):
-        return [[rng.randrange(-5, 10) for _ in range(2)] for _ in range(size)]
+        return [[rng.randrange(-5, 10) for _ in range(size)] for _ in range(size)]
     if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
         return [rng.random() < 0.5 for _ in range(size)]
     if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
