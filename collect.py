@@ -589,9 +589,9 @@ def unfit(obj, key):
         or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
     ):
         return "an abstract base"
-    if hasattr(obj, "__deprecated__") or re.search(
-        r"^\.\. deprecated::|^(\W*)[Dd]eprecated\b|^.{0,200}\b(is|are|was|been) deprecated\b", doc, re.M
-    ):
+    head = re.split(r"\n\s*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0][:1000]  # parameters may be, below
+    said = r"(?i)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
+    if hasattr(obj, "__deprecated__") or re.search(said, head, re.M):
         return "deprecated"
     if re.search(
         r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|"
@@ -705,7 +705,7 @@ class Opaque(str):
 # ----------------------------------------------------------------------------------------------------------------------
 # Docstrings: what they say of each parameter
 
-NAMES = r"\*{0,2}[A-Za-z_]\w*(?:\s*,\s*\*{0,2}[A-Za-z_]\w*)*(?:,\s*\.{3})?"
+NAMES = r"(?:\\?\*){0,2}[^\W\d]\w*(?:\s*,\s*(?:\\?\*){0,2}[^\W\d]\w*)*(?:,\s*\.{3})?"
 FIELD = re.compile(r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(\*{0,2}\w+)\s*:\s*(.*)")
 FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
 NUMPY_ENTRY = re.compile(rf"`*({NAMES})`*(?:\s*:(?:\s+(.*))?)?")
@@ -737,27 +737,31 @@ def documented_parameters(doc, known=()):
     >>> documented_parameters("Args:\\n    a (int): The first\\n        number.\\n    b: Other.")["a"]
     Documented(type='int', description='The first number.')
     """
-    found, lines = {}, doc.expandtabs().split("\n")
+    found, plain, level, lines = {}, {}, None, doc.expandtabs().split("\n")
     for i, (line, (style, base)) in enumerate(zip(lines, sections(lines))):
-        text, names, kind, description = line.strip(), [], "", ""
+        text, names, kind, description = line.strip()[:500], [], "", ""
+        if style == "google" and text:  # the first entry sets the level; what is indented more belongs to one
+            level = indentation(line) if level is None else min(level, indentation(line))
+        elif style != "google":
+            level = None
         if match := FIELD_TYPE.match(text):
             names, kind = [match[1]], paragraph(match[2], lines, i)
         elif match := FIELD.match(text):
-            names, kind, description = [match[2].strip("*")], match[1].strip(), paragraph(match[3], lines, i)
+            names, kind = [match[2].strip("*")], match[1].strip()
+            description = paragraph(match[3], lines, i)
         elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
             names, kind, description = parameter_names(match[1]), match[2] or "", paragraph("", lines, i)
-        elif style in ("google", "") and (match := ENTRY.fullmatch(text)):
-            names, kind, description = (
-                parameter_names(match[1]),
-                match[2] or "",
-                paragraph(match[3], lines, i),
-            )
-            if style == "" and not {*names} <= {*known} or not description:
+        elif (style == "" or level == indentation(line)) and (match := ENTRY.fullmatch(text)):
+            names, kind = parameter_names(match[1]), match[2] or ""
+            description = paragraph(match[3], lines, i)
+            if style == "" and {*names} <= {*known}:
+                plain |= {name: Documented(kind, description) for name in names if name not in plain}
+            if style == "" or not description:
                 names = []
         for name in names:
             before = found.get(name, Documented())
             found[name] = Documented(before.type or kind, before.description or description)
-    return found
+    return {name: said for name, said in plain.items() if said.description} | found
 
 
 def sections(lines):
@@ -769,9 +773,11 @@ def sections(lines):
         text, indent = line.strip(), indentation(line)
         heading = text.strip("*#:` ")
         ruled = text and i + 1 < len(lines) and RULE.fullmatch(lines[i + 1].strip())
-        marked = re.fullmatch(r"[*#]*[\w ]+:[*]*|#+ [\w ]+", text) and (
+        marked = re.fullmatch(r"[*#]*[\w ]+:[*]*|#+ [\w ]+", text[:100]) and (
             PARAMETERS.fullmatch(heading) or OTHERS.fullmatch(heading)
         )
+        if style == "numpy" and text[:1].islower():  # a parameter called args
+            marked = None
         if ruled or marked:
             style, base = (
                 ("numpy" if ruled else "google") if PARAMETERS.fullmatch(heading) else "other"
@@ -791,7 +797,7 @@ def indentation(line):
 
 def parameter_names(text):
     """The names in "x, y", "*args" or "x1, x2, ..."."""
-    return [name.strip(" *") for name in text.split(",") if name.strip(" *.")]
+    return [name.strip(" *\\") for name in text.split(",") if name.strip(" *.")]
 
 
 def paragraph(first, lines, i):
@@ -868,6 +874,7 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     or guessed from its description and name. An object of a class is {"type": "object", "title": <the
     class>}.
     """
+    said = said._replace(description=said.description[:1000])
     schema = dict(type_schema(stated) or type_schema(said.type))
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
@@ -885,9 +892,24 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         schema = {"type": "string", "enum": values} | (
             {"default": schema["default"]} if schema.get("default") in values else {}
         )
-    if schema and re.search(r"\bNone\b|\bOptional\b", stated or said.type):
+    if schema and may_be_none(stated or said.type):
         schema["nullable"] = True
-    return schema | ({"description": shorten(said.description)} if said.description else {})
+    description = textwrap.shorten(said.description, 200, placeholder=" ...")
+    return schema | ({"description": description} if description else {})
+
+
+def may_be_none(stated):
+    """Whether a type has None among its alternatives, not only among those of what it holds.
+
+    >>> may_be_none("Optional[int]"), may_be_none("int or None"), may_be_none("list[int | None]")
+    (True, True, False)
+    """
+    if union := re.fullmatch(r"(?:[\w.]+\.)?(?:Union|Annotated)\[(.*)\]", stated[:400]):
+        stated = union[1]
+    stated, more = stated[:400], 1
+    while more:
+        stated, more = re.subn(r"\[[^\[\]]*\]", "", stated)
+    return re.search(r"\bNone\b|\bOptional\b", stated) is not None
 
 
 def class_schema(stated):
@@ -966,6 +988,8 @@ def annotation_text(annotation, module=None, depth=0):
     """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
+    if isinstance(annotation, str) and re.fullmatch(r"'[^']*'|\"[^\"]*\"", annotation):  # a text in a text
+        annotation = annotation[1:-1]
     if isinstance(annotation, str):
         return (
             re.sub(
