@@ -493,9 +493,7 @@ def test_values_follow_name_type_and_description():
         "://" in v for v in made["url"]
     )
     assert all(v[:2] in ("19", "20") for v in made["start_date"]) and all(min(v) > 0 for v in made["scale"])
-    assert all(len(row) == len(v) for v in made["matrix"] for row in v) and all(
-        v["data"] if 0 else v for v in made["data"]
-    )
+    assert all(len(row) == len(v) for v in made["matrix"] for row in v) and all(made["data"])
     assert 3 not in made["level"] and set(made["verbose_log"]) == {True} and set(made["how"]) == {"b"}
     assert any(" " in v for v in made["text"]) and any(type(v) is float for v in made["temperature"])
     assert not collect.can_state(
