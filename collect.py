@@ -589,7 +589,7 @@ def unfit(obj, key):
         or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
     ):
         return "an abstract base"
-    head = re.split(r"\n\s*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0][:1000]  # parameters may be, below
+    head = re.split(r"\n[ \t]*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0][:1000]  # below, parameters may be
     said = r"(?i)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
     if hasattr(obj, "__deprecated__") or re.search(said, head, re.M):
         return "deprecated"
@@ -740,10 +740,8 @@ def documented_parameters(doc, known=()):
     found, plain, level, lines = {}, {}, None, doc.expandtabs().split("\n")
     for i, (line, (style, base)) in enumerate(zip(lines, sections(lines))):
         text, names, kind, description = line.strip()[:500], [], "", ""
-        if style == "google" and text:  # the first entry sets the level; what is indented more belongs to one
-            level = indentation(line) if level is None else min(level, indentation(line))
-        elif style != "google":
-            level = None
+        level = level if style == "google" else None  # of the entries; what is indented more belongs to one
+        nested = level is not None and indentation(line) > level
         if match := FIELD_TYPE.match(text):
             names, kind = [match[1]], paragraph(match[2], lines, i)
         elif match := FIELD.match(text):
@@ -751,7 +749,8 @@ def documented_parameters(doc, known=()):
             description = paragraph(match[3], lines, i)
         elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
             names, kind, description = parameter_names(match[1]), match[2] or "", paragraph("", lines, i)
-        elif (style == "" or level == indentation(line)) and (match := ENTRY.fullmatch(text)):
+        elif style in ("google", "") and not nested and (match := ENTRY.fullmatch(text)):
+            level = indentation(line)
             names, kind = parameter_names(match[1]), match[2] or ""
             description = paragraph(match[3], lines, i)
             if style == "" and {*names} <= {*known}:
@@ -904,7 +903,7 @@ def may_be_none(stated):
     >>> may_be_none("Optional[int]"), may_be_none("int or None"), may_be_none("list[int | None]")
     (True, True, False)
     """
-    if union := re.fullmatch(r"(?:[\w.]+\.)?(?:Union|Annotated)\[(.*)\]", stated[:400]):
+    if union := re.fullmatch(r"(?:[\w.]+\.)?(?:Union|Annotated|Literal)\[(.*)\]", stated[:400]):
         stated = union[1]
     stated, more = stated[:400], 1
     while more:

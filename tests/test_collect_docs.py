@@ -499,7 +499,8 @@ def test_other_sections_do_not_leak(doc, expected):
 
 
 @pytest.mark.parametrize("below", [
-    "        - b: a way\n        - more: a way\n", "\n        Note: it is short.\n"], ids=["list", "paragraph"])
+    "        - b: a way\n        - more: a way\n", "\n        Note: it is short.\n"],
+    ids=["list", "paragraph"])
 def test_what_is_indented_below_a_parameter_is_none(below):
     doc = f"Go.\n\nArgs:\n    a: The first.\n{below}    b: The other."
     found = collect.documented_parameters(doc, {"a", "b"})
@@ -646,8 +647,7 @@ def test_required_by_the_first_line_of_the_documentation(first, names, required)
 
 
 def sampled(package, reference, most=100):
-    """Every k-th of the functions in which the reference finds parameters: [(name, object, {parameter: what})].
-    """
+    """Every k-th of the functions that the reference finds parameters of: [(name, object, {name: what})]."""
     found = []
     for name, obj in documented_functions(package, 10_000):
         try:
@@ -658,6 +658,17 @@ def sampled(package, reference, most=100):
                  for key, said in expected.items() if words(said) for part in key.split(",")}
         found += [(name, obj, pairs)] * bool(pairs)
     return found[::-(-len(found) // most)]
+
+
+@pytest.mark.parametrize("doc", [
+    "Go.\n\nParameters\n----------\na : int\n    A.\nb : int, optional\n    B.",
+    ":param a: A.\n:type b: int, optional",
+    "Go.\n\nArgs:\n    a (int): A.\n    b (int, optional): B."], ids=["numpy", "sphinx", "google"])
+def test_what_is_documented_as_optional_is_not_required(doc):
+    """As out is, where a signature shows no default. Optional[int] says that it may be null, not that."""
+    assert schema_of(lambda a, b: None, doc)["required"] == ["a"]
+    nullable = doc.replace("int, optional", "Optional[int]")
+    assert schema_of(lambda a, b: None, nullable)["required"] == ["a", "b"]
 
 
 @pytest.mark.parametrize("package, reference, least", [
