@@ -42,6 +42,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import regex
 import tiktoken
 from tqdm import tqdm
 
@@ -978,10 +979,16 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks, special=None, pattern=PATTERN, normal_form=None):
+    def __init__(self, ranks, special=None, pattern=PATTERN, normal_form=None, base=None):
         self.ranks = ranks  # {bytes: id}
         self.special = special or {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.pattern, self.normal_form = pattern, normal_form
+        self.base = base  # the tokenizer.json that it was read from, if it is another's
+        self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
+        found = [t for t in base["added_tokens"] if not t.get("special")] if base else []
+        self.added = {t["content"]: t for t in found if t["content"] not in SPECIAL_TOKENS}
+        by_length = sorted(self.added.values(), key=lambda token: -len(token["content"]))
+        self.find_added = re.compile("|".join(map(added_pattern, by_length)) or "(?!)")
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = next(self.special[t] for t in ("<|endoftext|>", "<|end_of_text|>") if t in self.special)
         self.im_end = self.special["<|im_end|>"]
@@ -1044,13 +1051,23 @@ class Tokenizer:
             byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
             ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
             merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
-            if model["type"] != "BPE" or merged != sorted(merged) or any(bytes([i]) not in ranks for i in range(256)):
-                raise ValueError("not a BPE over all bytes whose ids follow the order of its merges")
+            if model["type"] != "BPE" or merged != sorted(merged):
+                raise ValueError("not a BPE whose ids follow the order of its merges")
+            if any(map(model.get, ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"))):
+                raise ValueError("a BPE with prefixes, suffixes or unknown tokens")
+            if any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127))):  # rare bytes may be missing
+                raise ValueError("a vocabulary without all of ASCII")
+            kept = [t for t in content["added_tokens"] if not t.get("special")]
+            takes_space = any(t.get("lstrip") or t.get("rstrip") for t in kept)
+            if takes_space and any(t["content"][:1].isspace() for t in kept):
+                raise ValueError("added tokens of white space, and others that take white space along")
+            ours = not any(t["content"] not in SPECIAL_TOKENS for t in content["added_tokens"])
         except FileNotFoundError:
             fail(f"{path}: no such file; a directory with a tokenizer has one")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r})")
-        return cls(ranks, with_chat_tokens(added, max(*ranks.values(), *added.values(), -1) + 1), pattern, normal_form)
+        special = with_chat_tokens(added, max(*ranks.values(), *added.values(), -1) + 1)
+        return cls(ranks, special, pattern, normal_form, base=None if ours else content)
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -1061,16 +1078,34 @@ class Tokenizer:
 
     def same_as(self, other):
         """Whether both give every text and every special token the same ids."""
-        return all(getattr(self, part) == getattr(other, part) for part in ("ranks", "special", "pattern", "normal_form"))
+        parts = ("ranks", "special", "pattern", "normal_form", "added")
+        return all(getattr(self, part) == getattr(other, part) for part in parts)
 
     def encode(self, text):
         """Ids of a text. What looks like a special token in it is ordinary text."""
-        return [i for part in self.parts(text) for i in self.encoding.encode_ordinary(part)]
+        return self.encode_to_numpy(text).tolist()
 
     def encode_to_numpy(self, text):
-        """The same as an array (N,) uint32, faster."""
-        arrays = [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in self.parts(text)]
+        """The same as an array (N,) uint32."""
+        arrays = []
+        for part in self.parts(text):
+            at = 0
+            for match in self.find_added.finditer(part):  # added tokens that are not special count in text
+                arrays += [self.encode_part(part[at:match.start()])] * (match.start() > at)
+                token = match[0] if match[0] in self.added else match[0].strip()  # flags take white space along
+                arrays.append(np.array([self.added[token]["id"]], np.uint32))
+                at = match.end()
+            arrays += [self.encode_part(part[at:])] * (at < len(part) or not arrays)
         return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+    def encode_part(self, text):
+        """The ids of a text without added tokens. A byte that has no token is left out of its piece."""
+        if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
+        pieces = [piece.translate(None, self.missing) for piece in pieces]
+        ids = [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
+        return np.array(ids, np.uint32)
 
     def normalised(self, text):
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
@@ -1151,6 +1186,7 @@ class Tokenizer:
     def fingerprint(self):
         """A hash of all that decides which ids a text gets."""
         parts = [sorted((i, t.hex()) for t, i in self.ranks.items()), sorted(self.special.items()), self.pattern, self.normal_form]
+        parts += [self.added] if self.added else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tiktoken_file(self):
@@ -1165,9 +1201,15 @@ class Tokenizer:
         symbol = byte_symbols()
         written = {token: "".join(symbol[b] for b in token) for token in by_rank}
         merges = [[written[half] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
-        specials = [{"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                     "special": t not in TAGS} for t, i in sorted(self.special.items(), key=lambda entry: entry[1])]
-        write(directory / "tokenizer.json", json.dumps({
+        kept = {t["id"]: t for t in self.base["added_tokens"]} if self.base else {}
+        specials = []
+        for token, i in sorted(self.special.items(), key=lambda entry: entry[1]):
+            new = {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
+                   "normalized": False, "special": token not in TAGS}
+            specials.append(kept[i] if i in kept and kept[i]["content"] == token else new)
+        # A base's own file is kept, and the chat format's tokens are added to it.
+        content = self.base and self.base | {"added_tokens": specials}
+        write(directory / "tokenizer.json", json.dumps(content or {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
             "normalizer": {"type": self.normal_form} if self.normal_form else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
@@ -1182,6 +1224,13 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
         write(directory / "generation_config.json", json.dumps({
             "eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}))
+
+
+def added_pattern(token):
+    """An expression for where an added token of a tokenizer.json stands in text, by its flags."""
+    text = re.escape(token["content"])
+    text = rf"(?<!\w){text}(?!\w)" if token.get("single_word") else text
+    return r"\s*" * bool(token.get("lstrip")) + text + r"\s*" * bool(token.get("rstrip"))
 
 
 def with_chat_tokens(special, end):
@@ -1299,6 +1348,8 @@ def read_pattern(pre_tokenizer):
 
 def read_normal_form(normalizer):
     """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other changes to the text."""
+    if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
+        normalizer = next(iter(normalizer["normalizers"]), None)
     if normalizer and normalizer["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
         raise ValueError(f"normalizer {normalizer}")
     return normalizer and normalizer["type"]

@@ -163,6 +163,48 @@ def test_a_base_models_tokenizer(base, tmp_path):
         assert saved.apply_chat_template(messages, tools=tools, tokenize=False) == ours.decode(ours.render(messages, tools)[0])
 
 
+@pytest.mark.parametrize("normalizers", [[], [{"type": "NFC"}]], ids=["none", "one"])
+def test_a_sequence_of_at_most_one_normalizer(small, tmp_path, normalizers):
+    content = json.loads((small / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert Tokenizer.load(tmp_path).normal_form == (normalizers[0]["type"] if normalizers else None)
+
+
+def test_a_vocabulary_that_lacks_bytes_or_has_added_words(small_raw, tmp_path):
+    """SmolLM2's lacks 21 bytes, GPT-NeoX's has runs of spaces: the ids are those of tokenizers, also when saved."""
+    from tokenizers import AddedToken, Tokenizer as Reference, decoders, models, pre_tokenizers, trainers
+    theirs = Reference(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    lines = [line for shard in sorted(small_raw.glob("*.jsonl")) for line in shard.open(encoding="utf-8")][:400]
+    alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in "ĄĆĵõ"]  # 0x04, 0x06, 0x9d, 0xf5
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False,
+                                  special_tokens=["<|endoftext|>"])
+    theirs.train_from_iterator([json.loads(line).get("text") or "" for line in lines], trainer)
+    content = json.loads(theirs.to_str())
+    vocab = content["model"]["vocab"]
+    lost = {c for c in "ĄĆĵõ" if c in vocab}
+    assert not {"Ą", "Ć"} & vocab.keys() and len(lost) < 3
+    theirs.add_tokens([AddedToken(" " * n, normalized=False, special=False) for n in (2, 4)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer.load(tmp_path)
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    again = Tokenizer.load(tmp_path / "again")
+    rng = random.Random(0)
+    texts = ["a\x04b", "\x06", "x \x04\x06 y", "def f():\n        return 1", "it\x04's  12\x06 3", ""]
+    texts += ["".join(rng.choices("ab \n\x04\x06é日'1.", k=rng.randrange(30))) for _ in range(500)]
+    for text in texts:
+        expected = theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == again.encode(text) == expected, text
+    assert ours.decode(ours.encode("a\x04b")) == "ab"
+    theirs.add_tokens([AddedToken("<|fim|>", normalized=False, special=False, rstrip=True)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(SystemExit):  # whose white space, the token's or that of the runs?
+        Tokenizer.load(tmp_path)
+
+
 def test_missing_tokens_take_reserved_places_first(base):
     theirs = json.loads((base / "tokenizer.json").read_text())
     before = {t["content"]: t["id"] for t in theirs["added_tokens"]}
