@@ -538,7 +538,7 @@ class Constraint:
                 at = scan(text, at, ["\n"])
         except Incomplete:
             return not finished
-        except ValueError:
+        except (ValueError, RecursionError):  # brackets in brackets without end
             return False
 
 
@@ -669,7 +669,7 @@ def conversations(corpus, args):
     fit = [r for r in records if heldout.intersection(r.apis[:1]) and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
     if not fit:
         fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
-    return fit[:args.limit or 600]
+    return fit
 
 
 def tool_choices(corpus, args):
@@ -735,20 +735,21 @@ def heldout_calls(corpus, args):
     def episode(record):
         return judge(record, (yield record.messages[:-1], record.tools))
 
-    return [(record.id, partial(episode, record)) for record in conversations(corpus, args)]
+    records = conversations(corpus, args)[:args.limit or 600]
+    return [(record.id, partial(episode, record)) for record in records]
 
 
 def judge(record, answer):
     """The item of an answer: its calls against the recorded ones, as BFCL compares them. To ask for a
-    parameter is to name it.
+    required parameter is to name it, which the recorded answer does in backticks.
 
-    The recorded calls themselves are right, though BFCL's checker refuses some lists that hold both integers
-    and decimals.
+    The recorded calls themselves are right, though BFCL's checker refuses some lists of several types.
     """
     *before, expected = record.messages
     tools = [t["function"] for t in record.tools]
     gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in expected.get("tool_calls") or []]
-    missing = re.findall(r"`([^`]+)`", expected["content"])  # what the recorded answer asks for
+    required = {p for t in tools for p in t["parameters"].get("required") or []}
+    missing = required.intersection(re.findall(r"`([^`]+)`", expected["content"]))
     called = [c["function"]["name"] for m in before for c in m.get("tool_calls") or []]
     if called:
         kind = "mended after an error" if called[-1] == gold[0][0] else "uses a result"
@@ -759,10 +760,12 @@ def judge(record, answer):
     else:
         kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of several tools"
     if gold:
-        right, why = check_call(tools, answer.calls or [], as_gold(tools, gold))
-        right = right or json.dumps(answer.calls) == json.dumps(gold)
+        made, wanted = (with_floats(tools, calls) for calls in (answer.calls or [], gold))
+        right, why = check_call(tools, made, as_gold(tools, wanted))
+        right = right or json.dumps(made, sort_keys=True) == json.dumps(wanted, sort_keys=True)
     else:
-        right, why = all(name in answer.text for name in missing), "does not ask for it"
+        right = all(re.search(rf"\b{re.escape(p)}\b", answer.text) for p in missing)
+        why = "does not ask for it"
     item = verdict(answer, answer.calls, bool(gold), right, why)
     right, scores = item["verdict"] == "right", {}
     if gold:
@@ -896,7 +899,10 @@ def same_dict(value, gold):
 
 
 def as_gold(tools, calls):
-    """Recorded calls [(name, arguments)] as gold of check_call: each value is the only acceptable one."""
+    """Recorded calls [(name, arguments)] as gold of check_call: each value is the only acceptable one.
+
+    For "" stands " ", to BFCL the same text: "" would let the parameter be left out.
+    """
     schemas = {t["name"]: (t.get("parameters") or {}).get("properties") or {} for t in tools}
 
     def wrap(value, kind, inner=None):
@@ -904,7 +910,21 @@ def as_gold(tools, calls):
             return {k: [v] for k, v in value.items()}
         return [wrap(v, inner) for v in value] if type(value) is list and TYPES.get(kind, list) is list and inner else value
 
-    return [{name: {p: [wrap(v, *stated_types(schemas.get(name, {}).get(p)))] for p, v in arguments.items()}} for name, arguments in calls]
+    return [{name: {p: [" " if v == "" else wrap(v, *stated_types(schemas.get(name, {}).get(p)))]
+                    for p, v in arguments.items()}} for name, arguments in calls]
+
+
+def with_floats(tools, calls):
+    """Calls [(name, arguments)] with floats for integers, except where a schema allows integers and no other
+    numbers.
+
+    BFCL takes an integer for a float, but neither in a list nor where a schema states several types.
+    """
+    schemas = {(t["name"], p): json.dumps(schema) for t in tools
+               for p, schema in t["parameters"].get("properties", {}).items()}
+    whole = {key for key, text in schemas.items() if '"integer"' in text and '"number"' not in text}
+    return [(name, {p: v if (name, p) in whole else json.loads(json.dumps(v), parse_int=float)
+                    for p, v in arguments.items()}) for name, arguments in calls]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -104,6 +104,10 @@ def test_verdicts(calls, output, verdict):
     ([chat_message("user", "Go back, then roll by the result."), chat_message("assistant", "", [("roll.back", {})]),
       chat_message("tool", "2")],
      chat_message("assistant", "", [("roll", {"shift": 2})]), ROLL % 2, "uses a result", "right"),
+    ([chat_message("user", "Roll.")], chat_message("assistant", "What should `shift` be?"),
+     "No tool is shifty.", "asks what is missing", "wrong"),
+    ([chat_message("user", "Cook.")], chat_message("assistant", "`roll` cannot cook."), "None of them fits.",
+     "no tool fits", "right"),
     ([chat_message("user", "Cook.")], chat_message("assistant", "No tool fits."), "None of them fits.", "no tool fits", "right")])
 def test_kinds_of_items(before, answer, output, kind, verdict):
     item = evaluate.judge(record(answer, *before), answered(output))
@@ -133,6 +137,11 @@ VALUES = [  # (schema, values that have it, values that have not)
      ["auto", [], [1, -2], None], ["other", [1.5], {}]),
     ({"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
      [[[1, 2.5], [-3]], []], [[1], "[[1]]"]),
+    ({"type": "array", "items": {"type": "number"}}, [[0.5, 1], [2, -0.5], []], [[True, 1], ["1"]]),
+    ({"type": "array", "items": {"type": "string", "nullable": True}}, [["a", None], [None]], [[1]]),
+    ({"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "number"}]}},
+     [[1.5, -2e-07]], [["a"]]),
+    ({"type": "string"}, ["", "a-b"], [1, None]),
     ({"type": "object", "title": "Frame"}, [{"a": {"b": [1, None]}}, {}], [[], "a"]),
     ({"enum": [1, "two", None, False]}, [1, "two", None, False], [2, "three", True]),
     ({"type": ["integer", "array"], "items": {"type": "integer"}}, [12, [1, 2]], ["12", [True]]),
@@ -175,6 +184,34 @@ def test_values_within_their_schema(schema, legal, illegal):
         assert not evaluate.Constraint.legal(
             call % json.dumps(value, ensure_ascii=False), schemas, finished=True
         )
+
+
+INTEGERS, NUMBERS = ({"type": "array", "items": {"type": kind}} for kind in ("integer", "number"))
+
+
+@pytest.mark.parametrize("schema, value, other, right", [
+    ({"type": "number"}, 2.0, 2, True), ({"type": "number"}, 2, 2.0, True), ({}, 2.0, 2, True),
+    ({"type": ["string", "number"]}, 2.0, 2, True),
+    ({"anyOf": [{"type": "number"}, NUMBERS]}, [2.0], [2], True), (NUMBERS, [0.5, 2], [0.5, 2.0], True),
+    (NUMBERS, [2.0, 1.0], [2, 1], True), (NUMBERS, [1.0], [True], False),
+    ({"type": "integer"}, 3, 3.0, False), ({"type": ["integer", "null"]}, 3, 3.0, False),
+    ({"anyOf": [{"type": "integer"}, INTEGERS]}, 3, 3.0, False), (INTEGERS, [3], [3.0], False)])
+def test_an_integer_counts_as_a_float(schema, value, other, right):
+    """Wherever a schema allows floats; in two calls at once, the recorded ones are right in any order."""
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": schema}, "required": []}}
+    calls = [("f", {"x": value}), ("f", {})]
+    said = record(chat_message("assistant", "", calls))
+    said.tools = [{"type": "function", "function": tool}]
+    judge = lambda *made: evaluate.judge(said, Answer("", list(made)))["verdict"] == "right"
+    assert judge(*calls) and judge(*reversed(calls)) and not judge(calls[1], calls[1])
+    assert judge(("f", {"x": other}), ("f", {})) is right
+
+
+def test_an_empty_text_must_be_given():
+    tool = {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "string"}}}}
+    gold = evaluate.as_gold([tool], [("f", {"x": ""})])
+    right = lambda arguments: evaluate.check_call([tool], [("f", arguments)], gold)[0]
+    assert right({"x": ""}) and not right({}) and not right({"x": "a"})
 
 
 def test_the_last_call_is_what_is_asked_for(tmp_path):
@@ -257,6 +294,13 @@ def test_every_beginning_of_a_legal_call_is_legal(text):
 @pytest.mark.parametrize("text", ILLEGAL)
 def test_what_no_legal_call_begins_with_is_illegal(text):
     assert not evaluate.Constraint.legal(text, SCHEMAS, finished=False)
+
+
+def test_brackets_without_end_are_illegal():
+    """Deeper than Python reads, but nothing is raised."""
+    text = '<tool_call>\n{"name": "roll.back", "arguments": {"extra": '
+    assert evaluate.Constraint.legal(text + "[" * 50, SCHEMAS, finished=False)
+    assert not evaluate.Constraint.legal(text + "[" * 3000, SCHEMAS, finished=False)
 
 
 def test_constraint_picks_the_likeliest_legal_token():
