@@ -791,6 +791,7 @@ def sections(lines):
 
 
 def indentation(line):
+    """The number of spaces that a line begins with."""
     return len(line) - len(line.lstrip())
 
 
@@ -1741,6 +1742,7 @@ def package_tools(apis, package):
 
 
 def package_tool(api, package, examples=(), chains=()):
+    """The Tool of a described API; usable are those with a known signature, and a name of at most four parts."""
     usable = api["known"] and not api["unfit"] and api["name"].count(".") <= 3
     return Tool(
         api["name"],
@@ -1768,6 +1770,7 @@ def plain_value(value):
 
 
 def same_value(value, output):
+    """Whether an output shows a value, in whatever notation."""
     return plain_value(value) == plain_value(output)
 
 
