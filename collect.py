@@ -541,12 +541,12 @@ def describe_object(obj, module, public_name, seen):
     if inspect.ismodule(obj) or not callable(obj) or not belongs(home, module.__name__):
         return []
     key = api_key(obj, home, public_name)
-    path = f"{module.__name__}.{public_name}"
+    # What a plain module imports for its own use is not of its API.
+    borrowed = home != module.__name__ and not hasattr(module, "__path__") and not hasattr(module, "__all__")
+    place = {"key": key, "path": f"{module.__name__}.{public_name}", "borrowed": borrowed}
     if key in seen:
-        return [{"key": key, "path": path}]
-    described = [
-        describe_callable(obj, key, documentation(obj), module) | {"path": path, "unfit": unfit(obj, key)}
-    ]
+        return [place]
+    described = [describe_callable(obj, key, documentation(obj), module) | place | {"unfit": unfit(obj, key)}]
     seen.add(key)
     for name, member in sorted(members(obj).items()) if inspect.isclass(obj) else []:
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
@@ -593,6 +593,8 @@ def unfit(obj, key):
     said = r"(?i)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
     if hasattr(obj, "__deprecated__") or re.search(said, head, re.M):
         return "deprecated"
+    if re.search(r"(?i)\binternal(ly)? (function|method|helper|use|api)|\bprivate\b", head[:300]):
+        return "private"
     if re.search(
         r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|"
         r"lib2to3|distutils|tkinter|turtle\w*|curses)\b",
@@ -1176,8 +1178,10 @@ SHOWING = {
 }  # show a call's result
 ARRAYS = {"array", "asarray", "tensor", "Tensor", "Matrix"}  # of a literal: as good as the literal
 DTYPE = re.compile(r"(np|numpy|torch)\.((u?int|float|complex|bool)\d*_?)|(int|float|bool|str)")
-
-
+ALTERING = re.compile(  # names of methods that change their object
+    r"(add|append|clear|delete|discard|drain|extend|insert|move|next|partial_fit|pop|push|put|read|remove|"
+    r"seek|set|sort|step|update|write)(_|$)")
+RETURNS_SELF = re.compile(r"Returns\n *-+\n *self\b")
 SYMBOLS = {"symbols", "Symbol", "var", "Function", "Dummy"}
 
 
@@ -1188,13 +1192,15 @@ class Symbol(str):
 
 
 def sessions(doc, obj, module):
-    """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "imports",
-    "binds"}, ...]], ...
+    """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "on",
+    "made_by", "alters", "imports", "binds"}, ...]], ...
 
     `acts` says that it is an expression, which without an output must have changed something. `keys` identify
     the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments,
-    or names bound to such before, which can be shown as a call of that very tool; `binds` is the name that
-    its result gets, `imports` what the code needs. Names are looked up, no code is run.
+    or names bound to such before, which can be shown as a call of that very tool; for a method `on` is the
+    name of the object, `made_by` the expression that has just made it, if it stands alone, and `alters` says
+    that it changes it; `binds` is the name that its result gets, `imports` what the code needs. Names are
+    looked up, no code is run.
     """
     if ">>>" not in doc:
         return []
@@ -1202,7 +1208,7 @@ def sessions(doc, obj, module):
         parts = doctest.DocTestParser().parse(doc)
     except ValueError:
         return []
-    names, literals, bound = dict(USUAL_NAMES), {}, set()
+    names, literals, objects, made_by, bound = dict(USUAL_NAMES), {}, {}, {}, set()
     found, prose = [], ""
     for part in parts:
         if isinstance(part, str):
@@ -1224,24 +1230,39 @@ def sessions(doc, obj, module):
         assigned = assigned_name(statement)
         node = shown_call(statement.value) if assigned or isinstance(statement, ast.Expr) else None
         target = node and targets.get(ast.unparse(node.func))
+        on, _, method = ast.unparse(node.func).rpartition(".") if node else ("", "", "")
+        maker = node.func.value if node and isinstance(node.func, ast.Attribute) else None
+        if isinstance(maker, ast.Call):
+            objects[on] = result_class(targets[ast.unparse(maker.func)], None)
+            made_by[on] = standing_alone(maker, names, literals)
+        elif isinstance(maker, ast.Attribute) and (whole := ast.unparse(maker.value)) in objects:
+            objects[on] = attribute_class(objects[whole], maker.attr)
+            made_by[on] = made_by.get(whole) and f"{made_by[whole]}.{maker.attr}"
+        home = next((c for c in getattr(objects.get(on), "__mro__", ()) if method in vars(c)), None)
+        is_method = home is not None and inspect.isfunction(vars(home)[method])
+        if is_method:
+            target = vars(home)[method]
+        key = f"{api_key(home)}.{method}" if is_method else target and api_key(target)
         output = re.sub(r"\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
         used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+        stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         found[-1][1].append(
             {
                 "code": code,
                 "output": output,
                 "acts": isinstance(statement, ast.Expr),
-                "call": target and literal_call(target, node, literals),
+                "call": target and literal_call(key, target, node, literals, is_method),
+                "on": on if is_method else None,
+                "made_by": made_by.get(on),
+                "alters": is_method and alters(method, target),
                 "binds": assigned,
                 "imports": sorted(
-                    filter(None, (import_of(name, names, obj, module) for name in used - bound))
+                    filter(None, (import_of(name, names, obj, module) for name in used - bound - stored))
                 ),
                 "keys": sorted({api_key(t) for t in targets.values() if t is not None}),
             }
         )
-        bound |= {
-            n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
-        } | imported_names(tree).keys()
+        bound |= stored | imported_names(tree).keys()
         touched = (
             used
             if not output and not assigned
@@ -1253,6 +1274,12 @@ def sessions(doc, obj, module):
         )
         for name in touched | {assigned}:
             literals.pop(name, None)
+            made_by.pop(name, None)
+        given = result_class(target, objects.get(on)) if target else None
+        objects[assigned] = None
+        if given and isinstance(statement, ast.Assign) and node is statement.value:
+            objects[assigned] = given
+            made_by[assigned] = standing_alone(node, names, literals)
         if assigned and not isinstance(statement.value, ast.Name):  # two names for one object may change it
             with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
                 literals[assigned] = literal_value(statement.value, literals)
@@ -1265,6 +1292,51 @@ def sessions(doc, obj, module):
                 n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)
             }
     return found
+
+
+def alters(name, method):
+    """Whether a method seems to change its object: it is called so, or gives the object back."""
+    return bool(ALTERING.match(name) or RETURNS_SELF.search(method.__doc__ or ""))
+
+
+def result_class(target, home):
+    """The class of what a call gives: a class is called, a method gives its object of the class `home` back,
+    or it is annotated. None where it is not known.
+    """
+    if inspect.isclass(target):
+        return target
+    stated = getattr(target, "__annotations__", {}).get("return")
+    if stated == "Self" or RETURNS_SELF.search(getattr(target, "__doc__", None) or ""):
+        return home
+    if isinstance(stated, str):
+        stated = getattr(sys.modules.get(target.__module__), stated, None)
+    return stated if inspect.isclass(stated) else None
+
+
+def attribute_class(cls, name):
+    """The class of an attribute such as pandas.Series.str or polars.Series.list, or None."""
+    member = inspect.getattr_static(cls, name, None)
+    if isinstance(member, property):
+        return result_class(member.fget, None)
+    found = getattr(cls, name, None)
+    return found if inspect.isclass(found) else None
+
+
+class StandAlone(ast.NodeTransformer):
+    """Makes an expression that needs no name but those of modules; raises KeyError where it needs others."""
+
+    def __init__(self, names, literals):
+        self.values = {name: repr(v) for name, v in literals.items() if not isinstance(v, Symbol)} | names
+
+    def visit_Name(self, node):
+        known = node.id if hasattr(builtins, node.id) else self.values[node.id]
+        return ast.parse(known, mode="eval").body
+
+
+def standing_alone(node, names, literals):
+    """The text of an expression that needs no name but those of modules, or None."""
+    with contextlib.suppress(KeyError, SyntaxError, RecursionError):
+        return ast.unparse(StandAlone(names, literals).visit(ast.parse(ast.unparse(node), mode="eval")))
 
 
 def is_symbolic(path):
@@ -1406,7 +1478,7 @@ def look_up(text, names, obj, module):
         found = sys.modules.get(".".join(parts[:split])) if split else module
         for part in parts[split:]:
             found = inspect.getattr_static(found, part, None) if inspect.isclass(found) else getattr(found, part, None)
-        if callable(found) and getattr(found, "__name__", None):
+        if callable(found) and isinstance(getattr(found, "__name__", None), str):
             return found
     return None
 
@@ -1420,12 +1492,15 @@ def api_key(obj, home=None, name=None):
     return key + f"#{zlib.crc32((obj.__doc__ or '').encode()):08x}" if "<locals>" in key else key
 
 
-def literal_call(target, node, literals):
+def literal_call(key, target, node, literals, is_method):
     """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one;
-    else None.
+    else None. Of a method the first parameter is not given.
     """
     try:
-        return [api_key(target), bind_literals(find_signature(target, documentation(target)), node, literals)]
+        signature = find_signature(target, documentation(target))
+        if is_method:
+            signature = signature.replace(parameters=[*signature.parameters.values()][1:])
+        return [key, bind_literals(signature, node, literals)]
     except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
         return None
 
@@ -1506,10 +1581,12 @@ def name_apis(objects, package):
 
     Returns {key: description with "name", "summary", "tool"} for what is documented.
     """
-    paths, described = {}, {}
+    paths, described, borrowed = {}, {}, set()
     for o in objects:
         if "path" in o:
             paths.setdefault(o["key"], set()).add(o["path"])
+            if o["borrowed"]:
+                borrowed.add(o["path"])
         if "doc" in o:
             described.setdefault(o["key"], o)
 
@@ -1517,6 +1594,7 @@ def name_apis(objects, package):
         parent = path.rpartition(".")[0]
         own = home == parent or home.startswith(parent + ".") or home.lstrip("_") == parent
         return (
+            path in borrowed,
             path.count("."),
             re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None,
             not own,
@@ -1527,6 +1605,9 @@ def name_apis(objects, package):
     best = {key: min(found, key=lambda p: rank(p, key.split(":")[0])) for key, found in paths.items()}
     names = {key: best.get(key) or f"{best[o['of']]}.{o['name']}" for key, o in described.items()
              if key in best or o.get("of") in best}
+    for key in names:
+        if best.get(key, best.get(described[key].get("of"))) in borrowed:
+            described[key]["unfit"] = described[key]["unfit"] or "imported from where nothing is public"
     infer_types([o for o in described.values() if o["key"] in names])
     apis, taken = {}, {}
     for key in sorted(names, key=lambda k: rank(names[k], described[k]["home"])):
@@ -1626,9 +1707,9 @@ def actions(api, apis):
     ...].
 
     A call with literal arguments is one of its API. All else is Python code, which takes along the statements
-    without a result that stand before it.
+    before it that it may need.
     """
-    found, waiting, imported = [], [], set()
+    found, waiting, imported, made = [], [], set(), set()
     for prose, steps in api["sessions"]:
         acts = []
         found.append((prose, acts))
@@ -1644,24 +1725,65 @@ def actions(api, apis):
                 f"list({name})",
             ):  # shows what the call before gave
                 last = before.pop() | {"output": step["output"]}
-            named = [(*called_api(s, apis), s["output"]) for s in [*(s for s in before if s["acts"]), last]]
+            unmade = {s["binds"] for s in waiting}
+            acting = [*(s for s in before if s["acts"]), last]
+            named = [(*called_api(s, apis, made - unmade), s["output"]) for s in acting]
             if all(target for target, *_ in named):
                 acts += named
-                waiting = [s for s in before if not s["acts"]]
+                waiting = [s for s in waiting if not s["acts"] or s["alters"] and owner(s) in unmade]
                 continue
-            needed = sorted({line for s in waiting for line in s["imports"]} - imported)
+            run, waiting = parted(step, waiting[:-1])
+            needed = sorted({line for s in run for line in s["imports"]} - imported)
             imported.update(needed)
-            acts.append((None, {"code": "\n".join([*needed, *(s["code"] for s in waiting)])}, step["output"]))
-            waiting = []
+            made.update(s["binds"] for s in run)
+            acts.append((None, {"code": "\n".join([*needed, *(s["code"] for s in run)])}, step["output"]))
     return found
 
 
-def called_api(step, apis):
-    """(the API that a step is a call of, its arguments), or (None, None)."""
+def parted(last, before):
+    """The statements before one that its code needs, itself included, and those that later code may need."""
+    code, later, words = [last], [], {*re.findall(r"\w+", last["code"])}
+    for step in reversed(before):
+        name, _, value = step["code"].partition("=")
+        spare = step["binds"] and (step["call"] and step["on"] is None or "(" not in value)
+        if not spare or step["binds"] in words:
+            code.insert(0, step)
+            words = words - {step["binds"]} | {*re.findall(r"\w+", value or name)}
+        elif step["binds"] not in {s["binds"] for s in code}:
+            later.insert(0, step)
+    return code, later
+
+
+def owner(step):
+    """The name that the object of a method is, or is part of."""
+    return step["on"].partition(".")[0]
+
+
+def called_api(step, apis, made):
+    """(the API that a step is a call of, its arguments), or (None, None). The object of a method is an
+    argument too: one of the names made, or an expression.
+    """
     key, arguments = step["call"] or (None, None)
-    if key in apis and fits(arguments, apis[key]["parameters"]):
-        return apis[key], arguments
-    return None, None
+    if key not in apis or not fits(arguments, apis[key]["parameters"]):
+        return None, None
+    api, on = apis[key], step["on"]
+    if on is None:
+        return api, arguments
+    thing = on if owner(step) in made else step["made_by"]
+    return (on_object(api), {"object": thing} | arguments) if thing else (None, None)
+
+
+def on_object(api):
+    """A described method as a tool that is told its object."""
+    function = api["tool"]["function"]
+    schema = function["parameters"]
+    named = {"type": "string", "description": "The object: its name in the Python session, or an expression."}
+    parameters = schema | {
+        "properties": {"object": named} | schema["properties"],
+        "required": ["object", *schema["required"]],
+    }
+    tool = {"type": "function", "function": function | {"parameters": parameters}}
+    return api | {"tool": tool, "known": False}
 
 
 def trajectories(apis, package):
@@ -3300,7 +3422,7 @@ SHAPES = {
              "I want to use {p}{a}.", "Make {p}{a} for me."]}
 WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
         ("with", "{v} for {l}")]
-VARIED, MADE_UP = 15, 7  # conversations on a tool with values like its examples', and on one without any examples
+VARIED, MADE_UP = 20, 4  # conversations on a tool with values like its examples', and on one without examples
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
@@ -3946,6 +4068,13 @@ FILES = {  # by a word in the tool's description
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
          "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
          "one,two,three"]
+NAMES = ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]
+KEYS = ["user_id", "created_at", "price", "weight"]
+SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
+    r"(?i)\b(decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|camel|pascal|"
+    r"emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|float|bool|"
+    r"template|header|model|node|character by|configuration|bucket|format|operator|signature|[a-z]*ml\b|json|"
+    r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library)")
 BEGINS_AS_TEXT = re.compile(
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
@@ -3962,7 +4091,6 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"encoding|charset|codec", ["utf-8", "latin-1", "ascii", "utf-16"]),
     ("string", r"^errors\b", ["strict", "ignore", "replace"]),
     ("string", r"dtype|data type", ["float32", "float64", "int64", "bool"]),
-    ("string", r"device", ["cpu", "cuda:0"]),
     ("string", r"regex|pattern|regular expression|glob",
      [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
     ("string", r"mime ?type|content type", ["text/csv", "application/json", "image/png"]),
@@ -3981,24 +4109,25 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
     ("string", r"module|package|distribution name", ["json", "collections.abc", "numpy", "requests"]),
     ("string", r"command|cmd", ["ls -la /tmp", "git status", "echo hello world"]),
-    ("string", r"(env|environment|variable)", ["HOME", "PATH", "DEBUG_LEVEL"]),
+    ("string", r"env|environ|environment", ["HOME", "PATH", "DEBUG_LEVEL"]),
+    ("string", r"random variable|distribution", ["X", "Y", "Z"]),
     ("string", r"user|login|author", ["ada", "guest", "Grace Hopper"]),
     ("string", r"token|password|secret", ["s3cret-Pa55", "correct horse battery staple"]),
-    ("string", r"title|subject|heading|caption|label|desc",
+    ("string", r"title|subject|heading|caption|desc",
      ["Monthly sales report", "Average temperature", "Results of the second run"]),
     ("string", r"query|question|search",
      ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]),
     ("string", r"html|markup", ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]),
     ("string", r"^json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
     ("string", r"header", ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]),
-    ("string", r"key|column|field|attribute|attr\b|weight", ["user_id", "created_at", "price", "weight"]),
+    ("string", r"key|column|field|attribute|attr\b|weight", KEYS),
     ("string", r"unit", ["ms", "kg", "days", "km"]),
     ("string", r"^(\w+ )?(format|fmt)\b", ["%Y-%m-%d", "{:.2f}", "png"]),
     ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
                r"comment|note|^data\b", TEXTS),
     ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex",
-     ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]),
-    ("integer", r"axis|axes|^dim\b|^dim\d|dimension along", [0, -1]),
+     NAMES),
+    ("integer", r"axis|axes|dimension (along|to|over|in|on|of the)|(along|over) which", [0, -1]),
     ("integer", r"version", [1, 2, 3]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
@@ -4014,7 +4143,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("integer", r"width|height|length|columns|cols|rows|channels|features|size|hidden",
      [4, 6, 8, 10, 12, 16, 20, 32]),
     ("integer", r"k\b|group|kernel|stride|step|dilation|padding", [1, 2, 3, 5]),
-    ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1, 2, 5, 10, -1]),
+    ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1]),
     ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100]),
     ("integer", r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins",
      [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]),
@@ -4025,11 +4154,13 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
      [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]),
     ("number", r"noise", [0.05, 0.1, 0.2, 0.5]),
     ("number", r"eps|tol|lr\b|learning", [0.1, 0.01, 1e-3, 1e-5, 1e-6]),
+    ("number", r"x|y|loc|mean|mu|offset|shift|bias|value",
+     [0.5, 1.5, 2, 3.14, 7, 12.75, -1.5, -0.5, -2, -3.25]),
     ("number", r"angle|degree|theta|phi|rotation|lat|lon", [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]),
     ("number", r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length",
      [0.5, 1.5, 2, 2.5, 4, 10]),
     ("number", r"",
-     [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, -1.5, -0.5, -2, -3.25, 100])]
+     [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100])]
 VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values)
           for kind, pattern, values in VALUES]
 SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
@@ -4045,6 +4176,14 @@ HIGH_DIMENSIONAL = re.compile(
     r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
     r"positive.definite|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
     r"frames?\b|graph|adjacency|callable|function|pairs|tuples")
+HIGH_DIMENSIONAL_TOOL = re.compile(
+    r"(?i)\b(pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|shadow|batch|3-?d|nditers?|"
+    r"dtensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
+TWO_DIMENSIONAL_TOOL = re.compile(
+    r"(?i)\b(2-?d|2 dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
+SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
+SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
+NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial")
 OPENS = re.compile(  # what is done with a file that must exist
     r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
@@ -4070,7 +4209,10 @@ def random_arguments(tool, rng):
     if tool.examples:
         arguments, _ = rng.choice(tool.examples)
         kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(tool, p)}
-        varied = {p: value if p in kept else vary(value, rng) for p, value in arguments.items()}
+        varied = {}
+        for p, value in arguments.items():  # later whole numbers often speak of the first: an index, a size
+            whole = all(type(v) is int for v in (value if type(value) is list else [value]))
+            varied[p] = value if p in kept or whole and varied else vary(value, rng)
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
     size = rng.randrange(2, 5)
     required = needed(tool)
@@ -4084,7 +4226,9 @@ def random_arguments(tool, rng):
     ]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
     arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
-    for low, high in (("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max")):
+    for low, high in (
+        ("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max"), ("k", "n")
+    ):
         a, b = arguments.get(low), arguments.get(high)
         if type(a) is type(b) and type(a) in (int, float, str) and a > b:
             arguments |= {low: b, high: a}
@@ -4115,7 +4259,9 @@ def choices(tool, name):
     """
     schema, text = tool.parameters["properties"][name], value_text(tool, name)
     several = schema["type"] if isinstance(schema.get("type"), list) else None
-    found = []
+    found, about = [], f"{tool.description} {text}".lower()
+    if SECRET.search(about):
+        return []
     several = ["integer"] if several and "integer" in several and re.match(r"axis$|dim$", name) else several
     for choice in schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema]):
         kind, items = choice.get("type"), choice.get("items") or {}
@@ -4123,10 +4269,14 @@ def choices(tool, name):
             found.append(choice)
         elif kind in ("integer", "number", "string") and values_of(kind, tool, name):
             found.append(choice)
-        elif kind == "object" and "title" not in choice and OBJECT_NAMES.match(name) and "graph" not in text:
-            found.append(choice)
+        elif kind == "object" and OBJECT_NAMES.match(name):
+            if "title" not in choice and not SHAPED.search(about):
+                found.append(choice)
         elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
-            inner = items.get("items") or {"type": "number"} if items.get("type") == "array" else items
+            if HIGH_DIMENSIONAL_TOOL.search(tool.description):
+                continue
+            rows = items.get("type") == "array" and LISTED.search(text) and not LISTED_TEXTS.search(text)
+            inner = items.get("items") or {"type": "number"} if rows else items
             texts = inner.get("type") == "string" and "enum" not in inner
             if (
                 not texts
@@ -4146,7 +4296,7 @@ def values_of(kind, tool, name):
     """
     words = " ".join(words_of(name)).lower()
     said = tool.parameters["properties"][name].get("description", "").lower()[:50]
-    if kind == "number" and re.match(r"(the )?number of", said):
+    if kind == "number" and (re.match(r"(the )?number of", said) or re.search(r"^n |digits|count", words)):
         return values_of("integer", tool, name)
     if kind == "string" and not said and re.fullmatch("name|arg|obj|val|value|v|x", words):
         texts = (tool.description.lower(),)  # such a name says nothing
@@ -4160,6 +4310,8 @@ def values_of(kind, tool, name):
         )
         if found is PATHS:
             return files_of(tool)
+        if found in (TEXTS, NAMES, KEYS) and SPECIAL_TEXT.search(tool.description):
+            return []
         if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
             return found
     known = said or kind == "number" or len(name) == 1
@@ -4174,6 +4326,8 @@ def files_of(tool):
     """Paths of files of the kind that a tool's description speaks of."""
     words = re.findall(r"[a-z]+", tool.description.lower())
     path = next((path for word, path in FILES.items() if word in words), None)
+    if not path and re.search(r"\b[A-Z]{3,}\d*\b|format|compress", tool.description):
+        return []
     return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"] if path else PATHS
 
 
@@ -4201,8 +4355,8 @@ def random_value(tool, name, rng, size):
     if kind == "boolean":
         return not default if type(default) is bool else rng.random() < 0.7
     if kind == "array":
-        whole = re.search(r"\b(bitwise|bit-wise|gcd|lcm|divisor)\b", tool.description, re.I)
-        return random_list("integer " * bool(whole) + text, choice, rng, size)
+        whole = re.search(r"\b(bit-?wise|bits|shift|gcd|lcm|divisor|integers)\b", tool.description, re.I)
+        return random_list("integer " * bool(whole) + text, choice, rng, size, tool.description)
     if kind == "object":
         return rng.choice(OBJECTS)
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
@@ -4215,37 +4369,46 @@ def random_value(tool, name, rng, size):
     return rng.choice([v for v in values if v != default])
 
 
-def random_list(text, schema, rng, size):
-    """A list by the type of its items or, where none is stated, by what its name and description say."""
+def random_list(text, schema, rng, size, about=""):
+    """A list by the type of its items or, where none is stated, by what its name, its description and that of
+    its tool say.
+    """
     items = schema.get("items") or {}
     kind = items.get("type")
     if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
         return [rng.randrange(1, 6) for _ in range(2)]
+    if kind != "string" and re.match(r"(target|class|y true|y pred|labels?( true| pred)?:)", text):
+        return [rng.randrange(3) for _ in range(size)]
     if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
         return [0]
     if kind != "integer" and re.match(r".*dates?$", text.partition(":")[0]):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
-    if kind == "string" or kind is None and LISTED_TEXTS.search(text):
+    of_texts = re.search(r"\b(strings?|characters?|(upper|lower)case)\b", about)
+    of_texts = of_texts and re.match(r"(a|x\d?|s):", text)
+    if kind == "string" or kind is None and (LISTED_TEXTS.search(text) or of_texts):
         if re.search(r"\blines\b", text):
             return ["1 2", "2 3", "3 1"]
-        return list(rng.choice(SAMPLES)) if not re.search("file|path", text) else ["data/a.csv", "data/b.csv"]
-    if kind == "array" or re.search(
-        r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", text.partition(":")[2][:60]
+        if re.match(r"\w*(file|path)s?\b", text):
+            return ["data/a.csv", "data/b.csv"]
+        return list(rng.choice(SAMPLES))
+    flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
+    named, _, said = text.partition(":")
+    if (
+        kind == "array"
+        or TWO_DIMENSIONAL_TOOL.search(about)
+        and not flat
+        or named in ("arrays", "tensors", "matrices", "sequences", "rows")
+        or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", said[:60])
     ):
         return [[rng.randrange(-5, 10) for _ in range(size)] for _ in range(size)]
-    if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text):
+    if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text) or "logical" in about:
         return [rng.random() < 0.5 for _ in range(size)]
     if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
         return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
     if kind != "number" and re.search(r"\b(indices|index|sections|positions)\b", text):
         return sorted(rng.sample(range(3), 2))
-    if re.match(r"(target|class|y true|y pred|labels (true|pred))", text):
-        return [rng.randrange(3) for _ in range(size)]
-    low = (
-        1
-        if POSITIVE.search(text) or re.search(r"counts|weights|degree|sequence|partition|permutation", text)
-        else -9
-    )
+    counted = re.search(r"counts|weights|degree|sequence|partition|permutation", text)
+    low = 1 if counted or POSITIVE.search(text) or NEVER_NEGATIVE.search(about) else -9
     whole = (
         kind == "integer"
         or re.search(r"integer|counts|coefficients|degree", text)

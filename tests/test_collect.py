@@ -166,6 +166,98 @@ def double(x):
 '''
 
 
+METHODS = '''
+class Strange:
+    """Something whose attributes have no truth value.""" 
+
+    def __call__(self):
+        pass
+
+    @property
+    def __name__(self):
+        return self
+
+    def __bool__(self):
+        raise TypeError("neither true nor false")
+
+
+col = Strange()
+
+
+class Words:
+    """Some words, kept as they come."""
+
+    def __init__(self, words):
+        self.words = words
+
+    @property
+    def upper(self) -> "Words":
+        return Words([w.upper() for w in self.words])
+
+    def first(self, n=1):
+        """Show the first n words.
+
+        >>> from pkg.m import col, Words
+        >>> words = Words(['a', 'b'])
+        >>> words.first(n=2)
+        ['a', 'b']
+        >>> words.upper.first()
+        ['A']
+        >>> Words(["c"]).first()
+        ['c']
+        >>> other = col()
+        >>> words = Words(["d", "e", other])
+        >>> words.first()
+        ['d']
+        >>> words.first(n=2)
+        ['d', 'e']
+        """
+        return self.words[:n]
+
+    def add(self, word):
+        """Add a word to the end.
+
+        >>> from pkg.m import Words
+        >>> words = Words(['a'])
+        >>> words.add('b')
+        2
+        >>> unused = 3
+        >>> words.words
+        ['a', 'b']
+        """
+        self.words.append(word)
+        return len(self.words)
+'''
+
+
+def test_methods_are_told_their_object(tmp_path, monkeypatch):
+    """A method is a tool of its own where its object has a name in the Python session, or an expression that
+    stands alone; code that comes later has what changed the object.
+    """
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    package = package_of(tmp_path, m=METHODS)
+    objects, _ = collect.introspect(package, 5.0)
+    apis = collect.name_apis(objects, package)
+    records = {t.id.rpartition(".")[2]: t for t in collect.trajectories(apis, package)}
+    calls = {name: [(c["function"]["name"], json.loads(c["function"]["arguments"]))
+                    for m in t.messages for c in m.get("tool_calls", [])] for name, t in records.items()}
+    assert calls["first"] == [
+        ("pkg.m.Words.first", {"object": "pkg.m.Words(['a', 'b'])", "n": 2}),
+        ("python", {"code": "from pkg.m import col, Words\nwords = Words(['a', 'b'])\nwords.upper.first()"}),
+        ("pkg.m.Words.first", {"object": "pkg.m.Words(['c'])"}),
+        ("python", {"code": "other = col()\nwords = Words([\"d\", \"e\", other])\nwords.first()"}),
+        ("pkg.m.Words.first", {"object": "words", "n": 2}),
+    ]
+    assert calls["add"] == [
+        ("pkg.m.Words.add", {"object": "pkg.m.Words(['a'])", "word": "b"}),
+        ("python", {"code": "from pkg.m import Words\nwords = Words(['a'])\nwords.add('b')\nwords.words"}),
+    ]
+    [tool] = [t["function"] for t in records["add"].tools if t["function"]["name"] != "python"]
+    assert tool["parameters"]["required"] == ["object", "word"]
+    methods = [t for t in collect.package_tools(apis, package) if t.name.endswith(("first", "add"))]
+    assert len(methods) == 2 and not any(t.usable for t in methods)
+
+
 def test_what_examples_call(tmp_path, monkeypatch):
     """By name with literals or names for such; effects without an output are kept, imports added, broken
     steps left out.
@@ -185,7 +277,7 @@ def test_what_examples_call(tmp_path, monkeypatch):
     assert trajectories["push"] == [("pkg.m.push", {"n": 3}), ("pkg.m.push", {"n": 4}), ("pkg.m.top", {})]
     *named, (python, code) = trajectories["top"]
     assert named == [("pkg.m.total", {"values": [1, 2]}), ("pkg.m.total", {"values": [1, 2, 3]})]
-    assert python == "python" and code == {"code": "from pkg.m import total\nimport math\ndata = [1, 2]\n"
+    assert python == "python" and code == {"code": "from pkg.m import total\nimport math\n"
                                            "print(math.floor(total([0.5])))"}
     tools = {t.name: t for t in collect.package_tools(apis, package)}
     assert ({"values": [1, 2, 3]}, "6") in tools["pkg.m.total"].examples

@@ -372,7 +372,7 @@ def test_kinds_of_conversations():
         len({r.id for r in records})
         == len({json.dumps(r.messages) for r in records})
         == len(records)
-        > 5 * len(names)
+        > 3 * len(names)
     )
     counts, roles, shown = collect.Counter(), collect.defaultdict(set), collect.defaultdict(set)
     schemas = {t.name[4:]: t.parameters for t in tools}
@@ -418,7 +418,7 @@ def test_kinds_of_conversations():
         > counts["single"]
         > max(counts[k] for k in ("parallel", "irrelevant", "missing", "error"))
     )
-    assert min(counts.values()) > 50 and sum(map(len, shown.values())) > 5 * len(
+    assert min(counts.values()) > 50 and sum(map(len, shown.values())) > 3 * len(
         names
     )  # several shapes a function
     only = collect.Counter(
