@@ -51,6 +51,7 @@ import inspect
 import ipaddress
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -540,6 +541,8 @@ def describe_object(obj, module, public_name, seen):
     home = getattr(obj, "__module__", None) or module.__name__
     if inspect.ismodule(obj) or not callable(obj) or not belongs(home, module.__name__):
         return []
+    if not inspect.isclass(obj) and getattr(obj, "__doc__", None) is type(obj).__doc__ and obj.__doc__:
+        return []  # a thing that happens to be callable: its documentation is that of its class
     key = api_key(obj, home, public_name)
     # What a plain module imports for its own use is not of its API.
     borrowed = home != module.__name__ and not hasattr(module, "__path__") and not hasattr(module, "__all__")
@@ -580,6 +583,9 @@ def unfit(obj, key):
     doc = documentation(obj)
     if inspect.isclass(obj) and issubclass(obj, (BaseException, type, enum.Enum)):
         return "an exception, a metaclass or an enumeration"
+    gives = getattr(obj, "__annotations__", {}).get("return", "")
+    if re.match(r"([\w.]+\.)?(Callable|FC|Decorator)\b", str(gives)):
+        return "it makes a decorator or another function"
     if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not inspect.isclass(obj):
         return "a type"
     if inspect.isclass(obj) and (
@@ -841,7 +847,7 @@ def json_schema(parameters, doc, module=None):
     else the default's; {} where none is known. The description is the docstring's or that in
     typing.Annotated.
     """
-    parameters = [p for i, p in enumerate(parameters) if i or p.name not in ("self", "cls")]
+    parameters = [p for i, p in enumerate(parameters) if i or p.name != "self"]
     known, kinds = {p.name for p in parameters}, {p.kind for p in parameters}
     documented = documented_parameters(doc, known)
     others = {name: said for name, said in documented.items() if name not in known}
@@ -1123,6 +1129,8 @@ def alternative(text, depth):
     """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
     if re.fullmatch(r"'[^']*'|\"[^\"]*\"|-?\d+(\.\d+)?|True|False", text):
         return [{"enum": [ast.literal_eval(text)]}]
+    if re.fullmatch(r"(torch\.)?Size", text):
+        return [array_of([{"type": "integer"}])]
     if found := re.fullmatch(
         r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S
     ):
@@ -1414,7 +1422,7 @@ def literal_value(node, literals):
 
 
 def made_array(node, literals):
-    """The list in arange(6), range(6), ones(3), zeros(3) and arange(6).reshape(2, 3), or None."""
+    """The list in arange(6), range(6), ones(3), zeros(2, 3) and arange(6).reshape(2, 3), or None."""
     kind, arguments = ast.unparse(node.func).rpartition(".")[2], [
         literal_value(a, literals) for a in node.args
     ]
@@ -1432,12 +1440,14 @@ def made_array(node, literals):
     ):
         return None
     whole = [int(a) for a in arguments]
-    return {
-        "arange": lambda: list(range(*whole)),
-        "range": lambda: list(range(*whole)),
-        "ones": lambda: [1.0] * whole[0],
-        "zeros": lambda: [0.0] * whole[0],
-    }.get(kind, lambda: None)()
+    if kind in ("arange", "range"):
+        return list(range(*whole))
+    if kind not in ("ones", "zeros") or math.prod(whole) > 100:
+        return None
+    values = 1.0 if kind == "ones" else 0.0
+    for n in reversed(whole):
+        values = [values] * n
+    return values
 
 
 def import_of(name, names, obj, module):
@@ -1842,9 +1852,8 @@ def package_tools(apis, package):
             if target and target["known"]
         ]
         for name, arguments, result in acts:
-            if len(json.dumps(arguments)) < 300 and not {"[]", "{}", '""'} & {
-                *map(json.dumps, arguments.values())
-            }:
+            empty = {"[]", "{}", '""'} & {*map(json.dumps, arguments.values())}
+            if len(json.dumps(arguments)) < 300 and not empty and not result.startswith("Traceback"):
                 examples[name].setdefault(json.dumps(arguments), (arguments, result))
     shown = [(name, *example) for name, of in examples.items() for example in of.values()]
     takers = defaultdict(list)
@@ -3753,6 +3762,13 @@ class Said(str):
     """Words that stand for a value in a request."""
 
 
+VAGUE = set("""
+    a an and array arrays computed constructed copy created data dataframe directed distance float generated
+    graph in index input kernel list masked matrix new newly object of or output result resulting results
+    returned sample samples scaled score scores series shape string target tensor the thresholded to
+    transformed undirected updated value values with 1-d 2-d""".split())  # do not say which function it is
+
+
 def purposes(tool):
     """What a tool is for, as [(a key of SHAPES, words)], from the first sentence of its documentation, from
     what it says to return, and from the tool's name. The words may hold names of parameters.
@@ -3784,6 +3800,7 @@ def find_purposes(name, documentation, is_class):
             given
             and len(returned[1]) - 4 < len(given[1]) < 70
             and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
+            and {*re.findall(r"[\w-]+", given[1].lower())} - VAGUE
         )
         found += [given] if whole else []
     name = " ".join(words).lower()
@@ -3899,6 +3916,8 @@ def ask(tool, arguments, offered, rng, plain=False):
             )
             if w not in names
         ]
+        forgotten = re.findall(r"(?<= to )\w+$|(?<= than )\w+$|(?<= and )\w+$|(?<= of )\w+$", words)
+        odd += [w for w in forgotten if w in tool.parameters["properties"].keys() - arguments.keys() - names]
         if not odd and not any(common_run(request, t.description) for t in offered):
             return request
     return None
@@ -3931,7 +3950,8 @@ def fill_in(kind, words, arguments, tool):
     marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
     plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
     words = re.sub(
-        rf"[`*']+({marked or '(?!)'})[`*']+|(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]",
+        rf"[`*']+({marked or '(?!)'})[`*']+(?! (?:keyword|argument|parameter|option))|"
+        rf"(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]",
         value,
         words,
     )
@@ -4071,8 +4091,8 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm 
 NAMES = ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]
 KEYS = ["user_id", "created_at", "price", "weight"]
 SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
-    r"(?i)\b(decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|camel|pascal|"
-    r"emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|float|bool|"
+    r"(?i)\b(construct an?|decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|"
+    r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|float|bool|"
     r"template|header|model|node|character by|configuration|bucket|format|operator|signature|[a-z]*ml\b|json|"
     r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library)")
 BEGINS_AS_TEXT = re.compile(
@@ -4088,12 +4108,15 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"host|server|domain|netloc",
      ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"]),
     ("string", r"\bip|address", ["192.168.1.20", "10.0.0.5", "2001:db8::1"]),
-    ("string", r"encoding|charset|codec", ["utf-8", "latin-1", "ascii", "utf-16"]),
+    ("string", r"encoding|charset", ["utf-8", "latin-1", "ascii", "utf-16"]),
     ("string", r"^errors\b", ["strict", "ignore", "replace"]),
     ("string", r"dtype|data type", ["float32", "float64", "int64", "bool"]),
     ("string", r"regex|pattern|regular expression|glob",
      [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
     ("string", r"mime ?type|content type", ["text/csv", "application/json", "image/png"]),
+    ("string", r"duration|timedelta", ["01:30:00", "P2DT3H", "3 days, 12:00:00"]),
+    ("string", r"datetime\.time|parse a time", ["14:45", "09:30:15"]),
+    ("string", r"bucket", ["reports-2024", "nightly-backups"]),
     ("string", r"date(?!base)|datetime|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
     ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
@@ -4129,6 +4152,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
      NAMES),
     ("integer", r"axis|axes|dimension (along|to|over|in|on|of the)|(along|over) which", [0, -1]),
     ("integer", r"version", [1, 2, 3]),
+    ("integer", r"prime", [5, 7, 11, 13]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
     ("integer", r"year", [1999, 2012, 2024, 2025]),
@@ -4230,7 +4254,8 @@ def random_arguments(tool, rng):
         ("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max"), ("k", "n")
     ):
         a, b = arguments.get(low), arguments.get(high)
-        if type(a) is type(b) and type(a) in (int, float, str) and a > b:
+        numbers = type(a) in (int, float) and type(b) in (int, float)
+        if (numbers or type(a) is type(b) is str) and a > b:
             arguments |= {low: b, high: a}
     return arguments if all(fits(v, properties[p]) for p, v in arguments.items()) else None
 
@@ -4286,7 +4311,8 @@ def choices(tool, name):
                 or (texts and LISTED_TEXTS.search(text))
             ):
                 found.append(choice)
-    return found
+    texts = [choice for choice in found if choice.get("type") == "string"]
+    return texts if texts and re.match(r"(exprs?|columns?|cols?|names?|by|on)$", name) else found
 
 
 def values_of(kind, tool, name):
@@ -4388,7 +4414,7 @@ def random_list(text, schema, rng, size, about=""):
     if kind == "string" or kind is None and (LISTED_TEXTS.search(text) or of_texts):
         if re.search(r"\blines\b", text):
             return ["1 2", "2 3", "3 1"]
-        if re.match(r"\w*(file|path)s?\b", text):
+        if re.match(r"\w*(file|path|dir)s?\b", text):
             return ["data/a.csv", "data/b.csv"]
         return list(rng.choice(SAMPLES))
     flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
@@ -4416,11 +4442,10 @@ def random_list(text, schema, rng, size, about=""):
         and rng.random() < 0.4
     )
     values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
-    return (
-        sorted(values)
-        if re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text)
-        else values
-    )
+    if "degree" in text and whole:
+        values[0] += sum(values) % 2  # each edge has two ends
+    ordered = re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text)
+    return sorted(values) if ordered else values
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -47,8 +47,8 @@ def write_model(path, out):
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    if hasattr(model.config, "quantization_config"):  # it is quantized no longer
-        del model.config.quantization_config
+    model.hf_quantizer = None  # it is quantized no longer
+    del model.config.quantization_config
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
 
