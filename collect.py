@@ -3764,7 +3764,7 @@ class Said(str):
 
 VAGUE = set("""
     a an and array arrays computed constructed copy created data dataframe directed distance float generated
-    graph in index input kernel list masked matrix new newly object of or output result resulting results
+    graph in index input kernel list masked matrix multigraph new newly object of or output result resulting results
     returned sample samples scaled score scores series shape string target tensor the thresholded to
     transformed undirected updated value values with 1-d 2-d""".split())  # do not say which function it is
 
@@ -3960,7 +3960,8 @@ def fill_in(kind, words, arguments, tool):
     if main and re.search(rf" (of|in|from|to) (the )?{main}$", words):
         words = re.sub(rf"(the )?{main}$", lambda _: in_words(left.pop(main)), words)
         main = next(iter(left), None)
-    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.parameters["required"] else None
+    first = main in tool.parameters["required"][:1]
+    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if first else None
     if noun and not isinstance(left[main], Said):
         end = (r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|using|is|are|has|have|can|contains?|"
                r"lies|was)\b|$)")
