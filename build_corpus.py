@@ -1126,8 +1126,15 @@ class Tokenizer:
                 bounds.append(at)
         return [text[a:b] for a, b in zip(bounds, [*bounds[1:], len(text)])]
 
+    def token_bytes(self, id):
+        """The bytes of a token; none of an id that stands for nothing, as in a padded vocabulary."""
+        try:
+            return self.encoding.decode_single_token_bytes(id)
+        except KeyError:
+            return b""
+
     def decode(self, ids):
-        return self.encoding.decode(ids)
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def render(self, messages, tools=None, answer=False):
         """A conversation as (ids, mask): mask is 1 on what the assistant writes, its end of turn included.

@@ -3764,8 +3764,8 @@ class Said(str):
 
 VAGUE = set("""
     a an and array arrays computed constructed copy created data dataframe directed distance float generated
-    graph in index input kernel list masked matrix multigraph new newly object of or output result resulting results
-    returned sample samples scaled score scores series shape string target tensor the thresholded to
+    graph in index input kernel list masked matrix multigraph new newly object of or output result resulting
+    results returned sample samples scaled score scores series shape string target tensor the thresholded to
     transformed undirected updated value values with 1-d 2-d""".split())  # do not say which function it is
 
 

@@ -33,6 +33,7 @@ import csv
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import operator
@@ -66,7 +67,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import Tokenizer, is_main, sha256, write
+from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, sha256, write
 from collect import TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values, run_main, unit_hash
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
@@ -338,6 +339,9 @@ class Local:
             if self.model.config.vocab_size < self.tokenizer.vocab_size:  # it lacks some of the chat format's tokens
                 transformer.grow_vocabulary(self.model, self.tokenizer.vocab_size)
         self.model.eval()
+        if other_template(Path(path)):
+            tqdm.write(f"{path}: its chat template is not the one used here (ChatML with Hermes calls). To "
+                       "measure it in its own, serve it with its own server: --model http://HOST:8000/v1")
         self.identity = [sha256(file) for file in sorted(Path(path).glob("model*.safetensors"))]
 
     def reply(self, requests, max_tokens, constrained=False):
@@ -384,6 +388,16 @@ class Local:
         return found
 
 
+def other_template(directory):
+    """Whether a checkpoint directory brings a chat template, and not ours."""
+    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        if file.exists():
+            return file.read_text("utf-8") != CHAT_TEMPLATE
+        return json.loads(config.read_text("utf-8"))["chat_template"] != CHAT_TEMPLATE
+    return False
+
+
 class Endpoint:
     """A server of OpenAI's API, by its URL (http://host:port/v1), with #NAME of the model if it is not the
     first; threads may share it.
@@ -393,6 +407,7 @@ class Endpoint:
 
     def __init__(self, url, args):
         self.workers = args.parallel
+        self.limit, self.options = "max_tokens", {"temperature": 0}
         self.url, _, self.name = url.partition("#")
         try:
             self.name = self.name or self.ask("models")["data"][0]["id"]
@@ -418,18 +433,39 @@ class Endpoint:
         tools = [tool | {"function": tool["function"] | {"name": allowed(tool["function"]["name"])}} for tool in tools or []]
         messages = [m | {"tool_calls": [c | {"function": c["function"] | {"name": allowed(c["function"]["name"])}} for c in m["tool_calls"]]}
                     if m.get("tool_calls") else m for m in messages]
-        body = {"model": self.name, "messages": messages, "temperature": 0, "seed": 0, "max_tokens": max_tokens}
+        body = {"model": self.name, "messages": distinct_ids(messages), "seed": 0}
+        body |= {"tools": tools} if tools else {}
         try:
-            choice = self.ask("chat/completions", body | ({"tools": tools} if tools else {}))["choices"][0]
+            choice = self.complete(body, max_tokens)["choices"][0]
             text = choice["message"].get("content") or ""
+            if isinstance(text, list):
+                text = "".join(part.get("text") or "" for part in text)
             for call in choice["message"].get("tool_calls") or []:  # as Tokenizer.render writes them
-                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                name, arguments = call["function"]["name"], call["function"].get("arguments") or "{}"
                 name = json.dumps(names.get(name, name), ensure_ascii=False)
+                if isinstance(arguments, dict):
+                    arguments = json.dumps(arguments, ensure_ascii=False)
                 arguments = arguments.replace("<tool_call>", r"\u003ctool_call>").replace("</tool_call>", r"\u003c/tool_call>")
                 text += "\n" * bool(text) + f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
             return Answer(text, parse_calls(text), choice.get("finish_reason") != "length")
         except (OSError, LookupError, TypeError, AttributeError) as error:
             return Answer("", None, False, str(error) if isinstance(error, OSError) else "not a chat completion")
+
+    def complete(self, body, max_tokens):
+        """The server's answer to a chat. Where it wants the limit by its newer name or no temperature, it
+        gets that, now and from then on.
+        """
+        try:
+            return self.ask("chat/completions", body | self.options | {self.limit: max_tokens})
+        except OSError as error:
+            said = str(error)
+            if self.limit == "max_tokens" and "max_completion_tokens" in said:
+                self.limit = "max_completion_tokens"
+            elif self.options and "temperature" in said:
+                self.options = {}
+            else:
+                raise
+            return self.complete(body, max_tokens)
 
     def score(self, context, continuation):
         """The log-likelihood, in nats, of the tokens that hold a text after another; None if both do not fit
@@ -473,6 +509,22 @@ class Endpoint:
         if not page:
             raise OSError("not asked, for a fault in the URL or in OPENAI_API_KEY")
         raise OSError(f"status {page.status}: {said.replace(key, '***') if key else said}")
+
+
+def distinct_ids(messages):
+    """The messages with ids of calls that differ over the whole conversation, in the form that all servers
+    take: nine letters and digits.
+    """
+    count, ids, found = itertools.count(), {}, []
+    for message in messages:
+        if calls := message.get("tool_calls"):
+            ids = {call["id"]: f"call{next(count):05}" for call in calls}
+            message = message | {"tool_calls": [call | {"id": ids[call["id"]]} for call in calls]}
+        elif message["role"] == "tool":
+            given = message.get("tool_call_id")
+            message = message | {"tool_call_id": ids.get(given, given)}
+        found.append(message)
+    return found
 
 
 def parse_calls(output):
@@ -519,9 +571,11 @@ class Constraint:
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
         for token in logits.argsort(descending=True).tolist():
             ids = [*new_ids, token]
+            if not self.tokenizer.token_bytes(token):
+                continue
             if start not in ids:
                 return token
-            text = self.tokenizer.encoding.decode_bytes([i for i in ids if i != end]).decode("latin-1")
+            text = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != end).decode("latin-1")
             if self.legal(text[text.index("<tool_call>"):], self.tools[row], finished=token == end):
                 return token
         return end
@@ -2222,7 +2276,7 @@ class Row:
             if o.logprobs is not None:
                 self.scores += score_tokens(logits[None], [token], o.logprobs, [len(self.echo) + at])
         last = stopped or len(self.new) == o.limit
-        self.text += self.decoder.decode(b"" if stopped else token_bytes(self.tokenizer, token), last)
+        self.text += self.decoder.decode(b"" if stopped else self.tokenizer.token_bytes(token), last)
         found = [place for s in o.stop if (place := self.text.find(s, max(len(o.begun), at - len(s) + 1))) >= 0]
         if found:
             self.text = self.text[:min(found)]
@@ -2321,7 +2375,7 @@ class Engine:
         if row.options.echo and row.options.logprobs is not None:
             decoder, starts = codecs.getincrementaldecoder("utf-8")("replace"), [0]
             for i in row.ids:
-                starts.append(starts[-1] + len(decoder.decode(token_bytes(row.tokenizer, i))))
+                starts.append(starts[-1] + len(decoder.decode(row.tokenizer.token_bytes(i))))
             row.prompt_scores.append((row.ids[0], None, None, 0))
             x = self.local.model.hidden(torch.tensor([row.ids[:-1]], device=self.local.args.device))[0]  # (T, C)
             step = max(1, transformer.CHUNK // self.local.model.config.vocab_size)
@@ -2338,16 +2392,6 @@ def score_tokens(logits, ids, top, starts):
     best = logprobs.topk(min(top, logprobs.shape[-1]))
     values = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
     return [(i, v, list(zip(*pairs)), at) for i, v, *pairs, at in zip(ids, values, best.indices.tolist(), best.values.tolist(), starts)]
-
-
-def token_bytes(tokenizer, token):
-    """The bytes of a token; none of one that the tokenizer does not know, as a model may have room for
-    more.
-    """
-    try:
-        return tokenizer.encoding.decode_single_token_bytes(token)
-    except KeyError:
-        return b""
 
 
 MAX_BODY = 8 * 2**20  # bytes of a request
@@ -2523,7 +2567,7 @@ def read_completion(body, local):
     need(read and len(read) == len(prompts) and all(read), "prompt must be a string, a list of strings, or ids of tokens, and not empty", "prompt")
     options = read_options(body, local, read, 0, 16)
     options.echo, options.logprobs = flag(body, "echo"), number(body, "logprobs", None, 0, 20)
-    text = lambda p: p if isinstance(p, str) else b"".join(token_bytes(tokenizer, i) for i in p).decode("utf-8", "replace")
+    text = lambda p: p if isinstance(p, str) else tokenizer.decode(p)
     return [(ids, text(prompt) if options.echo else "") for ids, prompt in zip(read, prompts)], options
 
 
@@ -2614,7 +2658,7 @@ def usage(rows):
 
 def shape_completion(row, content, calls, reason, scores, kind):
     """A choice of a completion, or a piece of one."""
-    name = lambda token: token_bytes(row.tokenizer, token).decode("utf-8", "replace")
+    name = lambda token: row.tokenizer.token_bytes(token).decode("utf-8", "replace")
     shown = {"tokens": [name(i) for i, *_ in scores], "token_logprobs": [value for _, value, *_ in scores], "text_offset": [at for *_, at in scores],
              "top_logprobs": [best and {name(i): v for i, v in [(token, value), *best]} for token, value, best, _ in scores]}
     return {"index": row.index, "text": content, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
@@ -2623,7 +2667,7 @@ def shape_completion(row, content, calls, reason, scores, kind):
 def shape_chat(row, content, calls, reason, scores, kind):
     """A choice of a chat completion, or what is new of one."""
     def entry(token, value):
-        data = token_bytes(row.tokenizer, token)
+        data = row.tokenizer.token_bytes(token)
         return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
 
     message = ({} if kind == "delta" else {"role": "assistant"}) | {"content": content} | ({"tool_calls": calls} if calls else {})

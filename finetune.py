@@ -32,10 +32,12 @@ import torch.nn.functional as F
 import model as transformer
 from build_corpus import Tokenizer, coloured, write
 from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
-from pretrain import (add_training_flags, held_out_windows, is_main, load_checkpoint, number, open_corpus, plan_windows, report, settle_options,
-                      setup, train, training_options)
+from pretrain import (ON_CPU, add_training_flags, held_out_windows, is_main, load_checkpoint, number,
+                      open_corpus, parameters_in, plan_windows, rate_for, report, settle_options, setup, train,
+                      training_options)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TINY = 5e7  # parameters: what has more was trained at length, and needs no help to copy
 KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
 
 
@@ -82,7 +84,13 @@ def parse_args():
     add_training_flags(parser, lr=5e-4)
     # Most conversations fit; attention stays near what pre-training made it.
     parser.set_defaults(seq_len=768, attention_lr=0.1)
-    return parser.parse_args()
+    args = parser.parse_args()
+    base = Path(args.init or Path(args.out) / "control-stage2")
+    if (base / "config.json").exists() and (size := parameters_in(base)) > TINY:
+        shape = ON_CPU | {"seq_len": 768} if args.device == "cpu" else {"batch_tokens": 2**17}
+        parser.set_defaults(attention_lr=1.0, lr=rate_for(size), **shape)
+        args = parser.parse_args()
+    return args
 
 
 def projections(text):
@@ -105,6 +113,7 @@ def tune(run, init, corpus, args):
     steps = tokens // (batch_size * args.seq_len)
     if steps < 1:
         fail(f"{'--epochs' if args.epochs else '--tokens'}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
+    args.all_tokens = tokens * (1 if args.init else 2)
     order, epochs = window_order(windows, args.mix, steps * batch_size, args.seed)
     get_batch = packed_batches(corpus, "train", order, batch_size, args)
     held_out = held_out_windows(corpus, args, document_mask=True) | held_out_conversations(corpus, args)

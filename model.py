@@ -63,6 +63,8 @@ class Config:
         """From the contents of a config.json. Raises ValueError naming the key and value that this model cannot represent."""
         kind = config.get("model_type")
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
+        if not isinstance(rope, dict):
+            raise ValueError(f"config.json: rope scaling {rope!r} is not an object")
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         accepted = {"model_type": tuple(FAMILIES), "hidden_act": ("silu", None), "mlp_bias": (False, None),
                     "attention_bias": (False, None, kind == "llama"), "use_sliding_window": (False, None), "partial_rotary_factor": (1, None),
@@ -73,8 +75,13 @@ class Config:
         if rope_type not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
             raise ValueError(f"config.json: rope scaling {rope!r} is not supported; linear and llama3 are")
         known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
+        if "rope_theta" in rope:
+            known.setdefault("rope_theta", rope["rope_theta"])
+        for field in dataclasses.fields(cls):
+            if field.name in known and not sensible(known[field.name], field):
+                raise ValueError(f"config.json: {HF_NAMES[field.name]} {known[field.name]!r} is no model's")
         heads = known.get("n_heads", 1)
-        absent = {"rope_theta": rope.get("rope_theta", 10000.0), "tie_embeddings": False, "norm_eps": 1e-6,  # what Hugging Face takes
+        absent = {"rope_theta": 10000.0, "tie_embeddings": False, "norm_eps": 1e-6,  # what Hugging Face takes
                   "head_dim": 128 if kind == "qwen3" else known.get("dim", 0) // heads}                     # where a key is absent
         if kind == "llama":
             absent["n_kv_heads"] = heads
@@ -84,12 +91,24 @@ class Config:
         scaling = None
         if rope_type != "default":
             wanted = ("factor",) if rope_type == "linear" else ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            if missing := [key for key in wanted if key not in rope]:
-                raise ValueError(f"config.json: {', '.join(missing)} of the rope scaling missing")
+            wrong = [key for key in wanted if type(rope.get(key)) not in (int, float) or rope[key] <= 0]
+            if wrong:
+                raise ValueError(f"config.json: {', '.join(wrong)} of the rope scaling: no number above 0")
             scaling = {"rope_type": rope_type, **{key: rope[key] for key in wanted}}
         window = config.get("sliding_window", 4096) if kind == "mistral" else None
         return cls(**known, model_type=kind, attention_bias=bool(config.get("attention_bias")), rope_scaling=scaling, sliding_window=window)
 
+
+def sensible(value, field):
+    """Whether a value from outside can be that of a field of Config."""
+    if field.type is bool:
+        return type(value) is bool
+    if field.type is float:
+        return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) is int and 0 < value <= LARGEST.get(field.name, 2**24)
+
+
+LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model
 
 HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
             "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
@@ -391,13 +410,18 @@ def load(directory, device="cpu", dtype=torch.float32):
     expected, tensors = dict(model.named_parameters()), {}
     for file in files:
         for name, tensor in read_safetensors(file):
-            if name.endswith("rotary_emb.inv_freq") or name == "lm_head.weight" and config.tie_embeddings:
+            if name.endswith("rotary_emb.inv_freq"):
                 continue  # of old checkpoints; follows from the config
+            if name == "lm_head.weight" and config.tie_embeddings:
+                name = EMBEDDING  # the same matrix again, or the only time
             if name not in expected:
                 raise ValueError(f"{file}: tensor {name} is unknown to this model")
             if tensor.shape != expected[name].shape:
                 raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
-            tensors[name] = tensor.to(device, dtype or tensor.dtype)
+            tensor = tensor.to(device, dtype or tensor.dtype)
+            if name in tensors and not torch.equal(tensors[name], tensor):
+                raise ValueError(f"{file}: the head differs from the embedding, but config.json ties them")
+            tensors[name] = tensor
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(f"{directory}: tensor {missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1))
     model.load_state_dict(tensors, assign=True, strict=False)
@@ -418,6 +442,7 @@ def grow_vocabulary(model, size):
     model.config.vocab_size = size
 
 
+EMBEDDING = "model.embed_tokens.weight"
 SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -466,14 +491,19 @@ def read_safetensors(path):
         file = open(path, "rb")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a checkpoint directory has it") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     with file:
         total = os.fstat(file.fileno()).st_size
         size = int.from_bytes(file.read(8), "little")
         try:
             header = json.loads(file.read(size)) if 8 + size <= total and size <= 10**8 else None
             header.pop("__metadata__", None)
-            entries = sorted((*map(int, e["data_offsets"]), n, e["dtype"], [int(d) for d in e["shape"]]) for n, e in header.items())
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            entries = sorted(
+                (*map(int, e["data_offsets"]), name, str(e["dtype"]), [int(d) for d in e["shape"]])
+                for name, e in header.items()
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
         at = 0
         for start, end, name, kind, shape in entries:

@@ -60,12 +60,17 @@ RETRIEVED = 0.3  # share of what was retrieved from a pool in the agent share of
 EQUAL = round(1 / 3, 3)  # the share of agent data in 1 : 1 : 1
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 
-CONTINUED = {  # defaults with --init, for a base of Llama 3's kind; without it they are those of --help, for a tiny model from scratch
-    "lr": 3e-5,  # a tenth of Llama 3 8B's peak (arXiv 2407.21783, table 3): re-warm to a rate such as the base's training ended with, then
-                 # decay (arXiv 2407.07263); higher rates learn more of the new and forget more of the old (arXiv 2403.08763)
-    "attention_lr": 1.0, "practice": 0.0, "warmup": 0.01,
-    "seq_len": 4096, "batch_tokens": 2**22,  # what the largest Llama 3 began with (arXiv 2407.21783, section 3.4)
-}
+# Defaults with --init, for a base that was trained at length; those of --help are for a model from scratch.
+CONTINUED = {"attention_lr": 1.0, "practice": 0.0, "warmup": 0.01}
+# The peak rate for a base of up to so many parameters: a tenth of Llama 3 8B's (arXiv 2407.21783, table 3);
+# smaller ones train at higher rates (1e-4 to 3e-4: huggingface.co/codelion/SmolLM2-70M). Re-warm to a rate such
+# as the base's training ended with, then decay (arXiv 2407.07263); higher rates learn more of the new and forget
+# more of the old (arXiv 2403.08763).
+RATES = [(5e8, 2e-4), (3e9, 1e-4), (math.inf, 3e-5)]
+# The window and the batch. GPU: what the largest Llama 3 began with (arXiv 2407.21783, section 3.4), an eighth
+# of it below a billion parameters. CPU: 8 windows, so that a million tokens are more than a hundred steps.
+LONG, SHORT = {"seq_len": 4096, "batch_tokens": 2**22}, {"seq_len": 2048, "batch_tokens": 2**19}
+ON_CPU = {"seq_len": 1024, "batch_tokens": 2**13, "micro_batch": 4, "val_windows": 8}
 
 GPUS = {  # part of the device's name, dense bfloat16 FLOP/s, GB of memory: from the makers' datasheets
     "a100-40g": ("A100", 312e12, 40), "a100-80g": ("A100", 312e12, 80), "h100-80g": ("H100", 989e12, 80), "h200-141g": ("H200", 989e12, 141),
@@ -78,6 +83,8 @@ def main():
         return plan(args)
     setup(args, together=not args.scaling_law)
     corpus = open_corpus(args.corpus)
+    both = args.stage1_tokens + args.stage2_tokens
+    args.all_tokens = (not args.init) * args.base_tokens + (1 + args.control) * both
     if args.scaling_law:
         return scaling_law(corpus, args)
     agent, code, text = args.mix
@@ -115,7 +122,7 @@ def parse_args():
     add("--out", default="out", help="directory for the runs")
     begin = parser.add_mutually_exclusive_group()
     begin.add_argument("--init", default=None, metavar="DIR", help="continue from this checkpoint directory instead of training a base; "
-        "its tokenizer must be the corpus's. Then the defaults are " + ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in CONTINUED.items()))
+        "its tokenizer must be the corpus's. The defaults then follow its size and the device: see CONTINUED")
     begin.add_argument("--resume", action="store_true", help="go on with what is in --out, with the options it was started with; the same "
         "command goes on as well")
     begin.add_argument("--scaling-law", action="store_true", help="train small models at many shares of agent data, fit loss against share, and "
@@ -150,11 +157,33 @@ def parse_args():
         if not (saved := Path(args.out) / "options.json").exists():
             fail(f"--resume: there is no {saved}, so nothing to go on with")
         parser.set_defaults(**read_json(saved))
-    elif args.init or args.scaling_law and any(Path(size).is_dir() for size in args.sizes):
-        parser.set_defaults(**CONTINUED)
+    elif bases := [args.init] if args.init else args.scaling_law and [s for s in args.sizes if Path(s).is_dir()]:
+        parser.set_defaults(**continued(bases[0], args.device))
     args = parser.parse_args()
     del args.resume
     return args
+
+
+def continued(directory, device):
+    """The defaults for going on with a base: by its size, and by whether there is a GPU."""
+    size = parameters_in(directory)
+    shape = ON_CPU if device == "cpu" else SHORT if size < 1e9 else LONG
+    return CONTINUED | shape | {"lr": rate_for(size)}
+
+
+def parameters_in(directory):
+    """How many parameters the model in a checkpoint directory has, by its config.json."""
+    try:
+        config = transformer.Config.from_hf(transformer.read_json(Path(directory) / "config.json"))
+    except ValueError as error:
+        fail(error)
+    with torch.device("meta"):
+        return sum(p.numel() for p in transformer.Transformer(config).parameters())
+
+
+def rate_for(size):
+    """The peak learning rate for a base of so many parameters."""
+    return next(rate for limit, rate in RATES if size < limit)
 
 
 def add_training_flags(parser, lr):
@@ -587,7 +616,7 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     peak = next((peak for name, peak, _ in GPUS.values() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
     metrics = Metrics(run, start, options, args)
-    in_a_row = 0
+    in_a_row, timed = 0, start + 1  # the first step compiles
 
     batches = prefetch(get_batch, batch_size, range(start, steps), args)
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
@@ -601,6 +630,13 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
             break
 
         started = time.perf_counter()
+        if step == timed:
+            since = started
+        elif step == timed + 5 and rank == 0 and not getattr(args, "scaling_law", False):
+            rate = 5 * batch_size * args.seq_len / (started - since)
+            tokens = steps * batch_size * args.seq_len
+            tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take "
+                       f"{duration(tokens / rate)}, the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
         tensors = next(batches)
         waited = time.perf_counter() - started
         learned = int(add_up((tensors[1] >= 0).sum()))
@@ -642,6 +678,17 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
         save(model, run, weights)  # last: with the weights the run is finished
     if dist.is_initialized():
         dist.barrier()
+
+
+def duration(seconds):
+    """
+    >>> duration(40), duration(719), duration(12_000)
+    ('40 s', '12 min', '3 h 20 min')
+    """
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def forward_and_backward(model, forward, tensors, learned, autocast, args):

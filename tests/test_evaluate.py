@@ -303,6 +303,24 @@ def test_brackets_without_end_are_illegal():
     assert not evaluate.Constraint.legal(text + "[" * 3000, SCHEMAS, finished=False)
 
 
+def test_ids_that_stand_for_nothing():
+    """Of a vocabulary that is padded: they give no text, and constrained decoding does not pick them."""
+    tokenizer = Tokenizer({bytes([b]): b for b in range(256)})
+    beyond = tokenizer.vocab_size + 3
+    assert tokenizer.decode([ord("a"), beyond, ord("b")]) == "ab"
+    logits = torch.zeros(beyond + 1)
+    logits[beyond], logits[ord("h")] = 9, 1
+    assert evaluate.Constraint(tokenizer, [[]])(0, [], logits) == ord("h")
+
+
+def test_a_foreign_chat_template_is_recognised(tmp_path):
+    assert not evaluate.other_template(tmp_path)
+    Tokenizer({bytes([b]): b for b in range(256)}).save(tmp_path)
+    assert not evaluate.other_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    assert evaluate.other_template(tmp_path)
+
+
 def test_constraint_picks_the_likeliest_legal_token():
     tokenizer = Tokenizer({bytes([b]): b for b in range(256)})
     constraint = evaluate.Constraint(tokenizer, [[{"function": t} for t in TOOLS]])

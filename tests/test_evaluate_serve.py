@@ -1,5 +1,6 @@
 import http.client
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -324,11 +325,38 @@ def test_answers_of_other_servers(scripted):
         assert endpoint.answer(CALL, TOOLS, 60).calls == calls
     answers[:] = [completion(tool_calls=[call('{"x": 1}')], content="Well.")]
     assert endpoint.answer(CALL, TOOLS, 60).text == 'Well.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
-    for message in ({"content": 3}, {"tool_calls": [3]}, {"tool_calls": 3}, {"tool_calls": [{"function": {"name": "f", "arguments": {}}}]}):
+    for arguments, wanted in (("", {}), (None, {}), ({}, {}), ({"x": "</tool_call>"}, {"x": "</tool_call>"})):
+        answers[:] = [completion(tool_calls=[call(arguments)])]
+        assert endpoint.answer(CALL, TOOLS, 60).calls == [("f", wanted)], arguments
+    answers[:] = [completion(content=[{"type": "text", "text": part} for part in ("It is ", "sunny.")])]
+    assert endpoint.answer(CALL, TOOLS, 60).text == "It is sunny."
+    for message in ({"content": 3}, {"content": [3]}, {"tool_calls": [3]}, {"tool_calls": 3},
+                    {"tool_calls": [call(3)]}):
         answers[:] = [completion(**message)]
         assert endpoint.answer(CALL, TOOLS, 60).error
     answers[0][2]["choices"][0] |= {"finish_reason": "length", "message": {"content": "cut"}}
     assert endpoint.answer(CALL, TOOLS, 60) == evaluate.Answer("cut", [], False)
+
+
+def test_what_a_server_does_not_take(scripted):
+    """The limit by its newer name and no temperature where it says so, from then on; ids of calls of which no
+    two are equal in a conversation.
+    """
+    endpoint, answers, seen = scripted
+    refusals = [(400, {}, {"error": {"message": f"Unsupported: {what}"}})
+                for what in ("'max_tokens', use 'max_completion_tokens'", "'temperature' of 0")]
+    answers[:] = [*refusals, completion(content="yes")]
+    assert endpoint.answer(CALL, None, 60).text == "yes" and endpoint.answer(CALL, None, 60).text == "yes"
+    assert [sorted(body.keys() - {"model", "messages", "seed"}) for _, _, body in seen] == [
+        ["max_tokens", "temperature"], ["max_completion_tokens", "temperature"],
+        ["max_completion_tokens"], ["max_completion_tokens"]]
+    step = [evaluate.chat_message("assistant", "", [("f", {}), ("g", {})])]
+    step += [{"role": "tool", "content": str(i), "tool_call_id": f"call_{i}"} for i in range(2)]
+    endpoint.answer(CALL + step + step, None, 60)
+    messages = seen[-1][2]["messages"]
+    ids = [c["id"] for m in messages for c in m.get("tool_calls", [])]
+    assert len({*ids}) == 4 and all(re.fullmatch("[a-zA-Z0-9]{9}", i) for i in ids)
+    assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == ids
 
 
 def test_servers_without_likelihoods(scripted, capsys):

@@ -179,6 +179,25 @@ def test_shards_that_do_not_fit_are_named(tmp_path):
     assert not index.exists() and load(tmp_path).config.dim == 32
 
 
+def test_a_tied_head_in_the_file(tmp_path):
+    """The same again does no harm, alone it is the embedding, and one that differs is refused."""
+    save(tiny(tie_embeddings=True), tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in read_safetensors(file)}
+    embedding = tensors["model.embed_tokens.weight"]
+    for head in (embedding, embedding + 1):
+        write_safetensors(tensors | {"lm_head.weight": head}, file)
+        if head is embedding:
+            assert torch.equal(load(tmp_path).lm_head.weight, embedding)
+    with pytest.raises(ValueError, match="head differs"):
+        load(tmp_path)
+    del tensors["model.embed_tokens.weight"]
+    write_safetensors(tensors | {"lm_head.weight": embedding}, file)
+    model = load(tmp_path)
+    assert torch.equal(model.lm_head.weight, embedding)
+    assert model.lm_head.weight is model.model["embed_tokens"].weight
+
+
 def test_hostile_headers(tmp_path):
     def refused(text, size=None, body=8):
         (tmp_path / "x").write_bytes(struct.pack("<Q", len(text) if size is None else size) + text + b"\0" * body)
@@ -190,6 +209,8 @@ def test_hostile_headers(tmp_path):
 
     for text in (b"{", b"\xff\xfe", b"[]", b'{"a": 1}', b'{"a": {"dtype": "F32", "shape": "x", "data_offsets": [0, 8]}}', b"[" * 10**5):
         refused(text)
+    refused(b'{"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}')
+    refused(b'{"a": {"dtype": "F32", "shape": [Infinity], "data_offsets": [0, 1e999]}}')
     for offsets in ([0, 16], [-4, 4], [4, 0], [0, 2**63], [8, 16]):
         refused(json.dumps({"a": entry(*offsets)}).encode())
     refused(json.dumps({"a": entry(0, 8, dtype="F64", shape=[1])}).encode())
@@ -205,6 +226,10 @@ def test_hostile_headers(tmp_path):
 
 @pytest.mark.parametrize("change", [
     {"model_type": "mamba"}, {"rope scaling": 0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, {"hidden_act": "gelu"}, {"attention_bias": True, "model_type": "qwen3"},
+    {"num_hidden_layers": 2.0}, {"num_hidden_layers": "2"}, {"num_hidden_layers": 10**9}, {"head_dim": -64},
+    {"vocab_size": 0}, {"hidden_size": 10**30}, {"num_attention_heads": 0}, {"rope_theta": "x"},
+    {"rms_norm_eps": float("inf")}, {"tie_word_embeddings": "no"}, {"rope scaling": 0, "rope_scaling": "x"},
+    {"factor": 0, "rope_scaling": {"rope_type": "linear", "factor": "x"}},
     {"use_sliding_window": True}, {"partial_rotary_factor": 0.5}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True},
     {"low_freq_factor": 0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, {"num_key_value_heads": None, "model_type": "qwen3", "attention_bias": False}], ids=str)
 def test_what_it_cannot_represent_is_refused(change, tmp_path):

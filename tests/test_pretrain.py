@@ -267,6 +267,8 @@ def test_steps_that_are_not_finite_are_skipped(twenty, small_corpus, tmp_path):
                    "--stage1-tokens", 512 * 20, "--stage2-tokens", 512, "--save-every", 4, ok=wanted == 1)
         lines = [line for line in metrics(out / "stage1") if "tokens" in line]
         if wanted == 1:
+            said = r"stage1: at [\d,]+ tokens/s its 10,240 tokens take .* the 10,752 of all runs"
+            assert re.search(said, done.stdout)
             assert len(lines) == 20 and lines[-1]["skipped"] == 1 and sum(line["loss"] is None for line in lines) == 1
         else:
             assert len(lines) == 10 and "not finite in ten steps in a row; the last checkpoint is" in done.stderr and "step-8" in done.stderr
@@ -295,24 +297,41 @@ def test_init_takes_a_checkpoint_and_trains_no_base(trained, small_corpus, tmp_p
     assert equal(trained / "stage2", tmp_path / "out" / "stage2")
 
 
+def test_defaults_suit_the_base_and_the_machine(tmp_path):
+    for name, preset, rate in (("small", "124m", 2e-4), ("large", "8b", 3e-5)):
+        (tmp_path / name).mkdir()
+        config = transformer.Config(vocab_size=2048, **transformer.PRESETS[preset]).to_hf()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        on_cpu, on_gpu = (pretrain.continued(tmp_path / name, device) for device in ("cpu", "cuda"))
+        assert on_cpu["lr"] == on_gpu["lr"] == rate
+        assert on_cpu["practice"] == 0 and on_cpu["attention_lr"] == 1 and on_cpu["batch_tokens"] == 8192
+        assert on_gpu["batch_tokens"] == (2**19 if name == "small" else 2**22)
+
+
 def test_a_downloaded_base_with_its_own_tokenizer(small_raw, small_corpus, tmp_path):
-    """A transformers model without our chat tokens: the corpus takes its tokenizer, the model grows, transformers loads the result."""
+    """A transformers model without our chat tokens, tied, with grouped heads, and a vocabulary that lacks rare
+    bytes: the corpus takes its tokenizer, the model grows, transformers loads the result.
+    """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     base, cut = tmp_path / "base", pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = cut, decoders.ByteLevel()
-    tokenizer.train_from_iterator(["def f(x): return x"], trainers.BpeTrainer(vocab_size=260, initial_alphabet=cut.alphabet(), show_progress=False))
+    alphabet = [c for c in cut.alphabet() if c not in "õö÷øùúûüýþÿ"]  # without the bytes that no UTF-8 has
+    trainer = trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["def f(x): return x"], trainer)
     tokenizer.add_special_tokens(["<|endoftext|>"])
     size = tokenizer.get_vocab_size()
     transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)).save_pretrained(base)
+        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True)).save_pretrained(base)
     tokenizer.save(str(base / "tokenizer.json"))
     run("build_corpus.py", "--raw", small_raw, "--out", tmp_path / "corpus", "--tokenizer", base, "--heldout", 0.1)
     run("pretrain.py", "--corpus", tmp_path / "corpus", "--out", tmp_path / "out", "--init", base, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512,
         "--no-control")
     grown = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "stage2")
     assert type(grown).__name__ == "LlamaForCausalLM" and grown.config.vocab_size == size + 10
+    assert grown.lm_head.weight is grown.model.embed_tokens.weight
     message = run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "out2", "--init", base, *SHORT, ok=False).stderr
     assert "its tokenizer is not the corpus's" in message and f"--tokenizer {base}" in message
 
