@@ -33,8 +33,8 @@ import model as transformer
 from build_corpus import Tokenizer, coloured, write
 from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
 from pretrain import (ON_CPU, add_training_flags, held_out_windows, is_main, load_checkpoint, number,
-                      open_corpus, parameters_in, plan_windows, rate_for, report, settle_options, setup, train,
-                      training_options)
+                      open_corpus, parameters_in, plan_windows, rate_for, report, settle_options, setup,
+                      train, training_options)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TINY = 5e7  # parameters: what has more was trained at length, and needs no help to copy

@@ -63,12 +63,12 @@ VALIDATED = ("api_doc", "trajectory", "code", "text")
 # Defaults with --init, for a base that was trained at length; those of --help are for a model from scratch.
 CONTINUED = {"attention_lr": 1.0, "practice": 0.0, "warmup": 0.01}
 # The peak rate for a base of up to so many parameters: a tenth of Llama 3 8B's (arXiv 2407.21783, table 3);
-# smaller ones train at higher rates (1e-4 to 3e-4: huggingface.co/codelion/SmolLM2-70M). Re-warm to a rate such
-# as the base's training ended with, then decay (arXiv 2407.07263); higher rates learn more of the new and forget
-# more of the old (arXiv 2403.08763).
+# smaller ones train at higher rates (1e-4 to 3e-4: huggingface.co/codelion/SmolLM2-70M). Re-warm to a rate
+# such as the base's training ended with, then decay (arXiv 2407.07263); higher rates learn more of the new and
+# forget more of the old (arXiv 2403.08763).
 RATES = [(5e8, 2e-4), (3e9, 1e-4), (math.inf, 3e-5)]
-# The window and the batch. GPU: what the largest Llama 3 began with (arXiv 2407.21783, section 3.4), an eighth
-# of it below a billion parameters. CPU: 8 windows, so that a million tokens are more than a hundred steps.
+# The window and the batch. GPU: what the largest Llama 3 began with (arXiv 2407.21783, section 3.4), an
+# eighth of it below a billion parameters. CPU: 8 windows, so that a million tokens are over a hundred steps.
 LONG, SHORT = {"seq_len": 4096, "batch_tokens": 2**22}, {"seq_len": 2048, "batch_tokens": 2**19}
 ON_CPU = {"seq_len": 1024, "batch_tokens": 2**13, "micro_batch": 4, "val_windows": 8}
 
@@ -157,8 +157,8 @@ def parse_args():
         if not (saved := Path(args.out) / "options.json").exists():
             fail(f"--resume: there is no {saved}, so nothing to go on with")
         parser.set_defaults(**read_json(saved))
-    elif bases := [args.init] if args.init else args.scaling_law and [s for s in args.sizes if Path(s).is_dir()]:
-        parser.set_defaults(**continued(bases[0], args.device))
+    elif base := args.init or args.scaling_law and next((s for s in args.sizes if Path(s).is_dir()), None):
+        parser.set_defaults(**continued(base, args.device))
     args = parser.parse_args()
     del args.resume
     return args
@@ -635,8 +635,8 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
         elif step == timed + 5 and rank == 0 and not getattr(args, "scaling_law", False):
             rate = 5 * batch_size * args.seq_len / (started - since)
             tokens = steps * batch_size * args.seq_len
-            tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take "
-                       f"{duration(tokens / rate)}, the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
+            tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {duration(tokens / rate)}"
+                       f", the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
         tensors = next(batches)
         waited = time.perf_counter() - started
         learned = int(add_up((tensors[1] >= 0).sum()))

@@ -309,8 +309,8 @@ def test_defaults_suit_the_base_and_the_machine(tmp_path):
 
 
 def test_a_downloaded_base_with_its_own_tokenizer(small_raw, small_corpus, tmp_path):
-    """A transformers model without our chat tokens, tied, with grouped heads, and a vocabulary that lacks rare
-    bytes: the corpus takes its tokenizer, the model grows, transformers loads the result.
+    """A transformers model without our chat tokens, tied, with grouped heads, and a vocabulary that lacks
+    rare bytes: the corpus takes its tokenizer, the model grows, transformers loads the result.
     """
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
