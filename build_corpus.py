@@ -985,6 +985,9 @@ class Tokenizer:
         self.pattern, self.normal_form = pattern, normal_form
         self.base = base  # the tokenizer.json that it was read from, if it is another's
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
+        model = base["model"] if base else {}
+        self.unknown = model["vocab"][model["unk_token"]] if model.get("unk_token") else None
+        self.fuse_unknown = bool(model.get("fuse_unk"))  # several missing bytes in a row are one unknown token
         found = [t for t in base["added_tokens"] if not t.get("special")] if base else []
         self.added = {t["content"]: t for t in found if t["content"] not in SPECIAL_TOKENS}
         by_length = sorted(self.added.values(), key=lambda token: -len(token["content"]))
@@ -1053,8 +1056,10 @@ class Tokenizer:
             merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
             if model["type"] != "BPE" or merged != sorted(merged):
                 raise ValueError("not a BPE whose ids follow the order of its merges")
-            if any(map(model.get, ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"))):
-                raise ValueError("a BPE with prefixes, suffixes or unknown tokens")
+            if any(map(model.get, ("continuing_subword_prefix", "end_of_word_suffix"))):
+                raise ValueError("a BPE with prefixes or suffixes")
+            if model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", t) for t in model["vocab"]):
+                raise ValueError("a BPE with bytes for what is unknown")
             if any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127))):  # rare bytes may be missing
                 raise ValueError("a vocabulary without all of ASCII")
             kept = [t for t in content["added_tokens"] if not t.get("special")]
@@ -1078,7 +1083,7 @@ class Tokenizer:
 
     def same_as(self, other):
         """Whether both give every text and every special token the same ids."""
-        parts = ("ranks", "special", "pattern", "normal_form", "added")
+        parts = ("ranks", "special", "pattern", "normal_form", "added", "unknown", "fuse_unknown")
         return all(getattr(self, part) == getattr(other, part) for part in parts)
 
     def encode(self, text):
@@ -1099,12 +1104,23 @@ class Tokenizer:
         return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
     def encode_part(self, text):
-        """The ids of a text without added tokens. A byte that has no token is left out of its piece."""
+        """The ids of a text without added tokens. A byte that has no token is the unknown one or, if there is
+        none, left out of its piece.
+        """
         if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
-        pieces = [piece.translate(None, self.missing) for piece in pieces]
-        ids = [i for piece in pieces if piece for i in self.encoding._encode_single_piece(piece)]
+        ids = []
+        for piece in pieces:
+            if self.unknown is None:
+                runs = [piece.translate(None, self.missing)]
+            else:
+                runs = re.split(b"([" + re.escape(self.missing) + b"]+)", piece)
+            for i, run in enumerate(runs):
+                if i % 2:  # what has no token
+                    ids += [self.unknown] * (1 if self.fuse_unknown else len(run))
+                elif run:
+                    ids += self.encoding._encode_single_piece(run)
         return np.array(ids, np.uint32)
 
     def normalised(self, text):

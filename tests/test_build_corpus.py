@@ -199,6 +199,13 @@ def test_a_vocabulary_that_lacks_bytes_or_has_added_words(small_raw, tmp_path):
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == again.encode(text) == expected, text
     assert ours.decode(ours.encode("a\x04b")) == "ab"
+    for fused in (True, False):  # an unknown token, as SmolLM2's has in a GGUF
+        content = json.loads((tmp_path / "tokenizer.json").read_text())
+        content["model"] |= {"unk_token": "<|endoftext|>", "fuse_unk": fused, "byte_fallback": True}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        ours, theirs = Tokenizer.load(tmp_path), Reference.from_file(str(tmp_path / "tokenizer.json"))
+        for text in texts:
+            assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
     theirs.add_tokens([AddedToken("<|fim|>", normalized=False, special=False, rstrip=True)])
     theirs.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(SystemExit):  # whose white space, the token's or that of the runs?
