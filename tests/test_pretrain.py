@@ -386,7 +386,7 @@ def test_plan_prints_a_table():
 
 @pytest.mark.parametrize("arguments, named", [
     (["--corpus", "nowhere"], "nowhere"), (["--init", "nowhere"], "nowhere"), (["--mix", "1:2"], "--mix"), (["--seq-len", 1024], "--batch-tokens"), (["--base-tokens", 100], "less than a step"),
-    (["--shard"], "torchrun"), (["--keep", 0], "--keep"), (["--init", "nowhere", "--batch-tokens", 10**7], "less than a step"),
+    (["--shard"], "torchrun"), (["--keep", 0], "--keep"), (["--batch-tokens", 10**7], "less than a step"),
     (["--seq-len", 10**7, "--batch-tokens", 10**7, "--base-tokens", 10**7], "no window"),
     (["--preset", "huge"], "huge")])
 def test_bad_input_is_named(small_corpus, tmp_path, arguments, named):
