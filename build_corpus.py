@@ -1058,6 +1058,8 @@ class Tokenizer:
                 raise ValueError("not a BPE whose ids follow the order of its merges")
             if any(map(model.get, ("continuing_subword_prefix", "end_of_word_suffix"))):
                 raise ValueError("a BPE with prefixes or suffixes")
+            if model.get("unk_token") and model["unk_token"] not in model["vocab"]:
+                raise ValueError("an unknown token that is not in the vocabulary")
             if model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", t) for t in model["vocab"]):
                 raise ValueError("a BPE with bytes for what is unknown")
             if any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127))):  # rare bytes may be missing
@@ -1210,6 +1212,7 @@ class Tokenizer:
         """A hash of all that decides which ids a text gets."""
         parts = [sorted((i, t.hex()) for t, i in self.ranks.items()), sorted(self.special.items()), self.pattern, self.normal_form]
         parts += [self.added] if self.added else []
+        parts += [self.unknown, self.fuse_unknown] if self.unknown is not None else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tiktoken_file(self):

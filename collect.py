@@ -556,14 +556,15 @@ def describe_object(obj, module, public_name, seen):
         if not name.startswith("_") and callable(function) and not inspect.isclass(function):
             bound = not isinstance(member, staticmethod)
             reason = "" if function is not member else "a method, whose object a call cannot name"
-            described.append(
-                describe_callable(function, f"{key}.{name}", documentation(function), module, bound)
-                | {
-                    "of": key,
-                    "name": name,
-                    "unfit": reason or unfit(obj, key) or unfit(function, f"{key}.{name}"),
-                }
-            )
+            with contextlib.suppress(Exception):  # one that breaks under inspection does not take the class along
+                described.append(
+                    describe_callable(function, f"{key}.{name}", documentation(function), module, bound)
+                    | {
+                        "of": key,
+                        "name": name,
+                        "unfit": reason or unfit(obj, key) or unfit(function, f"{key}.{name}"),
+                    }
+                )
     return described
 
 
@@ -584,7 +585,7 @@ def unfit(obj, key):
     if inspect.isclass(obj) and issubclass(obj, (BaseException, type, enum.Enum)):
         return "an exception, a metaclass or an enumeration"
     gives = getattr(obj, "__annotations__", {}).get("return", "")
-    if re.match(r"([\w.]+\.)?(Callable|FC|Decorator)\b", str(gives)):
+    if re.match(r"([\w.]+\.)?Callable\b", str(gives)):
         return "it makes a decorator or another function"
     if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not inspect.isclass(obj):
         return "a type"
@@ -1754,11 +1755,12 @@ def parted(last, before):
     """The statements before one that its code needs, itself included, and those that later code may need."""
     code, later, words = [last], [], {*re.findall(r"\w+", last["code"])}
     for step in reversed(before):
-        name, _, value = step["code"].partition("=")
+        value = step["code"].partition("=")[2]
         spare = step["binds"] and (step["call"] and step["on"] is None or "(" not in value)
         if not spare or step["binds"] in words:
             code.insert(0, step)
-            words = words - {step["binds"]} | {*re.findall(r"\w+", value or name)}
+            read = value if step["binds"] else step["code"]
+            words = words - {step["binds"]} | {*re.findall(r"\w+", read)}
         elif step["binds"] not in {s["binds"] for s in code}:
             later.insert(0, step)
     return code, later
@@ -4149,8 +4151,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"^(\w+ )?(format|fmt)\b", ["%Y-%m-%d", "{:.2f}", "png"]),
     ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
                r"comment|note|^data\b", TEXTS),
-    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex",
-     NAMES),
+    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", NAMES),
     ("integer", r"axis|axes|dimension (along|to|over|in|on|of the)|(along|over) which", [0, -1]),
     ("integer", r"version", [1, 2, 3]),
     ("integer", r"prime", [5, 7, 11, 13]),
@@ -4202,7 +4203,7 @@ HIGH_DIMENSIONAL = re.compile(
     r"positive.definite|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
     r"frames?\b|graph|adjacency|callable|function|pairs|tuples")
 HIGH_DIMENSIONAL_TOOL = re.compile(
-    r"(?i)\b(pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|shadow|batch|3-?d|nditers?|"
+    r"(?i)\b(pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
     r"dtensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
 TWO_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(2-?d|2 dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")

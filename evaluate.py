@@ -455,13 +455,14 @@ class Endpoint:
         """The server's answer to a chat. Where it wants the limit by its newer name or no temperature, it
         gets that, now and from then on.
         """
+        limit, options = self.limit, self.options  # as sent: another thread may learn meanwhile what to send
         try:
-            return self.ask("chat/completions", body | self.options | {self.limit: max_tokens})
+            return self.ask("chat/completions", body | options | {limit: max_tokens})
         except OSError as error:
             said = str(error)
-            if self.limit == "max_tokens" and "max_completion_tokens" in said:
+            if limit == "max_tokens" and "max_completion_tokens" in said:
                 self.limit = "max_completion_tokens"
-            elif self.options and "temperature" in said:
+            elif options and "temperature" in said:
                 self.options = {}
             else:
                 raise

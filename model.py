@@ -95,7 +95,11 @@ class Config:
             if wrong:
                 raise ValueError(f"config.json: {', '.join(wrong)} of the rope scaling: no number above 0")
             scaling = {"rope_type": rope_type, **{key: rope[key] for key in wanted}}
+        if known["n_heads"] % known["n_kv_heads"] or known["head_dim"] % 2:
+            raise ValueError("config.json: num_attention_heads is no multiple of num_key_value_heads, or head_dim odd")
         window = config.get("sliding_window", 4096) if kind == "mistral" else None
+        if window is not None and (type(window) is not int or window < 1):
+            raise ValueError(f"config.json: sliding_window {window!r} is no model's")
         return cls(**known, model_type=kind, attention_bias=bool(config.get("attention_bias")), rope_scaling=scaling, sliding_window=window)
 
 
@@ -419,7 +423,7 @@ def load(directory, device="cpu", dtype=torch.float32):
             if tensor.shape != expected[name].shape:
                 raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
             tensor = tensor.to(device, dtype or tensor.dtype)
-            if name in tensors and not torch.equal(tensors[name], tensor):
+            if name == EMBEDDING and name in tensors and not torch.equal(tensors[name], tensor):
                 raise ValueError(f"{file}: the head differs from the embedding, but config.json ties them")
             tensors[name] = tensor
     if missing := sorted(expected.keys() - tensors.keys()):

@@ -86,6 +86,7 @@ def main():
     both = args.stage1_tokens + args.stage2_tokens
     args.all_tokens = (not args.init) * args.base_tokens + (1 + args.control) * both
     if args.scaling_law:
+        args.all_tokens = 0  # many short runs, of which none says how long they take
         return scaling_law(corpus, args)
     agent, code, text = args.mix
     general = {"code": code, "text": text}
@@ -616,7 +617,7 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     peak = next((peak for name, peak, _ in GPUS.values() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
     metrics = Metrics(run, start, options, args)
-    in_a_row, timed = 0, start + 1  # the first step compiles
+    in_a_row = 0
 
     batches = prefetch(get_batch, batch_size, range(start, steps), args)
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
@@ -630,9 +631,9 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
             break
 
         started = time.perf_counter()
-        if step == timed:
+        if step == start + 1:  # the first step compiles
             since = started
-        elif step == timed + 5 and rank == 0 and not getattr(args, "scaling_law", False):
+        elif step == start + 6 and rank == 0 and args.all_tokens:
             rate = 5 * batch_size * args.seq_len / (started - since)
             tokens = steps * batch_size * args.seq_len
             tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {duration(tokens / rate)}"
@@ -681,7 +682,8 @@ def train(run, make_model, get_batch, batch_size, steps, held_out, options, corp
 
 
 def duration(seconds):
-    """
+    """A time as people read it.
+
     >>> duration(40), duration(719), duration(12_000)
     ('40 s', '12 min', '3 h 20 min')
     """

@@ -206,6 +206,12 @@ def test_a_vocabulary_that_lacks_bytes_or_has_added_words(small_raw, tmp_path):
         ours, theirs = Tokenizer.load(tmp_path), Reference.from_file(str(tmp_path / "tokenizer.json"))
         for text in texts:
             assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, text
+    assert ours.fingerprint() != again.fingerprint()
+    content["model"]["unk_token"] = "<nowhere>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        Tokenizer.load(tmp_path)
+    theirs = Reference.from_file(str(tmp_path / "again" / "tokenizer.json"))
     theirs.add_tokens([AddedToken("<|fim|>", normalized=False, special=False, rstrip=True)])
     theirs.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(SystemExit):  # whose white space, the token's or that of the runs?

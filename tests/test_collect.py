@@ -214,6 +214,8 @@ class Words:
         """
         return self.words[:n]
 
+    broken = col
+
     def add(self, word):
         """Add a word to the end.
 
@@ -228,6 +230,20 @@ class Words:
         self.words.append(word)
         return len(self.words)
 '''
+
+
+def test_code_takes_along_what_it_needs():
+    """Names that a statement without a result reads are kept with it; what is spare waits, what is overwritten
+    goes.
+    """
+    def step(code, binds=None):
+        return {"code": code, "binds": binds, "call": None, "on": None}
+
+    before = [step("old = 1", "old"), step("G = [0]", "G"), step("n = 3", "n"), step("old = 2", "old"),
+              step("put(G, weight=n)"), step("later = 4", "later")]
+    run, later = collect.parted(step("show(old)"), before)
+    assert [s["code"] for s in run] == ["G = [0]", "n = 3", "old = 2", "put(G, weight=n)", "show(old)"]
+    assert [s["code"] for s in later] == ["later = 4"]
 
 
 def test_methods_are_told_their_object(tmp_path, monkeypatch):

@@ -350,6 +350,16 @@ def test_what_a_server_does_not_take(scripted):
     assert [sorted(body.keys() - {"model", "messages", "seed"}) for _, _, body in seen] == [
         ["max_tokens", "temperature"], ["max_completion_tokens", "temperature"],
         ["max_completion_tokens"], ["max_completion_tokens"]]
+    again = evaluate.Endpoint(f"{endpoint.url}#m", Namespace(**ARGS))
+
+    def ask(path, body):  # another thread learns it while this request is under way
+        again.limit, sent = "max_completion_tokens", "max_tokens" in body
+        if sent:
+            raise OSError("use 'max_completion_tokens'")
+        return completion(content="yes")[2]
+
+    again.ask = ask
+    assert again.answer(CALL, None, 60).text == "yes"
     step = [evaluate.chat_message("assistant", "", [("f", {}), ("g", {})])]
     step += [{"role": "tool", "content": str(i), "tool_call_id": f"call_{i}"} for i in range(2)]
     endpoint.answer(CALL + step + step, None, 60)

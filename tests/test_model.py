@@ -229,7 +229,8 @@ def test_hostile_headers(tmp_path):
     {"num_hidden_layers": 2.0}, {"num_hidden_layers": "2"}, {"num_hidden_layers": 10**9}, {"head_dim": -64},
     {"vocab_size": 0}, {"hidden_size": 10**30}, {"num_attention_heads": 0}, {"rope_theta": "x"},
     {"rms_norm_eps": float("inf")}, {"tie_word_embeddings": "no"}, {"rope scaling": 0, "rope_scaling": "x"},
-    {"factor": 0, "rope_scaling": {"rope_type": "linear", "factor": "x"}},
+    {"factor": 0, "rope_scaling": {"rope_type": "linear", "factor": "x"}}, {"num_key_value_heads": 3},
+    {"head_dim": 63}, {"sliding_window": "x", "model_type": "mistral", "attention_bias": False},
     {"use_sliding_window": True}, {"partial_rotary_factor": 0.5}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True},
     {"low_freq_factor": 0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, {"num_key_value_heads": None, "model_type": "qwen3", "attention_bias": False}], ids=str)
 def test_what_it_cannot_represent_is_refused(change, tmp_path):
