@@ -556,7 +556,7 @@ def describe_object(obj, module, public_name, seen):
         if not name.startswith("_") and callable(function) and not inspect.isclass(function):
             bound = not isinstance(member, staticmethod)
             reason = "" if function is not member else "a method, whose object a call cannot name"
-            with contextlib.suppress(Exception):  # one that breaks under inspection does not take the class along
+            with contextlib.suppress(Exception):  # one that breaks under inspection, alone
                 described.append(
                     describe_callable(function, f"{key}.{name}", documentation(function), module, bound)
                     | {

@@ -96,7 +96,7 @@ class Config:
                 raise ValueError(f"config.json: {', '.join(wrong)} of the rope scaling: no number above 0")
             scaling = {"rope_type": rope_type, **{key: rope[key] for key in wanted}}
         if known["n_heads"] % known["n_kv_heads"] or known["head_dim"] % 2:
-            raise ValueError("config.json: num_attention_heads is no multiple of num_key_value_heads, or head_dim odd")
+            raise ValueError("config.json: num_attention_heads no multiple of num_key_value_heads, or head_dim odd")
         window = config.get("sliding_window", 4096) if kind == "mistral" else None
         if window is not None and (type(window) is not int or window < 1):
             raise ValueError(f"config.json: sliding_window {window!r} is no model's")

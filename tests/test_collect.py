@@ -233,8 +233,8 @@ class Words:
 
 
 def test_code_takes_along_what_it_needs():
-    """Names that a statement without a result reads are kept with it; what is spare waits, what is overwritten
-    goes.
+    """Names that a statement without a result reads are kept with it; what is spare waits, what is
+    overwritten goes.
     """
     def step(code, binds=None):
         return {"code": code, "binds": binds, "call": None, "on": None}
