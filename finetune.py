@@ -67,7 +67,7 @@ def parse_args():
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--data", nargs="+", metavar="FILE", help="conversations from these files instead; one in twenty is kept for validation")
     add("--out", default="out", help="directory of the runs")
-    add("--init", default=None, metavar="DIR", 
+    add("--init", default=None, metavar="DIR",
         help="checkpoint directory to tune (default: both models of pretrain.py); "
         "above 50 million parameters the defaults of rates and batch follow its size")
     add("--name", default="tuned", help="name of the run, with --init")
