@@ -628,6 +628,8 @@ def belongs(home, module_name):
 def describe_callable(obj, key, doc, module, bound=False):
     """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
     signature = find_signature(obj, doc)
+    if not signature and inspect.isclass(obj) and issubclass(obj, BaseException):
+        signature = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
     parameters = list(signature.parameters.values()) if signature else []
     first = parameters[0].name if parameters else ""
     takes_self = inspect.isfunction(obj) and obj.__code__.co_varnames[:1] == (first,)
@@ -840,6 +842,17 @@ JSON_TYPES = {word: kind for kind, words in {
               "typeddict",
     "string integer": "hashable node nodes label labels"}.items()
     for word in words.split()}
+REAL = re.compile(  # names of numbers that need not be whole, even where the default is
+    r"[abcpqtwxyz]\d*|alpha|beta|gamma|delta|eps\w*|sigma|mean|std|median|real|imag|\w*val(ue)?|max|min|lo|"
+    r"hi|\w*scale|factor|angle|rot|gain|\w*delay|\w*timeout\w*|\w*interval|\w*threshold|percent|\w*rate|"
+    r"ratio|\w*weight|[lr]hs|lambda?|\w*step|increment|bound|from_|to|initial|element|coeff|power|dropout|"
+    r"origin|time")
+NAMED = {  # names that tell of the type by themselves
+    "string": r"\w*(name|encoding|prefix|suffix)|title|backend|newline|errors|host|sep|user|password",
+    "integer": r"(\w+_)?fd|p?pid|lineno|port|year|month|day|hour|minute|offset|limit|count|length|num|"
+               r"(n|num)_\w+|\w+_(count|index|length)",
+    "number": r"(\w+_)?timeout"}
+CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol"}  # though such words mean JSON_TYPES
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
 
@@ -888,7 +901,8 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
     if type(default) in PYTHON_TYPES:
-        schema = schema or {"type": PYTHON_TYPES[type(default)]}
+        kind = "number" if type(default) is int and REAL.fullmatch(name) else PYTHON_TYPES[type(default)]
+        schema = schema or {"type": kind}
         finite = type(default) is not float or abs(default) < 1e300
         if type(default) in (bool, int, str, float) and finite and fits(default, schema):
             schema["default"] = default
@@ -954,7 +968,11 @@ def guessed_schema(name, description):
         r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start
     ):
         return {"type": "string"}
-    return type_schema(start) or type_schema(name)
+    for kind, names in NAMED.items():
+        if re.fullmatch(names, name):
+            return {"type": kind}
+    known = type_schema(re.sub(r"['\"]", "", start))
+    return known or ({} if name in ("node", "nodes", "label", "labels") else type_schema(name))
 
 
 def values_in_words(description):
@@ -997,9 +1015,9 @@ def annotation_text(annotation, module=None, depth=0):
     """
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
-    if isinstance(annotation, str) and re.fullmatch(r"'[^']*'|\"[^\"]*\"", annotation):  # a text in a text
-        annotation = annotation[1:-1]
     if isinstance(annotation, str):
+        if "Literal" not in annotation:  # what is quoted is a type that is defined later
+            annotation = re.sub(r"['\"]", "", annotation)
         return (
             re.sub(
                 r"'[^']*'|\"[^\"]*\"|[A-Za-z_][\w.]*",
@@ -1144,13 +1162,12 @@ def alternative(text, depth):
         return [array_of(alternatives(found[1], depth))]
     if found := re.fullmatch(r"([\w.]+)\[(.*)\]", text, re.S):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower(), ""), found[2], depth)
-    words = re.sub(r"-like\b", "_like", text)
-    if re.search(r"\b(callable|function|type|class)\b", words, re.I):
+    words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
+    words = re.sub(r"-like\b", "_like", words)
+    if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
         return []
     for word in re.finditer(r"\w+", words):
-        if kind := word[0] not in ("Vector", "Series") and JSON_TYPES.get(
-            word[0].lower()
-        ):  # these are classes
+        if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
             items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
     return []
@@ -1631,34 +1648,36 @@ def name_apis(objects, package):
             tool = {"description": summary, "name": name, "parameters": o["parameters"]}
             api |= {"name": name, "summary": summary, "tool": {"type": "function", "function": tool}}
         apis[key] = api
+    summaries = {api["name"]: api["summary"] for api in apis.values()}
+    for api in apis.values():
+        if (other := re.fullmatch(r"See ([\w.]+\w).?", api["summary"])) and other[1] in summaries:
+            api["tool"]["function"]["description"] = summaries[other[1]]
     return apis
 
 
 def infer_types(described):
-    """Give parameters that state no type that of their values in examples, or that which most of the same
-    name in the package have.
+    """Give parameters that state no type that of their values in examples, or that which nearly all of the
+    same name have in the package; in the standard library, in the module.
     """
     properties = {o["key"]: o["parameters"]["properties"] for o in described}
     values, stated = defaultdict(set), defaultdict(Counter)
     for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
         for name, value in step["call"][1].items():
             values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
-    for name, schema in ((n, s) for of in properties.values() for n, s in of.items()):
-        stated[name][schema["type"] if isinstance(schema.get("type"), str) else None] += (
-            "type" in schema or "anyOf" in schema or "enum" in schema
-        )
-    for key, name in (
-        (k, n)
-        for k, of in properties.items()
-        for n, s in of.items()
-        if not {"type", "anyOf", "enum"} & s.keys()
-    ):
-        seen = values[key, name]
-        [(usual, count)] = stated[name].most_common(1)
-        if count >= 3 and usual and count > 0.7 * stated[name].total() and seen <= {usual}:
-            properties[key][name] = {"type": usual} | properties[key][name]
+    untyped = []
+    for key, name, schema in ((k, n, s) for k, of in properties.items() for n, s in of.items()):
+        if {"type", "anyOf", "enum"} & schema.keys():
+            stated[key.split(".")[0], name][str(schema.get("type"))] += 1
+        else:
+            untyped.append((key, name, schema))
+    for key, name, schema in untyped:
+        seen, same_name = values[key, name], stated[key.split(".")[0], name]
+        usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
+        agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
+        if agreed and usual in PYTHON_TYPES.values() and seen <= {usual}:
+            properties[key][name] = {"type": usual} | schema
         elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
-            properties[key][name] = {"type": seen.pop().replace("integer", "number")} | properties[key][name]
+            properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema
 
 
 def distinct(apis):
@@ -1682,8 +1701,11 @@ def first_sentence(doc):
     doc = re.sub(
         r"^([ \t]*)(!!!|\.\. \w+::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
     )  # admonitions and directives
+    rule, title = rf"[ \t]*{RULE.pattern}[ \t]*$", rf"[ \t]*({PARAMETERS.pattern}|{OTHERS.pattern})"
+    doc = re.sub(rf"(?m)^{rule}", "", re.split(rf"(?im)^{title}\n{rule}", doc)[0])
     paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
-    paragraphs = [p for p in paragraphs if p and not re.match(r"[\w.]+\(.*\)", p) and not re.match(r"[.=~*-]{2,}", p)]
+    without_prose = re.compile(r"(\d+\. )?[\w.]+\(.*\)|[.=~*-]{2,}|>>>|:\w+:[^`]|Overloaded function")
+    paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
     return re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
 
 
@@ -3479,7 +3501,8 @@ def template_records(paths, seed, shares, part, parts):
     part.
     """
     tools = [tool for path in paths for tool in read_tools(path) if tool.usable]
-    return synthesise(tools, seed, shares, lambda tool: zlib.crc32(short_name(tool).encode()) % parts == part)
+    last = lambda tool: tool.name.rpartition(".")[2]
+    return synthesise(tools, seed, shares, lambda tool: zlib.crc32(last(tool).encode()) % parts == part)
 
 
 def read_tools(path):
@@ -3731,13 +3754,14 @@ def conversation(kind, calls, names, results, offered, rng):
 # Requests in words
 
 # A purpose that can stand in a request holds no formula and no markup, and is clear by itself.
-CLEAN = re.compile(r"(?!.*(\*\*|-th\b|\b[nk]-))[\w ,'\"`*()-]+")
+CLEAN = re.compile(r"(?!.*(\*\*|[-_]th\b|\b[nk]-))[\w ,'\"`*()-]+")
 UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
                      r"instances|method|module|wrapper|helper|internal|callable|decorator|deprecated|"
                      r"alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|hook|"
                      r"mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|"
                      r"i e|version of|kind for|prints as|routine|system call|utility|function|functions|"
-                     r"algorithm|type|types|code|generic|given|specified|provided|the (true|false))\b|--|"
+                     r"algorithm|type|types|code|generic|given|specified|provided|keywords?|"
+                     r"appropriately|properly|the (true|false))\b|--|"
                      r"\w\(", re.I)
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
@@ -3768,7 +3792,8 @@ VAGUE = set("""
     a an and array arrays computed constructed copy created data dataframe directed distance float generated
     graph in index input kernel list masked matrix multigraph new newly object of or output result resulting
     results returned sample samples scaled score scores series shape string target tensor the thresholded to
-    transformed undirected updated value values with 1-d 2-d""".split())  # do not say which function it is
+    transformed undirected updated value values with 1-d 2-d
+    stripped converted modified sorted filled""".split())  # do not say which function it is
 
 
 def purposes(tool):
@@ -3839,7 +3864,8 @@ def read_purpose(sentence):
     could say.
     """
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
-    sentence = re.sub(r"^\w+ly (\w)", lambda m: m[1].upper(), sentence)
+    adverb = re.match(r"(\w+ly )?", sentence)[0]
+    sentence = sentence[len(adverb):][:1].upper() + sentence[len(adverb):][1:]
     first, _, rest = sentence.partition(" ")
     verb = imperative(first.lower())
     if re.match(r"(?i)(return |returns )?[`*]*true[`*]* (if|when) ", sentence):
@@ -3849,7 +3875,7 @@ def read_purpose(sentence):
     elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
         kind, words = "give", rest if re.match(r"(the|an?|all|every) ", rest) else f"the {rest}"
     elif verb in VERBS and rest and not rest.startswith("of "):
-        kind, words = "do", f"{verb} {rest}"
+        kind, words = "do", f"{adverb.lower()}{verb} {rest}"
     elif first in ("The", "A", "An") and rest and not re.search(STATES, rest):
         kind, words = "give", sentence[0].lower() + sentence[1:]
     elif first in QUANTITIES and rest:
@@ -4052,23 +4078,14 @@ def mend(tool, arguments, rng):
     """(error message of a call, the arguments that it asks for in their place); None twice where nothing can
     be otherwise.
     """
-    properties, required = tool.parameters["properties"], tool.parameters["required"]
     for p in rng.sample(sorted(arguments), len(arguments)):
-        value, schema, other = arguments[p], properties[p], None
-        if schema.get("enum"):
-            other = rng.choice(schema["enum"])
-            message = f"ValueError: {p}={value!r} is not available; use {other!r}"
-        elif type(value) in (int, float) and abs(value) > (4 if p in required else 1):
+        value, schema, other = arguments[p], tool.parameters["properties"][p], None
+        if type(value) in (int, float) and abs(value) > 8 and "enum" not in schema:
             other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
             message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
         elif type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
-        elif type(value) is bool and p not in required:
-            other = not value
-            message = (
-                f"NotImplementedError: {p}={json.dumps(value)} is not supported; use {json.dumps(other)}"
-            )
         if other is not None and other != value and fits(other, schema):
             return message, arguments | {p: other}
     return None, None
@@ -4097,7 +4114,8 @@ SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
     r"(?i)\b(construct an?|decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|"
     r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|float|bool|"
     r"template|header|model|node|character by|configuration|bucket|format|operator|signature|[a-z]*ml\b|json|"
-    r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library)")
+    r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library|regist|dsn|accent|preprocess|"
+    r"extracted|lazily read)")
 BEGINS_AS_TEXT = re.compile(
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
@@ -4118,11 +4136,12 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
      [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"]),
     ("string", r"mime ?type|content type", ["text/csv", "application/json", "image/png"]),
     ("string", r"duration|timedelta", ["01:30:00", "P2DT3H", "3 days, 12:00:00"]),
-    ("string", r"datetime\.time|parse a time", ["14:45", "09:30:15"]),
+    ("string", r"datetime\.time|parse a time|time range", ["08:00", "09:30:15", "14:45"]),
     ("string", r"bucket", ["reports-2024", "nightly-backups"]),
     ("string", r"date(?!base)|datetime|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
     ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
-    ("string", r"time(?!s)|timestamp", ["2024-03-15T09:30:00", "14:45", "2025-01-01T00:00:00Z"]),
+    ("string", r"time(?!s)|timestamp",
+     ["2024-03-15T09:30:00", "2024-12-24T18:00:00", "2025-01-01T00:00:00Z"]),
     ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
     ("string", r"dir\b|directory|folder|^root|base path|home$",
      ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
@@ -4153,13 +4172,13 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
                r"comment|note|^data\b", TEXTS),
     ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", NAMES),
     ("integer", r"axis|axes|dimension (along|to|over|in|on|of the)|(along|over) which", [0, -1]),
-    ("integer", r"version", [1, 2, 3]),
+    ("integer", r"version|^min", [1, 2, 3]),
     ("integer", r"prime", [5, 7, 11, 13]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
     ("integer", r"port\b", [80, 443, 5432, 8080]),
     ("integer", r"year", [1999, 2012, 2024, 2025]),
     ("integer", r"month", [1, 3, 7, 12]),
-    ("integer", r"^day|day of", [1, 9, 15, 28]),
+    ("integer", r"^day|day of", [1, 3, 5, 7]),
     ("integer", r"hour", [0, 6, 14, 23]),
     ("integer", r"minute|second", [0, 15, 30, 45]),
     ("integer", r"precision|digits|decimals|places|dps", [2, 3, 4, 6, 10, 15]),
@@ -4199,22 +4218,25 @@ UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|sig
                      r"options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
                      r"context|ctx|file|stream|dtype)$")
 HIGH_DIMENSIONAL = re.compile(
-    r"(?i)^g\d?:|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
+    r"(?i)^(g\d?|y|y (true|prob|pred|score|pred proba)|targets?|labels?( true| pred)?|xy|"
+    r"gram):|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
     r"positive.definite|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
-    r"frames?\b|graph|adjacency|callable|function|pairs|tuples")
+    r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
 HIGH_DIMENSIONAL_TOOL = re.compile(
-    r"(?i)\b(pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
+    r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
     r"dtensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
 TWO_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(2-?d|2 dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
 SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
 SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
-NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial")
+NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
+                            r"one.?hot|indices|histogram|confusion")
 OPENS = re.compile(  # what is done with a file that must exist
     r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
 SAYS_LITTLE = re.compile(  # such a name of a parameter
-    r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on")
+    r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on|"
+    r"active")
 POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to )?(0|zero)|\b(scale|"
                       r"sigma|std|variance|kappa|lam|rate|concentration|shape|df\w*|counts?|radius|"
                       r"radii|durations?|lengths?|sizes?)\b")
@@ -4289,8 +4311,10 @@ def choices(tool, name):
     found, about = [], f"{tool.description} {text}".lower()
     if SECRET.search(about):
         return []
-    several = ["integer"] if several and "integer" in several and re.match(r"axis$|dim$", name) else several
-    for choice in schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema]):
+    alternatives = schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema])
+    if {"type": "integer"} in alternatives and re.match(r"axis$|dim$|n_|num_|max_", name):
+        alternatives = [{"type": "integer"}]
+    for choice in alternatives:
         kind, items = choice.get("type"), choice.get("items") or {}
         if "enum" in choice or kind == "boolean" and not SAYS_LITTLE.fullmatch(name):
             found.append(choice)
@@ -4306,15 +4330,16 @@ def choices(tool, name):
             inner = items.get("items") or {"type": "number"} if rows else items
             texts = inner.get("type") == "string" and "enum" not in inner
             if (
-                not texts
-                and inner.get("type") in ("integer", "number", "boolean")
+                inner.get("type") in ("integer", "number", "boolean")
+                and (len(alternatives) == 1 or LISTED.search(text))
                 or not items
                 and LISTED.search(text)
-                or (texts and LISTED_TEXTS.search(text))
+                or (texts and LISTED_TEXTS.search(text) and (name != "lines" or "edge" in about))
             ):
                 found.append(choice)
     texts = [choice for choice in found if choice.get("type") == "string"]
-    return texts if texts and re.match(r"(exprs?|columns?|cols?|names?|by|on)$", name) else found
+    of_text = re.match(r"(exprs?|columns?|cols?|names?|by|on)$", name) or tool.description.startswith("Parse")
+    return texts if texts and of_text else found
 
 
 def values_of(kind, tool, name):
@@ -4324,6 +4349,8 @@ def values_of(kind, tool, name):
     """
     words = " ".join(words_of(name)).lower()
     said = tool.parameters["properties"][name].get("description", "").lower()[:50]
+    if kind == "integer" and re.match(r"(the )?number of", said):
+        words, said = "n", ""
     if kind == "number" and (re.match(r"(the )?number of", said) or re.search(r"^n |digits|count", words)):
         return values_of("integer", tool, name)
     if kind == "string" and not said and re.fullmatch("name|arg|obj|val|value|v|x", words):
@@ -4354,7 +4381,9 @@ def files_of(tool):
     """Paths of files of the kind that a tool's description speaks of."""
     words = re.findall(r"[a-z]+", tool.description.lower())
     path = next((path for word, path in FILES.items() if word in words), None)
-    if not path and re.search(r"\b[A-Z]{3,}\d*\b|format|compress", tool.description):
+    of_format = re.search(r"\b[A-Z]{3,}\d*\b|format|compress|serializ", tool.description)
+    of_product = re.search(r"\b[A-Z][a-z]+\b", tool.description[1:])  # such as "from a Lance dataset"
+    if not path and (of_format or of_product and not re.search(r"\bfile|\bpath|director", tool.description)):
         return []
     return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"] if path else PATHS
 
@@ -4373,11 +4402,12 @@ def random_value(tool, name, rng, size):
     """
     schema, text = tool.parameters["properties"][name], value_text(tool, name)
     default = schema.get("default")
-    if schema.get("nullable") and name not in tool.parameters["required"] and rng.random() < 0.05:
-        return None
     first, *others = choices(tool, name)
     choice = rng.choice(others) if others and rng.random() < 0.2 else first
     kind = choice.get("type")
+    can_be_null = schema.get("nullable") and kind != "array" and name not in tool.parameters["required"]
+    if can_be_null and rng.random() < 0.05:
+        return None
     if choice.get("enum"):
         return rng.choice([v for v in choice["enum"] if v != default] or choice["enum"])
     if kind == "boolean":
@@ -4394,6 +4424,8 @@ def random_value(tool, name, rng, size):
     values = values_of(kind, tool, name)
     if kind != "string" and POSITIVE.search(text):
         values = [v for v in values if v > 0] or values
+    if type(default) is int:
+        values = [v for v in values if v == int(v)] or values
     return rng.choice([v for v in values if v != default])
 
 

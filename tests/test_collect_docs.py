@@ -619,10 +619,34 @@ def test_a_default_never_contradicts_the_type(annotation, default, kept):
     assert {k: v for k, v in schema.items() if k != "default"} == alone(annotation)
 
 
+@pytest.mark.parametrize("stated, schema", [
+    ("sympy.physics.vector.Point", {}), ("torch.fx.node.Node", {}),
+    ("bool or list of (label,type) tuples", {"type": ["boolean", "array"]})])
+def test_a_class_is_known_by_its_last_name(stated, schema):
+    assert collect.type_schema(stated) == schema
+
+
+def test_what_is_quoted_in_an_annotation_is_a_type_and_no_value():
+    assert alone("Union['Target', str]") == alone("'Target' | str") == {"type": "string"}
+
+
+@pytest.mark.parametrize("doc, sentence", [
+    ("Returns\n=======\n\nsample : list\n    A sample.", ""),
+    ("f(*args)\nOverloaded function.\n\n1. f(self: m.A) -> None\n\n2. f(self: m.B) -> None", ""),
+    ("Sorted lists\n------------\n\nMore on them.", "Sorted lists"),
+    (":returns: a flag that says so", ""), (">>> f(1)\n1\n\nAdds one.", "Adds one.")])
+def test_what_is_no_prose_is_no_summary(doc, sentence):
+    assert collect.summarise(doc) == sentence
+
+
 def test_what_is_documented_comes_before_a_guess():
     """From the default, or from the name."""
     numpy = "Go.\n\nParameters\n----------\np : {}\n    Tolerance."
-    assert alone(inspect.Parameter.empty, 0) == {"type": "integer", "default": 0}
+    number = {"type": "number", "default": 0}
+    for name, kind in (("p", "number"), ("timeout", "number"), ("depth", "integer"), ("n", "integer")):
+        assert collect.parameter_schema(name, "", collect.Documented(), 0) == number | {"type": kind}
+    untold = [collect.parameter_schema(n, "", collect.Documented()) for n in ("host", "port", "node")]
+    assert untold == [{"type": "string"}, {"type": "integer"}, {}]
     assert alone(inspect.Parameter.empty, 0, numpy.format("float")) == {
         "type": "number", "default": 0, "description": "Tolerance."}
     assert alone("str", doc=numpy.format("int"))["type"] == "string"  # an annotation comes first

@@ -457,7 +457,7 @@ def test_conversations_on_what_examples_show():
     ("Raised when a value is wrong.", "wrong", []),
     ("An element of a domain.", "domain", [("give", "an element of a domain")]),
     ("Wrapper around the system call.", "call", []), ("See numpy.ndarray.", "array", []), ("", "f", []),
-    ("Recursively delete a directory tree.", "rmtree", [("do", "delete a directory tree")]),
+    ("Recursively delete a directory tree.", "rmtree", [("do", "recursively delete a directory tree")]),
     ("Number of groups of order n.", "groups", [("give", "the number of groups of order n")]),
     ("Do that which this object needs.", "need", []), ("Return the sum over the given axis.", "add", [])])
 def test_purposes(documentation, name, purposes):
