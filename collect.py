@@ -636,6 +636,8 @@ def describe_callable(obj, key, doc, module, bound=False):
     if bound and first and (first in ("self", "cls") or takes_self):
         parameters = parameters[1:]
     schema = json_schema(parameters, doc, module)
+    if not signature:  # what it takes is not known
+        schema["additionalProperties"] = True
     return {
         "key": key,
         "doc": doc,
@@ -963,7 +965,7 @@ def guessed_schema(name, description):
     if re.match(
         r"(?i)(the |an? )?(\w+ )?(number of|count|index|size|length|width|height|dimension|position)\b", start
     ):
-        return {"type": "integer"}
+        return {} if re.search(r"\btuple\b", description) else {"type": "integer"}
     if re.match(
         r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start
     ):
@@ -1077,6 +1079,8 @@ def find_alias(name, module):
     ]
     for place in places if top and name.rpartition(".")[2].lower() not in JSON_TYPES else []:
         found = vars(place).get(name.rpartition(".")[2])
+        if inspect.isclass(found) and found in PYTHON_TYPES:  # AxisInt = int
+            return found
         plain = inspect.isclass(found) and not issubclass(found, enum.Enum) and not typing.get_origin(found)
         if (
             found is not None
@@ -1164,6 +1168,8 @@ def alternative(text, depth):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower(), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
     words = re.sub(r"-like\b", "_like", words)
+    if found := re.fullmatch(r"(\w+) (ndarray|array|list|tensor)s?", words):  # int64 ndarray
+        return [array_of(alternatives(found[1], depth))]
     if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
         return []
     for word in re.finditer(r"\w+", words):
@@ -4080,7 +4086,8 @@ def mend(tool, arguments, rng):
     """
     for p in rng.sample(sorted(arguments), len(arguments)):
         value, schema, other = arguments[p], tool.parameters["properties"][p], None
-        if type(value) in (int, float) and abs(value) > 8 and "enum" not in schema:
+        fixed = "enum" in schema or re.search(r"seed|random", p)
+        if type(value) in (int, float) and abs(value) > 8 and not fixed:
             other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
             message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
         elif type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
@@ -4122,7 +4129,7 @@ BEGINS_AS_TEXT = re.compile(
 VALUES = [  # of texts and numbers, by the first pattern that is found in the name or the description
     ("string", r"sha ?\d+|md ?5|checksum|digest",
      ["9f86d081884c7d65", "d41d8cd98f00b204", "5d41402abc4b2a76"]),
-    ("string", r"url|uri|endpoint|link|address of (a|the) (page|site)",
+    ("string", r"url|uri|endpoint|link(?! rel)|address of (a|the) (page|site)",
      ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json",
       "http://localhost:8080/health", "https://example.com/feed.xml"]),
     ("string", r"e-?mail|recipient|sender", ["ada@example.com", "support@example.org", "li.wei@example.net"]),
@@ -4226,7 +4233,7 @@ HIGH_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
     r"dtensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
 TWO_DIMENSIONAL_TOOL = re.compile(
-    r"(?i)\b(2-?d|2 dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
+    r"(?i)\b(2-?d|2[- ]dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
 SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
 SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
 NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
@@ -4349,6 +4356,8 @@ def values_of(kind, tool, name):
     """
     words = " ".join(words_of(name)).lower()
     said = tool.parameters["properties"][name].get("description", "").lower()[:50]
+    if kind == "integer" and words.endswith("mode"):  # a number whose meaning only the tool knows
+        return []
     if kind == "integer" and re.match(r"(the )?number of", said):
         words, said = "n", ""
     if kind == "number" and (re.match(r"(the )?number of", said) or re.search(r"^n |digits|count", words)):
