@@ -3507,8 +3507,7 @@ def template_records(paths, seed, shares, part, parts):
     part.
     """
     tools = [tool for path in paths for tool in read_tools(path) if tool.usable]
-    last = lambda tool: tool.name.rpartition(".")[2]
-    return synthesise(tools, seed, shares, lambda tool: zlib.crc32(last(tool).encode()) % parts == part)
+    return synthesise(tools, seed, shares, lambda tool: zlib.crc32(tool.description.encode()) % parts == part)
 
 
 def read_tools(path):
