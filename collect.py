@@ -1670,14 +1670,14 @@ def infer_types(described):
     for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
         for name, value in step["call"][1].items():
             values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
-    untyped = []
+    untyped, top = [], lambda key: re.match(r"\w*", key)[0]  # of "json.decoder:JSONDecoder" it is json
     for key, name, schema in ((k, n, s) for k, of in properties.items() for n, s in of.items()):
         if {"type", "anyOf", "enum"} & schema.keys():
-            stated[key.split(".")[0], name][str(schema.get("type"))] += 1
+            stated[top(key), name][str(schema.get("type"))] += 1
         else:
             untyped.append((key, name, schema))
     for key, name, schema in untyped:
-        seen, same_name = values[key, name], stated[key.split(".")[0], name]
+        seen, same_name = values[key, name], stated[top(key), name]
         usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
         if agreed and usual in PYTHON_TYPES.values() and seen <= {usual}:
@@ -1699,7 +1699,7 @@ def summarise(doc):
     'Add two numbers, i.e. sum them.'
     """
     first = re.sub(r":\w+:`~?([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first_sentence(doc))
-    return textwrap.shorten(first, 120, placeholder=" ...")
+    return textwrap.shorten(first, 200, placeholder=" ...")
 
 
 def first_sentence(doc):
@@ -3707,6 +3707,11 @@ def conversation(kind, calls, names, results, offered, rng):
     be; None where no request for them reads right. `results` is what they give, where it is known.
     """
     tool, arguments = calls[0]
+    if kind == "error":
+        arguments, message, mended = mend(tool, arguments, rng)
+        if not message:
+            return None
+        calls = [(tool, arguments)]
     made = [(names[t.name], given) for t, given in calls]
     missing = rng.choice(tool.parameters["required"]) if kind == "missing" else None
     stated = [{p: v for p, v in given.items() if p != missing} for _, given in calls]
@@ -3738,8 +3743,7 @@ def conversation(kind, calls, names, results, offered, rng):
             rng.random() < 0.6
         )
     if kind == "error":
-        message, mended = mend(tool, arguments, rng)
-        return message and [
+        return [
             user,
             call,
             chat_message("tool", message),
@@ -4080,21 +4084,27 @@ def answer(result, rng):
 
 
 def mend(tool, arguments, rng):
-    """(error message of a call, the arguments that it asks for in their place); None twice where nothing can
-    be otherwise.
+    """(arguments that fail, the error message, the arguments that it asks for in their place), such that both
+    calls mean what the request says: a file is elsewhere, or what is a default anyway cannot be set. None
+    three times where neither can be.
     """
-    for p in rng.sample(sorted(arguments), len(arguments)):
-        value, schema, other = arguments[p], tool.parameters["properties"][p], None
-        fixed = "enum" in schema or re.search(r"seed|random", p)
-        if type(value) in (int, float) and abs(value) > 8 and not fixed:
-            other, most = type(value)(value / 2), "at most" if value > 0 else "at least"
-            message = f"ValueError: {p} must be {most} {json.dumps(other)}, got {json.dumps(value)}"
-        elif type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
+    properties = tool.parameters["properties"]
+    for p, value in arguments.items():
+        if type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
-        if other is not None and other != value and fits(other, schema):
-            return message, arguments | {p: other}
-    return None, None
+            return arguments, message, arguments | {p: other}
+    defaults = [
+        p
+        for p, schema in properties.items()
+        if p not in arguments and "default" in schema and not UNUSUAL.match(p)
+    ]
+    if not defaults:
+        return None, None, None
+    p = rng.choice(defaults)
+    value = properties[p]["default"]
+    message = f"NotImplementedError: {p} cannot be set, it is always {json.dumps(value)}; call without it"
+    return arguments | {p: value}, message, arguments
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -339,6 +339,7 @@ def tool(name, required=("count",), **changes):
         "mode": {"type": "string", "enum": ["fast", "safe"]},
         "names": {"type": "array", "items": {"type": "string"}, "description": "Names of the people."},
         "ratio": {"type": "number", "nullable": True},
+        "limit": {"type": "integer", "default": 20, "description": "Most boxes at once."},
     }
     schema = {"type": "object", "properties": properties, "required": [*required]}
     about = "Count the birds near {} lake {}." if ".n." in name else "Send the box called {} to {}."
@@ -353,6 +354,15 @@ def tool(name, required=("count",), **changes):
         }
         | changes
     )
+
+
+def test_a_file_that_is_elsewhere_and_nothing_to_mend():
+    rng, properties = collect.random.Random(0), {"path": {"type": "string"}}
+    reader = tool("pkg.m.read", description="Read a table.", parameters={"properties": properties})
+    failed, message, mended = collect.mend(reader, {"path": "data/a.csv"}, rng)
+    assert (failed, mended) == ({"path": "data/a.csv"}, {"path": "data/a_v2.csv"})
+    assert "FileNotFoundError" in message and mended["path"] in message
+    assert collect.mend(reader, {"path": "a"}, rng) == (None, None, None)
 
 
 KINDS = {"multiple": 4, "single": 2, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1}
@@ -402,9 +412,10 @@ def test_kinds_of_conversations():
             assert len(r.messages) == 2 or json.dumps(calls[0][1]["count"]) in r.messages[2]["content"]
         if kind == "error":
             (first, before), (second, after), message = *calls, r.messages[2]["content"]
-            [changed] = [p for p in before if before[p] != after.get(p)]
-            assert first == second and before.keys() == after.keys() and changed in message
-            assert all(str(value[changed]).lower() in message.lower() for value in (before, after))
+            [changed] = before.keys() - after.keys()  # what the request says holds for both calls
+            assert first == second and before == after | {changed: before[changed]}
+            assert before[changed] == schemas[first]["properties"][changed]["default"]
+            assert changed in message and json.dumps(before[changed]) in message
     assert roles == {
         "multiple": {"user assistant*"},
         "single": {"user assistant*"},
