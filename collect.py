@@ -815,11 +815,12 @@ def parameter_names(text):
 
 def paragraph(first, lines, i):
     """What an entry at line i says, in one line: its own text and, indented below it, the rest of the
-    paragraph.
+    paragraph, with the list that it announces.
     """
     held = [first] * bool(first.strip())
     for line in map(lines.__getitem__, range(i + 1, len(lines))):  # a copy of the rest would cost quadratic time
-        if held and not line.strip() or line.strip() and indentation(line) <= indentation(lines[i]):
+        ended = held and not line.strip() and not held[-1].rstrip().endswith(":")
+        if ended or line.strip() and indentation(line) <= indentation(lines[i]):
             break
         held += [line.strip()] * bool(line.strip())
     return " ".join(held)
@@ -855,6 +856,11 @@ NAMED = {  # names that tell of the type by themselves
                r"(n|num)_\w+|\w+_(count|index|length)",
     "number": r"(\w+_)?timeout"}
 CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol"}  # though such words mean JSON_TYPES
+CLASS_NAME = (  # a name in capitals that is neither that of a library nor of what is no class
+    r"(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|Self|Unpack|Generic|Callable|Undefined|"
+    r"NetworkX|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
+    r"[A-Z]_contra)\b)"
+    r"(?:[A-Z]\w*[a-z]\w*|IO)")
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
 
@@ -940,16 +946,17 @@ def may_be_none(stated):
 def class_schema(stated):
     """The schema of an object of a class, such as "Console", "Optional[pd.DataFrame]" or "estimator object";
     {} if it is of none.
+
+    >>> class_schema("NetworkX DiGraph"), class_schema("any object of SymPy")
+    ({'type': 'object', 'title': 'DiGraph'}, {})
     """
     stated = re.split(r"\bdefaults?\b|\boptional\b", stated)[0]
     if re.search(r"(?i)callable|function|\btype\b", stated):
         return {}
-    found = re.search(
-        r"\b(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|T|Self|Unpack|"
-        r"Generic)\b)(?:[A-Z]\w*[a-z]\w*|IO\b)",
-        stated,
+    found = re.search(rf"\b{CLASS_NAME}\b", stated)
+    described = found or re.search(
+        r"\b(?!any |an? |the )([a-z_]\w*)(?=[ -](?:object|instance|like object)s?\b)", stated
     )
-    described = found or re.search(r"\b(\w+)(?=[ -](?:object|instance|like object)s?\b)", stated)
     if re.search(r"\b[Gg]raphs?\b", stated):
         return {"type": "object", "title": "Graph"}
     return {"type": "object", "title": described[0]} if described else {}
@@ -963,7 +970,9 @@ def guessed_schema(name, description):
     ):
         return {"type": "boolean"}
     if re.match(
-        r"(?i)(the |an? )?(\w+ )?(number of|count|index|size|length|width|height|dimension|position)\b", start
+        r"(?i)(the |an? )?(\w+ ){0,3}"
+        r"(number of|count|index|size|length|width|height|dimension|position)\b",
+        start,
     ):
         return {} if re.search(r"\btuple\b", description) else {"type": "integer"}
     if re.match(
@@ -974,7 +983,7 @@ def guessed_schema(name, description):
         if re.fullmatch(names, name):
             return {"type": kind}
     known = type_schema(re.sub(r"['\"]", "", start))
-    return known or ({} if name in ("node", "nodes", "label", "labels") else type_schema(name))
+    return known or ({} if name in ("node", "nodes", "label", "labels", "sequence") else type_schema(name))
 
 
 def values_in_words(description):
@@ -996,12 +1005,12 @@ def values_in_words(description):
 def default_in_words(text):
     """The default in "int, default 5", "(default: 'a')" or "Defaults to ``True``.", or None.
 
-    >>> [default_in_words(text) for text in ("Defaults to 5.", "{'a', 'b'}, default='a'", "By default all.")]
+    >>> [default_in_words(text) for text in ("Defaults to 5.", "{'a', 'b'}, default='a'", "default=1 if so")]
     [5, 'a', None]
     """
     found = re.search(
-        r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b|"
-        r"True\b|False\b)",
+        r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*"
+        r"('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b(?![\d.]*\d)|True\b|False\b)(?!`*,? (?:if|when|for|unless|except)\b)",
         text,
         re.I,
     )
@@ -1108,7 +1117,7 @@ def type_schema(stated, depth=0):
 {'anyOf': [{'type': 'string', 'enum': ['auto']}, {'type': 'boolean'}]})
     """
     stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", stated[:400])
-    stated = re.split(r"[,;(.]?\s*\(?\bdefaults?\b", stated)[0]
+    stated = re.split(r"[,;(.]?\s*\(?(?<!['\"])\bdefaults?\b", stated)[0]
     found, values = [], []
     for schema in alternatives(stated, depth):
         if schema.keys() == {"enum"}:
@@ -1124,15 +1133,44 @@ def type_schema(stated, depth=0):
             ({"type": kinds[0]} if len(kinds) == 1 else {})
             | ({} if kinds == ["boolean"] else {"enum": values}),
         )
+    if all("title" in schema for schema in found):  # classes alone: see class_schema
+        return {}
     if len(found) < 2:
-        return found[0] if found else {}
+        return found[0]
     if all(schema.keys() == {"type"} for schema in found):
         return {"type": [schema["type"] for schema in found]}
     return {"anyOf": found}
 
 
 def alternatives(text, depth):
-    """The schemas of the parts of a type; {"enum": [...]} of literal values."""
+    """The schemas of the parts of a type; {"enum": [...]} of literal values.
+
+    >>> alternatives("int, array of floats or strings", 0)  # of strings is the array too
+    [{'type': 'integer'}, {'type': 'array'}]
+    """
+    found = []
+    for part in type_parts(text) if depth < 8 else []:
+        more = re.fullmatch(r"([\w-]+ )?(ints|integers|floats|numbers|strs|strings|bools|booleans)", part)
+        if more and found and found[-1].get("type") == "array":
+            found[-1] = {"type": "array"}
+        else:
+            found += alternative(part, depth + 1)
+    return found
+
+
+def item_schemas(text, depth):
+    """The schemas of what stands between the brackets of an array's type; [] if one of them is not known.
+
+    >>> item_schemas("str, Any", 0), item_schemas("int, ...", 0)
+    ([], [{'type': 'integer'}])
+    """
+    parts = [part for part in type_parts(text) if part not in ("...", "Ellipsis", "None")]
+    known = [alternatives(part, depth) for part in parts]
+    return [] if [] in known else [schema for schemas in known for schema in schemas]
+
+
+def type_parts(text):
+    """The alternatives in the text of a type: "int, str or (a | b)" has three."""
     parts, level = [""], 0
     for token in re.findall(r"'[^']*'|\"[^\"]*\"|\bor\b|\w+|\s+|.", text):
         level += (token in "([{") - (token in ")]}")
@@ -1140,12 +1178,7 @@ def alternatives(text, depth):
             parts.append("")
         else:
             parts[-1] += token
-    return [
-        schema
-        for part in parts
-        if part.strip() and depth < 8
-        for schema in alternative(part.strip(), depth + 1)
-    ]
+    return [part.strip() for part in parts if part.strip()]
 
 
 def alternative(text, depth):
@@ -1163,7 +1196,7 @@ def alternative(text, depth):
     if found := re.match(r"[\w\s:-]*\{(.*)\}", text, re.S):
         return [{"type": "object"}] if re.match(r"\s*\w+\s*:", found[1]) else alternatives(found[1], depth)
     if found := re.fullmatch(r"\((.*)\)", text, re.S):
-        return [array_of(alternatives(found[1], depth))]
+        return [array_of(item_schemas(found[1], depth))]
     if found := re.fullmatch(r"([\w.]+)\[(.*)\]", text, re.S):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower(), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
@@ -1176,13 +1209,13 @@ def alternative(text, depth):
         if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
             items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
-    return []
+    return [{"type": "object", "title": words}] if re.fullmatch(CLASS_NAME, words) else []
 
 
 def of_kind(kind, items, depth):
     """The schemas of one of JSON_TYPES; `items` is a text on what an array holds."""
     return [
-        array_of(alternatives(items, depth)) if name == "array" else {"type": name} for name in kind.split()
+        array_of(item_schemas(items, depth)) if name == "array" else {"type": name} for name in kind.split()
     ]
 
 
@@ -1663,21 +1696,27 @@ def name_apis(objects, package):
 
 def infer_types(described):
     """Give parameters that state no type that of their values in examples, or that which nearly all of the
-    same name have in the package; in the standard library, in the module.
+    same name have nearby: in the subpackage or, where too few state one, in the package (of the standard
+    library, in the module).
     """
     properties = {o["key"]: o["parameters"]["properties"] for o in described}
     values, stated = defaultdict(set), defaultdict(Counter)
     for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
         for name, value in step["call"][1].items():
             values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
-    untyped, top = [], lambda key: re.match(r"\w*", key)[0]  # of "json.decoder:JSONDecoder" it is json
+    untyped = []
+    package = lambda key: re.match(r"\w*", key)[0]  # of "a.b.c:D" it is "a"
+    subpackage = lambda key: re.match(r"\w*(\.\w+)?", key)[0]  # "a.b"
     for key, name, schema in ((k, n, s) for k, of in properties.items() for n, s in of.items()):
         if {"type", "anyOf", "enum"} & schema.keys():
-            stated[top(key), name][str(schema.get("type"))] += 1
+            for place in {package(key), subpackage(key)}:
+                stated[place, name][str(schema.get("type"))] += 1
         else:
             untyped.append((key, name, schema))
     for key, name, schema in untyped:
-        seen, same_name = values[key, name], stated[top(key), name]
+        seen, same_name = values[key, name], stated[subpackage(key), name]
+        if same_name.total() < 3:
+            same_name = stated[package(key), name]
         usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
         if agreed and usual in PYTHON_TYPES.values() and seen <= {usual}:
@@ -1697,20 +1736,34 @@ def summarise(doc):
 
     >>> summarise("add(a, b) -> int\\n\\nAdd two numbers, i.e.\\nsum them. More.")
     'Add two numbers, i.e. sum them.'
+    >>> summarise("The :func:`~math.erf` of x, defined as\\n\\n.. math:: f(x)\\n\\nMore.")
+    'The erf of x, defined as f(x)'
     """
-    first = re.sub(r":\w+:`~?([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first_sentence(doc))
-    return textwrap.shorten(first, 200, placeholder=" ...")
+    first = re.sub(r"`~[\w.]*?(\w+)`", r"`\1`", first_sentence(doc))
+    first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
+    return textwrap.shorten(re.sub(r"::$", ":", first), 300, placeholder=" ...")
 
 
 def first_sentence(doc):
-    """The first sentence of a docstring, as it is written, or ""."""
+    """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
+    does not belong to it; a formula in which it ends does.
+    """
+    heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
+    ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
+    announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*\n?)+)"
+    doc = re.sub(announced, lambda items: f" {' '.join(items[1].split())}\n\n", doc)
+    doc = re.split(rf"{ends}|(?<=\S)\n[ \t]*(?:[-*]|\d\.) ", doc)[0]
+    doc = re.sub(r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", r" ", doc)
     doc = re.sub(
-        r"^([ \t]*)(!!!|\.\. \w+::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
+        r"^([ \t]*)(!!!|\.\. \w+ ?::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
     )  # admonitions and directives
     rule, title = rf"[ \t]*{RULE.pattern}[ \t]*$", rf"[ \t]*({PARAMETERS.pattern}|{OTHERS.pattern})"
     doc = re.sub(rf"(?m)^{rule}", "", re.split(rf"(?im)^{title}\n{rule}", doc)[0])
     paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
-    without_prose = re.compile(r"(\d+\. )?[\w.]+\(.*\)|[.=~*-]{2,}|>>>|:\w+:[^`]|Overloaded function")
+    without_prose = re.compile(
+        rf"(?i)(\d+\. )?[\w.]+\(.*\)|[.=~*-]{{2,}}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
+        rf"[\w()|-]+( \[.*\])+$|{heading} "  # also how a command is used
+    )
     paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
     return re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
 

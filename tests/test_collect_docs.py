@@ -627,14 +627,39 @@ def test_a_class_is_known_by_its_last_name(stated, schema):
 
 
 def test_what_is_quoted_in_an_annotation_is_a_type_and_no_value():
-    assert alone("Union['Target', str]") == alone("'Target' | str") == {"type": "string"}
+    either = {"anyOf": [{"type": "object", "title": "Target"}, {"type": "string"}]}
+    assert alone("Union['Target', str]") == alone("'Target' | str") == either
+
+
+@pytest.mark.parametrize("stated, schema", [
+    ("array_like, 1 dimension, nonnegative ints", {"type": "array"}),
+    ("slice, int, array-like of ints or bools", {"type": ["integer", "array"]}),
+    ("Iterable[tuple[str, Any]]", {"type": "array", "items": {"type": "array"}}),
+    ("Literal['default', 'left'] | Same", {"anyOf": [
+        {"type": "string", "enum": ["default", "left"]}, {"type": "object", "title": "Same"}]}),
+    ("Printer", {}), ("Callable | str", {"type": "string"})])
+def test_alternatives_are_neither_lost_nor_made_up(stated, schema):
+    assert collect.type_schema(stated) == schema
+
+
+@pytest.mark.parametrize("said, default", [
+    ("default=0.80 if x is given, else 1", None), ("The default is 3, unless x is given.", None),
+    ("Defaults to 3.", 3)])
+def test_a_default_under_a_condition_is_none(said, default):
+    assert collect.default_in_words(said) == default
 
 
 @pytest.mark.parametrize("doc, sentence", [
     ("Returns\n=======\n\nsample : list\n    A sample.", ""),
     ("f(*args)\nOverloaded function.\n\n1. f(self: m.A) -> None\n\n2. f(self: m.B) -> None", ""),
     ("Sorted lists\n------------\n\nMore on them.", "Sorted lists"),
-    (":returns: a flag that says so", ""), (">>> f(1)\n1\n\nAdds one.", "Adds one.")])
+    (":returns: a flag that says so", ""), (">>> f(1)\n1\n\nAdds one.", "Adds one."),
+    (":param x: a number", ""), ("Args:\n    x: a number", ""),
+    ("undo [count]\n\nTakes steps back.", "Takes steps back."),
+    ("Adds one\n:param x: a number", "Adds one"), ("Adds one\nArgs:\n    x: a number", "Adds one"),
+    ("Checks this\n- and that", "Checks this"), ("Any of:\n\n- a\n- b\n\nMore.", "Any of: - a - b"),
+    ("The root, that is\n\n.. math :: \\sqrt{x}\n\nMore.", "The root, that is \\sqrt{x}"),
+    ("A :py:class:`~a.b.C` or `~a.b.D`, or ~x.", "A C or D, or ~x.")])
 def test_what_is_no_prose_is_no_summary(doc, sentence):
     assert collect.summarise(doc) == sentence
 
