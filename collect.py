@@ -1078,15 +1078,9 @@ def find_alias(name, module):
     own; or None.
     """
     top = getattr(module, "__name__", "").split(".")[0]
-    places = [
-        module,
-        *(
-            m
-            for n, m in list(sys.modules.items())
-            if n.startswith(f"{top}.") and re.search(r"\._?(typing|types)$", n)
-        ),
-    ]
-    for place in places if top and name.rpartition(".")[2].lower() not in JSON_TYPES else []:
+    if not top or name.rpartition(".")[2].lower() in JSON_TYPES:
+        return None
+    for place in (module, *typing_modules(top, len(sys.modules))):
         found = vars(place).get(name.rpartition(".")[2])
         if inspect.isclass(found) and found in PYTHON_TYPES:  # AxisInt = int
             return found
@@ -1104,6 +1098,12 @@ def find_alias(name, module):
         if inspect.isclass(found) and issubclass(found, enum.Enum) or hasattr(found, "__supertype__"):
             return found
     return None
+
+
+@lru_cache
+def typing_modules(top, loaded):
+    """What a package keeps its types in, of the `loaded` modules."""
+    return [m for n, m in list(sys.modules.items()) if re.fullmatch(rf"{top}\..*\b_?(typing|types)", n)]
 
 
 def type_schema(stated, depth=0):
@@ -1287,9 +1287,11 @@ def sessions(doc, obj, module):
             tree = ast.parse(code)
         except SyntaxError:  # its lines lack the dots of a continued statement, or it is for another Python
             continue
-        names |= imported_names(tree)
-        literals |= {name: Symbol(name) for name, path in imported_names(tree).items() if is_symbolic(path)}
-        calls = {ast.unparse(n.func): n for n in ast.walk(tree) if isinstance(n, ast.Call)}
+        nodes = list(ast.walk(tree))
+        imported = imported_names(nodes)
+        names |= imported
+        literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
+        calls = {ast.unparse(n.func): n for n in nodes if isinstance(n, ast.Call)}
         targets = {text: look_up(text, names, obj, module) for text in calls}
         statement = tree.body[0] if len(tree.body) == 1 else None
         assigned = assigned_name(statement)
@@ -1309,8 +1311,8 @@ def sessions(doc, obj, module):
             target = vars(home)[method]
         key = f"{api_key(home)}.{method}" if is_method else target and api_key(target)
         output = re.sub(r"\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
-        used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-        stored = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+        used = {n.id for n in nodes if isinstance(n, ast.Name)}
+        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         found[-1][1].append(
             {
                 "code": code,
@@ -1327,7 +1329,7 @@ def sessions(doc, obj, module):
                 "keys": sorted({api_key(t) for t in targets.values() if t is not None}),
             }
         )
-        bound |= stored | imported_names(tree).keys()
+        bound |= stored | imported.keys()
         touched = (
             used
             if not output and not assigned
@@ -1520,10 +1522,10 @@ def import_of(name, names, obj, module):
     )
 
 
-def imported_names(tree):
+def imported_names(nodes):
     """Names bound by import statements, as dotted paths: `from a import b as c` binds c to a.b."""
     names = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {a.asname: a.name for a in node.names if a.asname}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
