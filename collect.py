@@ -510,7 +510,7 @@ def child():
     for descriptor in (0, 1, 2):  # what modules print, or ask, goes nowhere
         os.dup2(null, descriptor)
     warnings.simplefilter("ignore")
-    seen = set()
+    seen = {}
     for line in requests:
         answer = describe_module(line.strip(), seen)
         reply.write(stable(json.dumps(answer)) + "\n")
@@ -549,20 +549,29 @@ def describe_object(obj, module, public_name, seen):
     place = {"key": key, "path": f"{module.__name__}.{public_name}", "borrowed": borrowed}
     if key in seen:
         return [place]
-    described = [describe_callable(obj, key, documentation(obj), module) | place | {"unfit": unfit(obj, key)}]
-    seen.add(key)
+    reason = unfit(obj, key)
+    described = [describe_callable(obj, documentation(obj), module) | place | {"home": home, "unfit": reason}]
+    seen[key] = True
     for name, member in sorted(members(obj).items()) if inspect.isclass(obj) else []:
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if not name.startswith("_") and callable(function) and not inspect.isclass(function):
             bound = not isinstance(member, staticmethod)
-            reason = "" if function is not member else "a method, whose object a call cannot name"
+            needs_object = "" if function is not member else "a method, whose object a call cannot name"
             with contextlib.suppress(Exception):  # one that breaks under inspection, alone
+                member_key = f"{key}.{name}"
+                first = seen.setdefault(id(member), member_key)  # a base's method may be that of many classes
                 described.append(
-                    describe_callable(function, f"{key}.{name}", documentation(function), module, bound)
+                    (
+                        {"same": first}
+                        if first != member_key
+                        else describe_callable(function, documentation(function), module, bound)
+                    )
                     | {
+                        "key": member_key,
+                        "home": home,
                         "of": key,
                         "name": name,
-                        "unfit": reason or unfit(obj, key) or unfit(function, f"{key}.{name}"),
+                        "unfit": needs_object or reason or unfit(function, member_key),
                     }
                 )
     return described
@@ -625,7 +634,7 @@ def belongs(home, module_name):
     return top == home_top or (top in sys.stdlib_module_names and home_top in sys.stdlib_module_names)
 
 
-def describe_callable(obj, key, doc, module, bound=False):
+def describe_callable(obj, doc, module, bound=False):
     """Documentation, signature, schema and examples of one callable; bound leaves out self or cls."""
     signature = find_signature(obj, doc)
     if not signature and inspect.isclass(obj) and issubclass(obj, BaseException):
@@ -639,9 +648,7 @@ def describe_callable(obj, key, doc, module, bound=False):
     if not signature:  # what it takes is not known
         schema["additionalProperties"] = True
     return {
-        "key": key,
         "doc": doc,
-        "home": key.split(":")[0],
         "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
         "is_class": inspect.isclass(obj),
         "parameters": schema,
@@ -1656,6 +1663,10 @@ def name_apis(objects, package):
             paths.setdefault(o["key"], set()).add(o["path"])
             if o["borrowed"]:
                 borrowed.add(o["path"])
+        if o.get("same") in described:
+            first = described[o["same"]]
+            schema = first["parameters"] | {"properties": first["parameters"]["properties"].copy()}
+            o = first | {"parameters": schema} | o
         if "doc" in o:
             described.setdefault(o["key"], o)
 
@@ -1732,6 +1743,7 @@ def distinct(apis):
     return sorted({api["name"]: api for api in apis.values()}.values(), key=lambda a: a["name"])
 
 
+@lru_cache(2**14)
 def summarise(doc):
     """The first sentence of a docstring, on one line, without the signature that compiled functions put
     there, and without markup.
@@ -1750,7 +1762,7 @@ def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
     does not belong to it; a formula in which it ends does.
     """
-    heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
+    doc, heading = doc[:2000], rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
     ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
     announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*\n?)+)"
     doc = re.sub(announced, lambda items: f" {' '.join(items[1].split())}\n\n", doc)
@@ -3876,11 +3888,10 @@ def find_purposes(name, documentation, is_class):
     (('give', 'the harmonic mean of data'), ('give', 'the harmonic mean'))
     """
     words = words_of(name)
-    if re.search(r"(?i)\bdecorat|\bmixin\b|context manager", first_sentence(documentation)):
+    sentence = first_sentence(documentation)
+    if re.search(r"(?i)\bdecorat|\bmixin\b|context manager", sentence):
         return ()
-    sentence = re.sub(
-        r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", first_sentence(documentation).rstrip(".")
-    ).strip()
+    sentence = re.sub(r" ?\([A-Z]*\)| ?\([^()]*\)$|\.$|:+$", "", sentence.rstrip(".")).strip()
     if is_class:
         return class_purpose(words, sentence, documentation)
     found = [read_purpose(sentence)]

@@ -233,7 +233,7 @@ def test_what_no_one_would_call(tmp_path, monkeypatch):
     """It is documented all the same."""
     (tmp_path / "unfitting.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    found = {o["key"].partition(":")[2]: o["unfit"] for o in collect.describe_module("unfitting", set())["objects"]}
+    found = {o["key"].partition(":")[2]: o["unfit"] for o in collect.describe_module("unfitting", {})["objects"]}
     assert found.keys() >= {"Wrong", "Kind", "BaseThing", "old", "new", "Box.put", "Box.from_text", "Box.largest"}
     assert not any(found[name] for name in ("new", "Box", "Box.from_text", "Box.largest"))
     assert all(found[name] for name in ("Wrong", "Kind", "BaseThing", "BaseThing.go", "old", "Box.put"))
@@ -853,7 +853,7 @@ def test_more_of_what_no_one_would_call(tmp_path, monkeypatch):
     """A function of which one parameter is deprecated is not: pandas.concat is such."""
     (tmp_path / "more_unfitting.py").write_text(UNFIT)
     monkeypatch.syspath_prepend(tmp_path)
-    objects = collect.describe_module("more_unfitting", set())["objects"]
+    objects = collect.describe_module("more_unfitting", {})["objects"]
     assert all(o["doc"] for o in objects)
     found = {o["key"].partition(":")[2]: o["unfit"] for o in objects}
     fit = {"Basement", "latest", "warn", "one_parameter"}
