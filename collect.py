@@ -824,12 +824,13 @@ def paragraph(first, lines, i):
     """What an entry at line i says, in one line: its own text and, indented below it, the rest of the
     paragraph, with the list that it announces.
     """
-    held = [first] * bool(first.strip())
+    held, ended = [first] * bool(first.strip()), False
     for line in map(lines.__getitem__, range(i + 1, len(lines))):  # a copy of the rest would cost quadratic time
-        ended = held and not line.strip() and not held[-1].rstrip().endswith(":")
-        if ended or line.strip() and indentation(line) <= indentation(lines[i]):
+        text = line.strip()
+        if text and (indentation(line) <= indentation(lines[i]) or ended and not re.match(r"[-*•] ", text)):
             break
-        held += [line.strip()] * bool(line.strip())
+        ended = bool(held) and not text and not held[-1].rstrip().endswith(":")
+        held += [text] * bool(text)
     return " ".join(held)
 
 
@@ -843,13 +844,16 @@ JSON_TYPES = {word: kind for kind, words in {
     "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 "
               "float64 symfloat",
     "string": "str string strings strs text path paths pathlike path_like bytes filename strpath anystr "
-              "url regex pattern date datetime timestamp uuid char character characters dtype device "
+              "url regex pattern date datetime timestamp uuid char character characters dtype datatype "
+              "device layout memory_format "
               "literalstring bytes_like readablebuffer fspath expr expression symbol",
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
-             "arraylike ndarray longtensor booltensor tensor tensors set sets frozenset iterator list_like "
-             "deque vector matrix collection generator mutablesequence abstractset bytearray series",
-    "object": "dict dicts dictionary dictionaries mapping mappings mutablemapping ordereddict defaultdict "
-              "typeddict",
+             "arraylike seq ndarray longtensor booltensor tensor tensors set sets frozenset iterator "
+             "list_like "
+             "deque vector matrix collection container generator mutablesequence abstractset bytearray "
+             "series",
+    "object": "dict dicts dict_like dictionary dictionaries mapping mappings mutablemapping "
+              "ordereddict defaultdict typeddict",
     "string integer": "hashable node nodes label labels"}.items()
     for word in words.split()}
 REAL = re.compile(  # names of numbers that need not be whole, even where the default is
@@ -862,11 +866,12 @@ NAMED = {  # names that tell of the type by themselves
     "integer": r"(\w+_)?fd|p?pid|lineno|port|year|month|day|hour|minute|offset|limit|count|length|num|"
                r"(n|num)_\w+|\w+_(count|index|length)",
     "number": r"(\w+_)?timeout"}
-CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol"}  # though such words mean JSON_TYPES
+# Classes, though such words mean JSON_TYPES
+CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text"}
 CLASS_NAME = (  # a name in capitals that is neither that of a library nor of what is no class
     r"(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|Self|Unpack|Generic|Callable|Undefined|"
     r"NetworkX|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
-    r"[A-Z]_contra)\b)"
+    r"[A-Z]_contra|\w+Like)\b)(?<!\b_t\.)"  # the last two are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)")
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
@@ -915,7 +920,7 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     schema = dict(type_schema(stated) or type_schema(said.type))
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
-    if type(default) in PYTHON_TYPES:
+    if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", stated or said.type):
         kind = "number" if type(default) is int and REAL.fullmatch(name) else PYTHON_TYPES[type(default)]
         schema = schema or {"type": kind}
         finite = type(default) is not float or abs(default) < 1e300
@@ -964,7 +969,7 @@ def class_schema(stated):
     described = found or re.search(
         r"\b(?!any |an? |the )([a-z_]\w*)(?=[ -](?:object|instance|like object)s?\b)", stated
     )
-    if re.search(r"\b[Gg]raphs?\b", stated):
+    if re.search(r"(?i)\b(multi|di)?graphs?\b", stated) and not found:
         return {"type": "object", "title": "Graph"}
     return {"type": "object", "title": described[0]} if described else {}
 
@@ -1125,6 +1130,7 @@ def type_schema(stated, depth=0):
     """
     stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", stated[:400])
     stated = re.split(r"[,;(.]?\s*\(?(?<!['\"])\bdefaults?\b", stated)[0]
+    stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     found, values = [], []
     for schema in alternatives(stated, depth):
         if schema.keys() == {"enum"}:
@@ -1140,7 +1146,7 @@ def type_schema(stated, depth=0):
             ({"type": kinds[0]} if len(kinds) == 1 else {})
             | ({} if kinds == ["boolean"] else {"enum": values}),
         )
-    if all("title" in schema for schema in found):  # classes alone: see class_schema
+    if not found or len(found) == 1 and "title" in found[0]:  # a class alone: see class_schema
         return {}
     if len(found) < 2:
         return found[0]
@@ -1168,7 +1174,7 @@ def alternatives(text, depth):
 def item_schemas(text, depth):
     """The schemas of what stands between the brackets of an array's type; [] if one of them is not known.
 
-    >>> item_schemas("str, Any", 0), item_schemas("int, ...", 0)
+    >>> item_schemas("str, Any", 0), item_schemas("int | None", 0)
     ([], [{'type': 'integer'}])
     """
     parts = [part for part in type_parts(text) if part not in ("...", "Ellipsis", "None")]
@@ -1202,12 +1208,13 @@ def alternative(text, depth):
         return alternatives(found[1], depth)[:1]
     if found := re.match(r"[\w\s:-]*\{(.*)\}", text, re.S):
         return [{"type": "object"}] if re.match(r"\s*\w+\s*:", found[1]) else alternatives(found[1], depth)
-    if found := re.fullmatch(r"\((.*)\)", text, re.S):
-        return [array_of(item_schemas(found[1], depth))]
+    if found := re.fullmatch(r"\((.*)\)( tuples?)?|\[(.*)\]|(\w+)\.\.\.", text, re.S):  # also int...
+        items = item_schemas(found[1] or found[3] or found[4] or "", depth)
+        return [array_of(items)] if items or found[2] != " tuples" else []
     if found := re.fullmatch(r"([\w.]+)\[(.*)\]", text, re.S):
-        return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower(), ""), found[2], depth)
+        return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower().strip("_"), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
-    words = re.sub(r"-like\b", "_like", words)
+    words = re.sub(r"data-type\b", "datatype", re.sub(r"-like\b", "_like", words))
     if found := re.fullmatch(r"(\w+) (ndarray|array|list|tensor)s?", words):  # int64 ndarray
         return [array_of(alternatives(found[1], depth))]
     if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
@@ -1216,7 +1223,8 @@ def alternative(text, depth):
         if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
             items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
-    return [{"type": "object", "title": words}] if re.fullmatch(CLASS_NAME, words) else []
+    found = re.fullmatch(rf"(?:an? )?(?:[a-z]+ )?({CLASS_NAME})(?: object| instance)?", words)
+    return [{"type": "object", "title": found[1]}] if found and "_t." not in text else []
 
 
 def of_kind(kind, items, depth):
@@ -1708,11 +1716,12 @@ def name_apis(objects, package):
 
 
 def infer_types(described):
-    """Give parameters that state no type that of their values in examples, or that which nearly all of the
-    same name have nearby: in the subpackage or, where too few state one, in the package (of the standard
-    library, in the module).
+    """Give parameters of which nothing states a type that of their values in examples, or that which nearly
+    all of the same name have nearby: in the subpackage or, where too few state one, in the package (of the
+    standard library, in the module).
     """
-    properties = {o["key"]: o["parameters"]["properties"] for o in described}
+    by_key = {o["key"]: o for o in described}
+    properties = {key: o["parameters"]["properties"] for key, o in by_key.items()}
     values, stated = defaultdict(set), defaultdict(Counter)
     for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
         for name, value in step["call"][1].items():
@@ -1724,7 +1733,7 @@ def infer_types(described):
         if {"type", "anyOf", "enum"} & schema.keys():
             for place in {package(key), subpackage(key)}:
                 stated[place, name][str(schema.get("type"))] += 1
-        else:
+        elif not states_type(by_key[key], name):  # one that JSON does not have
             untyped.append((key, name, schema))
     for key, name, schema in untyped:
         seen, same_name = values[key, name], stated[subpackage(key), name]
@@ -1736,6 +1745,12 @@ def infer_types(described):
             properties[key][name] = {"type": usual} | schema
         elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
             properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema
+
+
+def states_type(api, name):
+    """Whether the signature or the documentation has a type for a parameter."""
+    entry = rf"^[ \t]*(?:\w+, )*\**{name}(?:, \w+)* (?:: \S|\([^()\n]*\):)"
+    return bool(re.search(rf"\b{name}: ", api["signature"]) or re.search(entry, api["doc"], re.M))
 
 
 def distinct(apis):
@@ -1765,9 +1780,11 @@ def first_sentence(doc):
     doc, heading = doc[:2000], rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
     ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
     announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*\n?)+)"
-    doc = re.sub(announced, lambda items: f" {' '.join(items[1].split())}\n\n", doc)
+    short = lambda items: f" {' '.join(items[1].split())}\n\n" if len(items[1]) < 200 else "\n\n"
+    doc = re.sub(announced, short, doc)
     doc = re.split(rf"{ends}|(?<=\S)\n[ \t]*(?:[-*]|\d\.) ", doc)[0]
     doc = re.sub(r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", r" ", doc)
+    doc = re.sub(r"::\n\n[ \t]+(?!>>>|\.\. )(\S[^\n]{0,80})(\n\n|$)", r": \1\n\n", doc)  # a literal line
     doc = re.sub(
         r"^([ \t]*)(!!!|\.\. \w+ ?::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
     )  # admonitions and directives
@@ -3528,7 +3545,7 @@ SHAPES = {
              "I want to use {p}{a}.", "Make {p}{a} for me."]}
 WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
         ("with", "{v} for {l}")]
-VARIED, MADE_UP = 20, 4  # conversations on a tool with values like its examples', and on one without examples
+VARIED, MADE_UP = 22, 4  # conversations on a tool with values like its examples', and on one without examples
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
 QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
@@ -3688,7 +3705,9 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
     count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(
         kind, rng.randrange(3)
     )
-    if kind == "irrelevant":  # a tool of nearly the same description might do
+    if kind == "irrelevant":  # a tool of nearly the same name or description might do
+        named = {word for word in words_of(tool.name.rpartition(".")[2]) if len(word) > 4}
+        pool = [t for t in pool if not named & {*words_of(t.name.rpartition(".")[2])}]
         pool = [t for t in pool if not alike(t.description, tool.description)]
     others = [
         t for t in rng.sample(pool, min(len(pool), count)) if all(t is not called for called, _ in calls)
@@ -3744,7 +3763,28 @@ def can_call(tool):
         return False
     if tool.is_class and not (required and all("description" in properties[name] for name in required)):
         return False
-    return bool(tool.examples) or all(can_state(tool, name) for name in needed(tool))
+    if tool.examples:
+        return True
+    unknown = any(  # such as u of "Return a multivariate zero."
+        len(name) == 1
+        and properties[name].get("type") != "array"
+        and "description" not in properties[name]
+        and not re.search(rf"\b{name}\b", tool.description)
+        for name in needed(tool)
+    )
+    if unknown and purposes(tool)[0][0] == "give" or bounded(tool):
+        return False
+    return all(can_state(tool, name) for name in needed(tool))
+
+
+def bounded(tool):
+    """Whether the documentation bounds a parameter by another or asks for a prime, which no made-up value
+    minds.
+    """
+    bounds = (found[1] for found in BOUND.finditer(tool.documentation))
+    return any(name in tool.parameters["properties"] and name not in ("a", "x") for name in bounds) or (
+        re.search(r"\bprime number\b", tool.documentation) is not None
+    )
 
 
 def needed(tool):
@@ -3830,14 +3870,14 @@ def conversation(kind, calls, names, results, offered, rng):
 # Requests in words
 
 # A purpose that can stand in a request holds no formula and no markup, and is clear by itself.
-CLEAN = re.compile(r"(?!.*(\*\*|[-_]th\b|\b[nk]-))[\w ,'\"`*()-]+")
+CLEAN = re.compile(r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))[\w ,'\"`*()-]+")
 UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
                      r"instances|method|module|wrapper|helper|internal|callable|decorator|deprecated|"
                      r"alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|hook|"
                      r"mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|"
                      r"i e|version of|kind for|prints as|routine|system call|utility|function|functions|"
                      r"algorithm|type|types|code|generic|given|specified|provided|keywords?|"
-                     r"appropriately|properly|the (true|false))\b|--|"
+                     r"appropriately|properly|number between|the (true|false))\b|--|"
                      r"\w\(", re.I)
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
@@ -3923,12 +3963,16 @@ def find_purposes(name, documentation, is_class):
 def class_purpose(words, sentence, documentation):
     """The purposes of a class: what it makes or, where it is used as a function, what that does."""
     kind, noun = read_purpose(re.sub(r"^The ", "A ", sentence)) or ("", "")
+    acts_later = kind == "do" and re.search(r"\b(input|tensor)\b", noun)
+    if acts_later or re.search(r"\b(pars|read|open)ing\b", sentence):
+        return ()
     if kind and not re.match("(A|An|The) ", sentence):
         return ((kind, noun),)
     if (
         kind != "give"
         and len(words) > 1
         and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower())
+        and not UNFINISHED.search(" ".join(words).lower())
     ):
         kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
     return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
@@ -3959,7 +4003,7 @@ def read_purpose(sentence):
         return None
     if kind == "check":
         words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
-    elif re.match(r"(\S+ ){0,3}\S+,", sentence) or re.search(
+    elif re.match(r"(\S+ ){0,3}\S+,|[^,]*, ([\w`-]+ ?){1,3}(,| or | and )", sentence) or re.search(
         r"[^,] (which|that|such that|whose|where|when|if|and returns?)\b", words
     ):
         return None  # what would be cut is needed
@@ -4085,8 +4129,9 @@ def clauses(kind, words, left, tool, rng):
     if not left:
         return "", "", ""
     lead, item = rng.choice(WITH if not any(type(v) is bool for v in left.values()) else WITH[1:4:2])
-    labels = {p: label(p, tool.parameters["properties"].get(p, {})) for p in left}
-    labels = labels if len({*labels.values()}) == len(labels) else {p: p for p in left}
+    labels = {p: label(p, schema) for p, schema in tool.parameters["properties"].items()}
+    several = Counter(labels.values())
+    labels = {p: labels.get(p, p) if several[labels.get(p)] == 1 else p for p in left}
     items = [
         (item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()
     ]
@@ -4111,7 +4156,7 @@ def label(name, schema):
     if all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
         known = len(words) > 1 or words[0].lower() in description.lower()
         return "the " * known + " ".join(words).lower()
-    start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by)\b", description)[0]
+    start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by|as)\b", description)[0]
     start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
     first = start.partition(" ")[0].lower()
     verbs = re.search(
@@ -4151,7 +4196,8 @@ def answer(result, rng):
 
 def mend(tool, arguments, rng):
     """(arguments that fail, the error message, the arguments that it asks for in their place), such that both
-    calls mean what the request says: a file is elsewhere, or what is a default anyway cannot be set. None
+    calls mean what the request says: a file is elsewhere, or a server takes no value for an option, whose
+    default is meant anyway. None
     three times where neither can be.
     """
     properties = tool.parameters["properties"]
@@ -4169,7 +4215,10 @@ def mend(tool, arguments, rng):
         return None, None, None
     p = rng.choice(defaults)
     value = properties[p]["default"]
-    message = f"NotImplementedError: {p} cannot be set, it is always {json.dumps(value)}; call without it"
+    message = (
+        f"NotImplementedError: this server does not let clients set {p}, it always uses {json.dumps(value)}; "
+        "call without it"
+    )
     return arguments | {p: value}, message, arguments
 
 
@@ -4179,7 +4228,8 @@ def mend(tool, arguments, rng):
 PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
          "/tmp/results/run_7.dat", "backup/monthly.gz"]
 FILES = {  # by a word in the tool's description
-    "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png", "csv": "data/sales.csv",
+    "binary": "data/values.bin", "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png",
+    "csv": "data/sales.csv",
     "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
     "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml", "graph": "graphs/friends.edgelist",
     "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
@@ -4191,13 +4241,14 @@ TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm 
          "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
          "one,two,three"]
 NAMES = ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]
+HEADERS = ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]
 KEYS = ["user_id", "created_at", "price", "weight"]
 SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
     r"(?i)\b(construct an?|decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|"
     r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|float|bool|"
     r"template|header|model|node|character by|configuration|bucket|format|operator|signature|[a-z]*ml\b|json|"
     r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library|regist|dsn|accent|preprocess|"
-    r"extracted|lazily read)")
+    r"extracted|lazily read|backend|spinner|tables?\b)")
 BEGINS_AS_TEXT = re.compile(
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
@@ -4246,14 +4297,14 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
      ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]),
     ("string", r"html|markup", ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]),
     ("string", r"^json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
-    ("string", r"header", ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]),
+    ("string", r"header", HEADERS),
     ("string", r"key|column|field|attribute|attr\b|weight", KEYS),
     ("string", r"unit", ["ms", "kg", "days", "km"]),
     ("string", r"^(\w+ )?(format|fmt)\b", ["%Y-%m-%d", "{:.2f}", "png"]),
     ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
                r"comment|note|^data\b", TEXTS),
     ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", NAMES),
-    ("integer", r"axis|axes|dimension (along|to|over|in|on|of the)|(along|over) which", [0, -1]),
+    ("integer", r"axis|axes|dimension (along|to|over|in|on)|(along|over) which", [0, -1]),
     ("integer", r"version|^min", [1, 2, 3]),
     ("integer", r"prime", [5, 7, 11, 13]),
     ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
@@ -4310,6 +4361,9 @@ HIGH_DIMENSIONAL_TOOL = re.compile(
 TWO_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(2-?d|2[- ]dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
 SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
+BOUND = re.compile(  # of a value by what is named next
+    r"(?:[<>]=?|[≤≥]|\\[lg]eq?|(?:less|greater|smaller|larger|lower|higher|more) than(?: or equal to)?|"
+    r"at (?:least|most)|exceeds?|multiple of|divisible by|between \S+ and)[\s`$*\\(]{0,4}(\w+)")
 SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
 NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
                             r"one.?hot|indices|histogram|confusion")
@@ -4357,12 +4411,15 @@ def random_arguments(tool, rng):
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
     arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
     for low, high in (
-        ("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max"), ("k", "n")
+        ("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max"), ("k", "n"),
+        ("d", "n"),
     ):
         a, b = arguments.get(low), arguments.get(high)
         numbers = type(a) in (int, float) and type(b) in (int, float)
         if (numbers or type(a) is type(b) is str) and a > b:
             arguments |= {low: b, high: a}
+        elif a == b and a is not None:
+            return None
     return arguments if all(fits(v, properties[p]) for p, v in arguments.items()) else None
 
 
@@ -4449,7 +4506,7 @@ def values_of(kind, tool, name):
         )
         if found is PATHS:
             return files_of(tool)
-        if found in (TEXTS, NAMES, KEYS) and SPECIAL_TEXT.search(tool.description):
+        if found in (TEXTS, NAMES, KEYS, HEADERS) and SPECIAL_TEXT.search(tool.description):
             return []
         if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
             return found
@@ -4519,6 +4576,8 @@ def random_list(text, schema, rng, size, about=""):
     """
     items = schema.get("items") or {}
     kind = items.get("type")
+    if length := re.search(r"\b(\d)-tuple", text):
+        size = int(length[1])
     if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
         return [rng.randrange(1, 6) for _ in range(2)]
     if kind != "string" and re.match(r"(target|class|y true|y pred|labels?( true| pred)?:)", text):
@@ -4529,10 +4588,11 @@ def random_list(text, schema, rng, size, about=""):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
     of_texts = re.search(r"\b(strings?|characters?|(upper|lower)case)\b", about)
     of_texts = of_texts and re.match(r"(a|x\d?|s):", text)
-    if kind == "string" or kind is None and (LISTED_TEXTS.search(text) or of_texts):
+    of_arrays = re.search(r"\b(arrays|tensors|matrices)\b", text)
+    if kind == "string" or kind is None and not of_arrays and (LISTED_TEXTS.search(text) or of_texts):
         if re.search(r"\blines\b", text):
             return ["1 2", "2 3", "3 1"]
-        if re.match(r"\w*(file|path|dir)s?\b", text):
+        if re.search(r"\b\w*(file|path|dir|director(y|ie))s?\b", text):
             return ["data/a.csv", "data/b.csv"]
         return list(rng.choice(SAMPLES))
     flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
