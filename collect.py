@@ -843,14 +843,15 @@ JSON_TYPES = {word: kind for kind, words in {
     "integer": "int integer ints integers symint int8 int16 int32 int64 intp uint8 long",
     "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 "
               "float64 symfloat",
-    "string": "str string strings strs text path paths pathlike path_like bytes filename strpath anystr "
+    "string": "str string strings strs text path paths pathlike path_like bytes bytearray filename strpath "
+              "anystr "
               "url regex pattern date datetime timestamp uuid char character characters dtype datatype "
               "device layout memory_format "
               "literalstring bytes_like readablebuffer fspath expr expression symbol",
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
              "arraylike seq ndarray longtensor booltensor tensor tensors set sets frozenset iterator "
              "list_like "
-             "deque vector matrix collection container generator mutablesequence abstractset bytearray "
+             "deque vector matrix collection container generator mutablesequence abstractset "
              "series",
     "object": "dict dicts dict_like dictionary dictionaries mapping mappings mutablemapping "
               "ordereddict defaultdict typeddict",
@@ -1022,7 +1023,8 @@ def default_in_words(text):
     """
     found = re.search(
         r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*"
-        r"('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b(?![\d.]*\d)|True\b|False\b)(?!`*,? (?:if|when|for|unless|except)\b)",
+        r"('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b(?![\d.]*\d)|True\b|False\b)"
+        r"(?!`*,? (?:if|when|for|unless|except|or)\b)",
         text,
         re.I,
     )
@@ -1130,7 +1132,10 @@ def type_schema(stated, depth=0):
     """
     stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", stated[:400])
     stated = re.split(r"[,;(.]?\s*\(?(?<!['\"])\bdefaults?\b", stated)[0]
+    if re.search(r"(^|[|,\[] *)(t\.|typing\.)?Any *($|[|,\]])", re.sub(r"(?<=\w)\[[^\[\]]*\]", "", stated)):
+        return {}
     stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
+    stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
     for schema in alternatives(stated, depth):
         if schema.keys() == {"enum"}:
