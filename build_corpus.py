@@ -988,6 +988,7 @@ class Tokenizer:
         model = base["model"] if base else {}
         self.unknown = model["vocab"][model["unk_token"]] if model.get("unk_token") else None
         self.fuse_unknown = bool(model.get("fuse_unk"))  # several missing bytes in a row are one unknown token
+        self.lost = 0  # bytes that it was given and has no token for
         found = [t for t in base["added_tokens"] if not t.get("special")] if base else []
         self.added = {t["content"]: t for t in found if t["content"] not in SPECIAL_TOKENS}
         by_length = sorted(self.added.values(), key=lambda token: -len(token["content"]))
@@ -1114,6 +1115,7 @@ class Tokenizer:
         pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
         ids = []
         for piece in pieces:
+            self.lost += len(piece) - len(piece.translate(None, self.missing))
             if self.unknown is None:
                 runs = [piece.translate(None, self.missing)]
             else:
@@ -1424,14 +1426,14 @@ def read_ranks(path):
 # Bins
 
 
-TOKENS = np.dtype([("row", "<u4"), ("length", "<u4"), ("bin", "u1"), ("side", "u1")])
+TOKENS = np.dtype([("row", "<u4"), ("length", "<u4"), ("bin", "u1"), ("side", "u1"), ("lost", "<u4")])
 MENTIONS = len(SPLITS)  # in place of a side
 
 
 def tokenize(documents, dropped, divide, tokenizer, args):
     """Tokenize the kept documents of each piece. Returns for each piece the path of what is left of it."""
     jobs, depends = [], [tokenizer.fingerprint(), sorted(divide.heldout), args.fold]
-    depends = hashlib.sha256(json.dumps(depends).encode()).hexdigest()
+    depends = hashlib.sha256(json.dumps([*depends, TOKENS.descr]).encode()).hexdigest()
     copies = np.array(sorted(divide.copies), np.int64)
     for n, name in enumerate(documents.names):
         first, end = documents.first[n], documents.first[n + 1]
@@ -1453,14 +1455,16 @@ def tokenize_piece(path, n):
             continue
         side = divide(i, record, BINS[bins[row]])
         if side is None:
-            entries.append((row, 0, bins[row], MENTIONS))
+            entries.append((row, 0, bins[row], MENTIONS, 0))
             continue
+        lost_before = tokenizer.lost
         if record.text is not None:
             encoded = tokenizer.encode_to_numpy(record.text)
         else:
             encoded, mask = tokenizer.render(record.messages, record.tools)
             masks += [[*mask, 0]] if record.domain == "instruction" else []
-        entries.append((row, len(encoded) + 1, bins[row], SPLITS.index(side)))
+        lost = tokenizer.lost - lost_before
+        entries.append((row, len(encoded) + 1, bins[row], SPLITS.index(side), lost))
         ids += [encoded, end_of_text]
     write_array(path.with_suffix(".ids.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
     write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.array(m, np.uint8) for m in masks)]))
@@ -1489,7 +1493,8 @@ def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
             path.unlink()
     shares = {d: files[f"{d}.train.bin"]["tokens"] for d in BINS}
     total = max(1, sum(shares.values()))
-    return {"vocab_size": tokenizer.vocab_size, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files, "heldout_apis": len(heldout_apis),
+    lost = sum(int(t["lost"].sum()) for t in tokens)
+    return {"vocab_size": tokenizer.vocab_size, "lost_bytes": lost, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files, "heldout_apis": len(heldout_apis),
             "dropped": dict(sorted(rejected.reasons.items())), "masked": dict(sorted(masked.items())), "shares": {d: n / total for d, n in shares.items()},
             "stages": {stage: [f"{d}.train.bin" for d in bins if shares[d]] for stage, bins in STAGES.items()}}
 
@@ -1643,6 +1648,8 @@ def report(manifest, seconds):
     for what in ("dropped", "masked"):
         for kind, count in manifest[what].items():
             print(f"{what} {count:,}: {kind}")
+    if lost := manifest.get("lost_bytes"):
+        print(f"lost {lost:,} bytes: the tokenizer has no token for them")
     if figures := manifest["retrieval"]:
         print(f"retrieved {figures['taken']:,} of the pool's {figures['pool']:,} documents, of probability {figures['least']:.3f} and more. "
               f"Of {figures['tested']:,.0f} documents not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, "

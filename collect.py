@@ -927,7 +927,7 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         finite = type(default) is not float or abs(default) < 1e300
         if type(default) in (bool, int, str, float) and finite and fits(default, schema):
             schema["default"] = default
-    schema = (
+    schema = dict(
         schema
         or class_schema(stated or said.type)
         or ({} if stated or said.type else guessed_schema(name, said.description))
@@ -1120,6 +1120,7 @@ def typing_modules(top, loaded):
     return [m for n, m in list(sys.modules.items()) if re.fullmatch(rf"{top}\..*\b_?(typing|types)", n)]
 
 
+@lru_cache(2**12)
 def type_schema(stated, depth=0):
     """The JSON Schema of an annotation or a docstring's type, with each alternative that JSON can express; {}
     if there is none.
@@ -2034,10 +2035,10 @@ def last_paragraph(text, summary):
         r"^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\",
         re.I,
     )
-    paragraphs = [
-        p.rstrip(":") for p in paragraphs if len(p) > 15 and summarise(p) != summary and not odd.search(p)
-    ]
-    return paragraphs[-1][:500] if paragraphs else ""
+    for p in reversed(paragraphs):
+        if len(p) > 15 and not odd.search(p) and summarise(p) != summary:
+            return p.rstrip(":")[:500]
+    return ""
 
 
 def code_files(package, limit_mb):
@@ -3577,7 +3578,7 @@ VERBS = set("""
     upload validate verify visualize wait wrap write yield zip""".split())
 
 
-def template_units(shards, args, parts=4):
+def template_units(shards, args, parts=2):
     """The Units of the reference cards and of the conversations on all Python packages collected so far."""
     if not shards:
         fail("synthesize:python: no packages collected yet; give the source `python` too")
