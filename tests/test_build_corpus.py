@@ -178,7 +178,7 @@ def test_a_vocabulary_that_lacks_bytes_or_has_added_words(small_raw, tmp_path):
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     theirs.decoder = decoders.ByteLevel()
     lines = [line for shard in sorted(small_raw.glob("*.jsonl")) for line in shard.open(encoding="utf-8")][:400]
-    alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in "ĄĆĵõ"]  # 0x04, 0x06, 0x9d, 0xf5
+    alphabet = [c for c in pre_tokenizers.ByteLevel.alphabet() if c not in "ĄĆĵõò"]  # 4, 6, 0x9d, 0xf5, 0xf2
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False,
                                   special_tokens=["<|endoftext|>"])
     theirs.train_from_iterator([json.loads(line).get("text") or "" for line in lines], trainer)
@@ -199,6 +199,13 @@ def test_a_vocabulary_that_lacks_bytes_or_has_added_words(small_raw, tmp_path):
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == again.encode(text) == expected, text
     assert ours.decode(ours.encode("a\x04b")) == "ab"
+    (tmp_path / "raw").mkdir()
+    story = " ".join(f"On day {n} the river rose by {n} feet\U00080000 and fell again." for n in range(1, 30))
+    record = Record("text:river", "text", "test", "MIT", [], story)
+    (tmp_path / "raw" / "river.jsonl").write_text(record.to_json() + "\n", encoding="utf-8")
+    arguments = ["--raw", tmp_path / "raw", "--tokenizer", tmp_path / "again", "--out", tmp_path / "corpus"]
+    told, kept = run("build_corpus.py", *arguments).stdout, Corpus(tmp_path / "corpus").manifest["lost_bytes"]
+    assert (f"lost {kept} bytes" in told) == (kept > 0) and kept == 29
     for fused in (True, False):  # an unknown token, as SmolLM2's has in a GGUF
         content = json.loads((tmp_path / "tokenizer.json").read_text())
         content["model"] |= {"unk_token": "<|endoftext|>", "fuse_unk": fused, "byte_fallback": True}
