@@ -416,8 +416,8 @@ def test_seed_changes_the_conversations_alone(small_raw, tmp_path):
     run("collect.py", "--out", tmp_path, *PACKAGES, "--code-mb", 0.2, "--seed", 1)
     old, new = ({p.name for p in d.glob("*.jsonl")} for d in (small_raw, tmp_path))
     assert (
-        len(old & new) == 2 and len(new - old) == len(old - new) == 5
-    )  # the cards and four files of conversations
+        len(old & new) == 2 and len(new - old) == len(old - new) == 3
+    )  # the cards and two files of conversations
 
 
 def test_unknown_package_is_named(tmp_path):
