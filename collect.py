@@ -625,7 +625,9 @@ def members(cls):
     torch._C.TensorBase.
     """
     private = [b for b in cls.__mro__[1:] if re.search(r"(^|\.)_", f"{b.__module__}.{b.__name__}")]
-    return {name: member for base in [*reversed(private), cls] for name, member in vars(base).items()}
+    found = {name: member for base in [*reversed(private), cls] for name, member in vars(base).items()}
+    own = lambda name: inspect.getattr_static(cls, name, None)  # a public class between may override a method
+    return {name: member for name, member in found.items() if own(name) is member}
 
 
 def belongs(home, module_name):
@@ -845,8 +847,8 @@ JSON_TYPES = {word: kind for kind, words in {
               "float64 symfloat",
     "string": "str string strings strs text path paths pathlike path_like bytes bytearray filename strpath "
               "anystr "
-              "url regex pattern date datetime timestamp uuid char character characters dtype datatype "
-              "device layout memory_format "
+              "url regex pattern date datetime timedelta timestamp uuid char character characters "
+              "dtype datatype device layout memory_format "
               "literalstring bytes_like readablebuffer fspath expr expression symbol",
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
              "arraylike seq ndarray longtensor booltensor tensor tensors set sets frozenset iterator "
@@ -932,7 +934,8 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         or class_schema(stated or said.type)
         or ({} if stated or said.type else guessed_schema(name, said.description))
     )
-    if schema.get("type", "string") == "string" and len(values := values_in_words(said.description)) > 1:
+    plain = {"type", "default"} >= schema.keys() and schema.get("type", "string") == "string"
+    if plain and len(values := values_in_words(said.description)) > 1:
         schema = {"type": "string", "enum": values} | (
             {"default": schema["default"]} if schema.get("default") in values else {}
         )
@@ -1203,7 +1206,10 @@ def type_parts(text):
 def alternative(text, depth):
     """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
     if re.fullmatch(r"'[^']*'|\"[^\"]*\"|-?\d+(\.\d+)?|True|False", text):
-        return [{"enum": [ast.literal_eval(text)]}]
+        try:
+            return [{"enum": [ast.literal_eval(text)]}]
+        except (ValueError, SyntaxError):  # such as 0755, or a lone backslash in quotes
+            return []
     if re.fullmatch(r"(torch\.)?Size", text):
         return [array_of([{"type": "integer"}])]
     if found := re.fullmatch(
@@ -4159,7 +4165,7 @@ def clauses(kind, words, left, tool, rng):
 def label(name, schema):
     """A parameter in words: its name, or how its description begins where the name is no word."""
     words, description = words_of(name), schema.get("description", "")
-    if all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
+    if words and all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
         known = len(words) > 1 or words[0].lower() in description.lower()
         return "the " * known + " ".join(words).lower()
     start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by|as)\b", description)[0]
@@ -4571,9 +4577,9 @@ def random_value(tool, name, rng, size):
     values = values_of(kind, tool, name)
     if kind != "string" and POSITIVE.search(text):
         values = [v for v in values if v > 0] or values
-    if type(default) is int:
+    if type(default) is int and kind != "string":
         values = [v for v in values if v == int(v)] or values
-    return rng.choice([v for v in values if v != default])
+    return rng.choice([v for v in values if v != default] or values)
 
 
 def random_list(text, schema, rng, size, about=""):

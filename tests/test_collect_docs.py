@@ -899,3 +899,23 @@ def test_a_summary_is_no_admonition():
     doc = ('!!! abstract "Usage Documentation"\n    [Models](../concepts/models.md)\n\n'
            "A base class for creating models.")
     assert collect.summarise(doc) == "A base class for creating models."
+
+
+def test_a_method_that_is_overridden_is_not_the_base_s():
+    class _Base:
+        def run(self, a: int): ...
+
+    class Public(_Base):
+        def run(self, b: str): ...
+
+    class Further(Public): ...
+
+    assert collect.members(Public)["run"] is Public.run and "run" not in collect.members(Further)
+
+
+@pytest.mark.parametrize("annotation, said", [
+    ("str | list[str]", "Which ones. Each must be 'a' or 'b'."),
+    ("Literal['a', 'b', 'c']", "Use either 'a' or 'b'.")])
+def test_values_in_prose_do_not_narrow_what_is_stated(annotation, said):
+    schema = collect.parameter_schema("x", annotation, collect.Documented("", said))
+    assert {k: v for k, v in schema.items() if k != "description"} == collect.type_schema(annotation)

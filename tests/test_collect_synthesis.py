@@ -552,3 +552,50 @@ def test_a_model_from_the_command_line(endpoint, tmp_path):
     run("collect.py", "--out", tmp_path / "new", f"synthesize:{source}", *options, "--llm-budget", 1, "--llm-parallel", 1)
     [rejected] = [json.loads(line) for log in (tmp_path / "new" / "rejected").iterdir() for line in log.open()]
     assert len(endpoint.seen) == 3 and "budget" in rejected["reason"]
+
+
+AWKWARD = r"""
+def number_lines(text: str, start: int = 1):
+    '''Number the lines of a text from a first number on.
+
+    Args:
+        text: The text whose lines to number.
+        start: The first number, a positive integer.
+    '''
+
+def read_report(path: str, key: str | int = 0):
+    '''Read one sheet of a workbook file.
+
+    Args:
+        path: The workbook file.
+        key: Name or index of the sheet.
+    '''
+
+def draw_samples(n: int, λ: float = 0.5):
+    '''Draw random samples from a population of sheep.
+
+    Args:
+        n: How many samples to draw.
+        λ: The mean of the samples.
+    '''
+
+def split_path(text: str, sep='/'):
+    '''Split a path into its parts.
+
+    Args:
+        text: The path to split.
+        sep ('/' or '\\'): What to split at.
+    '''
+"""
+
+
+def test_awkward_parameters_cost_nothing(tmp_path):
+    """The default is the only value, or of another type than the value; a Greek name; a lone backslash."""
+    (tmp_path / "awkward.py").write_text(AWKWARD, encoding="utf-8")
+    run("collect.py", "--out", tmp_path / "out", f"synthesize:{tmp_path / 'awkward.py'}")
+    lines = [line for shard in (tmp_path / "out").glob("*.jsonl") for line in shard.open(encoding="utf-8")]
+    records = [collect.Record.from_json(line) for line in lines]
+    names = {name.rpartition(".")[2] for r in records if r.domain == "api_doc" for name in r.apis}
+    assert names == {"number_lines", "read_report", "draw_samples", "split_path"}
+    made = {name.rpartition(".")[2] for r in records if r.domain == "instruction" for name in r.apis}
+    assert {"number_lines", "draw_samples", "split_path"} <= made
