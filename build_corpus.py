@@ -1494,7 +1494,9 @@ def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
     shares = {d: files[f"{d}.train.bin"]["tokens"] for d in BINS}
     total = max(1, sum(shares.values()))
     lost = sum(int(t["lost"].sum()) for t in tokens)
-    return {"vocab_size": tokenizer.vocab_size, "lost_bytes": lost, "tokenizer_sha256": sha256(out / "tokenizer.json"), "files": files, "heldout_apis": len(heldout_apis),
+    return {"vocab_size": tokenizer.vocab_size, "lost_bytes": lost,
+            "tokenizer_sha256": sha256(out / "tokenizer.json"),
+            "files": files, "heldout_apis": len(heldout_apis),
             "dropped": dict(sorted(rejected.reasons.items())), "masked": dict(sorted(masked.items())), "shares": {d: n / total for d, n in shares.items()},
             "stages": {stage: [f"{d}.train.bin" for d in bins if shares[d]] for stage, bins in STAGES.items()}}
 

@@ -537,7 +537,9 @@ def describe_module(name, seen):
 
 
 def describe_object(obj, module, public_name, seen):
-    """A callable and, of a class, its documented methods, or nothing if it belongs to another package."""
+    """A callable and, of a class, its documented methods, or nothing if it belongs to another package. What
+    was described is noted in `seen`: the keys of callables and {id of a method: its key}.
+    """
     home = getattr(obj, "__module__", None) or module.__name__
     if inspect.ismodule(obj) or not callable(obj) or not belongs(home, module.__name__):
         return []
@@ -551,7 +553,7 @@ def describe_object(obj, module, public_name, seen):
         return [place]
     reason = unfit(obj, key)
     described = [describe_callable(obj, documentation(obj), module) | place | {"home": home, "unfit": reason}]
-    seen[key] = True
+    seen[key] = key
     for name, member in sorted(members(obj).items()) if inspect.isclass(obj) else []:
         function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
         if not name.startswith("_") and callable(function) and not inspect.isclass(function):
@@ -559,13 +561,12 @@ def describe_object(obj, module, public_name, seen):
             needs_object = "" if function is not member else "a method, whose object a call cannot name"
             with contextlib.suppress(Exception):  # one that breaks under inspection, alone
                 member_key = f"{key}.{name}"
-                first = seen.setdefault(id(member), member_key)  # a base's method may be that of many classes
+                description = {"same": seen.get(id(member))}  # a base's method may be that of many classes
+                if id(member) not in seen:
+                    description = describe_callable(function, documentation(function), module, bound)
+                    seen[id(member)] = member_key
                 described.append(
-                    (
-                        {"same": first}
-                        if first != member_key
-                        else describe_callable(function, documentation(function), module, bound)
-                    )
+                    description
                     | {
                         "key": member_key,
                         "home": home,
@@ -846,14 +847,12 @@ JSON_TYPES = {word: kind for kind, words in {
     "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 "
               "float64 symfloat",
     "string": "str string strings strs text path paths pathlike path_like bytes bytearray filename strpath "
-              "anystr "
-              "url regex pattern date datetime timedelta timestamp uuid char character characters "
-              "dtype datatype device layout memory_format "
-              "literalstring bytes_like readablebuffer fspath expr expression symbol",
+              "anystr url regex pattern date datetime timedelta timestamp uuid char character "
+              "characters dtype datatype device layout memory_format literalstring bytes_like "
+              "readablebuffer fspath expr expression symbol",
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
              "arraylike seq ndarray longtensor booltensor tensor tensors set sets frozenset iterator "
-             "list_like "
-             "deque vector matrix collection container generator mutablesequence abstractset "
+             "list_like deque vector matrix collection container generator mutablesequence abstractset "
              "series",
     "object": "dict dicts dict_like dictionary dictionaries mapping mappings mutablemapping "
               "ordereddict defaultdict typeddict",
@@ -874,7 +873,7 @@ CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generat
 CLASS_NAME = (  # a name in capitals that is neither that of a library nor of what is no class
     r"(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|Self|Unpack|Generic|Callable|Undefined|"
     r"NetworkX|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
-    r"[A-Z]_contra|\w+Like)\b)(?<!\b_t\.)"  # the last two are aliases more often than classes
+    r"[A-Z]_contra|\w+Like)\b)(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)")
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
@@ -1761,6 +1760,7 @@ def infer_types(described):
 
 def states_type(api, name):
     """Whether the signature or the documentation has a type for a parameter."""
+    name = re.escape(name)
     entry = rf"^[ \t]*(?:\w+, )*\**{name}(?:, \w+)* (?:: \S|\([^()\n]*\):)"
     return bool(re.search(rf"\b{name}: ", api["signature"]) or re.search(entry, api["doc"], re.M))
 
@@ -4209,8 +4209,7 @@ def answer(result, rng):
 def mend(tool, arguments, rng):
     """(arguments that fail, the error message, the arguments that it asks for in their place), such that both
     calls mean what the request says: a file is elsewhere, or a server takes no value for an option, whose
-    default is meant anyway. None
-    three times where neither can be.
+    default is meant anyway. None three times where neither can be.
     """
     properties = tool.parameters["properties"]
     for p, value in arguments.items():
@@ -4241,8 +4240,7 @@ PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting
          "/tmp/results/run_7.dat", "backup/monthly.gz"]
 FILES = {  # by a word in the tool's description
     "binary": "data/values.bin", "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png",
-    "csv": "data/sales.csv",
-    "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
+    "csv": "data/sales.csv", "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
     "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml", "graph": "graphs/friends.edgelist",
     "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
     "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini",

@@ -233,7 +233,8 @@ def test_what_no_one_would_call(tmp_path, monkeypatch):
     """It is documented all the same."""
     (tmp_path / "unfitting.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    found = {o["key"].partition(":")[2]: o["unfit"] for o in collect.describe_module("unfitting", {})["objects"]}
+    objects = collect.describe_module("unfitting", {})["objects"]
+    found = {o["key"].partition(":")[2]: o["unfit"] for o in objects}
     assert found.keys() >= {"Wrong", "Kind", "BaseThing", "old", "new", "Box.put", "Box.from_text", "Box.largest"}
     assert not any(found[name] for name in ("new", "Box", "Box.from_text", "Box.largest"))
     assert all(found[name] for name in ("Wrong", "Kind", "BaseThing", "BaseThing.go", "old", "Box.put"))

@@ -1,5 +1,5 @@
-"""The real base of tests/real_base.py against transformers and through the whole recipe; skipped where the wheel cannot be
-had.
+"""The real base of tests/real_base.py against transformers and through the whole recipe; skipped where the
+wheel cannot be had.
 """
 import json
 import signal
@@ -55,12 +55,14 @@ def test_a_real_base_as_transformers_reads_it(base, tmp_path):
 
 
 TRAIN = ["--batch-tokens", 1024, "--seq-len", 512, "--val-windows", 1, "--device", "cpu", "--compile", "no"]
-FORECAST = {"type": "function", "function": {"name": "forecast", "description": "The weather of the coming days.", "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"]}}}
+FORECAST = {"type": "function", "function": {
+    "name": "forecast", "description": "The weather of the coming days.", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "required": ["city"]}}}
 
 
 def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
-    """Corpus, stages, control, tuning in full and by LoRA, evaluation and a tool call, with the smallest budgets."""
+    """Corpus, stages, control, tuning in full and by LoRA, evaluation and a tool call, with small budgets."""
     from transformers import AutoModelForCausalLM
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     run("build_corpus.py", "--raw", small_raw, "--tokenizer", base, "--out", corpus)
@@ -69,21 +71,24 @@ def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
     trained = run("pretrain.py", *there, "--init", base, *budget, *TRAIN, timeout=600).stdout
     assert all(name in trained for name in ("stage1", "stage2", "control-stage1", "control-stage2"))
     run("finetune.py", *there, "--tokens", "2e3", *TRAIN, timeout=600)
-    run("finetune.py", *there, "--tokens", "2e3", *TRAIN, "--init", out / "stage2", "--name", "lora", "--lora-rank", 4)
+    lora = ["--init", out / "stage2", "--name", "lora", "--lora-rank", 4]
+    run("finetune.py", *there, "--tokens", "2e3", *TRAIN, *lora)
     models = ["--model", base, *(out / name for name in ("control", "ours", "lora"))]
-    table = run("evaluate.py", *there, *models, "--limit", 2, "--max-tokens", 8, "--device", "cpu", timeout=600).stdout
+    brief = ["--limit", 2, "--max-tokens", 8, "--device", "cpu"]
+    table = run("evaluate.py", *there, *models, *brief, timeout=600).stdout
     assert all(f"| {name} " in table for name in ("control", "ours", "lora"))
     results = json.loads((out / "eval" / "results.json").read_text())
     assert {r["metric"] for r in results} >= {"loss api_doc", "loss code", "name and arguments"}
     _, info = AutoModelForCausalLM.from_pretrained(out / "lora", output_loading_info=True)
     assert not any(info.values()), info
-    command = [sys.executable, ROOT / "evaluate.py", "--serve", out / "ours", "--port", "0", "--device", "cpu"]
+    command = [sys.executable, ROOT / "evaluate.py", "--serve", out / "ours", "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().split()[3]
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             question = {"model": "ours", "messages": [{"role": "user", "content": "Paris, the next 3 days?"}]}
-            made = client.chat.completions.create(**question, tools=[FORECAST], tool_choice="required", temperature=0)
+            question |= {"tools": [FORECAST], "tool_choice": "required", "temperature": 0}
+            made = client.chat.completions.create(**question)
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(timeout=60)
