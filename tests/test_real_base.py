@@ -2,7 +2,6 @@
 wheel cannot be had.
 """
 import json
-import signal
 import subprocess
 import sys
 
@@ -90,7 +89,7 @@ def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
             question |= {"tools": [FORECAST], "tool_choice": "required", "temperature": 0}
             made = client.chat.completions.create(**question)
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(timeout=60)
     [call] = made.choices[0].message.tool_calls
     assert call.function.name == "forecast" and "city" in json.loads(call.function.arguments)
