@@ -524,15 +524,16 @@ def describe_module(name, seen):
     try:
         module = importlib.import_module(name)
         names = getattr(module, "__all__", None) or [n for n in vars(module) if not n.startswith("_")]
-        objects = [(n, getattr(module, n, None)) for n in sorted(set(n for n in names if isinstance(n, str)))]
+        public_names = sorted({n for n in names if isinstance(n, str)})
     except BaseException as error:  # sys.exit() at import included
         return {"objects": [], "error": f"{type(error).__name__}: {error}"[:200]}
-    described = []
+    objects, described = [], []
+    for public_name in public_names:
+        with contextlib.suppress(Exception):  # one that is imported when it is asked for, and cannot be
+            objects.append((public_name, getattr(module, public_name)))
     for public_name, obj in objects:
-        try:
+        with contextlib.suppress(Exception):  # an object that breaks under inspection has no usable documentation
             described += describe_object(obj, module, public_name, seen)
-        except Exception:  # an object that breaks under inspection has no usable documentation
-            continue
     return {"objects": described, "error": None}
 
 
@@ -555,26 +556,21 @@ def describe_object(obj, module, public_name, seen):
     described = [describe_callable(obj, documentation(obj), module) | place | {"home": home, "unfit": reason}]
     seen[key] = key
     for name, member in sorted(members(obj).items()) if inspect.isclass(obj) else []:
-        function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
-        if not name.startswith("_") and callable(function) and not inspect.isclass(function):
-            bound = not isinstance(member, staticmethod)
+        with contextlib.suppress(Exception):  # one that breaks under inspection, alone
+            function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+            if name.startswith("_") or not callable(function) or inspect.isclass(function):
+                continue
             needs_object = "" if function is not member else "a method, whose object a call cannot name"
-            with contextlib.suppress(Exception):  # one that breaks under inspection, alone
-                member_key = f"{key}.{name}"
-                description = {"same": seen.get(id(member))}  # a base's method may be that of many classes
-                if id(member) not in seen:
-                    description = describe_callable(function, documentation(function), module, bound)
-                    seen[id(member)] = member_key
-                described.append(
-                    description
-                    | {
-                        "key": member_key,
-                        "home": home,
-                        "of": key,
-                        "name": name,
-                        "unfit": needs_object or reason or unfit(function, member_key),
-                    }
-                )
+            member_key = f"{key}.{name}"
+            description = {"same": seen.get(id(member))}  # a base's method may be that of many classes
+            if id(member) not in seen:
+                bound = not isinstance(member, staticmethod)
+                description = describe_callable(function, documentation(function), module, bound)
+                seen[id(member)] = member_key
+            why = needs_object or reason or unfit(function, member_key)
+            described.append(
+                description | {"key": member_key, "home": home, "of": key, "name": name, "unfit": why}
+            )
     return described
 
 
@@ -684,7 +680,7 @@ def find_signature(obj, doc):
             return signature
     except (ValueError, TypeError):
         signature = None
-    head = doc.split("\n\n")[0]
+    head = doc[:2000].split("\n\n")[0]
     for start in (head.replace("\n", " "), *sorted(head.split("\n")[:5], key=len, reverse=True)):
         found = re.fullmatch(r"\s*[\w.]*\w\((.*?)\)\s*((->|[-:]+ ).*)?", start)
         stated, count = found[1] if found else "", 1
@@ -729,12 +725,12 @@ class Opaque(str):
 # Docstrings: what they say of each parameter
 
 NAMES = r"(?:\\?\*){0,2}[^\W\d]\w*(?:\s*,\s*(?:\\?\*){0,2}[^\W\d]\w*)*(?:,\s*\.{3})?"
-FIELD = re.compile(r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(\*{0,2}\w+)\s*:\s*(.*)")
+FIELD = re.compile(r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)")
 FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
 NUMPY_ENTRY = re.compile(rf"`*({NAMES})`*(?:\s*:(?:\s+(.*))?)?")
 # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
 ENTRY = re.compile(
-    rf"(?:[-*•+]\s+)?['\"`*]*({NAMES})['\"`*]*(?:\s*\(((?:[^()]|\([^()]*\))*)\))?"
+    rf"(?:[-*•+]\s+)?['\"`*]*({NAMES})['\"`*]*(?:\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?"
     r"(?:\s*:(?!:)\s*|\s+--?\s+|\s*[–—]\s*|\s{2,}(?=[A-Z]))(.*)")
 RULE = re.compile(r"[-=~]{3,}")  # the line under a heading in NumPy's style
 PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?(parameters?|params?|"
@@ -761,8 +757,15 @@ def documented_parameters(doc, known=()):
     Documented(type='int', description='The first number.')
     """
     found, plain, level, lines = {}, {}, None, doc.expandtabs().split("\n")
+    literal = None  # indentation of the line that a literal block belongs to
     for i, (line, (style, base)) in enumerate(zip(lines, sections(lines))):
         text, names, kind, description = line.strip()[:500], [], "", ""
+        if text and literal is not None and indentation(line) <= literal:
+            literal = None
+        if literal is not None:
+            continue
+        if style == "" and text.endswith("::") and not PARAMETERS.fullmatch(text.rstrip(":")):
+            literal = indentation(line)
         level = level if style == "google" else None  # of the entries; what is indented more belongs to one
         nested = level is not None and indentation(line) > level
         if match := FIELD_TYPE.match(text):
@@ -790,10 +793,15 @@ def sections(lines):
     """Of each line (style, indentation of the heading): "numpy" or "google" under a heading for parameters,
     "other" under another heading, "" under none.
     """
-    style, base = "", 0
+    style, base, entries = "", 0, None
     for i, line in enumerate(lines):
         text, indent = line.strip(), indentation(line)
         heading = text.strip("*#:` ")
+        if text and entries is None and style in ("numpy", "google"):
+            entries = indent
+        if entries is not None and indent > entries:  # a word in a description is no heading
+            yield style, base
+            continue
         ruled = text and i + 1 < len(lines) and RULE.fullmatch(lines[i + 1].strip())
         marked = re.fullmatch(r"[*#]*[\w ]+:[*]*|#+ [\w ]+", text[:100]) and (
             PARAMETERS.fullmatch(heading) or OTHERS.fullmatch(heading)
@@ -804,10 +812,11 @@ def sections(lines):
             style, base = (
                 ("numpy" if ruled else "google") if PARAMETERS.fullmatch(heading) else "other"
             ), indent
+            entries = None
             yield "heading", base
             continue
         if text and style == "google" and indent <= base and not re.match(r"[-*•+] ", text):
-            style = ""
+            style, entries = "", None
         elif text and style == "other" and indent < base:
             style = ""
         yield style, base
@@ -853,11 +862,13 @@ JSON_TYPES = {word: kind for kind, words in {
     "array": "list lists tuple tuples sequence sequences iterable iterables array arrays array_like "
              "arraylike seq ndarray longtensor booltensor tensor tensors set sets frozenset iterator "
              "list_like deque vector matrix collection container generator mutablesequence abstractset "
-             "series",
+             "series pair pairs triple",
     "object": "dict dicts dict_like dictionary dictionaries mapping mappings mutablemapping "
               "ordereddict defaultdict typeddict",
     "string integer": "hashable node nodes label labels"}.items()
     for word in words.split()}
+QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
+LONGEST_TYPE = 5000  # characters; of a longer one nothing is said
 REAL = re.compile(  # names of numbers that need not be whole, even where the default is
     r"[abcpqtwxyz]\d*|alpha|beta|gamma|delta|eps\w*|sigma|mean|std|median|real|imag|\w*val(ue)?|max|min|lo|"
     r"hi|\w*scale|factor|angle|rot|gain|\w*delay|\w*timeout\w*|\w*interval|\w*threshold|percent|\w*rate|"
@@ -950,9 +961,9 @@ def may_be_none(stated):
     >>> may_be_none("Optional[int]"), may_be_none("int or None"), may_be_none("list[int | None]")
     (True, True, False)
     """
-    if union := re.fullmatch(r"(?:[\w.]+\.)?(?:Union|Annotated|Literal)\[(.*)\]", stated[:400]):
+    stated, more = re.sub(QUOTED, "''", stated[:LONGEST_TYPE]), 1
+    if union := re.fullmatch(r"(?:[\w.]+\.)?(?:Union|Annotated|Literal)\[(.*)\]", stated):
         stated = union[1]
-    stated, more = stated[:400], 1
     while more:
         stated, more = re.subn(r"\[[^\[\]]*\]", "", stated)
     return re.search(r"\bNone\b|\bOptional\b", stated) is not None
@@ -966,7 +977,8 @@ def class_schema(stated):
     ({'type': 'object', 'title': 'DiGraph'}, {})
     """
     stated = re.split(r"\bdefaults?\b|\boptional\b", stated)[0]
-    if re.search(r"(?i)callable|function|\btype\b", stated):
+    held = re.sub(r"\b(?!Union|Optional)\w+\[[^\[\]]*\]", "", stated)
+    if re.search(r"(?i)callable|function|\btype\b", stated) or re.search(r"\bAny\b", held):
         return {}
     found = re.search(rf"\b{CLASS_NAME}\b", stated)
     described = found or re.search(
@@ -1022,17 +1034,20 @@ def default_in_words(text):
 
     >>> [default_in_words(text) for text in ("Defaults to 5.", "{'a', 'b'}, default='a'", "default=1 if so")]
     [5, 'a', None]
+    >>> [default_in_words(text) for text in ("Defaults to 1,000", "default: 2 * n", "the default 'a' encoding")]
+    [None, None, None]
     """
     found = re.search(
-        r"\bdefault(?:s)?(?: value)?(?:\s+(?:is|to)\b|\s*[:=])*\s*`*"
-        r"('[^']*'|\"[^\"]*\"|-?[\d.]*\d\b(?![\d.]*\d)|True\b|False\b)"
-        r"(?!`*,? (?:if|when|for|unless|except|or)\b)",
-        text,
+        r"(?:(?<!the )\bdefaults?|\bdefaults?(?: value)?(?: +(?:is|to)\b| *[:=])+) *`*"
+        r"('[^']*'|\"[^\"]*\"|True\b|False\b|"
+        r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?(?![\w/*^%]|[.,:-]\d| [*/^+] ?\w))"
+        r"(?!`*,? (?:if|when|for|unless|except|or|on|in)\b)",
+        " ".join(text.split()),
         re.I,
     )
     try:
         return ast.literal_eval(found[1]) if found else None
-    except (ValueError, SyntaxError):  # such as 1.2.3
+    except (ValueError, SyntaxError):  # such as 007
         return None
 
 
@@ -1043,16 +1058,10 @@ def annotation_text(annotation, module=None, depth=0):
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
     if isinstance(annotation, str):
-        if "Literal" not in annotation:  # what is quoted is a type that is defined later
-            annotation = re.sub(r"['\"]", "", annotation)
-        return (
-            re.sub(
-                r"'[^']*'|\"[^\"]*\"|[A-Za-z_][\w.]*",
-                lambda m: text(alias) if (alias := find_alias(m[0], module)) else m[0],
-                annotation,
-            ),
-            "",
-        )
+        try:
+            return written_annotation(ast.parse(annotation.strip(), mode="eval").body, module, depth)
+        except (SyntaxError, ValueError, MemoryError, RecursionError):  # words
+            return annotation, ""
     if origin is typing.Annotated:
         notes = [
             getattr(note, "documentation", None) or getattr(note, "description", None) or note
@@ -1063,7 +1072,8 @@ def annotation_text(annotation, module=None, depth=0):
         values = [
             getattr(a, "value", a) for a in args if not (isinstance(a, enum.Enum) and len(type(a)) == 1)
         ]  # NO_DEFAULT
-        return f"Literal[{', '.join(map(repr, values))}]" if values else "", ""
+        simple = values and all(v is None or type(v) in (str, int, bool) for v in values)
+        return f"Literal[{', '.join(map(repr, values))}]" if simple else "", ""
     if origin in (typing.Union, types.UnionType):
         return " | ".join(map(text, args)), ""
     if origin:
@@ -1077,6 +1087,8 @@ def annotation_text(annotation, module=None, depth=0):
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
         values = [m.value for m in annotation]
         simple = values and all(type(v) in (str, int) for v in values)
+        if issubclass(annotation, enum.Flag):  # members may be joined
+            return "int" if issubclass(annotation, int) else annotation.__name__, ""
         return f"Literal[{', '.join(map(repr, values))}]" if simple else annotation.__name__, ""
     for attribute in (
         "__supertype__",
@@ -1087,6 +1099,37 @@ def annotation_text(annotation, module=None, depth=0):
         if meant := getattr(annotation, attribute, None):
             return text(meant), ""
     return getattr(annotation, "__qualname__", None) or str(annotation), ""
+
+
+def written_annotation(node, module, depth):
+    """annotation_text() of an annotation that is itself a text, by its syntax tree."""
+    text = lambda part: written_annotation(part, module, depth)[0]
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a type that is defined later
+        return annotation_text(node.value, module, depth + 1) if depth < 8 else ("", "")
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return f"{text(node.left)} | {text(node.right)}", ""
+    if isinstance(node, ast.BoolOp):  # "int or str"
+        return " | ".join(map(text, node.values)), ""
+    if isinstance(node, ast.Subscript):
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+        name = ast.unparse(node.value).rpartition(".")[2]
+        if name == "Annotated":
+            notes = [getattr(part, "value", None) for more in parts[1:] for part in ast.walk(more)]
+            return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
+        if name == "Literal":
+            return ast.unparse(node) if all(map(is_constant, parts)) else "", ""
+        if not find_alias(name, module):
+            return f"{name}[{', '.join(text(part) for part in parts if not isinstance(part, ast.List))}]", ""
+        node = node.value
+    name = ast.unparse(node)
+    if isinstance(node, (ast.Name, ast.Attribute)) and (alias := find_alias(name, module)):
+        return annotation_text(alias, module, depth + 1)[0] if depth < 8 else "", ""
+    return name, ""
+
+
+def is_constant(node):
+    """Whether a part of Literal[...] is a value, not the name of one."""
+    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
 
 
 def find_alias(name, module):
@@ -1133,10 +1176,12 @@ def type_schema(stated, depth=0):
     ({'anyOf': [{'type': 'string'}, {'type': 'array', 'items': {'type': 'integer'}}]}, \
 {'anyOf': [{'type': 'string', 'enum': ['auto']}, {'type': 'boolean'}]})
     """
-    stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", stated[:400])
-    stated = re.split(r"[,;(.]?\s*\(?(?<!['\"])\bdefaults?\b", stated)[0]
-    if re.search(r"(^|[|,\[] *)(t\.|typing\.)?Any *($|[|,\]])", re.sub(r"(?<=\w)\[[^\[\]]*\]", "", stated)):
+    if len(stated) > LONGEST_TYPE:
         return {}
+    stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", " ".join(stated.split()))
+    aside = rf"({QUOTED})|\( ?defaults?\b[^()]*\)|\((?=or )([^()]*)\)"  # (default 3), (or str)
+    stated = re.sub(aside, lambda m: m[1] or m[2] or "", stated)
+    stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b).)*", stated)[0]
     stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
@@ -1145,15 +1190,12 @@ def type_schema(stated, depth=0):
             values += schema["enum"]
         elif schema not in found:
             found.append(schema)
+    if {} in found:  # Any
+        return {}
     if {"type": "number"} in found:
         found = [schema for schema in found if schema != {"type": "integer"}]
-    if values := [v for v in dict.fromkeys(values) if {"type": PYTHON_TYPES[type(v)]} not in found]:
-        kinds = sorted({PYTHON_TYPES[type(v)] for v in values})
-        found.insert(
-            0,
-            ({"type": kinds[0]} if len(kinds) == 1 else {})
-            | ({} if kinds == ["boolean"] else {"enum": values}),
-        )
+    if values := [v for v in values if {"type": PYTHON_TYPES[type(v)]} not in found]:
+        found.insert(0, enumeration(values))
     if not found or len(found) == 1 and "title" in found[0]:  # a class alone: see class_schema
         return {}
     if len(found) < 2:
@@ -1161,6 +1203,14 @@ def type_schema(stated, depth=0):
     if all(schema.keys() == {"type"} for schema in found):
         return {"type": [schema["type"] for schema in found]}
     return {"anyOf": found}
+
+
+def enumeration(values):
+    """The schema of one of several values, of one type or of many."""
+    values = list({(type(v), v): v for v in values}.values())
+    kinds = sorted({PYTHON_TYPES[type(v)] for v in values})
+    stated = {"type": kinds[0]} if len(kinds) == 1 else {}
+    return stated | ({} if kinds == ["boolean"] else {"enum": values})
 
 
 def alternatives(text, depth):
@@ -1187,13 +1237,13 @@ def item_schemas(text, depth):
     """
     parts = [part for part in type_parts(text) if part not in ("...", "Ellipsis", "None")]
     known = [alternatives(part, depth) for part in parts]
-    return [] if [] in known else [schema for schemas in known for schema in schemas]
+    return [] if [] in known or [{}] in known else [schema for schemas in known for schema in schemas]
 
 
 def type_parts(text):
     """The alternatives in the text of a type: "int, str or (a | b)" has three."""
     parts, level = [""], 0
-    for token in re.findall(r"'[^']*'|\"[^\"]*\"|\bor\b|\w+|\s+|.", text):
+    for token in re.findall(rf"{QUOTED}|\bor\b|\w+|\s+|.", text):
         level += (token in "([{") - (token in ")]}")
         if level <= 0 and token in ("|", ",", ";", "/", "or"):
             parts.append("")
@@ -1204,21 +1254,29 @@ def type_parts(text):
 
 def alternative(text, depth):
     """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
-    if re.fullmatch(r"'[^']*'|\"[^\"]*\"|-?\d+(\.\d+)?|True|False", text):
+    text = re.sub(r"^(?:one of|either)\b:? *", "", text)
+    if re.fullmatch(rf"{QUOTED}|-?\d+(\.\d+)?|True|False", text):
         try:
             return [{"enum": [ast.literal_eval(text)]}]
         except (ValueError, SyntaxError):  # such as 0755, or a lone backslash in quotes
             return []
+    if re.fullmatch(r"([\w.]+\.)?Any", text):
+        return [{}]
+    if re.match(r"(the )?number of\b", text):
+        return [{"type": "integer"}]
+    if re.match(r"\w+ ?=", text):  # dtype=float
+        return []
+    if (what := re.match(r"the (\w+) of\b", text)) and what[1] not in JSON_TYPES:  # not its type
+        return []
     if re.fullmatch(r"(torch\.)?Size", text):
         return [array_of([{"type": "integer"}])]
     if found := re.fullmatch(
         r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S
     ):
         return alternatives(found[2], depth)
-    if found := re.fullmatch(r"(?:[\w.]+\.)?Annotated\[(.*)\]", text, re.S):
-        return alternatives(found[1], depth)[:1]
-    if found := re.match(r"[\w\s:-]*\{(.*)\}", text, re.S):
-        return [{"type": "object"}] if re.match(r"\s*\w+\s*:", found[1]) else alternatives(found[1], depth)
+    holding = r"(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of"
+    if found := re.match(rf"(?!.*\b{holding} \{{)[\w\s:-]*\{{(.*)\}}", text, re.S):
+        return [{"type": "object"}] if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[1]) else alternatives(found[1], depth)
     if found := re.fullmatch(r"\((.*)\)( tuples?)?|\[(.*)\]|(\w+)\.\.\.", text, re.S):  # also int...
         items = item_schemas(found[1] or found[3] or found[4] or "", depth)
         return [array_of(items)] if items or found[2] != " tuples" else []
@@ -1226,13 +1284,14 @@ def alternative(text, depth):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower().strip("_"), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
     words = re.sub(r"data-type\b", "datatype", re.sub(r"-like\b", "_like", words))
-    if found := re.fullmatch(r"(\w+) (ndarray|array|list|tensor)s?", words):  # int64 ndarray
+    kinds = "ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
+    if found := re.fullmatch(rf"([a-z]\w*) (?:{kinds})s?", words):  # int64 ndarray
         return [array_of(alternatives(found[1], depth))]
     if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
         return []
     for word in re.finditer(r"\w+", words):
         if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
-            items = re.match(r"(?: \w+)? of (?!shape|length|size)(.*)|", words[word.end():], re.S)[1]
+            items = re.match(r"(?: \w+)? of (?!shape|length|size|\d)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
     found = re.fullmatch(rf"(?:an? )?(?:[a-z]+ )?({CLASS_NAME})(?: object| instance)?", words)
     return [{"type": "object", "title": found[1]}] if found and "_t." not in text else []
@@ -1247,7 +1306,9 @@ def of_kind(kind, items, depth):
 
 def array_of(items):
     """The schema of an array whose items have the schemas in the list; it states them if they are one."""
-    same = items and all(schema == items[0] for schema in items) and "enum" not in items[0]
+    if items and all(schema.keys() == {"enum"} for schema in items):
+        items = [enumeration([value for schema in items for value in schema["enum"]])]
+    same = items and all(schema == items[0] for schema in items)
     return {"type": "array"} | ({"items": items[0]} if same else {})
 
 
@@ -1305,7 +1366,7 @@ def sessions(doc, obj, module):
         if isinstance(part, str):
             prose += part
             continue
-        code = re.sub(r"\s*# ?doctest:.*", "", part.source).rstrip()
+        code = re.sub(r"(?<!\s)\s*# ?doctest:.*", "", part.source).rstrip()
         if prose.strip() or not found:
             found.append([prose, []])
             prose = ""
@@ -1336,7 +1397,7 @@ def sessions(doc, obj, module):
         if is_method:
             target = vars(home)[method]
         key = f"{api_key(home)}.{method}" if is_method else target and api_key(target)
-        output = re.sub(r"\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
+        output = re.sub(r"(?<!\s)\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
         used = {n.id for n in nodes if isinstance(n, ast.Name)}
         stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
         found[-1][1].append(
@@ -1593,8 +1654,9 @@ def literal_call(key, target, node, literals, is_method):
     """
     try:
         signature = find_signature(target, documentation(target))
-        if is_method:
-            signature = signature.replace(parameters=[*signature.parameters.values()][1:])
+        parameters = list(signature.parameters.values())
+        if is_method or parameters and parameters[0].name == "self":  # which no tool has
+            signature = signature.replace(parameters=parameters[1:])
         return [key, bind_literals(signature, node, literals)]
     except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
         return None
@@ -1789,7 +1851,8 @@ def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
     does not belong to it; a formula in which it ends does.
     """
-    doc, heading = doc[:2000], rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
+    doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc[:2000])  # a signature above the text
+    heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
     ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
     announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*\n?)+)"
     short = lambda items: f" {' '.join(items[1].split())}\n\n" if len(items[1]) < 200 else "\n\n"
@@ -2042,7 +2105,7 @@ def last_paragraph(text, summary):
         re.I,
     )
     for p in reversed(paragraphs):
-        if len(p) > 15 and not odd.search(p) and summarise(p) != summary:
+        if len(p) > 15 and not odd.search(p[:1000]) and summarise(p) != summary:
             return p.rstrip(":")[:500]
     return ""
 
@@ -4586,7 +4649,9 @@ def random_list(text, schema, rng, size, about=""):
     """
     items = schema.get("items") or {}
     kind = items.get("type")
-    if length := re.search(r"\b(\d)-tuple", text):
+    if "enum" in items:
+        return rng.sample(items["enum"], 1)
+    if length := re.search(r"\b([1-9])-tuple", text):
         size = int(length[1])
     if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
         return [rng.randrange(1, 6) for _ in range(2)]

@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import time
+import types
 import typing
 import warnings
 from argparse import Namespace
@@ -171,7 +172,7 @@ def test_annotations_are_read_as_their_strings(annotation, text, expected):
     for stated in (annotation, text):
         parameter = inspect.Parameter("p", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=stated)
         [schema] = collect.json_schema([parameter], "", sys.modules[__name__])["properties"].values()
-        if stated is annotation and typing.get_origin(annotation) is typing.Annotated:
+        if typing.get_origin(annotation) is typing.Annotated:
             assert schema.pop("description") == "A note."
         assert schema == expected, stated
 
@@ -575,6 +576,14 @@ class Level(enum.IntEnum):
     HIGH = 2
 
 
+class Access(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+WORDS = [f"word number {i}" for i in range(80)]
+
+
 ARRAY, INTEGERS = {"type": "array"}, {"type": "array", "items": {"type": "integer"}}
 MORE_ANNOTATIONS = [
     (typing.Optional[typing.Literal["a", "b"]], "Optional[Literal['a', 'b']]",
@@ -594,7 +603,19 @@ MORE_ANNOTATIONS = [
     (typing.Optional[Colour], "Optional[Colour]",
      {"type": "string", "enum": ["red", "blue"], "nullable": True}),
     (Level, "Level", {"type": "integer", "enum": [1, 2]}),
+    (Access, "Access", {"type": "integer"}),  # its members may be joined
     (typing.TypeVar("T", bound=int), "int", {"type": "integer"}),
+    (typing.Union[int, typing.Any], "Union[int, Any]", {}),
+    (typing.Union[Namespace, typing.Any], "Namespace | Any", {}),
+    (typing.Literal["None", "by default"], "Literal['None', 'by default']",
+     {"type": "string", "enum": ["None", "by default"]}),
+    (typing.Literal["it's", 'a "b"'], """Literal["it's", 'a "b"']""",
+     {"type": "string", "enum": ["it's", 'a "b"']}),
+    (typing.Union[typing.Literal["a"], "Namespace"], "Literal['a'] | 'Namespace'",
+     {"anyOf": [{"type": "string", "enum": ["a"]}, {"type": "object", "title": "Namespace"}]}),
+    (typing.Literal[*WORDS], f"Literal[{', '.join(map(repr, WORDS))}]", {"type": "string", "enum": WORDS}),
+    (list[typing.Literal["a", "b"]], "list[Literal['a', 'b']]",
+     {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}),
     (typing.Optional[Namespace], "Optional[Namespace]",
      {"type": "object", "title": "Namespace", "nullable": True}),
     (typing.Type[int], "Type[int]", {}), (typing.Optional[typing.Callable], "Optional[Callable]", {}),
@@ -607,6 +628,15 @@ MORE_ANNOTATIONS = [
 def test_more_annotations_are_read_as_their_strings(annotation, text, expected):
     assert alone(annotation) == expected
     assert alone(text) == expected
+
+
+@pytest.mark.parametrize("text", ["Annotated[int | str, Doc('A note.')]", "Annotated['int | str', 'A note.']"])
+def test_a_note_and_all_alternatives_in_a_text(text):
+    assert alone(text) == {"type": ["integer", "string"], "description": "A note."}
+
+
+def test_a_value_that_a_text_only_names_is_not_known():
+    assert alone("Literal[Colour.RED]") == {}
 
 
 @pytest.mark.parametrize("annotation, default, kept", [
@@ -638,19 +668,61 @@ def test_what_is_quoted_in_an_annotation_is_a_type_and_no_value():
     ("Iterable[tuple[str, Any]]", {"type": "array", "items": {"type": "array"}}),
     ("Literal['default', 'left'] | Same", {"anyOf": [
         {"type": "string", "enum": ["default", "left"]}, {"type": "object", "title": "Same"}]}),
-    ("Printer", {}), ("Callable | str", {"type": "string"})])
+    ("Printer", {}), ("Callable | str", {"type": "string"}),
+    ("list of {'a', 'b'}", {"type": "array", "items": {"type": "string", "enum": ["a", "b"]}}),
+    ("array-like of {-1, 1}", {"type": "array", "items": {"type": "integer", "enum": [-1, 1]}}),
+    ("dict of {str: int}", {"type": "object"}), ("{'a': int}", {"type": "object"}),
+    ("dict or a set of 2 or 3 tuples", {"type": ["object", "array"]}),
+    ("pair of floats", {"type": "array", "items": {"type": "number"}}),
+    ("int tuple", INTEGERS), ("int sequence", INTEGERS), ("ndarray, dtype=float", ARRAY),
+    ("bool array_like", {"type": "array", "items": {"type": "boolean"}}),
+    ("one of 'a', 'b', 'c'", {"type": "string", "enum": ["a", "b", "c"]}),
+    ("either 'a' or 'b'", {"type": "string", "enum": ["a", "b"]}),
+    ("'a' (default), 'b'", {"type": "string", "enum": ["a", "b"]}),
+    ("int (or str)", {"type": ["integer", "string"]}),
+    ("int (default 3) or str", {"type": ["integer", "string"]}),
+    ("int, number of clusters", {"type": "integer"}), ("str, the name of the array", {"type": "string"}),
+    ("{0, False, True}", {"enum": [0, False, True]}), ("str or Any", {}), (f"Union[{'int, ' * 2000}str]", {})])
 def test_alternatives_are_neither_lost_nor_made_up(stated, schema):
     assert collect.type_schema(stated) == schema
 
 
 @pytest.mark.parametrize("said, default", [
     ("default=0.80 if x is given, else 1", None), ("The default is 3, unless x is given.", None),
-    ("Defaults to 3.", 3)])
+    ("Defaults to 3.", 3), ("Default: True on Windows", None)])
 def test_a_default_under_a_condition_is_none(said, default):
     assert collect.default_in_words(said) == default
 
 
+@pytest.mark.parametrize("said", [
+    "Defaults to 1,000.", "default 1/3", "Defaults to 2**31", "default: 2 * n", "Default 2020-01-01", "default: 50%",
+    "Overrides the default 'utf-8' encoding."])
+def test_what_only_begins_as_a_value_is_no_default(said):
+    assert collect.default_in_words(said) is None
+
+
+@pytest.mark.parametrize("doc", [
+    "Args:\n    a (int): The first.\n        Returns:\n        nothing.\n    b: Other.",
+    "Parameters\n----------\na : int\n    The first.\n\n    Notes:\n    nothing.\nb\n    Other."])
+def test_a_heading_in_a_description_ends_no_section(doc):
+    found = collect.documented_parameters(doc)
+    assert [*found] == ["a", "b"] and found["b"].description == "Other."
+
+
+def test_a_literal_block_describes_no_parameters():
+    doc = "Write it so::\n\n    a: 1\n    b: 2\n\nb: The second."
+    assert collect.documented_parameters(doc, {"a", "b"}) == {"b": collect.Documented("", "The second.")}
+
+
+@pytest.mark.parametrize("doc, expected", [
+    ("Args:\n    z (dict(str, list(int))): What.", {"z": collect.Documented("dict(str, list(int))", "What.")}),
+    (":param x.y: Not one.\n:param int z: One.", {"z": collect.Documented("int", "One.")})])
+def test_entries_with_brackets_and_dots(doc, expected):
+    assert collect.documented_parameters(doc) == expected
+
+
 @pytest.mark.parametrize("doc, sentence", [
+    ("add(a, b) -> int\n  Adds two numbers.", "Adds two numbers."),
     ("Returns\n=======\n\nsample : list\n    A sample.", ""),
     ("f(*args)\nOverloaded function.\n\n1. f(self: m.A) -> None\n\n2. f(self: m.B) -> None", ""),
     ("Sorted lists\n------------\n\nMore on them.", "Sorted lists"),
@@ -920,3 +992,48 @@ def test_a_method_that_is_overridden_is_not_the_base_s():
 def test_values_in_prose_do_not_narrow_what_is_stated(annotation, said):
     schema = collect.parameter_schema("x", annotation, collect.Documented("", said))
     assert {k: v for k, v in schema.items() if k != "description"} == collect.type_schema(annotation)
+
+
+def test_what_breaks_under_inspection_costs_only_itself(tmp_path, monkeypatch):
+    """A name that cannot be imported costs no module, an attribute that raises no class."""
+    (tmp_path / "lazily.py").write_text('''
+__all__ = ["missing", "Holder", "add"]
+def __getattr__(name):
+    raise ImportError(name)
+class Odd:
+    @property
+    def __class__(self):
+        raise RuntimeError
+class Holder:
+    """Holds one."""
+    odd = Odd()
+    def get(self):
+        """Get it."""
+def add(a: int, b: int):
+    """Add two numbers."""
+''')
+    monkeypatch.syspath_prepend(tmp_path)
+    found = collect.describe_module("lazily", {})
+    assert [o["key"] for o in found["objects"]] == ["lazily:Holder", "lazily:Holder.get", "lazily:add"]
+
+
+def test_self_of_a_plain_function_is_no_argument():
+    def run_it(self, x):
+        """Run it.
+
+        >>> run_it("a", 1)
+        >>> run_it(2)
+        """
+    [[_, steps]] = collect.sessions(run_it.__doc__, run_it, types.SimpleNamespace(run_it=run_it, __name__="m"))
+    assert [step["call"] and step["call"][1] for step in steps] == [None, {"x": 2}]
+
+
+@pytest.mark.parametrize("read", [
+    lambda n: collect.default_in_words("default " + "1." * n), lambda n: collect.last_paragraph("(" * n, ""),
+    lambda n: collect.find_signature(len, "f(a" + "[,a" * n + "]" * n + ")"),
+    lambda n: collect.sessions(">>> f(1)" + " " * n + "!\n", len, types),
+    lambda n: collect.type_schema("Union[" * n), lambda n: collect.may_be_none("[" * n)],
+    ids="default paragraph signature session type none".split())
+def test_reading_takes_bounded_time(read):
+    with within(3):
+        read(100_000)
