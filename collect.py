@@ -2472,7 +2472,7 @@ def read_json(path):
         yield from read_lines(path)
     elif next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "") == "[":
         first = next(read_list(path), (0, None))[1]
-        one_record = isinstance(first, dict) and {"role", "content"} <= first.keys()
+        one_record = isinstance(first, dict) and ({"role", "content"} <= first.keys() or is_item(first) or is_event(first))
         yield from [(0, parse(next(read_whole(path))[1]))] if one_record else read_list(path)
     else:
         yield from records_in(0, parse(next(read_whole(path))[1]))
@@ -2518,7 +2518,29 @@ def records_in(where, value, depth=2):
 
 def chat_records(path, name, license, args):
     """A Record for each conversation of a file, a rejection for what cannot be converted."""
-    yield from value_records(read_values(path), f"chat:{name}", license, args.chat_domain, args.chat_format)
+    values = join_sessions(read_values(path))
+    yield from value_records(values, f"chat:{name}", license, args.chat_domain, args.chat_format)
+
+
+def join_sessions(values):
+    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what its side
+    agents said is one of its own.
+    """
+    sessions = {}
+    for where, value in values:
+        if not isinstance(value, dict) or "uuid" not in value or "sessionId" not in value:
+            if not sessions or not isinstance(value, dict) or "role" in value:  # or a summary, a snapshot
+                yield where, value
+        elif isinstance(value.get("message"), dict):
+            key = value["sessionId"], bool(value.get("isSidechain")) and side_chain(value)
+            sessions.setdefault(key, (where, []))[1].append(value)
+    for (session, side), (where, lines) in sessions.items():
+        yield (f"{where}-side" if side else where), {"messages": [line["message"] for line in lines]}
+
+
+def side_chain(line):
+    """What tells the side agents of a session apart."""
+    return line.get("agentId") or line.get("parentToolUseID") or "side"
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
@@ -2568,11 +2590,24 @@ def finish(messages, tools):
     """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become
     question marks.
     """
-    messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in messages])
+    messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in one_system(messages)])
+    known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
+    for function in (c["function"] for m in messages for c in m.get("tool_calls", ())):
+        if function["name"] in known and "null" in function["arguments"]:  # tables fill up what a row lacks with null
+            given = json.loads(function["arguments"]).items()
+            given = {k: v for k, v in given if v is not None or k in known[function["name"]]}
+            function["arguments"] = json.dumps(given, ensure_ascii=False)
     both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
     messages, tools = json.loads(both.encode("utf-8", "replace"))
     check_conversation(messages, tools)
     return messages, tools
+
+
+def one_system(messages):
+    """Messages with one system message, at the start; one in the middle becomes the user's."""
+    first = list(itertools.takewhile(lambda m: m["role"] == "system", messages))
+    rest = [m | {"role": "user"} if m["role"] == "system" else m for m in messages[len(first):]]
+    return [chat_message("system", "\n\n".join(m["content"] for m in first))] * bool(first) + rest
 
 
 def set_thought_apart(message):
@@ -2631,9 +2666,9 @@ def check_conversation(messages, tools):
             if not isinstance(json.loads(call["function"]["arguments"]), dict):
                 raise ValueError(f"message {i}: arguments are not an object")
             made.add(call["id"])
-    for role in ("user", "assistant"):
-        if not any(m["role"] == role and (m["content"].strip() or m.get("tool_calls")) for m in messages):
-            raise ValueError(f"no {role} message that says or calls anything")
+    for roles in (("user", "tool"), ("assistant",)):
+        if not any(m["role"] in roles and (m["content"].strip() or m.get("tool_calls")) for m in messages):
+            raise ValueError(f"no {roles[0]} message that says or calls anything")
     if not all(t["type"] == "function" and isinstance(t["function"]["name"], str) for t in tools):
         raise ValueError("tools are not in the OpenAI form")
 
@@ -2648,15 +2683,36 @@ POSITIONAL = {"search": ["query"], "lookup": ["keyword"], "finish": ["answer"], 
               "click": ["element"], "get_relations": ["variable"], "get_neighbors": ["variable", "relation"],
               "intersection": ["variable1", "variable2"], "get_attributes": ["variable"], "argmax": ["variable", "attribute"],
               "argmin": ["variable", "attribute"], "count": ["variable"], "torch.hub.load": ["repo_or_dir", "model"]}
+# What a part of a message is, by its type or, in Gemini's, its key; parts of other types, such as images, are left out.
+PARTS = {kind: what for what, kinds in {
+    "text": "text input_text output_text refusal summary_text reasoning_text",
+    "thought": "thinking reasoning thought",
+    "call": "tool_use server_tool_use mcp_tool_use tool_call tool-call toolCall function_call functionCall "
+            "custom_tool_call mcp_call",
+    "result": "tool_result tool-result toolResult web_search_tool_result mcp_tool_result tool_call_response "
+              "function_call_output custom_tool_call_output function_response functionResponse"}.items()
+    for kind in kinds.split()}
+# Where a call or a result has its name, its arguments, its id and what came of it; where a record has its messages and tools.
+NAME = ("name", "tool_name", "toolName", "function_name", "api_name", "api", "tool.name", "function")
+GIVEN = ("arguments", "args", "input", "parameters", "kwargs", "tool.args")
+ID = ("call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId", "source_call_id", "id")
+OUTCOME = ("output", "content", "response", "result", "text")
+MESSAGES = ("messages", "conversations", "conversation", "traj", "history", "contents", "events", "input")
+TOOLS = ("tools", "functions", "available_tools", "tool_definitions")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-         "agent": "assistant", "developer": "system", "tool_call": "function_call", "observation": "tool", "function": "tool",
+         "agent": "assistant", "aimessagechunk": "assistant", "developer": "system", "tool_call": "function_call", "observation": "tool", "function": "tool",
          "function_response": "tool", "function_result": "tool", "tool_response": "tool", "ipython": "tool"}
 THOUGHT = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:[ \t]*", re.I)
+THOUGHT_LINE = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:", re.I | re.M)
 ACTION = re.compile(r"^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*", re.I | re.M)
 ACTION_INPUT = re.compile(r"^[ \t]*Action Input(?: \d+)?:[ \t]*", re.I | re.M)
 RESULT = re.compile(r"^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*", re.I)
-TAGGED = re.compile(r"<(tool_call|execute(?:_\w+)?)>(.*?)(?:</\1>|\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)",
-                    re.DOTALL)
+TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
+    r"<(tool_call|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
+    r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{.*?\}(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
+    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)", re.DOTALL)
+XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)  # of Qwen3-Coder
+XML_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 FENCE = re.compile(r"(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```", re.I | re.DOTALL)
 
 
@@ -2707,28 +2763,81 @@ def calls_in(value):
         value = {"name": glaive[1], "arguments": glaive[2]} if glaive else structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
-    inner = value["function"] if isinstance(value.get("function"), dict) else value
-    return [call(inner["name"], inner.get("arguments", inner.get("parameters")), value.get("id"))]
+    inner = next((value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)), value)
+    name, arguments, id = field(inner, NAME), field(inner, GIVEN), field(value, ID) or field(inner, ID)
+    try:
+        return [call(name, arguments, id)]
+    except ValueError:
+        if not isinstance(arguments, str) or not isinstance(name, str) or re.match(r"\s*[\[{]", arguments):
+            raise
+        return [call(name, {"input": arguments}, id)]  # such as code, for a tool that takes text
 
 
-# A string, which is skipped, or a name before a bracket.
-CALLED = re.compile(r"""("(?:[^"\\]|\\.)*"?|'(?:[^'\\]|\\.)*'?)|([^\s()"'=,\[\]{}][^()"'=,\[\]{}]*)\(""", re.DOTALL)
+def field(value, names):
+    """The first of several fields of an object that is there and not null, or None."""
+    return next((value[name] for name in names if value.get(name) is not None), None)
+
+
+def as_text(value):
+    """What a field says: a text, the texts of its parts, or else its JSON."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value):
+        return "\n\n".join(text for part in value if (text := field(part, ("text", "value", "content", "summary_text"))) and isinstance(text, str))
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+# Where the arguments of a call begin: a bracket before a keyword, a literal or the closing bracket.
+ARGUMENTS = re.compile(r"\s*(?:[\w.-]+\s*=(?!=)|\)|['\"\[{(\d-]|(?:True|False|None|true|false|null)\b)")
+PIECE = re.compile(rf"{QUOTED}|[()\[\]{{}},]|[^'\"()\[\]{{}},]+", re.DOTALL)
 
 
 def python_calls(text):
-    """Calls of "[f(a=1), my API(b='x')]" or "f(a=1)", by ast and literals only. Raises ValueError on anything
-    else.
+    """Calls of "[f(a=1), my API(b='x')]" or "f(a=1)", literals only. Names and keywords need not be Python's.
+    Raises ValueError on anything else.
     """
-    def evaluate():
-        names = [match[2].strip() for match in CALLED.finditer(text) if match[2]]  # not all are names to Python: "my API", "a/b"
-        tree = ast.parse(CALLED.sub(lambda match: match[1] or "f(", text).strip(), mode="eval").body
-        nodes = tree.elts if isinstance(tree, (ast.List, ast.Tuple)) else [tree]
-        if len(names) != len(nodes) or not all(isinstance(n, ast.Call) and all(k.arg for k in n.keywords) for n in nodes):
-            raise ValueError
-        given = [positional(name, map(ast.literal_eval, node.args)) for name, node in zip(names, nodes)]
-        return [call(name, arguments | {k.arg: ast.literal_eval(k.value) for k in node.keywords})
-                for name, arguments, node in zip(names, given, nodes)]
-    return literal(evaluate, text)
+    text = text.strip()
+    text, calls, at = text[1:-1] if re.fullmatch(r"\[.*\]|\(.*\)", text, re.DOTALL) else text, [], 0
+    while not calls or text[at:].strip():
+        start = text.find("(", at)
+        while start >= 0 and not ARGUMENTS.match(text, start + 1):
+            start = text.find("(", start + 1)
+        name = text[at:start].strip()
+        if start < 0 or not name or re.search(r"[\n=\"{}\[\]]", name):
+            raise ValueError(f"not calls: {text[:80]!r}")
+        pieces, at = argument_pieces(text, start + 1)
+        keywords, values = {}, []
+        for piece in pieces:
+            keyword = re.match(r"\s*([\w.-]+)\s*=(?!=)(.*)", piece, re.DOTALL)
+            value = structured(re.sub(rf"({QUOTED})|\b(true|false|null)\b", spelled, keyword[2] if keyword else piece))
+            if keyword:
+                keywords[keyword[1]] = value
+            elif keywords:
+                raise ValueError(f"not calls: {text[:80]!r}")
+            else:
+                values.append(value)
+        calls.append(call(name, positional(name, values) | keywords))
+    return calls
+
+
+def argument_pieces(text, at):
+    """The arguments that begin at a place in a text, as texts, and where the next call begins."""
+    pieces, level = [""], 0
+    while token := PIECE.match(text, at):
+        at, token = token.end(), token[0]
+        if not level and token == ")":
+            if not (after := re.compile(r"\s*(,|\Z)").match(text, at)):
+                break
+            return [piece for piece in pieces if piece.strip()], after.end()
+        level += (token in "([{") - (token in ")]}")
+        if not level and token == ",":
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    raise ValueError(f"not calls: {text[:80]!r}")
+
+
+def spelled(match):
+    """JSON's words for values in Python's spelling; a text as it is."""
+    return match[1] or {"true": "True", "false": "False", "null": "None"}[match[2]]
 
 
 def positional(name, values):
@@ -2765,9 +2874,19 @@ def lift(text, react):
     Thought/Action.
     """
     calls = []
-    for tag, inside, glaive in TAGGED.findall(text):
-        code = tag.startswith("execute")
-        calls += [code_call("bash" if tag == "execute_bash" else "python", inside)] if code else calls_in(inside or glaive)
+    for tag, inside, glaive, mistral, llama in TAGGED.findall(text):
+        if tag.startswith("execute"):
+            calls.append(code_call("bash" if tag == "execute_bash" else "python", inside))
+        elif "<function=" in inside:
+            calls += [call(name, {key: plain_json(value) for key, value in XML_PARAMETER.findall(body)})
+                      for name, body in XML_CALL.findall(inside)]
+        elif "[ARGS]" in mistral:
+            name, arguments = re.split(r"(?:\[CALL_ID\]\w+)?\[ARGS\]", mistral, maxsplit=1)
+            calls.append(call(name, arguments))
+        elif llama and not llama.lstrip().startswith("{"):
+            calls.append(code_call("python", llama))
+        else:
+            calls += calls_in(inside or glaive or mistral or llama)
     says = re.sub(r"</?thought>|<\|endoftext\|>", "", TAGGED.sub("", text)) if calls or not react else text
     action, fence = ACTION.search(text), FENCE.search(text)
     if react and action and not calls:
@@ -2777,6 +2896,12 @@ def lift(text, react):
     elif react and fence and not calls and fence[1] in ("mswea_bash_command", "bash"):
         says, calls = text[:fence.start()], [code_call("bash", fence[2])]
     return (THOUGHT.sub("", says) if react else says).strip(), calls
+
+
+def plain_json(text):
+    """The number, list or other value that a text writes in JSON, or else the text."""
+    value = parse(text)
+    return text if isinstance(value, (ValueError, str)) else value
 
 
 def converse(turns, react=False, messages=None):
@@ -2826,15 +2951,31 @@ def tools_of(value):
     value = structured(value) if isinstance(value, str) and value.strip() else value or []
     tools = []
     for given in value if isinstance(value, list) else [value]:
+        if isinstance(given.get("functionDeclarations", given.get("function_declarations")), list):  # Gemini's
+            tools += tools_of(given.get("functionDeclarations", given.get("function_declarations")))
+            continue
         function = given["function"] if isinstance(given.get("function"), dict) else given
-        schema = function.get("parameters") or function.get("input_parameters") or {}
+        if "type" in given and not field(function, ("name", "api_name")):  # built in, such as code_interpreter
+            continue
+        schema = field(function, ("parameters", "input_schema", "inputSchema", "input_parameters", "arguments")) or {}
+        if isinstance(schema, list):  # of Docker's registry: a list of named arguments
+            schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
             entries = {k: v for k, v in schema.items() if isinstance(v, dict)}
             required = [k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
-            schema = {"type": "object", "properties": entries, "required": required}
-        tools.append({"type": "function", "function": {"name": function["name"], "description": function.get("description") or "",
-                                                       "parameters": schema_types(schema)}})
+            schema = {"type": "object", "properties": entries, "required": function.get("required", required)}
+        known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
+        schema = {"type": "object"} | schema | {"properties": known}
+        name, description = field(function, ("name", "api_name")), field(function, ("description", "api_description"))
+        tools.append({"type": "function", "function": {
+            "name": name, "description": description or "", "parameters": schema_types(schema)}})
     return tools
+
+
+def named_schema(entry):
+    """The schema of an argument that is listed with its name."""
+    said = {"description": entry["desc"]} if entry.get("desc") else {}
+    return {key: value for key, value in entry.items() if key not in ("name", "desc")} | said
 
 
 def schema_types(schema):
@@ -2851,17 +2992,31 @@ def tools_in(text):
     """Tool definitions written as JSON (or a Python list) in a system prompt, each at the start of a line or
     after a mark.
     """
-    tools, end = [], 0
-    for match in re.finditer(r"(?:^|<tools>|APIs:|-)\s*(?=[\[{])", text[:2**20], re.M):
-        if match.end() < end:
+    tools, end, text, broken = [], 0, text[:2**20], 0
+    for match in re.finditer(r"(?:^[ \t]*|<tools>\s*|APIs:\s*|-\s*)(?=[\[{])", text, re.M):
+        if match.end() < end or broken > 20:
             continue
         try:
             value, end = json.JSONDecoder(strict=False).raw_decode(text, match.end())
-        except ValueError:
-            value = attempt(structured, text[match.end():].strip()) if text[match.end()] == "[" else None
+        except ValueError:  # or Python's way to write it
+            after = closing_bracket(text, match.end())
+            value = attempt(structured, text[match.end():after])
+            broken += isinstance(value, str)
+            end = match.end() if isinstance(value, str) else after
         found = attempt(tools_of, value) if isinstance(value, (dict, list)) else []
         tools += found if isinstance(found, list) else []
     return tools
+
+
+def closing_bracket(text, at):
+    """Where what begins with a bracket ends; at the end of the text where it is not closed."""
+    level = 0
+    while token := PIECE.match(text, at):
+        at = token.end()
+        level += (token[0] in "([{") - (token[0] in ")]}")
+        if not level:
+            break
+    return at
 
 
 def derive_tools(messages):
@@ -2880,9 +3035,16 @@ def derive_tools(messages):
 
 
 def listed(record):
-    """The list of messages or turns of a record, by whichever name."""
-    names = ("messages", "conversations", "conversation", "traj", "history")
-    return record if isinstance(record, list) else next(record[n] for n in names if isinstance(record.get(n), list))
+    """The list of messages or turns of a record, by whichever name; of a mapping of several that name it."""
+    if isinstance(record, list):
+        return record
+    for name in MESSAGES:
+        value = record.get(name)
+        if isinstance(value, str) and value.lstrip()[:2] in ("[{", '["') and name != "input":
+            value = structured(value)
+        if isinstance(value, list):
+            return value
+    return record["messages"]
 
 
 def groups(pattern, text):
@@ -2894,33 +3056,151 @@ def groups(pattern, text):
 def says(record, pattern, role="assistant"):
     """Whether a text of that role in a record of messages matches."""
     turns = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in listed(record)]
-    return any(ROLES.get(r, r) == role and isinstance(text, str) and re.search(pattern, text) for r, text in turns)
+    return any(ROLES.get(r, r) == role and re.search(pattern, as_text(text)) for r, text in turns)
 
 
 def messages_record(record, react=False):
-    """OpenAI messages, ShareGPT turns and their relatives, with calls in fields, in parts, or in the text."""
-    messages, record = [], {"messages": record} if isinstance(record, list) else record
-    for message in listed(record):
-        role, content, calls = message.get("role", message.get("from")), message.get("content", message.get("value")), []
-        thought = message.get("reasoning_content")
-        if isinstance(content, list):
-            if other := {p["type"] for p in content} - {"text", "reasoning", "tool_call"}:
-                raise ValueError(f"content of type {', '.join(sorted(other))}")
-            calls = [c for p in content if p["type"] == "tool_call" for c in calls_in(p["value"])]
-            said, content = ("\n\n".join(p.get("text", p.get("value")) for p in content if p["type"] == kind) for kind in ("reasoning", "text"))
-            thought = thought or said
-        calls += calls_in([*(message.get("tool_calls") or []), *filter(None, [message.get("function_call")])])
-        if message.get("action", "").strip() and not calls:  # of SWE-agent: a command
-            content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
-        content = (f"<think>{thought}</think>" if thought else "") + (content or "")
-        if calls:
-            messages.append(assistant(content, *calls))
-        elif converse([(role, content)], react, messages)[-1]["role"] == "tool":
-            messages[-1]["tool_call_id"] = (message.get("tool_call_ids") or [message.get("tool_call_id")])[0]
-    if record.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, chat_message("system", record["system"]))
-    tools = tools_of(record.get("tools") or record.get("functions"))
-    return messages, tools or (tools_in(messages[0]["content"]) if messages[0]["role"] == "system" else [])
+    """Messages of OpenAI, Anthropic, Gemini, LangChain, ShareGPT and their relatives, with calls in fields, in
+    parts, or in the text.
+    """
+    record, messages = whole(record), []
+    turns = [unwrapped(message) for message in listed(record)]
+    names = {turn["author"] for turn in turns if turn.get("author") not in (None, "user")}
+    for turn in turns:
+        role = field(turn, ("role", "from", "type"))
+        role = ROLES.get(role.lower(), role.lower())
+        if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
+            continue  # tau2-bench: what the user does with tools is not the agent's
+        parts = list(parts_of(turn, role))
+        if is_item(turn) and parts:
+            role = "tool" if parts[0][0] == "result" else "assistant"
+        if len(names) > 1 and role == "assistant" and parts and parts[0][0] == "text":
+            label = f"[{turn['author']}]:"
+            parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
+        say(role, parts, messages, react)
+    if not messages:
+        raise ValueError(f"nothing is left without {', '.join({*map(kind_of, turns[0].get('content') or ['text'])})}")
+    return messages, tools_of(field(record, TOOLS)) or (
+        tools_in(messages[0]["content"]) if messages[0]["role"] == "system" else [])
+
+
+def whole(record):
+    """A record whose `messages` hold all that was said: the system's prompt, the request and the answer."""
+    if isinstance(record, list):
+        return {"messages": record}
+    if isinstance(record.get("request"), dict) and isinstance(record.get("response"), dict):
+        record = record["request"] | record["response"]
+    if isinstance(record.get("prompt", record.get("input")), str) and not isinstance(record.get("messages"), list):
+        asked = [user(record.get("prompt", record.get("input")))]
+    else:
+        asked = record["prompt"] if isinstance(record.get("prompt"), list) else attempt(listed, record)
+    asked = asked if isinstance(asked, list) else []
+    answer = field(record, ("output", "chosen", "completion"))
+    if isinstance(record.get("choices"), list):
+        answer = [record["choices"][0]["message"]]
+    elif record.get("role") == "assistant" and isinstance(record.get("content"), list):
+        answer = [{"role": "assistant", "content": record["content"]}]
+    answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
+    asked = answer if answer[:len(asked)] == asked else asked + answer
+    system = field(record, ("system", "instructions", "systemInstruction", "system_instruction"))
+    if system and field(unwrapped(asked[0]), ("role", "from", "type")) != "system":
+        system = system["parts"] if isinstance(system, dict) else system
+        asked = [chat_message("system", as_text(system)), *asked]
+    return record | {"messages": asked}
+
+
+def unwrapped(message):
+    """A message without what is around it: LangChain's ways to write one, and the events of Gemini's agents."""
+    if isinstance(message, str):
+        return user(message)
+    if isinstance(message.get("kwargs"), dict) and isinstance(message.get("id"), list):
+        kind = re.sub(r"Message(Chunk)?$", "", message["id"][-1])
+        message = message["kwargs"] | {"role": kind.lower()}
+    if isinstance(message.get("data"), dict):
+        message = message["data"] | {"role": message["type"]}
+    if isinstance(message.get("content"), dict) and "parts" in message["content"]:
+        message = message["content"] | {"author": message.get("author")}
+    more = message.get("additional_kwargs") or {}
+    return message if message.get("tool_calls") or not more.get("tool_calls") else message | {"tool_calls": more["tool_calls"]}
+
+
+def parts_of(message, role):
+    """Yield what a message says and does, in order: ("text", str), ("thought", str), ("call", call) and
+    ("result", (id of its call or None, str)).
+    """
+    if is_item(message):
+        yield from read_part(message)
+        return
+    if thought := field(message, ("reasoning_content", "reasoning", "thinking")):
+        yield "thought", as_text(thought)
+    for api in message.get("apis") or ():  # ToolTalk
+        yield "call", calls_in(api["request"])[0]
+        yield "result", (None, as_text(field(api, ("exception", "response"))))
+    calls = [*(message.get("tool_calls") or []), *filter(None, [message.get("function_call")])]
+    command = not calls and isinstance(message.get("action"), str) and message["action"].strip()  # SWE-agent
+    content = message["thought"].strip() if command else field(message, ("content", "value", "parts", "text"))
+    typed = isinstance(content, list) and all(isinstance(part, (dict, str)) for part in content)
+    typed = typed and any(isinstance(part, dict) for part in content)
+    if role == "tool" and not (typed and any(PARTS.get(kind_of(part)) == "result" for part in content)):
+        ids = message.get("tool_call_ids") or [field(message, ID[:-1])]
+        yield "result", (ids[0], as_text(content))
+    elif typed:
+        for part in content:
+            yield from read_part(part)
+    else:
+        yield "text", as_text(content)
+    if isinstance(message.get("refusal"), str):
+        yield "text", message["refusal"]
+    yield from (("call", made) for made in calls_in(calls))
+    if command:
+        yield "call", code_call("bash", message["action"])
+
+
+def is_item(message):
+    """Whether it is one of OpenAI's newer lists, in which a call, a result and a thought are each an item."""
+    return message.get("type") in PARTS and not {"role", "from"} & message.keys()
+
+
+def kind_of(part):
+    """The type of a part of a message: as it says or, in Gemini's, by its key."""
+    return "text" if isinstance(part, str) else part.get("type") or next((key for key in part if key in PARTS), "")
+
+
+def read_part(part):
+    """Yield what one part of a message is, as parts_of() does; nothing for an image and the like."""
+    kind = kind_of(part)
+    what = PARTS.get(kind)
+    if what == "text":
+        yield "text", part if isinstance(part, str) else as_text(field(part, (kind, "text", "value", "content")))
+    elif what == "thought" or part.get("thought") is True:
+        yield "thought", as_text(field(part, (kind, "text", "value", "summary", "content")))
+    elif what == "call":
+        yield from (("call", made) for made in calls_in(field(part, ("value",)) or part))
+        if part.get("output") is not None:  # of a server's tool: beside its call
+            yield "result", (field(part, ID), as_text(part["output"]))
+    elif what == "result":
+        inner = part[kind] if isinstance(part.get(kind), dict) else part
+        yield "result", (field(inner, ID), as_text(field(inner, OUTCOME)))
+
+
+def say(role, parts, messages, react):
+    """Append to messages what one turn says and does; a result ends the message that its call is in."""
+    held = {"text": [], "thought": [], "call": []}
+    for kind, value in [*parts, ("end", None)]:
+        if kind in held:
+            held[kind].append(value)
+            continue
+        text = "\n\n".join(filter(None, held["text"]))
+        thought = "\n\n".join(filter(None, held["thought"]))
+        said = (f"<think>{thought}</think>" if thought else "") + text
+        if held["call"]:
+            messages.append(assistant(said, *held["call"]))
+        elif any(held.values()):
+            converse([(role, said)], react, messages)
+        held = {"text": [], "thought": [], "call": []}
+        if kind == "result":
+            converse([("tool", value[1])], react, messages)
+            messages[-1]["tool_call_id"] = value[0]
 
 
 # Messages with Thought / Action texts or commands, where whatever follows an action is its result.
@@ -3138,6 +3418,152 @@ def agentbench_kg(record):
     return [user(asked), assistant("", *map(action_call, record["actions"])), assistant(answers)], []
 
 
+def is_turn(message):
+    """Whether an object looks like a message of a conversation."""
+    message = unwrapped(message)
+    role = field(message, ("role", "from", "type"))
+    known = isinstance(role, str) and (ROLES.get(role.lower(), role.lower()) in ("system", "user", "assistant", "tool"))
+    return known or is_item(message)
+
+
+def samples(record):
+    """The conversations of a log that holds several: Inspect's samples, tau2-bench's simulations."""
+    return record["samples"] if "samples" in record else record["simulations"]
+
+
+def is_event(value):
+    """Whether it is an event of OpenHands: an action or what was observed."""
+    return isinstance(value, dict) and bool({"action", "observation"} & value.keys()) and not {"role", "from"} & value.keys()
+
+
+def openhands(record):
+    """A list of events: actions of the user and the agent, and observations."""
+    messages, record = [], {"history": record} if isinstance(record, list) else record
+    for event in listed(record):
+        given = event.get("args") or event
+        made = event.get("tool_call_metadata") or {}
+        text = field(given, ("content", "thought", "final_thought")) or event.get("message") or ""
+        action = event.get("action")
+        if action in ("message", "finish"):
+            messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
+        elif action and action not in ("change_agent_state", "recall", "system", "null"):
+            answer = (made.get("model_response") or {}).get("choices") or [{}]
+            written = [c for c in answer[0].get("message", {}).get("tool_calls") or [] if c["id"] == made["tool_call_id"]]
+            arguments = {k: given[k] for k in ("command", "code", "path", "content", "url", "query") if given.get(k)}
+            try:
+                calls = calls_in(written) or [call(action, arguments)]
+            except ValueError:  # the model's JSON was broken
+                calls = [call(made["function_name"], arguments)]
+            messages.append(assistant(given.get("thought") or event.get("thought") or "", *calls))
+        elif event.get("observation") and messages and event["observation"] not in ("agent_state_changed", "null"):
+            messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
+    return messages, []
+
+
+def trajectory_interchange(record):
+    """Steps in the Agent Trajectory Interchange Format (ATIF, of the Harbor framework)."""
+    messages = []
+    for step in record["steps"]:
+        role = {"agent": "assistant"}.get(step["source"], step["source"])
+        calls = [("call", made) for made in calls_in(step.get("tool_calls") or [])]
+        results = (step.get("observation") or {}).get("results") or []
+        say(role, [("thought", step.get("reasoning_content") or ""), ("text", as_text(step.get("message"))), *calls,
+                   *(("result", (field(r, ID), as_text(r.get("content")))) for r in results)], messages, False)
+    return messages, tools_of((record.get("agent") or {}).get("tool_definitions"))
+
+
+def spans_of(record):
+    """The spans of an OpenTelemetry trace, in the order of time."""
+    return sorted(record["spans"] if isinstance(record, dict) else record, key=lambda span: span["start_time"])
+
+
+def trace(record):
+    """The spans of an agent's run, by OpenTelemetry's conventions for generative models: the longest history that
+    a call of the model was given, and what was done since.
+    """
+    messages, tools = [], {}
+    for attributes in (span["attributes"] for span in spans_of(record)):
+        given = attributes.get("gen_ai.input.messages")
+        given = messages_record(structured(given) if isinstance(given, str) else given)[0] if given else []
+        messages = given if len(given) > len(messages) else messages
+        answer = field(attributes, ("gen_ai.output.messages", "gen_ai.output"))
+        if attributes.get("gen_ai.operation.name") == "execute_tool":
+            name = attributes["gen_ai.tool.name"]
+            tools[name] = {"name": name, "description": attributes.get("gen_ai.tool.description")}
+            messages.append(tool(as_text(answer)))
+        elif answer is not None and messages:
+            value = attempt(structured, answer) if isinstance(answer, str) else answer
+            if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+                messages += messages_record(value)[0]
+            elif isinstance(value, list) and value and isinstance(value[0], dict) and field(value[0], NAME):
+                messages.append(assistant("", *calls_in(value)))
+            else:
+                messages.append(assistant(as_text(answer)))
+    known = {t["function"]["name"]: t for t in derive_tools(messages)}
+    for name in known.keys() & tools.keys():
+        known[name]["function"]["description"] = tools[name]["description"] or ""
+    return messages, list(known.values())
+
+
+HARMONY = re.compile(r"(?:<\|start\|>(?P<role>[^<]*))?(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?"
+                     r"<\|message\|>(?P<text>.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|<\|start\|>|\Z)", re.DOTALL)
+
+
+def harmony(text):
+    """OpenAI's harmony format, as its open models write it: channels for thoughts, calls and answers."""
+    messages, tools = [], []
+    for found in HARMONY.finditer(text):
+        role, channel, said = (found["role"] or "assistant").split(), found["channel"] or "", found["text"].strip()
+        to = re.search(r"\bto=([\w.-]+)", f"{found['role'] or ''} {channel}")
+        name = to and to[1].removeprefix("functions.")
+        if role[0] == "assistant" and name:
+            messages.append(assistant("", *calls_in({"name": name, "arguments": said})))
+        elif role[0] == "assistant":
+            said = f"<think>{said}</think>" if channel.startswith("analysis") else said
+            messages.append(assistant(said))
+        elif role[0] in ("system", "developer", "user"):
+            tools += harmony_tools(said)
+            messages.append(chat_message(ROLES.get(role[0], role[0]), said))
+        else:  # a tool's name
+            messages.append(tool(said))
+    return messages, tools
+
+
+def harmony_tools(text):
+    """The tools in a prompt of harmony, which writes them as types of TypeScript; their parameters by name."""
+    tools = []
+    for comment, name, body in re.findall(r"((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text, re.M | re.DOTALL):
+        fields = re.findall(r"^(\w+)(\?)?: *([\w\[\]]*)", body, re.M)
+        kinds = {"string": "string", "number": "number", "boolean": "boolean", "string[]": "array", "number[]": "array"}
+        properties = {field: {"type": kinds[kind]} if kind in kinds else {} for field, _, kind in fields}
+        tools.append({"name": name, "description": comment.replace("// ", "").strip(), "parameters": {
+            "type": "object", "properties": properties, "required": [field for field, optional, _ in fields if not optional]}})
+    return tools_of(tools)
+
+
+LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
+
+
+def labelled_text(text):
+    """A conversation in one text, whose turns begin with SYSTEM:, USER: and ASSISTANT:."""
+    labels = {"SYSTEM": "system", "USER": "user", "ASSISTANT": "assistant", "TOOL": "tool"}
+    turns = split_turns(re.sub(r"^\s*```\w*\n|\n```\s*$", "", text), labels)
+    return converse(turns), tools_in(turns[0][1])
+
+
+def seal_tools(record):
+    """A prompt that lists the APIs, and the list of calls that answers it."""
+    messages = []
+    for turn in listed(record):
+        text = field(turn, ("value", "content"))
+        if ROLES.get(turn.get("from", turn.get("role"))) == "user":
+            listing, asked = groups(r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$", text)
+            messages.append(user(asked.strip().strip('"')))
+        else:
+            messages.append(assistant("", *calls_in(text)))
+    return messages, tools_of(listing)
+
+
 def having(*names):
     return lambda record: isinstance(record, dict) and record.keys() >= set(names)
 
@@ -3166,12 +3592,20 @@ FORMATS = {
     "agentbench_os": (having("description", "explanation", "evaluation"), agentbench_os),
     "agentbench_kg": (having("question", "actions", "s_expression"), agentbench_kg),
     "alpaca": (having("instruction", "output"), alpaca),
+    "traces": (lambda r: any("gen_ai.operation.name" in s["attributes"] or "gen_ai.input.messages" in s["attributes"]
+                             for s in spans_of(r)), trace),
+    "atif": (lambda r: "source" in r["steps"][0], trajectory_interchange),
+    "samples": (lambda r: "messages" in next(iter(samples(r))), lambda r: [messages_record(sample) for sample in samples(r)]),
+    "openhands": (lambda r: is_event(listed(r)[0]), openhands),
+    "harmony": (matching(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
+    "labelled_text": (lambda r: re.search(LABELLED, r["example"]) is not None, lambda r: labelled_text(r["example"])),
+    "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
     "toolace": (lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
     "swe_agent": (lambda r: any("action" in m for m in listed(r)), react_record),
     "mini_swe_agent": (lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", role="system"), react_record),
-    "react": (lambda r: says(r, r"(?im)^[ \t]*(Action|Act)( \d+)?:"), react_record),
+    "react": (lambda r: says(r, ACTION) and (says(r, THOUGHT_LINE) or says(r, RESULT, "user")), react_record),
     "codeact": (lambda r: says(r, "<execute"), react_record),
-    "messages": (lambda r: "role" in listed(r)[0] or "from" in listed(r)[0], messages_record),
+    "messages": (lambda r: is_turn(whole(r)["messages"][0]), messages_record),
 }
 
 
