@@ -643,7 +643,7 @@ def describe_callable(obj, doc, module, bound=False):
     takes_self = inspect.isfunction(obj) and obj.__code__.co_varnames[:1] == (first,)
     if bound and first and (first in ("self", "cls") or takes_self):
         parameters = parameters[1:]
-    schema = json_schema(parameters, doc, module)
+    schema = json_schema(parameters, doc, sys.modules.get(getattr(obj, "__module__", None), module))
     if not signature:  # what it takes is not known
         schema["additionalProperties"] = True
     return {
@@ -783,6 +783,8 @@ def documented_parameters(doc, known=()):
                 plain |= {name: Documented(kind, description) for name in names if name not in plain}
             if style == "" or not description:
                 names = []
+        elif style == "" and text in known and is_indented_below(lines, i):  # a definition list
+            plain.setdefault(text, Documented("", paragraph("", lines, i)))
         for name in names:
             before = found.get(name, Documented())
             found[name] = Documented(before.type or kind, before.description or description)
@@ -822,6 +824,11 @@ def sections(lines):
         yield style, base
 
 
+def is_indented_below(lines, i):
+    """Whether the line after line i is not empty and indented more."""
+    return i + 1 < len(lines) and lines[i + 1].strip() and indentation(lines[i + 1]) > indentation(lines[i])
+
+
 def indentation(line):
     """The number of spaces that a line begins with."""
     return len(line) - len(line.lstrip())
@@ -836,11 +843,15 @@ def paragraph(first, lines, i):
     """What an entry at line i says, in one line: its own text and, indented below it, the rest of the
     paragraph, with the list that it announces.
     """
-    held, ended = [first] * bool(first.strip()), False
+    held, ended, bullet = [first] * bool(first.strip()), False, re.match(r"\s*[-*•+] ", lines[i])
     for line in map(lines.__getitem__, range(i + 1, len(lines))):  # a copy of the rest would cost quadratic time
         text = line.strip()
-        if text and (indentation(line) <= indentation(lines[i]) or ended and not re.match(r"[-*•] ", text)):
+        deeper = indentation(line) - indentation(lines[i])
+        wraps = bullet and deeper == 0 and not ended and text[:1].islower()
+        if text and (deeper <= 0 and not wraps or ended and not re.match(r"[-*•] ", text)):
             break
+        if not text and bullet and not held[1:]:
+            bullet = None
         ended = bool(held) and not text and not held[-1].rstrip().endswith(":")
         held += [text] * bool(text)
     return " ".join(held)
@@ -875,7 +886,7 @@ REAL = re.compile(  # names of numbers that need not be whole, even where the de
     r"ratio|\w*weight|[lr]hs|lambda?|\w*step|increment|bound|from_|to|initial|element|coeff|power|dropout|"
     r"origin|time")
 NAMED = {  # names that tell of the type by themselves
-    "string": r"\w*(name|encoding|prefix|suffix)|title|backend|newline|errors|host|sep|user|password",
+    "string": r"(?!check_)\w*(name|encoding|prefix|suffix)|title|backend|newline|errors|host|sep|user|password",
     "integer": r"(\w+_)?fd|p?pid|lineno|port|year|month|day|hour|minute|offset|limit|count|length|num|"
                r"(n|num)_\w+|\w+_(count|index|length)",
     "number": r"(\w+_)?timeout"}
@@ -883,7 +894,7 @@ NAMED = {  # names that tell of the type by themselves
 CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text"}
 CLASS_NAME = (  # a name in capitals that is neither that of a library nor of what is no class
     r"(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|Self|Unpack|Generic|Callable|Undefined|"
-    r"NetworkX|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
+    r"NetworkX|Networkx|Matplotlib|One|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
     r"[A-Z]_contra|\w+Like)\b)(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)")
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
@@ -919,7 +930,9 @@ def json_schema(parameters, doc, module=None):
                 k: v for k, v in entry.items() if k == "description"
             }
         elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and name != "out":
-            required += [name] * (not re.search(r"\boptional\b", said.type))
+            if not re.search(r"\boptional\b", said.type):
+                required.append(name)
+                entry.pop("default", None)
         properties[name] = entry
     return {"type": "object", "properties": properties, "required": required}
 
@@ -930,7 +943,10 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     class>}.
     """
     said = said._replace(description=said.description[:1000])
-    schema = dict(type_schema(stated) or type_schema(said.type))
+    schema, documented = type_schema(stated), type_schema(said.type)
+    narrower = schema == {"type": "string"} == {k: v for k, v in documented.items() if k != "enum"}
+    narrower = narrower and (type(default) is not str or default in documented.get("enum", [default]))
+    schema = dict(documented if narrower else schema or documented)
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
     if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", stated or said.type):
@@ -944,7 +960,7 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         or class_schema(stated or said.type)
         or ({} if stated or said.type else guessed_schema(name, said.description))
     )
-    plain = {"type", "default"} >= schema.keys() and schema.get("type", "string") == "string"
+    plain = {"type", "default"} >= schema.keys() and (schema or not stated) and schema.get("type", "string") == "string"
     if plain and len(values := values_in_words(said.description)) > 1:
         schema = {"type": "string", "enum": values} | (
             {"default": schema["default"]} if schema.get("default") in values else {}
@@ -993,12 +1009,12 @@ def guessed_schema(name, description):
     """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
     if re.match(
-        r"(?i)(whether|if (true|set|false|given)|true (if|to)|flag|enable|disable|boolean)\b", description
+        r"(?i)(whether|if (true|set|false)|true (if|to)|flag|enable|disable|boolean)\b", description
     ):
         return {"type": "boolean"}
     if re.match(
         r"(?i)(the |an? )?(\w+ ){0,3}"
-        r"(number of|count|index|size|length|width|height|dimension|position)\b",
+        r"(number of|count|index|size|length|width|height|dimension|position|(line|column|row|color) number)\b",
         start,
     ):
         return {} if re.search(r"\btuple\b", description) else {"type": "integer"}
@@ -1009,8 +1025,10 @@ def guessed_schema(name, description):
     for kind, names in NAMED.items():
         if re.fullmatch(names, name):
             return {"type": kind}
-    known = type_schema(re.sub(r"['\"]", "", start))
-    return known or ({} if name in ("node", "nodes", "label", "labels", "sequence") else type_schema(name))
+    known = type_schema(re.sub(r"['\"]|(?i:^sets?\b(?! of))", "", start))
+    named = type_schema(name)
+    vague = "node nodes label labels sequence timestamp paths characters mappings".split()
+    return known or ({} if name in vague else named)
 
 
 def values_in_words(description):
@@ -1038,7 +1056,7 @@ def default_in_words(text):
     [None, None, None]
     """
     found = re.search(
-        r"(?:(?<!the )\bdefaults?|\bdefaults?(?: value)?(?: +(?:is|to)\b| *[:=])+) *`*"
+        r"(?:(?<!the )(?<!['\"])\bdefaults?|\bdefaults?(?: value)?(?: +(?:is|to)\b| *[:=])+) *`*"
         r"('[^']*'|\"[^\"]*\"|True\b|False\b|"
         r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?(?![\w/*^%]|[.,:-]\d| [*/^+] ?\w))"
         r"(?!`*,? (?:if|when|for|unless|except|or|on|in)\b)",
@@ -1136,14 +1154,16 @@ def find_alias(name, module):
     """The type that a name in an annotation stands for, such as `Axis` in pandas, if it is no class of its
     own; or None.
     """
-    top = getattr(module, "__name__", "").split(".")[0]
-    if not top or name.rpartition(".")[2].lower() in JSON_TYPES:
+    top, name = getattr(module, "__name__", "").split(".")[0], name.rpartition(".")[2]
+    if not top or name.lower() in JSON_TYPES:
         return None
-    for place in (module, *typing_modules(top, len(sys.modules))):
-        found = vars(place).get(name.rpartition(".")[2])
+    for place in (module, *places_of(name, top, len(sys.modules))):
+        found = vars(place).get(name)
         if inspect.isclass(found) and found in PYTHON_TYPES:  # AxisInt = int
             return found
         plain = inspect.isclass(found) and not issubclass(found, enum.Enum) and not typing.get_origin(found)
+        if plain and not hasattr(found, "__supertype__"):
+            return None
         if (
             found is not None
             and not plain
@@ -1159,10 +1179,14 @@ def find_alias(name, module):
     return None
 
 
-@lru_cache
-def typing_modules(top, loaded):
-    """What a package keeps its types in, of the `loaded` modules."""
-    return [m for n, m in list(sys.modules.items()) if re.fullmatch(rf"{top}\..*\b_?(typing|types)", n)]
+@lru_cache(2**14)
+def places_of(name, top, loaded):
+    """The `loaded` modules of a package that have a name, those for its types first: it may be imported for type
+    checkers alone where it is used.
+    """
+    own = [m for n, m in list(sys.modules.items()) if n.split(".")[0] == top and name in getattr(m, "__dict__", ())]
+    types = lambda m: re.search(r"\b_?(typing|types)$", m.__name__) is not None
+    return sorted(own, key=lambda m: (not types(m), not inspect.isclass(vars(m)[name])))
 
 
 @lru_cache(2**12)
@@ -1178,7 +1202,7 @@ def type_schema(stated, depth=0):
     """
     if len(stated) > LONGEST_TYPE:
         return {}
-    stated = re.sub(r":\w+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", " ".join(stated.split()))
+    stated = re.sub(r":[\w:]+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", " ".join(stated.split()))
     aside = rf"({QUOTED})|\( ?defaults?\b[^()]*\)|\((?=or )([^()]*)\)"  # (default 3), (or str)
     stated = re.sub(aside, lambda m: m[1] or m[2] or "", stated)
     stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b).)*", stated)[0]
@@ -1277,6 +1301,8 @@ def alternative(text, depth):
     holding = r"(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of"
     if found := re.match(rf"(?!.*\b{holding} \{{)[\w\s:-]*\{{(.*)\}}", text, re.S):
         return [{"type": "object"}] if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[1]) else alternatives(found[1], depth)
+    if found := re.fullmatch(rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]", text):  # ('a', 'b')
+        return alternatives(found[1] or found[2], depth)
     if found := re.fullmatch(r"\((.*)\)( tuples?)?|\[(.*)\]|(\w+)\.\.\.", text, re.S):  # also int...
         items = item_schemas(found[1] or found[3] or found[4] or "", depth)
         return [array_of(items)] if items or found[2] != " tuples" else []
@@ -1284,9 +1310,11 @@ def alternative(text, depth):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower().strip("_"), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
     words = re.sub(r"data-type\b", "datatype", re.sub(r"-like\b", "_like", words))
-    kinds = "ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
+    kinds = "pair|ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
     if found := re.fullmatch(rf"([a-z]\w*) (?:{kinds})s?", words):  # int64 ndarray
         return [array_of(alternatives(found[1], depth))]
+    if re.fullmatch(r"(?:a |the )?(?:[Nn]etwork[xX] |nx )?graph", words):
+        return [{"type": "object", "title": "Graph"}]
     if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
         return []
     for word in re.finditer(r"\w+", words):
@@ -1866,8 +1894,10 @@ def first_sentence(doc):
     rule, title = rf"[ \t]*{RULE.pattern}[ \t]*$", rf"[ \t]*({PARAMETERS.pattern}|{OTHERS.pattern})"
     doc = re.sub(rf"(?m)^{rule}", "", re.split(rf"(?im)^{title}\n{rule}", doc)[0])
     paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
+    paragraphs = [re.sub(r"^[\w.]+\([^()]*\) -> (?=[a-z]+ (?:\w+ ){3})(?!.*->)", "", p) for p in paragraphs]
     without_prose = re.compile(
-        rf"(?i)(\d+\. )?[\w.]+\(.*\)|[.=~*-]{{2,}}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
+        rf"(?i)(\d+\. )?[\w.]+(?>\((?:[^()]|\([^()]*\))*\))(?!(?-i: [a-z]+ (?:an?|the|as|in|to|of|that|with|is|be)\b))|"
+        rf"(explanation|description|overview)$|[.=~*-]{{2,}}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
         rf"[\w()|-]+( \[.*\])+$|{heading} "  # also how a command is used
     )
     paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
@@ -2887,7 +2917,7 @@ def lift(text, react):
             calls.append(code_call("python", llama))
         else:
             calls += calls_in(inside or glaive or mistral or llama)
-    says = re.sub(r"</?thought>|<\|endoftext\|>", "", TAGGED.sub("", text)) if calls or not react else text
+    says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text)) if calls or not react else text
     action, fence = ACTION.search(text), FENCE.search(text)
     if react and action and not calls:
         says, action = text[:action.start()], text[action.end():]
@@ -3170,9 +3200,9 @@ def read_part(part):
     """Yield what one part of a message is, as parts_of() does; nothing for an image and the like."""
     kind = kind_of(part)
     what = PARTS.get(kind)
-    if what == "text":
+    if what == "text" and not (isinstance(part, dict) and part.get("thought") is True):
         yield "text", part if isinstance(part, str) else as_text(field(part, (kind, "text", "value", "content")))
-    elif what == "thought" or part.get("thought") is True:
+    elif what in ("thought", "text"):
         yield "thought", as_text(field(part, (kind, "text", "value", "summary", "content")))
     elif what == "call":
         yield from (("call", made) for made in calls_in(field(part, ("value",)) or part))
@@ -3601,10 +3631,10 @@ FORMATS = {
     "labelled_text": (lambda r: re.search(LABELLED, r["example"]) is not None, lambda r: labelled_text(r["example"])),
     "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
     "toolace": (lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
-    "swe_agent": (lambda r: any("action" in m for m in listed(r)), react_record),
+    "swe_agent": (lambda r: any(m.get("action") for m in listed(r)), react_record),
     "mini_swe_agent": (lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", role="system"), react_record),
     "react": (lambda r: says(r, ACTION) and (says(r, THOUGHT_LINE) or says(r, RESULT, "user")), react_record),
-    "codeact": (lambda r: says(r, "<execute"), react_record),
+    "codeact": (lambda r: says(r, r"(?ms)<execute\w*>.*</execute|^\s*<execute\w*>"), react_record),
     "messages": (lambda r: is_turn(whole(r)["messages"][0]), messages_record),
 }
 

@@ -1,4 +1,5 @@
 """chat:PATH of collect.py. Each test names the bug that it would show."""
+import argparse
 import gzip
 import json
 import time
@@ -147,9 +148,206 @@ CASES = {
                 "Action Input", '{"give_answer": 1}'))))),
             node("Thought", "Yes.", node("Action", "Finish", node("Action Input", '{"give_answer": 2}'))))}},
         ["user: Rome?", "assistant: Yes. Finish(give_answer=2)", 'tool: to {"give_answer": 2}']),
+    "openhands": ("openhands", [
+        {"source": "user", "action": "message", "args": {"content": "List."}},
+        {"source": "agent", "action": "run", "args": {"command": "ls", "thought": "I look.", "blocking": False},
+         "tool_call_metadata": {"function_name": "bash", "tool_call_id": "t1", "model_response": {"choices": [{"message": {
+             "tool_calls": [{"id": "t1", "function": {"name": "bash", "arguments": '{"command": "ls"}'}}]}}]}}},
+        {"source": "agent", "observation": "run", "content": "a.txt", "tool_call_metadata": {"tool_call_id": "t1"}},
+        {"source": "environment", "observation": "agent_state_changed", "content": ""},
+        {"source": "agent", "action": "finish", "args": {"thought": "a.txt"}}],
+        ["user: List.", "assistant: I look. bash(command='ls')", "tool: a.txt", "assistant: a.txt"]),
+    "openhands, without metadata": ("openhands", {"instruction": "x", "history": [
+        {"content": "List.", "action": "message", "source": "user"}, {"command": "ls", "thought": "I look.", "action": "run"},
+        {"content": "a.txt", "command": "ls", "observation": "run"}, {"outputs": {}, "thought": "Done.", "action": "finish"}]},
+        ["user: List.", "assistant: I look. run(command='ls')", "tool: a.txt", "assistant: Done."]),
+    "traces, any-agent's": ("traces", {"spans": [
+        {"start_time": 3, "attributes": {"gen_ai.operation.name": "call_llm", "gen_ai.output": "Sun."}},
+        {"start_time": 2, "attributes": {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": "weather",
+                                         "gen_ai.tool.description": "Weather", "gen_ai.output": "sun"}},
+        {"start_time": 1, "attributes": {
+            "gen_ai.operation.name": "call_llm", "gen_ai.input.messages": json.dumps([m("user", "Rome?")]),
+            "gen_ai.output": '[{"tool.name": "weather", "tool.args": "{\\"city\\": \\"Rome\\"}"}]'}}]},
+        ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "traces, by the convention": ("traces", [{"start_time": 1, "attributes": {
+        "gen_ai.input.messages": json.dumps([
+            {"role": "user", "parts": [{"type": "text", "content": "Rome?"}]},
+            {"role": "assistant", "parts": [{"type": "tool_call", "id": "c", "name": "weather", "arguments": {"city": "Rome"}}]},
+            {"role": "tool", "parts": [{"type": "tool_call_response", "id": "c", "response": "sun"}]}]),
+        "gen_ai.output.messages": json.dumps([{"role": "assistant", "parts": [{"type": "text", "content": "Sun."}]}])}}],
+        ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "atif": ("atif", {"schema_version": "ATIF-v1.4", "agent": {"name": "a"}, "steps": [
+        {"step_id": 1, "source": "user", "message": "Rome?"},
+        {"step_id": 2, "source": "agent", "message": "I look.", "reasoning_content": "Hm.", "tool_calls": [
+            {"tool_call_id": "c", "function_name": "weather", "arguments": {"city": "Rome"}}],
+         "observation": {"results": [{"source_call_id": "c", "content": "sun"}]}},
+        {"step_id": 3, "source": "agent", "message": "Sun."}]},
+        ["user: Rome?", "assistant: (Hm.) I look. weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "samples of inspect": ("samples", {"samples": [{"id": 1, "messages": [
+        m("user", "Rome?"), m("assistant", "", tool_calls=[{"id": "c", "function": "weather", "arguments": {"city": "Rome"}}]),
+        m("tool", "sun", tool_call_id="c", function="weather")], "output": {"choices": []}}]},
+        ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun"]),
+    "simulations of tau2": ("samples", {"simulations": [{"id": "1", "messages": [
+        m("assistant", "Hi."), m("user", "Rome?"), m("user", None, tool_calls=[
+            {"id": "u", "name": "look_out", "arguments": {}, "requestor": "user"}], requestor="user"),
+        m("tool", "rain", id="u", requestor="user"),
+        m("assistant", None, tool_calls=[{"id": "c", "name": "weather", "arguments": {"city": "Rome"}}]),
+        m("tool", "sun", id="c", requestor="assistant")]}]},
+        ["assistant: Hi.", "user: Rome?", "assistant:  weather(city='Rome')", "tool: sun"]),
+    "harmony": ("harmony",
+        "<|start|>developer<|message|># Tools\n\nnamespace functions {\n\n// Weather\ntype weather = (_: {\ncity: string,\n"
+        "}) => any;\n\n}<|end|><|start|>user<|message|>Rome?<|end|><|start|>assistant<|channel|>analysis<|message|>Hm.<|end|>"
+        "<|start|>assistant<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{\"city\": \"Rome\"}<|call|>"
+        "<|start|>functions.weather to=assistant<|channel|>commentary<|message|>sun<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>Sun.<|return|>",
+        [None, "user: Rome?", "assistant: (Hm.)  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "labelled text": ("labelled_text", {"example": "```\nSYSTEM: Use these.\n<tools>" + json.dumps([WEATHER]) +
+        f"</tools>\nUSER: Rome?\nASSISTANT:\n<tool_call>\n{CALL}\n</tool_call>\n```"},
+        [None, "user: Rome?", "assistant:  weather(city='Rome')"]),
+    "seal-tools": ("seal_tools", {"conversations": [
+        s("human", "Choose.\n\nInput:\napi_list = [{'api_name': 'weather', 'api_description': 'Weather', 'parameters': "
+          "{'city': {'type': 'str'}}, 'required': ['city']}]\ntask_instruction = \"Rome?\"\nOutput:"),
+        s("gpt", "[{'api': 'weather', 'parameters': {'city': 'Rome'}, 'responses': ['API_call_0']}]")]},
+        ["user: Rome?", "assistant:  weather(city='Rome')"]),
     "alfworld": ("alfworld_text", "A bed.\nYour task is to: rest.\n> think: Bed.\nOK.\n> think: Go.\nOK.\n> go to bed\nYou do.\n",
         ["user: A bed.\nYour task is to: rest.", "assistant: Bed.\nGo. act(command='go to bed')", "tool: You do."]),
 }
+
+
+LANGCHAIN_CALL = {"name": "weather", "args": {"city": "Rome"}, "id": "c", "type": "tool_call"}
+ASKED, CALLED = m("user", "Rome?"), m("assistant", "", tool_calls=[{"id": "c", "function": json.loads(CALL)}])
+SAID = ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun", "assistant: Sun."]
+# The same conversation in the words of other vendors and libraries; what a person reads in each.
+MESSAGES = {
+    "anthropic": ({"system": [{"type": "text", "text": "Be brief."}], "messages": [
+        ASKED, m("assistant", [{"type": "thinking", "thinking": "Hm.", "signature": "x"}, {"type": "text", "text": "I look."},
+                               {"type": "tool_use", "id": "t", "name": "weather", "input": {"city": "Rome"}}]),
+        m("user", [{"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "sun"}]},
+                   {"type": "text", "text": "And?"}]), m("assistant", [{"type": "text", "text": "Sun."}])]},
+        ["system: Be brief.", SAID[0], "assistant: (Hm.) I look. weather(city='Rome')", SAID[2], "user: And?", SAID[3]]),
+    "responses, a list": ([ASKED, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": "c", "output": "sun"},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Sun."}]}],
+        [SAID[0], "assistant: (Hm.)  weather(city='Rome')", *SAID[2:]]),
+    "responses, request and answer": ({"instructions": "Be brief.", "input": "Rome?", "output": [
+        {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'}]},
+        ["system: Be brief.", *SAID[:2]]),
+    "gemini": ({"systemInstruction": {"parts": [{"text": "Be brief."}]}, "contents": [
+        {"role": "user", "parts": [{"text": "Rome?"}, {"inlineData": {"mimeType": "image/png", "data": ""}}]},
+        {"role": "model", "parts": [{"functionCall": {"name": "weather", "args": {"city": "Rome"}}}]},
+        {"role": "user", "parts": [{"functionResponse": {"name": "weather", "response": {"sky": "sun"}}}]},
+        {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Sun."}]}]},
+        ["system: Be brief.", *SAID[:2], 'tool: {"sky": "sun"}', "assistant: (Hm.) Sun."]),
+    "gemini's agents": ({"events": [
+        {"author": "user", "content": {"role": "user", "parts": [{"text": "Rome?"}]}},
+        {"author": "root", "content": {"role": "model", "parts": [{"function_call": {"name": "ask", "args": {}}}]}},
+        {"author": "root", "content": {"role": "user", "parts": [{"function_response": {"name": "ask", "response": {}}}]}},
+        {"author": "sky", "content": {"role": "model", "parts": [{"text": "[sky]: Sun."}]}}]},
+        [SAID[0], "assistant:  ask()", "tool: {}", "assistant: [sky]: Sun."]),
+    "langchain, by type": ({"messages": [
+        {"type": "human", "content": "Rome?"}, {"type": "ai", "content": "", "tool_calls": [LANGCHAIN_CALL]},
+        {"type": "tool", "content": "sun", "tool_call_id": "c"}, {"type": "ai", "content": "Sun."}]}, SAID),
+    "langchain, with data": ({"messages": [
+        {"type": "human", "data": {"content": "Rome?"}}, {"type": "ai", "data": {"content": "", "tool_calls": [LANGCHAIN_CALL]}},
+        {"type": "tool", "data": {"content": "sun", "tool_call_id": "c"}}, {"type": "ai", "data": {"content": "Sun."}}]}, SAID),
+    "langchain, constructors": ({"messages": [
+        {"lc": 1, "type": "constructor", "id": ["langchain", "schema", "messages", name], "kwargs": kwargs} for name, kwargs in [
+            ("HumanMessage", {"content": "Rome?"}), ("AIMessage", {"content": "", "tool_calls": [LANGCHAIN_CALL]}),
+            ("ToolMessage", {"content": "sun", "tool_call_id": "c"}), ("AIMessageChunk", {"content": "Sun."})]]}, SAID),
+    "choices": ({"messages": [ASKED], "choices": [{"message": CALLED}]}, SAID[:2]),
+    "request and response": ({"request": {"messages": [ASKED]}, "response": {"choices": [{"message": CALLED}]}}, SAID[:2]),
+    "prompt and completion": ({"prompt": "Rome?", "completion": "Sun."}, [SAID[0], SAID[3]]),
+    "preferences": ({"prompt": [ASKED], "chosen": [ASKED, m("assistant", "Sun.")], "rejected": [m("assistant", "No.")]},
+                    [SAID[0], SAID[3]]),
+    "messages as text": ({"uuid": "u", "question": "Rome?", "messages": json.dumps([
+        ASKED, m("assistant", "", function_call={"name": "weather", "arguments": '{"city": "Rome"}'}),
+        {"role": "function", "name": "weather", "content": "sun"}, m("assistant", "Sun.")])}, SAID),
+    "tooltalk": ({"conversation": [{"role": "user", "text": "Rome?"}, {"role": "assistant", "text": "Sun.", "apis": [
+        {"request": {"api_name": "weather", "parameters": {"city": "Rome"}}, "response": {"sky": "sun"}, "exception": None}]}]},
+        [*SAID[:2], 'tool: {"sky": "sun"}', SAID[3]]),
+    "an image beside text": ({"messages": [
+        m("user", [{"type": "text", "text": "Rome?"}, {"type": "image_url", "image_url": {"url": "x"}}]), CALLED]}, SAID[:2]),
+    "a tool that takes text": ({"messages": [ASKED, m("assistant", None, tool_calls=[
+        {"id": "c", "type": "custom", "custom": {"name": "patch", "input": "*** Begin"}}])]},
+        [SAID[0], "assistant:  patch(input='*** Begin')"]),
+    "a tool called with code": ({"messages": [ASKED, m("assistant", None, tool_calls=[
+        {"id": "c", "type": "function", "function": {"name": "python", "arguments": "print(1)"}}])]},
+        [SAID[0], "assistant:  python(input='print(1)')"]),
+    "refusal": ({"messages": [ASKED, m("assistant", None, refusal="I cannot.")]}, [SAID[0], "assistant: I cannot."]),
+    "reasoning": ({"messages": [ASKED, m("assistant", "Sun.", reasoning="Hm.")]}, [SAID[0], "assistant: (Hm.) Sun."]),
+    "no arguments, no result": ({"messages": [ASKED, m("assistant", None, tool_calls=[
+        {"id": "c", "function": {"name": "f", "arguments": ""}}]), m("tool", None, tool_call_id="c")]},
+        [SAID[0], "assistant:  f()", "tool: "]),
+    "result as an object": ({"messages": [ASKED, CALLED, m("tool", {"t": 3}, tool_call_id="c"), m("assistant", "Sun.")]},
+                            [*SAID[:2], 'tool: {"t": 3}', SAID[3]]),
+    "result as a list": ({"messages": [ASKED, CALLED, m("tool", ["a"], tool_call_id="c")]}, [*SAID[:2], 'tool: ["a"]']),
+    "system messages": ({"messages": [
+        m("system", "A."), m("developer", "B."), ASKED, m("system", "It is Monday."), m("assistant", "Sun.")]},
+        ["system: A.\n\nB.", SAID[0], "user: It is Monday.", SAID[3]]),
+    "null fields": ({"messages": [ASKED | {"action": None, "tool_calls": None},
+                                  m("assistant", [{"type": "text", "text": None}, {"type": "text", "text": "Sun."}], thought=None)]},
+                    [SAID[0], SAID[3]]),
+    "qwen3-coder": ({"messages": [ASKED, m("assistant", "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n"
+        "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>")]}, [SAID[0], "assistant:  weather(city='Rome', days=2)"]),
+    "mistral's text": ({"messages": [ASKED, m("assistant", f"[TOOL_CALLS][{CALL}]</s>")]}, SAID[:2]),
+    "mistral's newer text": ({"messages": [ASKED, m("assistant", '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}')]}, SAID[:2]),
+    "llama's text": ({"messages": [ASKED, m("assistant", "<|python_tag|>" + CALL.replace("arguments", "parameters"))]}, SAID[:2]),
+    "llama's code": ({"messages": [ASKED, m("assistant", "<|python_tag|>print(1)<|eom_id|>")]},
+                     [SAID[0], "assistant:  python(code='print(1)')"]),
+    "words that are no action": ({"messages": [ASKED, m("assistant", "My plan.\nAction: buy milk\nThen put it into <execute> tags.")]},
+        [SAID[0], "assistant: My plan.\nAction: buy milk\nThen put it into <execute> tags."])}
+
+
+@pytest.mark.parametrize("case", MESSAGES)
+def test_messages_in_others_words(case, tmp_path):
+    record, expected = MESSAGES[case]
+    assert recognise(record) == "messages"
+    path = write(tmp_path, "one.json", json.dumps(record))
+    [found] = chat_records(path, "one", "MIT")
+    assert isinstance(found, Record), found
+    assert brief(found.messages) == expected
+
+
+def test_a_log_of_a_session_is_one_conversation(tmp_path):
+    """As Claude Code writes it: a line a message; side agents apart; summaries are none."""
+    def line(n, message, side=False):
+        return {"type": message["role"], "uuid": f"u{n}", "sessionId": "s", "isSidechain": side, "message": message}
+    lines = [{"type": "summary", "summary": "Sky", "leafUuid": "u3"}, line(0, ASKED), line(1, m("assistant", [
+        {"type": "tool_use", "id": "t", "name": "weather", "input": {"city": "Rome"}}])),
+        line(5, m("user", "Look."), True), line(6, m("assistant", "I do."), True),
+        line(2, m("user", [{"type": "tool_result", "tool_use_id": "t", "content": "sun"}])),
+        line(3, m("assistant", [{"type": "text", "text": "Sun."}]))]
+    path = write(tmp_path, "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in lines))
+    args = argparse.Namespace(chat_domain="trajectory", chat_format=None)
+    found = [r for r in collect.chat_records(path, "log", "MIT", args) if isinstance(r, Record)]
+    assert [brief(r.messages) for r in found] == [SAID, ["user: Look.", "assistant: I do."]]
+
+
+@pytest.mark.parametrize("listed", [
+    {"name": "weather", "description": "Weather", "input_schema": WEATHER["parameters"]},
+    {"name": "weather", "description": "Weather", "inputSchema": WEATHER["parameters"]},
+    {"type": "function", **WEATHER}, {"functionDeclarations": [WEATHER]},
+    {"name": "weather", "description": "Weather", "arguments": [{"name": "city", "type": "string"}]}],
+    ids="anthropic mcp responses gemini docker".split())
+def test_tools_in_others_words(listed, tmp_path):
+    """Built-in tools have no name of their own, and are no tools of the conversation; a null property is none."""
+    tools = [listed, {"type": "code_interpreter"}]
+    _, found = converted(tmp_path, {"messages": [ASKED, CALLED], "tools": tools})
+    assert found == [{"type": "function", "function": WEATHER}]
+
+
+def test_what_a_table_filled_up_with_null_is_absent(tmp_path):
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "symbol": None}}
+    called = m("assistant", "", tool_calls=[{"id": "c", "function": {"name": "weather", "arguments": {"city": "Rome", "symbol": None}}}])
+    messages, tools = converted(tmp_path, {"messages": [ASKED, called], "tools": [{"name": "weather", "parameters": schema}]})
+    assert brief(messages)[1] == SAID[1] and [*tools[0]["function"]["parameters"]["properties"]] == ["city"]
+
+
+@pytest.mark.parametrize("listed", [
+    f" {[WEATHER]!r} ", f"\n{[WEATHER]!r}\n", "\n" + "\n".join(map(repr, [WEATHER, WEATHER | {"name": "it's"}])) + "\n"])
+def test_tools_written_in_python(listed):
+    assert collect.tools_in(f"Call: <tools>{listed}</tools> For each return {{'name': <name>}}.")[0]["function"] == WEATHER
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -189,7 +387,6 @@ def test_calls_are_literals_only():
     ([m("user", "a")], "no assistant"),
     ([m("assistant", "a")], "no user"),
     ([m("user", "a"), m("assistant", "b"), m("tool", "c")], "without a call"),
-    ([m("user", "a"), m("system", "s"), m("assistant", "b")], "'system' message"),
     ([m("user", "a"), m("narrator", "b")], "'narrator' message"),
     ([m("user", "a"), m("assistant", "", function_call={"name": "f", "arguments": "{\"a\": "})], "neither JSON"),
     ([m("user", "a"), m("assistant", "", function_call={"name": "f", "arguments": "[1]"})], "not a call"),
@@ -327,7 +524,7 @@ def test_every_real_file():
     assert max(ids.values()) == 1
     assert {f: n for f, n in good.items() if n / (n + bad[f]) < 0.98} == {}
     assert good == {
-        "agentbench_kg": 450, "agentbench_os_train": 500, "fireact": 1499, "glaive": 648, "gorilla_apibench": 179, "intercode": 622,
+        "agentbench_kg": 450, "agentbench_os_train": 500, "fireact": 1500, "glaive": 648, "gorilla_apibench": 179, "intercode": 622,
         "mint_codeact": 12, "react_prompts": 87, "reflexion": 103, "swe_agent": 12, "tau_bench": 188, "toolbench": 119,
         "toolverifier": 555}
 
@@ -391,8 +588,8 @@ def test_from_the_command_line(tmp_path):
     out = tmp_path / "out"
     run("collect.py", "--out", out, f"chat:{TRAJECTORIES}", "--license", "as stated")
     records, rejected = ([json.loads(line) for shard in sorted(d.glob("*.jsonl")) for line in shard.open()] for d in (out, out / "rejected"))
-    assert len(records) == 4974 and len({r["id"] for r in records}) == 4974 and {r["license"] for r in records} == {"as stated"}
-    assert sum("tools.csv" not in r["file"] for r in rejected) == 5  # that file lists tools, and no conversations
+    assert len(records) == 4975 and len({r["id"] for r in records}) == 4975 and {r["license"] for r in records} == {"as stated"}
+    assert sum("tools.csv" not in r["file"] for r in rejected) == 4  # that file lists tools, and no conversations
 
 
 def test_format_and_domain_from_the_command_line(tmp_path):
