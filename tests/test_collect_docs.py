@@ -682,7 +682,11 @@ def test_what_is_quoted_in_an_annotation_is_a_type_and_no_value():
     ("int (or str)", {"type": ["integer", "string"]}),
     ("int (default 3) or str", {"type": ["integer", "string"]}),
     ("int, number of clusters", {"type": "integer"}), ("str, the name of the array", {"type": "string"}),
-    ("{0, False, True}", {"enum": [0, False, True]}), ("str or Any", {}), (f"Union[{'int, ' * 2000}str]", {})])
+    ("{0, False, True}", {"enum": [0, False, True]}), ("str or Any", {}), ("('DM', 'GE')", {"type": "string", "enum": ["DM", "GE"]}),
+    ("NetworkX graph or list of nodes", {"anyOf": [{"type": "object", "title": "Graph"}, ARRAY]}),
+    ("[None | scalar | sequence]", {"type": ["number", "array"]}), ("list of integer pairs", {"type": "array", "items": INTEGERS}),
+    (":py:class:`~.Expr` or list of :py:class:`~.Expr`", {"anyOf": [{"type": "string"}, {"type": "array", "items": {
+        "type": "string"}}]}), (f"Union[{'int, ' * 2000}str]", {})])
 def test_alternatives_are_neither_lost_nor_made_up(stated, schema):
     assert collect.type_schema(stated) == schema
 
@@ -723,6 +727,9 @@ def test_entries_with_brackets_and_dots(doc, expected):
 
 @pytest.mark.parametrize("doc, sentence", [
     ("add(a, b) -> int\n  Adds two numbers.", "Adds two numbers."),
+    ("Lambda(x, f(x)) represents a function.\n\nMore.", "Lambda(x, f(x)) represents a function."),
+    ("repeat(object) -> create an iterator which returns it.", "create an iterator which returns it."),
+    ("f(x, **k)\n\nExplanation\n===========\n\nAdds one.", "Adds one."),
     ("Returns\n=======\n\nsample : list\n    A sample.", ""),
     ("f(*args)\nOverloaded function.\n\n1. f(self: m.A) -> None\n\n2. f(self: m.B) -> None", ""),
     ("Sorted lists\n------------\n\nMore on them.", "Sorted lists"),
@@ -1037,3 +1044,44 @@ def test_self_of_a_plain_function_is_no_argument():
 def test_reading_takes_bounded_time(read):
     with within(3):
         read(100_000)
+
+
+def test_definition_lists_and_bullets_without_a_heading():
+    """As the standard library's (Argument Clinic) and httpx's."""
+    doc = "Compress.\n\n  data\n    Bytes to compress.\n  level\n    From 0 to 9\n    or -1.\n\nlevel\n"
+    found = collect.documented_parameters(doc, {"data", "level"})
+    assert {name: said.description for name, said in found.items()} == {
+        "data": "Bytes to compress.", "level": "From 0 to 9 or -1."}
+    doc = "**Parameters:**\n\n* **url** - URL for the\nnew request.\n* **body** - Text.\n\nReturns nothing."
+    found = collect.documented_parameters(doc, {"url", "body"})
+    assert {name: said.description for name, said in found.items()} == {"url": "URL for the new request.", "body": "Text."}
+
+
+def test_what_is_stated_in_words_narrows_a_plain_text_alone():
+    said = collect.Documented("{'inner', 'outer'}", "How.")
+    assert collect.parameter_schema("how", "str", said, "inner")["enum"] == ["inner", "outer"]
+    assert "enum" not in collect.parameter_schema("how", "str", said, "left")  # the default shows that there are more
+    assert "enum" not in collect.parameter_schema("how", "Any", collect.Documented("", "One of 'a' or 'b'."))
+
+
+def test_what_is_required_has_no_default():
+    def cluster(p, q=2):
+        pass
+    schema = schema_of(cluster, "Args:\n    p (int): Power. Defaults to 2.\n    q (int): Other.")
+    assert "default" not in schema["properties"]["p"] and schema["properties"]["q"]["default"] == 2
+
+
+def test_names_that_are_imported_for_types_alone(tmp_path, monkeypatch):
+    """They are looked up where the package has them; a class of that name is none of them."""
+    files = {"__init__": "", "_typing": "import typing\nSort = typing.Literal['up', 'down']\n", "frames": "class Frame: pass\n",
+             "other": "Frame = int | None\n", "use": "from __future__ import annotations\n"
+             "def order(by: Sort, frame: Frame):\n    'Order it.'\n"}
+    (tmp_path / "sorter").mkdir()
+    for name, text in files.items():
+        (tmp_path / "sorter" / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("_typing", "frames", "other"):
+        importlib.import_module(f"sorter.{name}")
+    [order] = collect.describe_module("sorter.use", {})["objects"]
+    assert order["parameters"]["properties"] == {
+        "by": {"type": "string", "enum": ["up", "down"]}, "frame": {"type": "object", "title": "Frame"}}
