@@ -54,6 +54,7 @@ import json
 import math
 import multiprocessing
 import os
+import posixpath
 import random
 import re
 import signal
@@ -934,7 +935,8 @@ def json_schema(parameters, doc, module=None):
                 required.append(name)
                 entry.pop("default", None)
         properties[name] = entry
-    return {"type": "object", "properties": properties, "required": required}
+    more = {"additionalProperties": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    return {"type": "object", "properties": properties, "required": required} | more
 
 
 def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
@@ -992,7 +994,7 @@ def class_schema(stated):
     >>> class_schema("NetworkX DiGraph"), class_schema("any object of SymPy")
     ({'type': 'object', 'title': 'DiGraph'}, {})
     """
-    stated = re.split(r"\bdefaults?\b|\boptional\b", stated)[0]
+    stated = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", re.split(r"\bdefaults?\b|\boptional\b", stated)[0])
     held = re.sub(r"\b(?!Union|Optional)\w+\[[^\[\]]*\]", "", stated)
     if re.search(r"(?i)callable|function|\btype\b", stated) or re.search(r"\bAny\b", held):
         return {}
@@ -1108,6 +1110,8 @@ def annotation_text(annotation, module=None, depth=0):
         if issubclass(annotation, enum.Flag):  # members may be joined
             return "int" if issubclass(annotation, int) else annotation.__name__, ""
         return f"Literal[{', '.join(map(repr, values))}]" if simple else annotation.__name__, ""
+    if isinstance(annotation, typing.TypeVar) and not annotation.__bound__:
+        return " | ".join(map(text, annotation.__constraints__)) or "Any", ""
     for attribute in (
         "__supertype__",
         "__bound__",
@@ -1205,7 +1209,7 @@ def type_schema(stated, depth=0):
     stated = re.sub(r":[\w:]+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", " ".join(stated.split()))
     aside = rf"({QUOTED})|\( ?defaults?\b[^()]*\)|\((?=or )([^()]*)\)"  # (default 3), (or str)
     stated = re.sub(aside, lambda m: m[1] or m[2] or "", stated)
-    stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b).)*", stated)[0]
+    stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b|, with\b).)*", stated)[0]
     stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
@@ -1313,6 +1317,8 @@ def alternative(text, depth):
     kinds = "pair|ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
     if found := re.fullmatch(rf"([a-z]\w*) (?:{kinds})s?", words):  # int64 ndarray
         return [array_of(alternatives(found[1], depth))]
+    if re.fullmatch(r"(?:pandas |polars )?data ?frame", words):
+        return [{"type": "object", "title": "DataFrame"}]
     if re.fullmatch(r"(?:a |the )?(?:[Nn]etwork[xX] |nx )?graph", words):
         return [{"type": "object", "title": "Graph"}]
     if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
@@ -1827,14 +1833,14 @@ def infer_types(described):
     for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
         for name, value in step["call"][1].items():
             values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
-    untyped = []
+    untyped, special = [], re.compile(r"(?i)\b(tensors?|of shape|tuple|callable|function)\b")
     package = lambda key: re.match(r"\w*", key)[0]  # of "a.b.c:D" it is "a"
     subpackage = lambda key: re.match(r"\w*(\.\w+)?", key)[0]  # "a.b"
     for key, name, schema in ((k, n, s) for k, of in properties.items() for n, s in of.items()):
         if {"type", "anyOf", "enum"} & schema.keys():
             for place in {package(key), subpackage(key)}:
                 stated[place, name][str(schema.get("type"))] += 1
-        elif not states_type(by_key[key], name):  # one that JSON does not have
+        elif not states_type(by_key[key], name) and not special.search(schema.get("description", "")):  # one that JSON does not have
             untyped.append((key, name, schema))
     for key, name, schema in untyped:
         seen, same_name = values[key, name], stated[subpackage(key), name]
@@ -2191,12 +2197,12 @@ def web_api(name, head, doc, parameters, body, returns, resolve, service, source
     schema)}; the properties of the request body stand beside them or, where they would clash, the body as one
     parameter.
     """
-    properties = {key: json_schema_of(schema, resolve) for key, (_, schema) in parameters.items()}
+    properties = {key: json_schema_of(schema, resolve, "readOnly") for key, (_, schema) in parameters.items()}
     for key, (stated, _) in parameters.items():
         properties[key] |= {"description": shorten(stated["description"])} if stated.get("description") else {}
     required = [key for key, (stated, _) in parameters.items() if stated.get("required") is True]
-    body, returns = json_schema_of(body, resolve), json_schema_of(returns, resolve)
-    if body and ("properties" not in body or body["properties"].keys() & properties.keys()):
+    body, returns = json_schema_of(body, resolve, "readOnly"), json_schema_of(returns, resolve, "writeOnly")
+    if body and ("properties" not in body or "anyOf" in body or body["properties"].keys() & properties.keys()):
         body = {"properties": {"body": body}, "required": ["body"]}
     properties |= body.get("properties", {})
     required += body.get("required", []) * body_required
@@ -2213,7 +2219,8 @@ def openapi_records(path, name, license, args):
     if not re.match(r"[23]\.", str(spec.get("swagger") or spec.get("openapi"))) or not isinstance(spec.get("paths"), dict):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
     info, taken = mapping(spec.get("info")), Counter()
-    service, resolve = f"{info.get('title', name)} {info.get('version', '')}", lambda ref: follow(spec, ref)
+    others = {}  # files that it refers to
+    service, resolve = f"{info.get('title', name)} {info.get('version', '')}", partial(follow, spec, others, path.parent)
     license = mapping(info.get("license")).get("name") or license
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
@@ -2225,8 +2232,12 @@ def openapi_records(path, name, license, args):
             called += f"_{taken[called]}" * (taken[called] > 1)
             stated = [resolved(p, resolve) for p in [*listing(item.get("parameters")), *listing(operation.get("parameters"))]]
             stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values()  # an operation's own count more
-            parameters = {p["name"]: (p, schema_of(p) or p) for p in stated
-                          if isinstance(p.get("name"), str) and p.get("in") != "body"}
+            parameters = {}
+            for p in sorted(stated, key=lambda p: p.get("in") != "path"):
+                ignored = p.get("in") == "header" and str(p.get("name")).lower() in ("accept", "content-type", "authorization")
+                if isinstance(p.get("name"), str) and p.get("in") != "body" and not ignored:
+                    key = f"{p['name']}_{p.get('in')}" if p["name"] in parameters else p["name"]
+                    parameters[key] = (p | {"required": True} if p.get("in") == "path" else p, schema_of(p) or p)
             request = resolved(operation.get("requestBody"), resolve)
             body = next((p.get("schema") for p in stated if p.get("in") == "body"), None) or schema_of(request)
             answers = {str(k): resolved(v, resolve) for k, v in mapping(operation.get("responses")).items()}
@@ -2236,6 +2247,8 @@ def openapi_records(path, name, license, args):
             yield web_api(called, f"{method.upper()} {place}", doc, parameters, body, schema_of(good), resolve, service,
                           f"openapi:{name}", license, mapping(operation.get("externalDocs")).get("url"),
                           request.get("required") is True, outcomes)
+    for file in (file for file, content in others.items() if content is None):
+        yield rejection(name, file, "a reference to a file that cannot be read beneath the specification's: what it holds is missing")
 
 
 def discovery_records(path, name, license, args):
@@ -2288,11 +2301,12 @@ def command_records(path, name, license, args):
     for place, page in pages:
         place, page = str(mapping(page).get("source") or place), str(mapping(page).get("text"))
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
-        if not title or not about:
-            yield rejection(name, place, "not a tldr page: no `# command` line, or no `> description` line")
+        examples = re.findall(r"^- (.+):\n\n`(.+)`", page, re.M)
+        if not title or not about or not examples:
+            yield rejection(name, place, "not a tldr page: no `# command` line, no `> description` line, or no example")
             continue
         called = f"commands.{identifier(place.split('/')[-2] if '/' in place else 'common')}.{identifier(title[1])}"
-        doc = "\n\n".join(["\n".join(about), *map(":\n".join, re.findall(r"^- (.+):\n\n`(.+)`", page, re.M))])
+        doc = "\n\n".join(["\n".join(about), *map(":\n".join, examples)])
         tool = {"description": summarise(about[0]) or about[0], "name": called, "parameters": {"type": "object", "properties": {
             "arguments": {"type": "array", "items": {"type": "string"}}}, "required": ["arguments"]}}
         yield Record(f"api_doc:commands:{place}", "api_doc", f"commands:{name}", license, [called],
@@ -2308,8 +2322,8 @@ def read_spec(path):
             content = file.read(MAX_SPEC + 1)
         if len(content) > MAX_SPEC:
             raise ValueError(f"over {MAX_SPEC // 10**6} MB")
-        parse = importlib.import_module("yaml").safe_load if path.suffix in (".yaml", ".yml") else json.loads
-        spec = parse(content.decode("utf-8-sig", errors="replace"))
+        text = content.decode("utf-8-sig", errors="replace")
+        spec = parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text, parse_constant=lambda name: None)
     except ModuleNotFoundError:
         raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
     except Exception as error:  # PyYAML's and zlib's errors have no common public ancestor
@@ -2317,6 +2331,20 @@ def read_spec(path):
     if not isinstance(spec, dict):
         raise ValueError("not an object")
     return spec
+
+
+def parse_yaml(text):
+    """The value of a YAML 1.2 text, as OpenAPI means it: `on`, `no`, 2020-01-01 and 12:30:45 are strings."""
+    yaml = importlib.import_module("yaml")
+
+    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        yaml_implicit_resolvers = {}
+
+    for tag, first, pattern in (("null", "~nN", r"~|null|Null|NULL|"), ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
+                                ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
+                                ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first) + [""] * (tag == "null"))
+    return yaml.load(text, Loader)
 
 
 def mapping(value):
@@ -2345,12 +2373,41 @@ def shorten(text, longest=200):
     return line if len(line) <= longest else line[:longest].rpartition(" ")[0] + " ..."
 
 
-def follow(spec, ref):
-    """What a reference such as "#/components/schemas/Pet" points to, or None: other files are not opened."""
-    for key in ref.removeprefix("#/").split("/") if ref.startswith("#/") else [""]:
+def follow(spec, others, root, ref):
+    """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None. Other files are
+    read beneath `root` alone, once each; the references in them are made relative to it.
+    """
+    file, _, pointer = ref.partition("#")
+    if file and file not in others:
+        others[file], path = None, (root / urllib.parse.unquote(file)).resolve()
+        if path.is_relative_to(root.resolve()) and path.is_file() and len(others) < 10_000:
+            with contextlib.suppress(ValueError, RecursionError):
+                others[file] = relative_to(read_spec(path), file, {})
+    value = others.get(file) if file else spec
+    for key in pointer.strip("/").split("/") if pointer.strip("/") else []:
         key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
-        spec = (mapping(spec) or {str(i): value for i, value in enumerate(listing(spec))}).get(key)
-    return spec
+        if isinstance(value, list):
+            value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
+        else:
+            value = mapping(value).get(key)
+    return value
+
+
+def relative_to(value, file, done):
+    """A specification's value whose references are relative to the root, not to the `file` that they stand in.
+    `done` holds what was made of each part: aliases of YAML stay shared.
+    """
+    if isinstance(value, (list, dict)) and id(value) not in done:
+        if isinstance(value, list):
+            done[id(value)] = [relative_to(member, file, done) for member in value]
+        else:
+            copy = {key: relative_to(member, file, done) for key, member in value.items()}
+            if isinstance(ref := copy.get("$ref"), str) and "://" not in ref:
+                place, _, pointer = ref.partition("#")
+                place = posixpath.normpath(posixpath.join(posixpath.dirname(file), place)) if place else file
+                copy["$ref"] = f"{place}#{pointer}"
+            done[id(value)] = copy
+    return done.get(id(value), value)
 
 
 def resolved(node, resolve):
@@ -2367,12 +2424,14 @@ def schema_of(node):
     preferred.
     """
     types = mapping(node.get("content"))
-    return node.get("schema") or mapping(types.get("application/json") or next(iter(types.values()), None)).get("schema")
+    written = sorted(types, key=lambda kind: (kind != "application/json", not re.match(r"application/([\w.-]+\+)?json\b", str(kind))))
+    return node.get("schema") or mapping(types[written[0]] if written else None).get("schema")
 
 
-def json_schema_of(node, resolve, depth=0, seen=(), budget=None):
+def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     """JSON Schema with what every $ref points to in its place. A reference inside what it refers to is only
-    named, and below MAX_DEPTH or after MAX_NODES no more than types are given.
+    named, and below MAX_DEPTH or after MAX_NODES no more than types are given. Properties that are `hidden`
+    ("readOnly" in a request, "writeOnly" in an answer) are left out.
     """
     budget, about = budget or [MAX_NODES], None
     while isinstance(ref := mapping(node).get("$ref"), str):  # perhaps to a reference again
@@ -2383,23 +2442,41 @@ def json_schema_of(node, resolve, depth=0, seen=(), budget=None):
     if not isinstance(node, dict) or "$ref" in node:
         return {}
     budget[0] -= 1
-    schema = {k: node[k] for k in KEPT_KEYS if node.get(k) is not None}
+    schema = {k: v for k in KEPT_KEYS if node.get(k) is not None and (v := plain(node[k])) is not None}
     if about := about or node.get("description"):
         schema["description"] = shorten(about)
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
-    deeper = lambda part: json_schema_of(part, resolve, depth + 1, seen, budget)
-    properties = {str(k): deeper(p) for k, p in mapping(node.get("properties")).items()}
-    required = listing(node.get("required"))
+    deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
+    kept = {str(k): p for k, p in mapping(node.get("properties")).items() if resolved(p, resolve).get(hidden) is not True}
+    properties, required, choices = {k: deeper(p) for k, p in kept.items()}, listing(node.get("required")), []
     for part in map(deeper, listing(node.get("allOf"))):
         properties |= part.pop("properties", {})
         required = required + part.pop("required", [])
+        choices += part.pop("anyOf", [])
         schema = part | schema
     if properties:
         schema |= {"type": "object", "properties": properties, "required": sorted(p for p in properties if p in required)}
-    if choices := listing(node.get("oneOf")) + listing(node.get("anyOf")):
-        schema["anyOf"] = [deeper(choice) for choice in choices]
+    if choices := choices + [deeper(choice) for choice in listing(node.get("oneOf")) + listing(node.get("anyOf"))]:
+        schema["anyOf"] = choices
     return schema | {key: deeper(node[key]) for key in ("items", "additionalProperties") if isinstance(node.get(key), dict)}
+
+
+def plain(value, budget=None):
+    """A default, an enum and the like as JSON can hold it; None for infinity, NaN, and what has over 10,000
+    members, which a few lines of YAML can.
+    """
+    whole, budget = not budget, budget or [10_000]
+    budget[0] -= 1
+    if budget[0] < 0 or isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        value = {str(k): plain(v, budget) for k, v in itertools.islice(value.items(), budget[0] + 1)}
+    elif isinstance(value, list):
+        value = [plain(v, budget) for v in value[:budget[0] + 1]]
+    elif not isinstance(value, (str, int, float, type(None))):
+        value = str(value)
+    return None if whole and budget[0] < 0 else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3938,8 +4015,9 @@ def crawl_records(url, args):
 def url_records(url, args):
     """The records of an OpenAPI file on the web."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / (identifier(url) + (".yaml" if re.search(r"\.ya?ml$", url) else ".json"))
-        path.write_bytes(web_client(args, max_bytes=MAX_SPEC).get(url).body)
+        body = web_client(args, max_bytes=MAX_SPEC).get(url).body
+        path = Path(folder) / (identifier(url) + (".json" if body.lstrip()[:1] == b"{" else ".yaml"))
+        path.write_bytes(body)
         yield from openapi_records(path, url, args.license or "unknown", args)
 
 
@@ -4726,6 +4804,8 @@ def in_words(value):
 def answer(result, rng):
     """What the assistant says of a result."""
     result = result.strip()
+    if not result:
+        return "It is done; nothing was returned."
     if re.match(r"Traceback|\w+Error: ", result):
         return f"That fails: {result.splitlines()[-1]}"
     if "\n" not in result and len(result) <= 120:
