@@ -994,7 +994,7 @@ def class_schema(stated):
     >>> class_schema("NetworkX DiGraph"), class_schema("any object of SymPy")
     ({'type': 'object', 'title': 'DiGraph'}, {})
     """
-    stated = re.sub(r"\b(?:\w+\.)+(?=[A-Z])", "", re.split(r"\bdefaults?\b|\boptional\b", stated)[0])
+    stated = re.sub(r"\b(?!_t\.)(?:\w+\.)+(?=[A-Z])", "", re.split(r"\bdefaults?\b|\boptional\b", stated)[0])
     held = re.sub(r"\b(?!Union|Optional)\w+\[[^\[\]]*\]", "", stated)
     if re.search(r"(?i)callable|function|\btype\b", stated) or re.search(r"\bAny\b", held):
         return {}
