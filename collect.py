@@ -7,6 +7,8 @@ In:   any number of SOURCEs; by default `python synthesize:python`, what the Pyt
           discovery[:PATH]          Google API discovery documents (default: those in google-api-python-client)
           botocore[:PATH]           AWS service models (default: those in botocore)
           commands:PATH             command documentation: tldr pages
+          mcp:PATH                  tools of MCP servers: results of tools/list, tools.json, server listings
+          skills:PATH               agent skills: directories with a SKILL.md
           crawl:URL                 a documentation site, by levels of links
         trajectories and instructions
           chat:PATH                 conversations with tool calls, in the formats people have (FORMATS below)
@@ -39,6 +41,7 @@ import dataclasses
 import doctest
 import email.utils
 import enum
+import fcntl
 import fnmatch
 import gzip
 import hashlib
@@ -87,8 +90,15 @@ def main():
     args = parse_args()
     started = time.time()
     out = Path(args.out)
-    for folder in ("rejected", "tools"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
+    try:
+        for folder in ("rejected", "tools"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        lock = open(out / f".lock.{os.environ.get('RANK', 0)}", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another collect.py is at work in {out}")
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror}")
     args.llm_cache = out / "cache" / "llm"
     found = [find_units(*source.split(":", 1), args=args) for source in args.sources]
     units = {u.filename: u for units, _ in found for u in units}
@@ -100,7 +110,7 @@ def main():
         time.sleep(0.5)
     remove_stale(out, [prefix for _, prefixes in found for prefix in prefixes], units)
     if "synthesize:python" in args.sources and not args.llm_url:
-        made = template_units(sorted(out.glob("python.*.jsonl")), args)
+        made = template_units(sorted([*out.glob("python.*.jsonl"), *out.glob("mcp.*.jsonl")]), args)
         units |= {u.filename: u for u in made}
         collect(made, out, args)
         remove_stale(out, ["synthesize.python-"], units)
@@ -111,7 +121,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", default=["python", "synthesize:python"], help="see above")
     parser.add_argument("--out", default="data/raw", help="directory for the records")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time; the records are the same for any number")
+    parser.add_argument("--workers", type=positive(int), default=os.cpu_count(), help="processes at a time; the records are the same for any number")
     parser.add_argument("--license", metavar="NAME", help="of records whose source states none; without it, that of the nearest licence file")
     parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
@@ -120,7 +130,7 @@ def parse_args():
                         help="shares of their kinds")
     group = parser.add_argument_group("python")
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
-    group.add_argument("--timeout", type=float, default=20.0, help="seconds one module may take to import and describe")
+    group.add_argument("--timeout", type=positive(float), default=20.0, help="seconds one module may take to import and describe")
     group = parser.add_argument_group("chat and hf")
     group.add_argument("--chat-format", choices=FORMATS, metavar="FORMAT", help="of all records, by its name in FORMATS; "
                        "without it each is recognised by itself")
@@ -128,17 +138,26 @@ def parse_args():
     group.add_argument("--hf-host", default=HF_HOST, help="datasets server; HF_TOKEN is sent there if set")
     group = parser.add_argument_group("crawl, and openapi from a URL")
     group.add_argument("--depth", type=int, default=3, help="levels of links")
-    group.add_argument("--max-pages", type=int, default=1000, help="pages of one site")
-    group.add_argument("--rate", type=float, default=2.0, help="requests a second to one host, unless its robots.txt asks for fewer")
+    group.add_argument("--max-pages", type=positive(int), default=1000, help="pages of one site")
+    group.add_argument("--rate", type=positive(float), default=2.0, help="requests a second to one host, unless its robots.txt asks for fewer")
     group.add_argument("--allow-private", action="store_true", help="fetch from private and loopback addresses too")
     group = parser.add_argument_group("synthesize")
     group.add_argument("--llm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is "
                        "taken from OPENAI_API_KEY")
     group.add_argument("--llm-model", default="default", help="model to ask for")
-    group.add_argument("--llm-parallel", type=int, default=8, help="requests at once")
+    group.add_argument("--llm-parallel", type=positive(int), default=8, help="requests at once")
     group.add_argument("--llm-budget", type=float, default=1e6, help="tokens to spend, those of prompts included")
-    group.add_argument("--llm-timeout", type=float, default=120.0, help="seconds an answer may take")
+    group.add_argument("--llm-timeout", type=positive(float), default=120.0, help="seconds an answer may take")
     return parser.parse_args()
+
+
+def positive(kind):
+    """The type, for argparse, of a number above 0."""
+    def parse(text):
+        if not 0 < kind(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        return kind(text)
+    return parse
 
 
 def regex(text):
@@ -211,7 +230,8 @@ def find_units(kind, value="", *, args):
         fail(f"{kind}:{value}: no such file or directory")
     pattern = re.compile(FILE_SOURCES[kind][1])
     folder = root if root.is_dir() else root.parent
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if pattern.search(p.name) and p.is_file())
+    inside = lambda path: path.is_file() and path.resolve().is_relative_to(root)  # a link may lead out
+    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if pattern.search(p.name) and inside(p))
     named = [(p, p.relative_to(folder.parent).as_posix() if root.is_dir() else p.name) for p in paths]
     files = [(p, name, license or nearby_license(p.parent, folder)) for p, name in named if "/." not in name]  # none that is hidden
     if not files:
@@ -2216,6 +2236,8 @@ def web_api(name, head, doc, parameters, body, returns, resolve, service, source
 def openapi_records(path, name, license, args):
     """One record an operation of an OpenAPI 2.0, 3.0 or 3.1 file. Raises ValueError if it is none."""
     spec = read_spec(path)
+    if next(mcp_tools(spec, ""), None):
+        return (yield from mcp_records(path, name, license, args))
     if not re.match(r"[23]\.", str(spec.get("swagger") or spec.get("openapi"))) or not isinstance(spec.get("paths"), dict):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
     info, taken = mapping(spec.get("info")), Counter()
@@ -2225,7 +2247,7 @@ def openapi_records(path, name, license, args):
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
         for method in ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query"):
-            if not isinstance(operation := item.get(method), dict):
+            if not (operation := resolved(item.get(method), resolve)):
                 continue
             called = f"{identifier(info.get('title') or name)}.{identifier(operation.get('operationId') or f'{method} {place}')}"
             taken[called] += 1
@@ -2313,10 +2335,67 @@ def command_records(path, name, license, args):
                      document(called, f": {title[1]}", doc, tool, "command line", license))
 
 
+def mcp_records(path, name, license, args):
+    """A record and a Tool for each tool in a file that lists what a server of the Model Context Protocol offers.
+    Nothing is launched. Raises ValueError if it lists none.
+    """
+    stem = Path(name).name.split(".")[0]
+    server, taken = Path(name).parent.name if stem in ("tools", "server") else stem, set()
+    for server, given in mcp_tools(read_json_file(path), server):
+        [tool] = tools_of([given])
+        function = tool["function"]
+        called, schema, doc = f"{identifier(server)}.{function['name']}", function["parameters"], plain_text(function["description"])
+        if called in taken:
+            continue
+        taken.add(called)
+        title = mapping(given.get("annotations")).get("title") or given.get("title") or "a tool of an MCP server"
+        schema["required"] = [key for key in listing(schema.get("required")) if key in schema["properties"]]
+        stated = {"description": summarise(doc) or str(title), "name": called, "parameters": schema}
+        text = document(called, f": {title}", doc, stated, f"MCP server {server}", license)
+        yield Record(f"api_doc:mcp:{name}:{called}", "api_doc", f"mcp:{name}", license, [called], text)
+        yield Tool(called, stated["description"], schema, doc, f"mcp:{name}", license)
+    if not taken:
+        raise ValueError("no list of tools, each with a name and a description or a schema")
+
+
+def mcp_tools(value, server, depth=6):
+    """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
+    if isinstance(value, dict):
+        about = mapping(value.get("serverInfo")) | value
+        server = next((about[k] for k in ("server_name", "serverName", "name", "title") if isinstance(about.get(k), str)), server)
+    tools = value if isinstance(value, list) else listing(mapping(value).get("tools"))
+    if tools and all(isinstance(mapping(t).get("name"), str) and ({"inputSchema", "input_schema", "arguments", "annotations"}
+                     & t.keys() or isinstance(t.get("description"), str) and "version" not in t) for t in tools):
+        yield from ((server, tool) for tool in tools)
+    elif depth:
+        for member in (value.values() if isinstance(value, dict) else listing(value)):
+            yield from mcp_tools(member, server, depth - 1)
+
+
+def skill_records(path, name, license, args):
+    """The record of an agent skill: the front matter and instructions of its SKILL.md, and its scripts."""
+    text = read_text(path)
+    front, body = groups(r"\A---\n(.*?)\n---\n(.*)", text)
+    stated = dict(re.findall(r"^(name|description|license): *[\"'>|-]*\n? *(.+?)[\"']?$", front, re.M))
+    if not {"name", "description"} <= stated.keys():
+        raise ValueError("not a skill: its front matter has no `name` and `description`")
+    scripts = sorted(p for p in path.parent.rglob("*") if re.search(CODE_FILES, p.name) and p.is_file() and not p.is_symlink())
+    parts = [f"{script.relative_to(path.parent)}:\n\n```\n{read_text(script)[:20_000]}\n```" for script in scripts[:20]]
+    text = "\n\n".join([f"{stated['name']}: {stated['description']}", body.strip(), *parts])
+    yield Record(f"api_doc:skills:{name}", "api_doc", f"skills:{name}", license, [f"skills.{identifier(stated['name'])}"], text)
+
+
 def read_spec(path):
     """The object in a JSON (or .gz) file, or in a YAML file where PyYAML is installed. Raises ValueError with
     the reason.
     """
+    if not isinstance(spec := read_json_file(path), dict):
+        raise ValueError("not an object")
+    return spec
+
+
+def read_json_file(path):
+    """The value in such a file."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = file.read(MAX_SPEC + 1)
@@ -2328,8 +2407,6 @@ def read_spec(path):
         raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
     except Exception as error:  # PyYAML's and zlib's errors have no common public ancestor
         raise ValueError(f"cannot be parsed: {'nested too deep' if isinstance(error, RecursionError) else error}") from None
-    if not isinstance(spec, dict):
-        raise ValueError("not an object")
     return spec
 
 
@@ -2342,7 +2419,7 @@ def parse_yaml(text):
 
     for tag, first, pattern in (("null", "~nN", r"~|null|Null|NULL|"), ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
                                 ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-                                ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
+                                ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first) + [""] * (tag == "null"))
     return yaml.load(text, Loader)
 
@@ -5474,6 +5551,8 @@ FILE_SOURCES = {  # kind: its reader of (path, name, licence, args), which files
     "discovery": (discovery_records, r"\.json(\.gz)?$", ()),
     "botocore": (botocore_records, r"^service-2\.json(\.gz)?$", ()),
     "commands": (command_records, r"\.(md|jsonl)$", ()),
+    "mcp": (mcp_records, r"\.json(\.gz)?$", ()),
+    "skills": (skill_records, r"^SKILL\.md$", ()),
     "chat": (chat_records, r"\.(json|jsonl|ndjson|traj|csv|txt|md)(\.gz)?$", ("chat_format", "chat_domain")),
     "code": (code_records, CODE_FILES, ()),
     "text": (text_records, TEXT_FILES, ()),

@@ -479,7 +479,7 @@ def operations(tmp_path, spec, reader=None, name="spec.json"):
     path = tmp_path / name
     path.write_text(spec if isinstance(spec, str) else json.dumps(spec))
     records = list((reader or collect.openapi_records)(path, name, "unknown", None))
-    return {r.apis[0]: (r, json.loads(r.text.rsplit("\n\n", 2)[1])) for r in records}
+    return {r.apis[0]: (r, json.loads(r.text.rsplit("\n\n", 2)[1])) for r in records if isinstance(r, collect.Record)}
 
 
 def test_openapi_3(tmp_path):
@@ -698,3 +698,150 @@ def test_real_specifications(tmp_path):
     names = {r["apis"][0]: r for r in records}
     assert json.loads(names["Spotify_Web_API_with_fixes_and_improvements_from_sonallux.get_an_album"]["text"].rsplit("\n\n", 2)[1])["parameters"]["required"] == ["id"]
     assert {"licensing.licenseAssignments.patch", "commands.common.git_annex"} <= set(names)
+
+
+def get(parameters=(), responses=None, **operation):
+    """A specification of one operation."""
+    return {"openapi": "3.0.0", "info": {"title": "T", "version": "1"}, "paths": {"/a/{id}": {"post": {
+        "operationId": "a", "parameters": list(parameters), "responses": responses or {}, **operation}}}}
+
+
+def schema_of_body(tmp_path, schema, kind="application/json"):
+    spec = get(requestBody={"required": True, "content": {
+        "application/x-www-form-urlencoded": {"schema": {"properties": {"form": {"type": "string"}}}}, kind: {"schema": schema}}})
+    return operations(tmp_path, spec)["T.a"][1]["parameters"]
+
+
+@pytest.mark.parametrize("kind", ["application/json", "application/json; charset=utf-8", "application/vnd.api+json"])
+def test_json_is_preferred(kind, tmp_path):
+    assert [*schema_of_body(tmp_path, {"properties": {"a": {"type": "string"}}}, kind)["properties"]] == ["a"]
+
+
+def test_what_is_read_only_is_not_asked_for(tmp_path):
+    """And what is write-only does not come back."""
+    pet = {"type": "object", "required": ["id", "name"], "properties": {
+        "id": {"type": "integer", "readOnly": True}, "name": {"type": "string"}, "secret": {"type": "string", "writeOnly": True}}}
+    for schema in (pet, {"allOf": [pet]}):
+        body = schema_of_body(tmp_path, schema)
+        assert [*body["properties"]] == ["name", "secret"] and body["required"] == ["name"]
+    answer = {"200": {"description": "ok", "content": {"application/json": {"schema": pet}}}}
+    assert [*operations(tmp_path, get(responses=answer))["T.a"][1]["returns"]["properties"]] == ["id", "name"]
+
+
+@pytest.mark.parametrize("schema", [
+    {"properties": {"kind": {"type": "string"}}, "oneOf": [{"properties": {"card": {}}}, {"properties": {"iban": {}}}]},
+    {"allOf": [{"properties": {"kind": {"type": "string"}}}, {"anyOf": [{"properties": {"card": {}}}, {"properties": {"iban": {}}}]}]}])
+def test_alternatives_beside_properties_are_kept(schema, tmp_path):
+    body = schema_of_body(tmp_path, schema)["properties"]["body"]
+    assert [*body["properties"]] == ["kind"] and [[*choice["properties"]] for choice in body["anyOf"]] == [["card"], ["iban"]]
+
+
+def test_parameters_of_one_name_and_of_headers(tmp_path):
+    """Those of the path are required whatever is stated; Accept, Content-Type and Authorization are none."""
+    stated = [{"name": "id", "in": "query", "schema": {"type": "string"}}, {"name": "id", "in": "path", "schema": {"type": "integer"}},
+              {"name": "content-type", "in": "header", "schema": {"type": "string"}}, {"name": "X-Key", "in": "header", "schema": {}}]
+    parameters = operations(tmp_path, get(stated))["T.a"][1]["parameters"]
+    assert parameters["properties"] == {"id": {"type": "integer"}, "id_query": {"type": "string"}, "X-Key": {}}
+    assert parameters["required"] == ["id"]
+
+
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_json_has_not_are_left_out(value, tmp_path):
+    text = json.dumps(get([{"name": "x", "in": "query", "schema": {"type": "number", "default": 7}}])).replace("7", value)
+    assert operations(tmp_path, text)["T.a"][1]["parameters"]["properties"]["x"] == {"type": "number"}
+
+
+def test_a_specification_in_many_files(tmp_path):
+    """References are relative to the file that they stand in; none leads out of the directory, and what is missing is said."""
+    (tmp_path / "api" / "pets").mkdir(parents=True)
+    (tmp_path / "secret.json").write_text('{"type": "string", "description": "PRIVATE"}')
+    (tmp_path / "api" / "pets" / "get.json").write_text(json.dumps({"operationId": "pet", "parameters": [{"$ref": "../id.json#/Id"}],
+        "requestBody": {"content": {"application/json": {"schema": {"properties": {
+            "pet": {"$ref": "#/Pet"}, "out": {"$ref": "../../secret.json"}}}}}}, "Pet": {"type": "string", "maxLength": 9}}))
+    (tmp_path / "api" / "id.json").write_text('{"Id": {"name": "id", "in": "path", "schema": {"type": "integer"}}}')
+    spec = get() | {"paths": {"/pets/{id}": {"get": {"$ref": "pets/get.json"}}}}
+    path = tmp_path / "api" / "spec.json"
+    path.write_text(json.dumps(spec))
+    record, rejected = collect.openapi_records(path, "spec.json", "unknown", None)
+    parameters = json.loads(record.text.rsplit("\n\n", 2)[1])["parameters"]
+    assert parameters["properties"] == {"id": {"type": "integer"}, "pet": {"type": "string", "maxLength": 9}, "out": {}}
+    assert parameters["required"] == ["id"] and rejected["line"] == "../secret.json" and "PRIVATE" not in record.text
+
+
+def test_yaml_is_read_as_openapi_means_it(tmp_path):
+    pytest.importorskip("yaml")
+    text = """openapi: 3.0.0
+info: {title: T, version: 2022-01-16}
+paths: {/a: {get: {operationId: a, responses: {200: {description: ok}}, parameters: [
+  {name: no, in: query, schema: {type: string, default: 2020-01-01}}, {name: at, in: query, schema: {type: string, default: 12:30:45}},
+  {name: country, in: query, schema: {enum: [SE, NO, 010]}}, {name: n, in: query, schema: {type: number, maximum: .inf, default: 1.5}}]}}}
+"""
+    properties = operations(tmp_path, text, name="spec.yaml")["T.a"][1]["parameters"]["properties"]
+    assert properties["no"]["default"] == "2020-01-01" and properties["at"]["default"] == "12:30:45"
+    assert properties["country"]["enum"] == ["SE", "NO", "010"] and properties["n"] == {"type": "number", "maximum": ".inf", "default": 1.5}
+
+
+MCP_TOOL = {"name": "get_weather", "description": "Get the weather of a city. Now.", "inputSchema": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
+
+
+@pytest.mark.parametrize("listing, server", [
+    ({"jsonrpc": "2.0", "id": 1, "result": {"tools": [MCP_TOOL]}}, "sky"), ([MCP_TOOL], "sky"),
+    ({"servers": [{"name": "Sky", "tools": [MCP_TOOL, MCP_TOOL]}]}, "Sky"),
+    ({"metadata": {"server_name": "Sky", "answer": {"tools": [MCP_TOOL]}, "crawled": {"name": "Sky", "tools": [MCP_TOOL]}}}, "Sky")])
+def test_tools_of_mcp_servers(listing, server, tmp_path):
+    """A record and a tool for synthesis of each, once; openapi: reads such a file too."""
+    path = tmp_path / "sky.json"
+    path.write_text(json.dumps(listing))
+    for reader in (collect.mcp_records, collect.openapi_records if isinstance(listing, dict) else collect.mcp_records):
+        record, tool = reader(path, "sky.json", "MIT", None)
+        assert record.apis == [tool.name] == [f"{server}.get_weather"] and tool.parameters == MCP_TOOL["inputSchema"]
+        assert tool.description == "Get the weather of a city." and json.loads(record.text.rsplit("\n\n", 2)[1])["name"] == tool.name
+
+
+def test_mcp_tools_without_a_schema_and_none_at_all(tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text(json.dumps([{"name": "token", "description": "Get it.", "annotations": {"title": "Token"}},
+                                {"name": "build", "arguments": [{"name": "branch", "type": "string", "desc": "Which"}]}]))
+    records = [r for r in collect.mcp_records(path, "ci/tools.json", "MIT", None) if isinstance(r, collect.Record)]
+    schemas = {r.apis[0]: json.loads(r.text.rsplit("\n\n", 2)[1])["parameters"]["properties"] for r in records}
+    assert schemas == {"ci.token": {}, "ci.build": {"branch": {"type": "string", "description": "Which"}}}
+    path.write_text('{"dependencies": [{"name": "left-pad", "version": "1"}]}')
+    with pytest.raises(ValueError, match="no list of tools"):
+        list(collect.mcp_records(path, "package.json", "MIT", None))
+
+
+def test_skills(tmp_path):
+    folder = tmp_path / "skills" / "pdf"
+    folder.mkdir(parents=True)
+    (folder / "SKILL.md").write_text("---\nname: pdf\ndescription: Fill in PDF forms.\n---\n\n# PDF\n\nRun scripts/fill.py.\n")
+    (folder / "fill.py").write_text("print('filled')\n")
+    (tmp_path / "skills" / "SKILL.md").write_text("# Not one\n")
+    run("collect.py", f"skills:{tmp_path / 'skills'}", "--out", tmp_path / "out")
+    [record] = [json.loads(line) for path in (tmp_path / "out").glob("*.jsonl") for line in path.open()]
+    assert record["text"].startswith("pdf: Fill in PDF forms.\n\n# PDF") and "fill.py:\n\n```\nprint('filled')" in record["text"]
+    [rejected] = [json.loads(line) for path in (tmp_path / "out" / "rejected").glob("*.jsonl") for line in path.open()]
+    assert "not of the form expected" in rejected["reason"]
+
+
+def test_a_link_that_leads_out_is_not_read(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "secret.txt").write_text("PRIVATE words that nobody should see. " * 20)
+    (tmp_path / "d" / "notes.txt").symlink_to("../secret.txt")
+    (tmp_path / "d" / "a.txt").write_text("Words that anybody may see, as many as it takes. " * 20)
+    run("collect.py", f"text:{tmp_path / 'd'}", "--out", tmp_path / "out")
+    text = "".join(path.read_text() for path in (tmp_path / "out").glob("*.jsonl"))
+    assert "anybody" in text and "PRIVATE" not in text
+
+
+def test_an_unusable_out_and_options_without_sense(tmp_path):
+    """One line and status 2 each."""
+    (tmp_path / "file").write_text("")
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "busy").mkdir()
+    held = open(tmp_path / "busy" / ".lock.0", "w")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    for options, said in ((["--out", tmp_path / "file"], "--out"), (["--out", tmp_path / "busy"], "another collect.py is at work"),
+                          (["--workers", "0"], "not above 0"), (["--rate", "0"], "not above 0"), (["--timeout", "-1"], "not above 0")):
+        ended = subprocess.run([sys.executable, ROOT / "collect.py", "python:tqdm", *options], capture_output=True, text=True, cwd=tmp_path)
+        assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
