@@ -39,6 +39,7 @@ import contextlib
 import csv
 import dataclasses
 import doctest
+import email.message
 import email.utils
 import enum
 import fcntl
@@ -62,7 +63,6 @@ import random
 import re
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import sysconfig
@@ -74,11 +74,12 @@ import tokenize
 import types
 import typing
 import urllib.parse
+import urllib.request
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -3823,6 +3824,16 @@ class Page:
     headers: dict
     body: bytes
 
+    @property
+    def text(self):
+        """The body by the charset that Content-Type states, else as UTF-8."""
+        stated = email.message.Message()
+        stated["Content-Type"] = self.headers.get("content-type", "")
+        try:
+            return self.body.decode(codecs.lookup(stated.get_content_charset() or "utf-8").name.replace("utf-8", "utf-8-sig"), "replace")
+        except (LookupError, ValueError):  # no such charset, or none of text
+            return self.body.decode("utf-8-sig", "replace")
+
 
 def is_public(address):
     """Whether an IP address (a string) is one machine's in the public internet."""
@@ -3840,7 +3851,8 @@ def canonical(url, base=""):
     except (ValueError, LookupError, AttributeError):  # broken, of another scheme, without a host
         return ""
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
-    rest = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    path = urllib.parse.urljoin("/", re.sub("%2e", ".", parts.path, flags=re.I)) or "/"  # without dot segments
+    rest = path + (f"?{parts.query}" if parts.query else "")
     return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
 
 
@@ -3856,6 +3868,7 @@ class Web:
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
     max_age: float = 86400.0      # seconds for which an answer is used without asking whether it has changed
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
+    local: threading.local = dataclasses.field(default_factory=threading.local)  # of a thread: its try, its socket
 
     def get(self, url, headers=None, refuse=lambda url: ""):
         """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
@@ -3869,6 +3882,8 @@ class Web:
             page = self.remember(target, headers if headers and not hop else {})
             if page.status // 100 != 3 or "location" not in page.headers:
                 break
+            with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
+                page.headers["location"] = page.headers["location"].encode("latin-1").decode()
             target = canonical(page.headers["location"], target)
         if page.status != 200:
             said = page.body[:300].decode("utf-8", "replace") if page.body[:1] == b"{" else ""
@@ -3908,7 +3923,7 @@ class Web:
             try:
                 page, problem = self.request(url, headers, attempt, body), ""
             except (OSError, http.client.HTTPException, zlib.error) as error:
-                page, problem = Page(url, 0, {}, b""), f" ({type(error).__name__})"
+                page, problem = Page(url, 0, {}, b""), f" ({type(root_cause(error)).__name__})"
             if page.status not in RETRIED:
                 return page
             pause = max(self.backoff * 2 ** attempt, retry_after(page.headers.get("retry-after", "")))
@@ -3917,42 +3932,136 @@ class Web:
             time.sleep(pause)
 
     def request(self, url, headers, attempt, sent):
-        """One request, to an address that has been checked: the name is looked up once, so that no second
-        answer can differ.
-        """
-        parts, deadline = urllib.parse.urlsplit(url), time.monotonic() + self.timeout
-        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-        found = [entry[4][0] for entry in socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)]
-        if not self.allow_private and not all(map(is_public, found)):
-            raise WebError(f"{parts.hostname} is at {', '.join(found)}, not a public address (--allow-private permits it)")
-        sock = socket.create_connection((found[attempt % len(found)], port), self.timeout)
-        if parts.scheme == "https":
-            from requests import certs  # here, lest every child process that describes modules import it too
-            sock = ssl.create_default_context(cafile=certs.where()).wrap_socket(sock, server_hostname=parts.hostname)
-        timer = threading.Timer(deadline - time.monotonic(), sock.shutdown, [socket.SHUT_RDWR])  # a slow drip meets no other limit
+        """One request. Raises OSError where there is no complete answer in time."""
+        from urllib3.exceptions import HTTPError
+        self.local.attempt, self.local.sock, started = attempt, None, time.monotonic()
+        timer = threading.Timer(self.timeout, self.hang_up, [self.local.__dict__])  # a slow drip meets no other limit
         timer.start()
         try:
-            client = http.client.HTTPConnection(parts.netloc)
-            client.sock = sock
-            headers = {"User-Agent": AGENT, "Accept-Encoding": "gzip"} | headers
-            client.request("POST" if sent else "GET", "/" + url.split("/", 3)[3], sent, headers)
-            answer = client.getresponse()
-            moved = answer.status // 100 == 3  # what else a redirect says is not read
-            body = b"" if moved else answer.read(self.max_bytes + 1)
+            headers = {"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate", "Connection": "close"} | headers
+            self.check(url)
+            with self.session.request("POST" if sent else "GET", url, data=sent, headers=headers, timeout=self.timeout,
+                                      stream=True, allow_redirects=False) as answer:
+                moved = answer.status_code // 100 == 3  # what else a redirect says is not read
+                body = bytearray()
+                while not moved and len(body) <= self.max_bytes and (piece := answer.raw.read(2**16, decode_content=False)):
+                    body += piece
+        except HTTPError as error:
+            raise OSError(str(error)) from error
         finally:
             timer.cancel()
-            sock.close()
-        page = Page(url, answer.status, {name.lower(): value for name, value in answer.getheaders()}, body)
-        broken = answer.length and not moved
-        for _ in re.findall("gzip|deflate", page.headers.get("content-encoding", "") if body else ""):
-            unpack = zlib.decompressobj(47)  # either of the two
-            page.body = unpack.decompress(page.body[:self.max_bytes], self.max_bytes + 1)
-            broken = broken or not unpack.eof
+        if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
+            raise TimeoutError
+        page = Page(url, answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, bytes(body))
+        for encoding in re.findall(r"[\w-]+", page.headers.get("content-encoding", "") if body else "")[::-1]:
+            if encoding.lower() not in ("gzip", "x-gzip", "deflate", "identity"):
+                raise WebError(f"{url}: packed as {encoding}, which was not asked for")
+            page.body = unpacked(page.body, self.max_bytes) if encoding != "identity" else page.body
         if len(page.body) > self.max_bytes:
             raise WebError(f"{url}: over {self.max_bytes:,} bytes")
-        if broken or time.monotonic() > deadline:  # the timer's end of a body looks like any other
-            raise TimeoutError
         return page
+
+    @staticmethod
+    def hang_up(local):
+        """End a request that takes too long."""
+        if local["sock"]:
+            with contextlib.suppress(OSError):
+                local["sock"].shutdown(socket.SHUT_RDWR)
+
+    @cached_property
+    def session(self):
+        """A requests.Session, with the user's proxies and certificates, that connects through connect()."""
+        import requests  # here, lest every child process that describes modules import it too
+        import urllib3
+        web = self
+
+        class Connection(urllib3.connection.HTTPConnection):
+            response_class = Response
+
+            def _new_conn(self):
+                return web.connect(self)
+
+        class SecureConnection(urllib3.connection.HTTPSConnection):
+            response_class = Response
+
+            def _new_conn(self):
+                return web.connect(self)
+
+        class Adapter(requests.adapters.HTTPAdapter):
+            def init_poolmanager(self, *args, **options):
+                super().init_poolmanager(*args, **options)
+                self.poolmanager.pool_classes_by_scheme = pools
+
+            def proxy_manager_for(self, *args, **options):
+                manager = super().proxy_manager_for(*args, **options)
+                manager.pool_classes_by_scheme = pools
+                return manager
+
+        pools = {"http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": Connection}),
+                 "https": type("SecurePool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": SecureConnection})}
+        session = requests.Session()
+        session.auth = lambda request: request  # no passwords from ~/.netrc
+        session.resolve_redirects = lambda *args, **options: iter(())  # it would read the whole body of a redirect
+        for scheme in ("http://", "https://"):
+            session.mount(scheme, Adapter())
+        return session
+
+    def connect(self, connection):
+        """A socket to an address that has been checked: the name is looked up once, so that no second answer can
+        differ. The user's proxy may be anywhere.
+        """
+        found = self.addresses(connection.host, connection.port)
+        if not connection.proxy:
+            self.refuse_private(connection.host, found)
+        self.local.sock = socket.create_connection((found[self.local.attempt % len(found)], connection.port), self.timeout)
+        return self.local.sock
+
+    def check(self, url):
+        """Refuse a private address that a proxy would connect to for us."""
+        parts = urllib.parse.urlsplit(url)
+        if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(parts.hostname):
+            with contextlib.suppress(socket.gaierror):  # often the proxy alone knows names
+                self.refuse_private(parts.hostname, self.addresses(parts.hostname, parts.port))
+
+    def addresses(self, host, port):
+        """The addresses of a host, by its name."""
+        return [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
+
+    def refuse_private(self, host, found):
+        """Raise WebError unless all addresses are public, or private ones are allowed."""
+        if not self.allow_private and not all(map(is_public, found)):
+            raise WebError(f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)")
+
+
+class Response(http.client.HTTPResponse):
+    """An answer in which no chunk has a negative size, which would be read to an end that never comes."""
+
+    def _read_next_chunk_size(self):
+        if (size := super()._read_next_chunk_size()) < 0:
+            raise http.client.IncompleteRead(b"")
+        return size
+
+
+def unpacked(body, most):
+    """What gzip (of one or several members) or deflate has packed, up to one byte more than `most`. Raises
+    zlib.error or TimeoutError where it is broken or has no end.
+    """
+    parts, size = [], 0
+    while body and size <= most:
+        unpack = zlib.decompressobj(47)  # either of the two
+        parts.append(unpack.decompress(body, most + 1 - size))
+        size += len(parts[-1])
+        if size <= most and not unpack.eof:
+            raise TimeoutError
+        body = unpack.unused_data
+    return b"".join(parts)
+
+
+def root_cause(error):
+    """The first of the errors that led to this one."""
+    while error.__context__:
+        error = error.__context__
+    return error
 
 
 def retry_after(value):
@@ -3994,6 +4103,8 @@ def html_to_text(source):
         values = {name.lower(): html.unescape(value.strip("\"'")) for name, value in ATTRIBUTE.findall(attributes)}
         for name in f"{tag} {values.get('rel', '')}".lower().split() if values.get("href") else ():
             found[name].append(values["href"])
+        if tag.lower() == "meta" and values.get("name", "").lower() in ("robots", AGENT):
+            found["robots"].append(values.get("content", ""))
         if tag.lower() == "dt" and "sig" in values.get("class", "").split() and re.fullmatch(r"\w+(\.\w+)+", values.get("id", "")):
             found["api"].append(values["id"])
     title = re.search(r"<title\b[^<>]*>([^<]*)", source, re.I)
@@ -4015,15 +4126,22 @@ def robot_rules(text):
     returns ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us,
     or else for all.
     """
-    groups, text = defaultdict(str), "\n".join(line.partition("#")[0].strip() for line in text.splitlines()) + "\n"
-    for agents, rules in re.findall(r"((?:^user-agent\b.*\s+)+)((?:^(?!user-agent).+\s*)*)", text, re.I | re.M):
-        for name in re.findall(r":\s*(\S+)", agents.lower()):
-            groups[name] += rules
-    ours = groups[AGENT] or groups["*"]
-    delays = map(float, re.findall(r"^crawl-delay\s*:\s*(\d+(?:\.\d+)?)$", ours, re.I | re.M))
-    paths = re.findall(r"^(dis)?allow\s*:[ \t]*(\S+)", ours, re.I | re.M)
-    globs = [(len(path), not no, re.sub(r"[?[]", r"[\g<0>]", path) + "*") for no, path in paths]
-    return [(size, allows, re.compile(fnmatch.translate(glob))) for size, allows, glob in globs], max(delays, default=0)
+    rules, delays, agents, begun = defaultdict(list), {}, [], False
+    for line in text.splitlines():
+        key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
+        key = key.lower()
+        if key == "user-agent":
+            agents, begun = ([] if begun else agents) + [value.lower()], False
+            rules[value.lower()]
+        elif key in ("allow", "disallow"):
+            begun = True
+            glob = re.sub(r"[?[]", r"[\g<0>]", value) + "*"
+            for agent in agents if value else ():
+                rules[agent].append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
+        elif key == "crawl-delay" and re.fullmatch(r"\d+(\.\d+)?", value):
+            delays |= {agent: max(float(value), delays.get(agent, 0)) for agent in agents}
+    ours = AGENT if AGENT in rules else "*"
+    return rules[ours], delays.get(ours, 0)
 
 
 def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
@@ -4034,7 +4152,7 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
     start = canonical(url)
     host = urllib.parse.urlsplit(start).netloc
     try:
-        rules, delay = robot_rules(web.get(canonical("/robots.txt", start)).body[:100_000].decode("utf-8-sig", "replace"))
+        rules, delay = robot_rules(web.get(canonical("/robots.txt", start)).text[:2**20])
     except WebError as error:  # a site without the file allows all; one in trouble may have a file that forbids all
         if error.status in RETRIED or not 400 <= (error.status or 0) < 500:
             raise WebError(f"no robots.txt: {error}") from None
@@ -4064,18 +4182,22 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             troubles += error.status in RETRIED
             yield rejection(address, "", str(error))
             continue
-        title, text, found = html_to_text(page.body.decode("utf-8-sig", "replace").replace("\0", ""))
-        base = canonical([*found["base"], ""][0], page.url)
+        title, text, found = html_to_text(page.text.replace("\0", ""))
+        base = canonical([*found["base"], ""][0], page.url) or page.url
+        robots = " ".join([*found["robots"], page.headers.get("x-robots-tag", "")]).lower()
         name = canonical([*found["canonical"], page.url][0], base)
         name = name if urllib.parse.urlsplit(name).netloc == host else page.url
-        if seen.get(name) or not text:
+        if re.search(r"\b(noindex|none)\b", robots):
+            yield rejection(address, "", "it asks robots not to index it")
+        elif seen.get(name) or not text:
             yield rejection(address, "", f"the same page as {name}" if text else "holds no text")
         else:
             stated = canonical([*found["license"], "none:"][0], base)
             yield Record(f"crawl:{name}", "api_doc" if found["api"] else "text", f"crawl:{host}", stated or license,
                          sorted(set(found["api"])), f"{title}\n\n{text}".strip(), url=name)
         seen[name] = True
-        for link in found["a"] if level < depth else ():
+        follows = level < depth and not re.search(r"\b(nofollow|none)\b", robots)
+        for link in found["a"] if follows else ():
             link = canonical(link, base)
             if urllib.parse.urlsplit(link).netloc == host and link not in seen and len(seen) < 10 * max_pages:
                 seen[link] = False

@@ -12,7 +12,6 @@ import tracemalloc
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
-import requests
 
 import collect
 from conftest import run
@@ -156,7 +155,7 @@ def test_the_certificate_is_checked_for_the_name(client, tmp_path, monkeypatch):
     context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
     context.sni_callback = lambda sock, name, context: names.append(name)
     site, real = Site(context), socket.getaddrinfo
-    monkeypatch.setattr(requests.certs, "where", lambda: str(tmp_path / "cert.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "cert.pem"))
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *a, **k: real("127.0.0.1", *a, **k))
     site.pages["/"] = "hello"
     try:
@@ -432,3 +431,98 @@ def test_a_source_that_fails_leaves_the_others(site, tmp_path):
     site.pages["*"] = (404, {}, "none")
     done = run("collect.py", "--out", tmp_path / "out", f"text:{tmp_path / 'notes.md'}", "hf:o/d", "--hf-host", site.url, "--allow-private", ok=False)
     assert "status 404" in done.stderr and [r["domain"] for r in records_in(tmp_path / "out")] == ["text"]
+
+
+def test_a_proxy_is_used_as_the_user_says(site, client, monkeypatch):
+    """The proxy looks up the names; a target that is known to be private is not asked of it."""
+    site.pages["*"] = lambda request: f"by proxy: {request.path}"
+    monkeypatch.setenv("HTTP_PROXY", site.url)
+    monkeypatch.setenv("NO_PROXY", "")
+    real = socket.getaddrinfo
+
+    def resolve(host, *args, **options):
+        if host.endswith(".example"):
+            raise socket.gaierror("unknown here")
+        return real(host, *args, **options)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    answer = client(allow_private=False).get("http://docs.example/page")
+    assert answer.body == b"by proxy: http://docs.example/page"
+    with pytest.raises(WebError, match="not a public address"):
+        client(allow_private=False).get("http://127.0.0.1/page")
+    assert site.paths() == ["http://docs.example/page"]
+
+
+def test_a_secure_address_goes_through_the_proxy_as_a_tunnel(client, monkeypatch):
+    asked = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        connection, _ = listener.accept()
+        asked.append(connection.recv(1000).split(b"\r\n")[0])
+        connection.sendall(b"HTTP/1.1 502 no\r\n\r\n")
+        connection.close()
+
+    threading.Thread(target=serve, daemon=True).start()
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{listener.getsockname()[1]}")
+    monkeypatch.setenv("NO_PROXY", "")
+    with pytest.raises(WebError, match="no complete answer"):
+        client(retries=0).get("https://docs.example/page")
+    assert asked == [b"CONNECT docs.example:443 HTTP/1.1"] or asked == [b"CONNECT docs.example:443 HTTP/1.0"]
+    listener.close()
+
+
+def test_charsets_members_and_encodings(site, client):
+    site.pages |= {
+        "/latin": (200, {"Content-Type": "text/html; charset=iso-8859-1"}, "<p>caf\u00e9</p>".encode("latin-1")),
+        "/odd": (200, {"Content-Type": "text/html; charset=klingon"}, "<p>caf\u00e9</p>"),
+        "/members": (200, {"Content-Encoding": "gzip"}, gzip.compress(b"one ") + gzip.compress(b"two")),
+        "/brotli": (200, {"Content-Encoding": "br"}, b"\x0b\x02\x80"), "/moved": moved("/caf\u00e9".encode().decode("latin-1")),
+        "/caf%C3%A9": "here"}
+    assert "caf\u00e9" in client().get(site.url + "/latin").text and "caf\u00e9" in client().get(site.url + "/odd").text
+    assert client().get(site.url + "/members").body == b"one two" and client().get(site.url + "/moved").body == b"here"
+    with pytest.raises(WebError, match="packed as br"):
+        client().get(site.url + "/brotli")
+
+
+def test_a_negative_chunk_is_not_read_to_its_end(site, client):
+    def endless(request):
+        request.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-1\r\n")
+        for _ in range(1000):
+            request.wfile.write(b"x" * 100_000)
+    site.pages["/"] = endless
+    tracemalloc.start()
+    with pytest.raises(WebError, match="no complete answer"):
+        client(retries=0).get(site.url + "/")
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("spelled", ["/a/../private/x", "/./private/x", "/a/%2e%2e/private/x", "/private/./x"])
+def test_dot_segments_do_not_pass_by_robots(site, client, spelled):
+    site.pages |= {"/robots.txt": "User-agent: *\nDisallow: /private/", "/": page(spelled), "/private/x": page(text="secret")}
+    found, refused = texts(crawl(site.url, client()))
+    assert [*found] == ["/"] and refused == {"/private/x": f"{site.url}/private/x: robots.txt forbids it"}
+
+
+def test_robots_in_pages_and_headers(site, client):
+    site.pages |= {
+        "/": page("/hidden", "/dead-end", "/header"), "/hidden": page("/b", head="<meta name=robots content='noindex'>"),
+        "/dead-end": page("/c", head="<meta name='ROBOTS' content='NoFollow'>"),
+        "/header": (200, {"X-Robots-Tag": "none"}, page("/d")), "/b": page(), "/c": page(), "/d": page()}
+    found, refused = texts(crawl(site.url, client(), depth=5))
+    assert sorted(found) == ["/", "/b", "/dead-end"]
+    assert refused == dict.fromkeys(("/hidden", "/header"), "it asks robots not to index it")
+
+
+def test_groups_of_robots_txt():
+    """Other lines end no group, an empty group of ours allows all, and a rule counts wherever it stands."""
+    text = "User-agent: a\nSitemap: /s\nCrawl-delay: 3\nUser-agent: hephaestus-collect\nDisallow: /x\n" + "#\n" * 99_999 + "Disallow: /y"
+    rules, delay = collect.robot_rules(text)
+    assert [size for size, _, _ in rules] == [2, 2] and delay == 0
+    assert collect.robot_rules("User-agent: *\nDisallow: /\nUser-agent: Hephaestus-Collect\n") == ([], 0)
+
+
+def test_a_base_that_is_no_address_does_not_count(site, client):
+    site.pages |= {"/": page("b", head="<base href='javascript:void(0)'>"), "/b": page()}
+    assert sorted(texts(crawl(site.url, client()))[0]) == ["/", "/b"]
