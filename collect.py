@@ -61,6 +61,8 @@ import os
 import posixpath
 import random
 import re
+import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -523,10 +525,10 @@ def describe_package(name, version, license, description, top_level, roots, buil
 
 
 def child():
-    """Answer module names on standard input with one JSON line each on (a private copy of) standard
-    output.
+    """Answer lines of a token and a module's name on standard input with the token and JSON, a line each, on (a
+    private copy of) standard output.
     """
-    reply = os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
+    own, reply = os.getpid(), os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
     null = os.open(os.devnull, os.O_RDWR)
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     for descriptor in (0, 1, 2):  # what modules print, or ask, goes nowhere
@@ -534,8 +536,11 @@ def child():
     warnings.simplefilter("ignore")
     seen = {}
     for line in requests:
-        answer = describe_module(line.strip(), seen)
-        reply.write(stable(json.dumps(answer)) + "\n")
+        token, name = line.split()
+        answer = describe_module(name, seen)
+        if os.getpid() != own:  # the module forked, and this is the copy
+            os._exit(0)
+        reply.write(f"\n{token} {stable(json.dumps(answer))}\n")
         reply.flush()
 
 
@@ -1765,26 +1770,43 @@ def introspect(package, timeout):
             if process is None or process.poll() is not None:
                 process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--child"], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=scratch, env=environment,
-                                           text=True, encoding="utf-8", start_new_session=True)
-            timer = threading.Timer(timeout, process.kill)
-            timer.start()
+                                           start_new_session=True)
+            token, deadline = secrets.token_hex(8), time.monotonic() + timeout
             try:
-                process.stdin.write(module + "\n")
+                process.stdin.write(f"{token} {module}\n".encode())
                 process.stdin.flush()
-                answer = json.loads(process.stdout.readline())
+                answer = json.loads(read_answer(process.stdout.fileno(), f"\n{token} ".encode(), deadline))
                 objects += answer["objects"]
                 if answer["error"]:
                     rejected.append((module, answer["error"]))
-            except (OSError, json.JSONDecodeError):
-                expired = not timer.is_alive()
-                process.kill()
-                process.wait()
+            except (OSError, ValueError):
+                expired = time.monotonic() >= deadline
+                end_group(process)
                 rejected.append((module, f"over {timeout} s" if expired else f"exited with status {process.returncode}"))
-            timer.cancel()
         if process:
-            process.kill()
-            process.wait()
+            end_group(process)
     return objects, rejected
+
+
+def read_answer(descriptor, token, deadline):
+    """The line after a token in what comes from a child, or b"" where it ends or time is up. Modules may write
+    to the same pipe, and hold it open after the child's end.
+    """
+    held = bytearray()
+    while (left := deadline - time.monotonic()) > 0 and select.select([descriptor], [], [], left)[0]:
+        if not (data := os.read(descriptor, 2**16)):
+            break
+        held += data
+        if b"\n" in data and (start := held.find(token)) >= 0 and (end := held.find(b"\n", start + len(token))) >= 0:
+            return bytes(held[start + len(token):end])
+    return b""
+
+
+def end_group(process):
+    """Kill a child and what its modules have left running, and wait for its end."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def name_apis(objects, package):

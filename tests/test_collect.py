@@ -845,3 +845,22 @@ def test_an_unusable_out_and_options_without_sense(tmp_path):
                           (["--workers", "0"], "not above 0"), (["--rate", "0"], "not above 0"), (["--timeout", "-1"], "not above 0")):
         ended = subprocess.run([sys.executable, ROOT / "collect.py", "python:tqdm", *options], capture_output=True, text=True, cwd=tmp_path)
         assert ended.returncode == 2 and said in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("module, kept", [
+    ("import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'{}\\n')\n    except OSError: pass\n" + GOOD, True),
+    ("import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(40)\n    os._exit(0)\nos._exit(1)\n", False),
+    ("import os\nos.fork()\n" + GOOD, True)], ids=["forged", "hang", "twin"])
+def test_a_module_that_forks_or_writes_costs_only_itself(module, kept, tmp_path, monkeypatch):
+    """To every descriptor; a child of it that holds the pipe open; two of it that go on."""
+    (tmp_path / "fx").mkdir()
+    (tmp_path / "fx" / "__init__.py").write_text(module)
+    (tmp_path / "fx" / "second.py").write_text(GOOD.replace("double", "triple"))
+    (tmp_path / "fx" / "third.py").write_text(GOOD.replace("double", "fourfold"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    package = collect.Package("fx", "1", "MIT", "", [], ["fx", "fx.second", "fx.third"], 0)
+    started = time.time()
+    objects, rejected = collect.introspect(package, 3)
+    found = {o["key"].split(":")[0] for o in objects}
+    assert found | {name for name, _ in rejected} == {"fx", "fx.second", "fx.third"} and time.time() - started < 20
+    assert ("fx" in found) == kept
