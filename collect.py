@@ -1,10 +1,10 @@
 """Step 1 of 6: collect what an agent model learns from.
 
-In:   any number of SOURCEs; by default `python synthesize:python`, what the Python environment that this runs in holds.
+In:   any number of SOURCEs; by default `python synthesize:python`: what this Python environment holds.
         documentation
-          python[:PACKAGE,...]      installed packages: docstrings, signatures, doctest examples with their outputs, source, prose
+          python[:PACKAGE,...]      installed packages: docstrings, signatures, examples, source, prose
           openapi:PATH|URL          OpenAPI 2.0, 3.0 and 3.1 (JSON; YAML where PyYAML is installed)
-          discovery[:PATH]          Google API discovery documents (default: those in google-api-python-client)
+          discovery[:PATH]          Google API discovery documents (default: google-api-python-client's)
           botocore[:PATH]           AWS service models (default: those in botocore)
           commands:PATH             command documentation: tldr pages
           mcp:PATH                  tools of MCP servers: results of tools/list, tools.json, server listings
@@ -13,22 +13,21 @@ In:   any number of SOURCEs; by default `python synthesize:python`, what the Pyt
         trajectories and instructions
           chat:PATH                 conversations with tool calls, in the formats people have (FORMATS below)
           hf:OWNER/NAME[/CONFIG]    the same, and texts, from rows of a Hugging Face dataset
-          synthesize:PATH|python    function-calling conversations from documented functions of Python files or packages:
-                                    by templates or, with --llm-url, written by a language model and checked
+          synthesize:PATH|python    function-calling conversations from documented functions, by templates
+                                    or, with --llm-url, written by a language model and checked
         general data
           code:DIR  text:DIR        source files and prose
       A PATH is a file or a directory, which is walked.
-Out:  data/raw/*.jsonl, one record a line (class Record), of the domains api_doc, trajectory, instruction, code and text;
-      data/raw/tools/*.jsonl, what conversations are made from: documented functions and the calls that they show (class Tool);
+Out:  data/raw/*.jsonl, a Record a line, of the domains api_doc, trajectory, instruction, code and text;
+      data/raw/tools/*.jsonl, what conversations are made from: documented functions and calls of them (Tool);
       data/raw/rejected/*.jsonl, what could not be converted: file, line and reason.
 
 Laptop:         python collect.py
 More sources:   python collect.py python openapi:specs/ botocore discovery chat:logs/ text:books/
-Many machines:  torchrun --nnodes=4 ... collect.py SOURCE...   (on a shared disk: each rank takes its part of the files)
+Many machines:  torchrun --nnodes=4 ... collect.py SOURCE...   (on a shared disk; each rank takes its part)
 
-A run adds what is new or has changed; to remove a source delete its files in data/raw. Foreign modules are imported in child
-processes under a time limit: one that hangs, exits, prints or opens a window costs only itself. Nothing else in the data is
-ever run. The design of the corpus follows Hephaestus-Forge (arXiv 2502.06589, section 3).
+A run adds what is new or has changed; to remove a source, delete its files in data/raw. Modules are imported
+in child processes under a time limit; nothing else is ever run. Design: arXiv 2502.06589, section 3.
 """
 import argparse
 import ast
@@ -48,7 +47,6 @@ import gzip
 import hashlib
 import html
 import http.client
-import importlib
 import importlib.metadata
 import importlib.util
 import inspect
@@ -89,19 +87,69 @@ from tqdm import tqdm
 DOMAINS = ("api_doc", "trajectory", "code", "text", "instruction")
 
 
+@dataclasses.dataclass
+class Record:
+    """One line of data/raw/*.jsonl. Holds either `text` or `messages` (with `tools`), by its domain.
+
+    `messages` and `tools` are in the OpenAI chat format; `function.arguments` of a call is a JSON string.
+    """
+    id: str
+    domain: str
+    source: str
+    license: str
+    apis: list          # qualified names of the APIs it documents or calls, or which it offers to be called
+    text: str = None
+    messages: list = None
+    tools: list = None
+    url: str = None
+
+    def to_json(self):
+        return json.dumps({k: v for k, v in vars(self).items() if v is not None}, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, line):
+        """Parse and check one line. Raises ValueError with the reason if it is not a record."""
+        try:
+            record = cls(**json.loads(line))
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"not a record: {error}") from None
+        if record.domain not in DOMAINS:
+            raise ValueError(f"unknown domain {record.domain!r} (known: {', '.join(DOMAINS)})")
+        chat = record.domain in ("trajectory", "instruction")
+        if not isinstance(record.messages if chat else record.text, list if chat else str):
+            raise ValueError(f"domain {record.domain!r} needs {'a list `messages`' if chat else 'a string `text`'}")
+        if not isinstance(record.id, str) or not isinstance(record.apis, list):
+            raise ValueError("`id` must be a string and `apis` a list")
+        return record
+
+
+def sources():
+    """{kind: (reader, pattern of the files that it reads in a directory, options that it depends on)}.
+
+    A reader of files is given (path, name, licence, args), one of the web (address or name, args); both yield
+    Records, and a rejection() for what they cannot convert.
+    """
+    return {
+        "python": (package_records, None, ("code_mb", "timeout")),
+        "openapi": (openapi_records, r"\.(json|ya?ml)(\.gz)?$", ()),
+        "discovery": (discovery_records, r"\.json(\.gz)?$", ()),
+        "botocore": (botocore_records, r"^service-2\.json(\.gz)?$", ()),
+        "commands": (command_records, r"\.(md|jsonl)$", ()),
+        "mcp": (mcp_records, r"\.json(\.gz)?$", ()),
+        "skills": (skill_records, r"^SKILL\.md$", ()),
+        "crawl": (crawl_records, None, ("depth", "max_pages")),
+        "chat": (chat_records, r"\.(jsonl?|ndjson|traj|csv|txt|md)(\.gz)?$", ("chat_format", "chat_domain")),
+        "hf": (hf_records, None, ("chat_format", "chat_domain")),
+        "synthesize": (None, r"\.py$", ("seed", "kinds", "llm_url", "llm_model", "llm_budget")),
+        "code": (code_records, CODE_FILES, ()),
+        "text": (text_records, TEXT_FILES, ())}
+
+
 def main():
     args = parse_args()
     started = time.time()
     out = Path(args.out)
-    try:
-        for folder in ("rejected", "tools"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        lock = open(out / f".lock.{os.environ.get('RANK', 0)}", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another collect.py is at work in {out}")
-    except OSError as error:
-        fail(f"--out {out}: {error.strerror}")
+    lock = claim(out)  # held until the end
     args.llm_cache = out / "cache" / "llm"
     found = [find_units(*source.split(":", 1), args=args) for source in args.sources]
     units = {u.filename: u for units, _ in found for u in units}
@@ -118,6 +166,144 @@ def main():
         collect(made, out, args)
         remove_stale(out, ["synthesize.python-"], units)
     report(out, units, time.time() - started)
+
+
+@dataclasses.dataclass
+class Unit:
+    """A piece of work: function(*arguments) yields what one file holds."""
+    filename: str       # of the records; holds a fingerprint of all that they depend on
+    size: float         # of the input, in bytes or so: large ones begin first
+    function: callable
+    arguments: tuple
+
+
+def collect(units, out, args):
+    """Do the units whose files are not there yet, the largest first, in processes."""
+    done = lambda unit: (out / unit.filename).exists() and (out / "tools" / unit.filename).exists()
+    pending = sorted((u for u in units if not done(u)), key=lambda u: (-u.size, u.filename))
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
+        written = pool.map(write_unit, pending, [out] * len(pending), [args] * len(pending))
+        try:
+            failed = list(filter(None, tqdm(written, total=len(pending), desc="collect", disable=None)))
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
+        except BrokenExecutor:
+            failed = ["a process was killed, perhaps for lack of memory (fewer --workers need less)"]
+    if failed:
+        fail("; ".join(failed) + ". The rest is kept; the same command goes on from here")
+
+
+def write_unit(unit, out, args):
+    """Write a unit's Records and Tools of a wanted licence, and its rejections. Returns why it failed."""
+    try:  # the file of the records, which says that the unit is done, appears last
+        with (writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected,
+              writing(out / "tools" / unit.filename) as tools):
+            for found in unit.function(*unit.arguments):
+                if isinstance(found, dict):
+                    rejected.write(json.dumps(found, ensure_ascii=False) + "\n")
+                elif not wanted(found.license, args):
+                    name = found.id if isinstance(found, Record) else found.name
+                    refused = rejection(found.source, name, f"license {found.license}")
+                    rejected.write(json.dumps(refused, ensure_ascii=False) + "\n")
+                else:
+                    file = records if isinstance(found, Record) else tools
+                    file.write(found.to_json() + "\n")
+    except (ValueError, OSError) as error:  # a server that does not answer, a full disk
+        return str(error)
+
+
+def package_records(package, args):
+    """The records of one installed package, and a rejection for each module that could not be imported."""
+    objects, rejected = introspect(package, args.timeout)
+    yield from (rejection(module, "", reason) for module, reason in rejected)
+    apis = name_apis(objects, package)
+    yield from api_documents(apis, package)
+    yield from package_tools(apis, package)
+    yield from trajectories(apis, package)
+    yield from code_files(package, args.code_mb)
+    yield from prose(package)
+
+
+def api_documents(apis, package):
+    """One document an API: how it is called, what it does, and the tool definition that an agent is given."""
+    for api in distinct(apis):
+        version = f"{package.name} {package.version}"
+        name, license, tool = api["name"], package.license, api["tool"]["function"]
+        text = document(name, api["signature"], api["doc"], tool, version, license)
+        yield Record(f"api_doc:{name}", "api_doc", f"python:{package.name}", license, [name], text)
+
+
+def trajectories(apis, package):
+    """One conversation a docstring: the prose asks, a call of the API itself or of a Python tool acts, the
+    real output answers.
+    """
+    for api in distinct(apis):
+        rng = random.Random(api["name"])
+        tools, messages, called, prose = {}, [], {api["name"]}, ""
+        keys = {key for _, steps in api["sessions"] for step in steps for key in step["keys"]}
+        called |= {apis[key]["name"] for key in keys & apis.keys()}
+        for text, acts in actions(api, apis):
+            prose = f"{prose}\n\n{text}"
+            if not acts:
+                continue
+            said = last_paragraph(prose, api["summary"])
+            request = session_request(api, acts, said, not messages, package, rng)
+            messages.append(chat_message("user", request))
+            for target, arguments, result in acts:
+                tool = target["tool"] if target else PYTHON_TOOL
+                tools[tool["function"]["name"]] = tool
+                messages.append(chat_message("assistant", calls=[(tool["function"]["name"], arguments)]))
+                messages.append(chat_message("tool", result))
+            messages.append(chat_message("assistant", answer(result, rng)))
+            prose = ""
+        if messages:
+            yield Record(f"trajectory:{api['name']}", "trajectory", f"python:{package.name}", package.license,
+                         sorted(called), messages=messages, tools=list(tools.values()))
+
+
+def synthesise(tools, seed, shares, chosen=lambda tool: True):
+    """Conversations on each chosen tool: one on every call that its documentation shows, and VARIED or
+    MADE_UP ones with values made up. Yields Records.
+
+    single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits;
+    missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call
+    fails, and another is made as the error message says; chain: the result of a call is an argument of the
+    next, as an example in the documentation has it. Half of the other tools are of the same module. They are
+    neighbours in hash order, and so mostly held out together; nothing here knows which are.
+    """
+    by_name, modules = {t.name: t for t in tools}, defaultdict(list)
+    usable = sorted(filter(can_call, by_name.values()), key=lambda t: unit_hash(t.name))
+    for tool in usable:
+        modules[tool.name.rpartition(".")[0]].append(tool)
+    written = set()
+    for tool in filter(chosen, usable):
+        near, far = neighbours(tool, modules[tool.name.rpartition(".")[0]], 6), neighbours(tool, usable, 12)
+        facts = [Fact([(tool, arguments)], [result]) for arguments, result in tool.examples]
+        for first, second in tool.chains:
+            taker = by_name.get(second[0])
+            if taker and taker.usable and purposes(taker):
+                facts.append(Fact([(tool, first[1]), (taker, second[1])], [first[2], second[2]]))
+        made_up = VARIED if tool.examples else MADE_UP
+        facts += [None] * (made_up if tool.parameters["properties"] else 1)
+        for n, fact in enumerate(facts):
+            for attempt in range(4):  # not every choice can be put in words
+                rng = random.Random(f"{seed} {n} {attempt} {tool.name}")
+                record = conversation_record(n, tool, fact, near, far, shares, rng)
+                if record and (content := json.dumps(record.messages)) not in written:
+                    written.add(content)
+                    yield record
+                    break
+
+
+# ============================================================================================================
+# Below: options; sources and units; packages; docstrings and schemas; examples; web specifications; conversations;
+# the web; general data; conversations from documentation; what a language model writes; the report.
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Options
 
 
 def parse_args():
@@ -152,6 +338,22 @@ def parse_args():
     group.add_argument("--llm-budget", type=float, default=1e6, help="tokens to spend, those of prompts included")
     group.add_argument("--llm-timeout", type=positive(float), default=120.0, help="seconds an answer may take")
     return parser.parse_args()
+
+
+def claim(out):
+    """Make the directories of the output, and return a lock that one run at a time can hold. Exits with a line
+    where it cannot.
+    """
+    try:
+        for folder in ("rejected", "tools"):
+            (out / folder).mkdir(parents=True, exist_ok=True)
+        lock = open(out / f".lock.{os.environ.get('RANK', 0)}", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    except BlockingIOError:
+        fail(f"another collect.py is at work in {out}")
+    except OSError as error:
+        fail(f"--out {out}: {error.strerror}")
 
 
 def positive(kind):
@@ -202,17 +404,6 @@ def fail(message):
 # Sources: each is divided into units, a unit fills one file
 
 
-@dataclasses.dataclass
-class Unit:
-    """A piece of work: function(*arguments) yields the Records of one file, and a rejection() for what cannot
-    be converted.
-    """
-    filename: str       # of the records; holds a fingerprint of all that they depend on
-    size: float         # of the input, in bytes or so: large ones begin first
-    function: callable
-    arguments: tuple
-
-
 def find_units(kind, value="", *, args):
     """(units, prefixes) of the source `kind:value`: the work, and how the names of all its files begin,
     current or stale.
@@ -221,8 +412,8 @@ def find_units(kind, value="", *, args):
         return python_units(value, args)
     if kind in ("crawl", "hf") or kind == "openapi" and re.match(r"https?:", value):
         return web_unit(kind, value, args)
-    if kind not in FILE_SOURCES:
-        fail(f"{kind}: no such source (known: python, crawl, hf, {', '.join(FILE_SOURCES)})")
+    if kind not in sources():
+        fail(f"{kind}: no such source (known: {', '.join(sources())})")
     if kind == "synthesize" and value == "python":
         if not args.llm_url:
             return [], []  # by templates, from the records of the other sources: main() does it last
@@ -231,7 +422,7 @@ def find_units(kind, value="", *, args):
     root, license = (Path(value).resolve(), None) if value else installed_data(kind)
     if not root.exists():
         fail(f"{kind}:{value}: no such file or directory")
-    pattern = re.compile(FILE_SOURCES[kind][1])
+    pattern = re.compile(sources()[kind][1])
     folder = root if root.is_dir() else root.parent
     inside = lambda path: path.is_file() and path.resolve().is_relative_to(root)  # a link may lead out
     paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if pattern.search(p.name) and inside(p))
@@ -259,8 +450,8 @@ def web_unit(kind, value, args):
         fail(f"hf:{value}: write hf:OWNER/NAME, or hf:OWNER/NAME/CONFIG")
     if kind != "hf" and not canonical(value):
         fail(f"{kind}:{value}: not an http or https address")
-    function, options = {"crawl": (crawl_records, (args.depth, args.max_pages)), "hf": (hf_records, (args.chat_format, args.chat_domain)),
-                         "openapi": (url_records, ())}[kind]
+    function, _, options = (url_records, None, ()) if kind == "openapi" else sources()[kind]
+    options = [getattr(args, name) for name in options]
     prefix = f"{kind}.{identifier(value)}-{fingerprint(None, value)}-"
     return [Unit(f"{prefix}{fingerprint(args, *options)}.jsonl", 1e9, function, (value, args))], [prefix]
 
@@ -272,7 +463,7 @@ def file_units(kind, prefix, files, args):
     grouped = defaultdict(list)
     for file in files:  # a language model is asked by one unit alone, which keeps to the budget
         grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % (1 if kind == "synthesize" and args.llm_url else 64)].append(file)
-    units, options = [], [getattr(args, name) for name in FILE_SOURCES[kind][2]]
+    units, options = [], [getattr(args, name) for name in sources()[kind][2]]
     for number, group in grouped.items():
         stats = [(name, license, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, name, license in group]
         size = sum(entry[2] for entry in stats)
@@ -295,7 +486,7 @@ def file_records(kind, files, args):
         return (yield from synthesize_files(files, args))
     for path, name, license in files:
         try:
-            yield from FILE_SOURCES[kind][0](path, name, args.license or license, args)
+            yield from sources()[kind][0](path, name, args.license or license, args)
         except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:  # files in the wild hold anything
             yield rejection(name, "", str(error) if isinstance(error, (ValueError, OSError)) else repr(error))
 
@@ -309,47 +500,6 @@ def fingerprint(args, *parts):
     """A short hash of what a file of records depends on; the options on licences are always among it."""
     licenses = (args.license, args.only_license, args.exclude_license) if args else ()
     return hashlib.sha256(json.dumps([licenses, *parts], default=str).encode()).hexdigest()[:8]
-
-
-def collect(units, out, args):
-    """Do the units whose files are not there yet, the largest first, in processes."""
-    done = lambda unit: (out / unit.filename).exists() and (out / "tools" / unit.filename).exists()
-    pending = sorted((u for u in units if not done(u)), key=lambda u: (-u.size, u.filename))
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(args.workers, context, signal.signal, (signal.SIGINT, signal.SIG_DFL)) as pool:
-        written = pool.map(write_unit, pending, [out] * len(pending), [args] * len(pending))
-        try:
-            failed = list(filter(None, tqdm(written, total=len(pending), desc="collect", disable=None)))
-        except KeyboardInterrupt:
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
-        except BrokenExecutor:
-            failed = ["a process was killed, perhaps for lack of memory (fewer --workers need less)"]
-    if failed:
-        fail("; ".join(failed) + ". The rest is kept; the same command goes on from here")
-
-
-def write_unit(unit, out, args):
-    """Write a unit's Records and Tools, but for those whose licence is not wanted, and its rejections.
-
-    Returns what made it fail, or None.
-    """
-    try:  # the file of the records, which says that the unit is done, appears last
-        with (writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected,
-              writing(out / "tools" / unit.filename) as tools):
-            for found in unit.function(*unit.arguments):
-                if isinstance(found, dict):
-                    rejected.write(json.dumps(found, ensure_ascii=False) + "\n")
-                elif not wanted(found.license, args):
-                    name = found.id if isinstance(found, Record) else found.name
-                    refused = rejection(found.source, name, f"license {found.license}")
-                    rejected.write(json.dumps(refused, ensure_ascii=False) + "\n")
-                else:
-                    file = records if isinstance(found, Record) else tools
-                    file.write(found.to_json() + "\n")
-    except (ValueError, OSError) as error:  # a server that does not answer, a full disk
-        return str(error)
 
 
 def wanted(license, args):
@@ -400,42 +550,6 @@ def nearby_license(directory, root):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Records
-
-
-@dataclasses.dataclass
-class Record:
-    """One line of data/raw/*.jsonl. Holds either `text` or `messages` (with `tools`), by its domain.
-
-    `messages` and `tools` are in the OpenAI chat format; `function.arguments` of a call is a JSON string.
-    """
-    id: str
-    domain: str
-    source: str
-    license: str
-    apis: list          # qualified names of the APIs it documents or calls, or which it offers to be called
-    text: str = None
-    messages: list = None
-    tools: list = None
-    url: str = None
-
-    def to_json(self):
-        return json.dumps({k: v for k, v in vars(self).items() if v is not None}, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, line):
-        """Parse and check one line. Raises ValueError with the reason if it is not a record."""
-        try:
-            record = cls(**json.loads(line))
-        except (TypeError, RecursionError) as error:
-            raise ValueError(f"not a record: {error}") from None
-        if record.domain not in DOMAINS:
-            raise ValueError(f"unknown domain {record.domain!r} (known: {', '.join(DOMAINS)})")
-        chat = record.domain in ("trajectory", "instruction")
-        if not isinstance(record.messages if chat else record.text, list if chat else str):
-            raise ValueError(f"domain {record.domain!r} needs {'`messages`, a list' if chat else '`text`, a string'}")
-        if not isinstance(record.id, str) or not isinstance(record.apis, list):
-            raise ValueError("`id` must be a string and `apis` a list")
-        return record
 
 
 def unit_hash(name):
@@ -1740,21 +1854,6 @@ def bind_literals(signature, node, literals):
 # The parent: one package to records
 
 
-def package_records(package, args):
-    """The records of one installed package, and a rejection for each module that could not be imported."""
-    objects, rejected = introspect(package, args.timeout)
-    yield from (rejection(module, "", reason) for module, reason in rejected)
-    apis = name_apis(objects, package)
-    for records in (
-        api_documents(apis, package),
-        package_tools(apis, package),
-        trajectories(apis, package),
-        code_files(package, args.code_mb),
-        prose(package),
-    ):
-        yield from records
-
-
 def introspect(package, timeout):
     """Ask child processes about each module. A child that dies or is too slow is replaced; its module is
     lost.
@@ -1953,16 +2052,6 @@ def first_sentence(doc):
     return re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
 
 
-def api_documents(apis, package):
-    """One document an API: how it is called, what it does, and the tool definition an agent would be
-    given.
-    """
-    for api in distinct(apis):
-        version = f"{package.name} {package.version}"
-        text = document(api["name"], api["signature"], api["doc"], api["tool"]["function"], version, package.license)
-        yield Record(f"api_doc:{api['name']}", "api_doc", f"python:{package.name}", package.license, [api["name"]], text)
-
-
 def document(name, signature, doc, tool, package, license):
     """The text of an API's documentation, whatever it is an API of; the last but one paragraph is the tool."""
     return f"{name}{signature}\n\n{doc}\n\n{json.dumps(tool, ensure_ascii=False)}\n\nPackage: {package}, license: {license}"
@@ -2062,36 +2151,6 @@ def on_object(api):
     }
     tool = {"type": "function", "function": function | {"parameters": parameters}}
     return api | {"tool": tool, "known": False}
-
-
-def trajectories(apis, package):
-    """One conversation a docstring: the prose asks, a call of the API itself or of a Python tool acts, the
-    real output answers.
-    """
-    for api in distinct(apis):
-        rng = random.Random(api["name"])
-        tools, messages, called, prose = {}, [], {api["name"]}, ""
-        called.update(
-            apis[k]["name"] for _, steps in api["sessions"] for s in steps for k in s["keys"] if k in apis
-        )
-        for text, acts in actions(api, apis):
-            prose = f"{prose}\n\n{text}"
-            if not acts:
-                continue
-            said = last_paragraph(prose, api["summary"])
-            messages.append(
-                chat_message("user", session_request(api, acts, said, not messages, package, rng))
-            )
-            for target, arguments, result in acts:
-                tool = target["tool"] if target else PYTHON_TOOL
-                tools[tool["function"]["name"]] = tool
-                messages.append(chat_message("assistant", calls=[(tool["function"]["name"], arguments)]))
-                messages.append(chat_message("tool", result))
-            messages.append(chat_message("assistant", answer(result, rng)))
-            prose = ""
-        if messages:
-            yield Record(f"trajectory:{api['name']}", "trajectory", f"python:{package.name}", package.license,
-                         sorted(called), messages=messages, tools=list(tools.values()))
 
 
 def session_request(api, acts, prose, first, package, rng):
@@ -2259,7 +2318,7 @@ def web_api(name, head, doc, parameters, body, returns, resolve, service, source
 def openapi_records(path, name, license, args):
     """One record an operation of an OpenAPI 2.0, 3.0 or 3.1 file. Raises ValueError if it is none."""
     spec = read_spec(path)
-    if next(mcp_tools(spec, ""), None):
+    if not {"swagger", "openapi"} & spec.keys() and next(mcp_tools(spec, ""), None):
         return (yield from mcp_records(path, name, license, args))
     if not re.match(r"[23]\.", str(spec.get("swagger") or spec.get("openapi"))) or not isinstance(spec.get("paths"), dict):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
@@ -2386,7 +2445,7 @@ def mcp_tools(value, server, depth=6):
     if isinstance(value, dict):
         about = mapping(value.get("serverInfo")) | value
         server = next((about[k] for k in ("server_name", "serverName", "name", "title") if isinstance(about.get(k), str)), server)
-    tools = value if isinstance(value, list) else listing(mapping(value).get("tools"))
+    tools = value if isinstance(value, list) and depth == 6 else listing(mapping(value).get("tools"))
     if tools and all(isinstance(mapping(t).get("name"), str) and ({"inputSchema", "input_schema", "arguments", "annotations"}
                      & t.keys() or isinstance(t.get("description"), str) and "version" not in t) for t in tools):
         yield from ((server, tool) for tool in tools)
@@ -4480,42 +4539,6 @@ class Tool:
         return json.dumps(vars(self), ensure_ascii=False)
 
 
-def synthesise(tools, seed, shares, chosen=lambda tool: True):
-    """Conversations on each chosen tool: one on every call that its documentation shows, and VARIED or
-    MADE_UP ones with values made up. Yields Records.
-
-    single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits;
-    missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call
-    fails, and another is made as the error message says; chain: the result of a call is an argument of the
-    next, as an example in the documentation has it. Tools have the last two parts of their qualified names,
-    or all where two would have the same; `apis` has the qualified ones, that which the request is about
-    first. Half of the other tools are of the same module. They are neighbours in hash order, and so mostly
-    held out together; nothing here knows which are.
-    """
-    by_name, modules = {t.name: t for t in tools}, defaultdict(list)
-    usable = sorted(filter(can_call, by_name.values()), key=lambda t: unit_hash(t.name))
-    for tool in usable:
-        modules[tool.name.rpartition(".")[0]].append(tool)
-    written = set()
-    for tool in filter(chosen, usable):
-        near, far = neighbours(tool, modules[tool.name.rpartition(".")[0]], 6), neighbours(tool, usable, 12)
-        facts = [Fact([(tool, arguments)], [result]) for arguments, result in tool.examples]
-        for first, second in tool.chains:
-            taker = by_name.get(second[0])
-            if taker and taker.usable and purposes(taker):
-                facts.append(Fact([(tool, first[1]), (taker, second[1])], [first[2], second[2]]))
-        made_up = VARIED if tool.examples else MADE_UP
-        facts += [None] * (made_up if tool.parameters["properties"] else 1)
-        for n, fact in enumerate(facts):
-            for attempt in range(4):  # not every choice can be put in words
-                rng = random.Random(f"{seed} {n} {attempt} {tool.name}")
-                record = conversation_record(n, tool, fact, near, far, shares, rng)
-                if record and (content := json.dumps(record.messages)) not in written:
-                    written.add(content)
-                    yield record
-                    break
-
-
 def neighbours(tool, ordered, distance):
     """Tools that stand near a tool in a list in hash order, but for those of the same description."""
     i = bisect.bisect_left(ordered, unit_hash(tool.name), key=lambda t: unit_hash(t.name))
@@ -5689,20 +5712,6 @@ class Endpoint:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-FILE_SOURCES = {  # kind: its reader of (path, name, licence, args), which files of a directory it reads, the options that matter
-    "openapi": (openapi_records, r"\.(json|ya?ml)(\.gz)?$", ()),
-    "discovery": (discovery_records, r"\.json(\.gz)?$", ()),
-    "botocore": (botocore_records, r"^service-2\.json(\.gz)?$", ()),
-    "commands": (command_records, r"\.(md|jsonl)$", ()),
-    "mcp": (mcp_records, r"\.json(\.gz)?$", ()),
-    "skills": (skill_records, r"^SKILL\.md$", ()),
-    "chat": (chat_records, r"\.(json|jsonl|ndjson|traj|csv|txt|md)(\.gz)?$", ("chat_format", "chat_domain")),
-    "code": (code_records, CODE_FILES, ()),
-    "text": (text_records, TEXT_FILES, ()),
-    "synthesize": (None, r"\.py$", ("seed", "kinds", "llm_url", "llm_model", "llm_budget")),
-}
-
 
 def remove_stale(out, prefixes, units):
     """Delete files of inputs that were removed or have changed."""
