@@ -56,42 +56,6 @@ FILES_HELDOUT = 0.1  # share of code and text documents kept from training
 MAX_REJECTED = 100   # examples kept of each reason
 PIECE = 4 * 2**20    # bytes of a shard that are worked on together
 
-# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation, which repeat
-# themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so that of the default records what goes
-# deserves it. Conversations have a length alone.
-LIMITS = {
-    #                   prose             code, api_doc     what lies outside
-    "characters":     ((50, 2_000_000), (20, 2_000_000)),  # nothing to learn from; no document but data
-    "repeated lines": ((0, 0.3),        (0, 0.8)),         # share of the characters, in lines that occurred before: menus, logs
-    "repeated runs":  ((0, 0.3),        (0, 0.8)),         # share of the runs of five words that occurred before: spam, tables
-    "symbols":        ((0, 0.4),        (0, 0.6)),         # share of characters other than letters, digits, white space: dumps
-    "line length":    ((0, 5_000),      (0, 5_000)),       # mean characters of a line: minified code, encoded data
-}
-# What is replaced by its name wherever it stands. A text is searched only if it holds the hint.
-SECRETS = {
-    "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
-    "EMAIL": ("@", r"\b[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+[a-zA-Z]{2,}\b"),
-    "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?-----END [A-Z ]*PRIVATE KEY-----"),
-    "AWS_KEY": ("AKIA", r"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
-    "GITHUB_TOKEN": ("gh", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})\b"),
-    "GOOGLE_KEY": ("AIza", r"\bAIza[\w-]{35}\b"),
-    "SLACK_TOKEN": ("xox", r"\bxox[abprs]-[0-9]{8,}-[\w-]{10,}"),
-    "API_KEY": ("sk", r"\b(?:sk-(?:proj-|ant-)?(?=\w*\d)[\w-]{32,}|sk_live_\w{24,})"),
-    "HF_TOKEN": ("hf_", r"\bhf_(?=\w*\d)[A-Za-z0-9]{30,}\b"),
-    "JWT": ("eyJ", r"\beyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{20,}"),
-}
-SECRETS = {kind: (hint, re.compile(pattern)) for kind, (hint, pattern) in SECRETS.items()}
-# Lines of web pages that say nothing, dropped from prose, by what is looked for first.
-BOILERPLATE = {hint: re.compile(rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)", re.I | re.M) for hint, line in {
-    "skip to": "skip to (?:main )?content", "cookies": "(?:accept|manage|reject) (?:all )?cookies.*|we use cookies.*",
-    "javascript": r".{0,80}(?:enable javascript|javascript is (?:disabled|required)).*", "share": r"share (?:this )?on (?:twitter|facebook|linkedin|x)\b.*",
-    "all rights reserved": r"(?:(?:copyright )?(?:©|\(c\)).{0,80})?all rights reserved\.?", "newsletter": "subscribe to (?:our|the) newsletter.*",
-    "github": "edit (?:this page )?on github", "back to top": "back to top", "lorem ipsum": "lorem ipsum.*"}.items()}
-SYMBOL = re.compile(r"[^\w\s]+")
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
-# UTF-8 that was read as Windows-1252: Ã, Â, â or ð, and then what the bytes from 80 to BF look like in it.
-WINDOWS = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}
-MOJIBAKE = re.compile("(?:[ÃÂ][%s]|â[%s]{2}|ð[%s]{3})+" % (("".join(re.escape(c) for c, b in WINDOWS.items() if b < 192),) * 3))
 
 
 def main():
@@ -132,6 +96,168 @@ def main():
         manifest = assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer) | {"options": options, "retrieval": retrieval}
         write(out / "manifest.json", json.dumps(manifest, indent=1))
         report(manifest, time.time() - started)
+
+
+def clean(record, masked):
+    """The record with its texts scrubbed; what is masked is counted."""
+    if record.text is not None:
+        record.text = scrub(record.text, masked)
+        if record.domain == "text":
+            for hint, pattern in BOILERPLATE.items():
+                if hint in record.text.lower():
+                    record.text, count = pattern.subn("", record.text)
+                    masked["lines of boilerplate"] += count
+    else:
+        record.messages, record.tools = (scrub_strings(part, masked) for part in (record.messages, record.tools))
+    return record
+
+
+def minhash(hashes, starts):
+    """Signatures (len(starts) - 1, BANDS * ROWS) uint32 of texts, from their shingle_hashes(): two agree at a place with a
+    probability that is the Jaccard similarity of their sets of shingles. The functions are of the form (a·x + b mod 2^64) / 2^32
+    with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider numbers.
+    """
+    x = hashes >> np.uint64(32)
+    a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
+    signatures = np.empty((BANDS * ROWS, len(starts) - 1), np.uint32)
+    for i in range(BANDS * ROWS):
+        signatures[i] = np.minimum.reduceat((x * (a[i] | np.uint64(1)) + b[i]) >> np.uint64(32), starts[:-1])
+    return signatures.T
+
+
+def drop_duplicates(documents, args):
+    """The Dropped that keeps of equal and of nearly equal documents the best: one of the seed before one of the pool, the longest, the
+    lowest id. Copies are sought by bands and compared in full, a part by each process; neither needs the texts in memory.
+    """
+    work, threshold = documents.work, args.near_duplicates
+    key = hash_of(documents.names, threshold)
+    pairs, path = work / f"{key}.pairs.npz", work / f"{key}.dropped.npz"
+    each(find_pairs, [(pairs, documents, threshold)], 0, "look for near duplicates")
+    count = len(np.load(pairs)["similar"])
+    parts = [(work / f"{key}.{a}.similar.npy", pairs, a, a + 20_000) for a in range(0, count, 20_000)]
+    each(compare_pairs, parts, args.workers, "compare near duplicates", (documents, threshold))
+    each(choose_copies, [(path, documents, pairs, [p for p, *_ in parts])], 0, "drop copies")
+    found = np.load(path)
+    apis = {int(i): json.loads(names) for i, names in zip(found["kept"], found["apis"])}
+    return Dropped(found["reason"], found["copy_of"], apis)
+
+
+def drop_contaminated(documents, dropped, args):
+    """Drop the documents that share something with the test data, and keep what it is for the report."""
+    files = benchmark_files(args.benchmarks)
+    if not files:
+        return
+    key = [sha256(file) for file in files]
+    jobs = [(documents.work / f"{hash_of(name, key)}.matches.json", n) for n, name in enumerate(documents.names)]
+    benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
+    each(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
+    kept = dropped.kept
+    for path, n in jobs:
+        found = {documents.first[n] + row: match for row, *match in read_json(path)}
+        dropped.match |= {i: match for i, match in found.items() if kept[i]}
+    dropped.drop(list(dropped.match), "shares words or a call with a benchmark")
+
+
+def retrieve(documents, dropped, args):
+    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets documents.score (N,), the probability
+    of each document of the pool, calibrated on as many of the seed as of the pool. Returns the figures for the manifest.
+
+    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words, and a logistic loss. With two
+    classes a vector and the output layer make one number for each n-gram, so that number is what is learned.
+    """
+    pool = dropped.kept & documents.is_in("retrieved")
+    key = hash_of(documents.names, hashlib.sha256(dropped.reason.tobytes()).hexdigest(), encoder_hashes(args.encoder))
+    path = documents.work / f"{key}.scorer.npz"
+    each(train_scorer, [(path, documents, np.flatnonzero(dropped.kept & documents.is_in("api_doc", "trajectory")), np.flatnonzero(pool), args.encoder)],
+         0, "train the classifier")
+    scorer = dict(np.load(path))
+    jobs = [(documents.work / f"{hash_of(name, key)}.scores.npy", n) for n, name in enumerate(documents.names) if documents.pieces[n].pool]
+    each(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, make_scorer(scorer, args.encoder)))
+    for path, n in jobs:
+        documents.score[documents.first[n]:documents.first[n + 1]] = 1 / (1 + np.exp(-np.load(path)))
+    if args.retrieve_above is not None:
+        taken = pool & (documents.score >= args.retrieve_above)
+    else:
+        candidates = np.flatnonzero(pool)
+        best = np.lexsort((documents.index["id"][candidates], -documents.score[candidates]))
+        taken = np.zeros(len(documents), bool)
+        taken[candidates[best[:round(args.retrieve * len(candidates))]]] = True
+    dropped.drop(pool & ~taken, "not of the seed's kind")
+    return {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")} | {
+        "pool": int(pool.sum()), "taken": int(taken.sum()), "least": float(documents.score[taken].min(initial=1.0))}
+
+
+def in_fold(name, share, fold):
+    """Whether a hash of the name falls into the given one of the 1 / share folds. Folds are counted round, from 0."""
+    return int(unit_hash(name) / share) == fold % int(1 / share)
+
+
+class Split:
+    """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out API.
+
+    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one for which
+    such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only mentions a held-out API by
+    its qualified name, in the text or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
+    split by a hash of their id; they have fewer documents, so a larger share is held out.
+    """
+
+    def __init__(self, heldout_apis, fold, copies):
+        self.heldout, self.mentions, self.fold, self.copies = set(heldout_apis), mention_finder(heldout_apis), fold, copies
+
+    def __call__(self, i, record, bin):
+        if bin in ("code", "text"):
+            return "heldout" if in_fold(record.id, FILES_HELDOUT, self.fold) else "train"
+        if self.heldout.intersection(record.apis) or self.heldout.intersection(self.copies.get(i, ())):
+            return "heldout"
+        return None if self.mentions(" ".join([content_of(record), *record.apis])) else "train"
+
+
+def tokenize(documents, dropped, divide, tokenizer, args):
+    """Tokenize the kept documents of each piece. Returns for each piece the path of what is left of it."""
+    jobs, depends = [], [tokenizer.fingerprint(), sorted(divide.heldout), args.fold]
+    depends = hashlib.sha256(json.dumps([*depends, TOKENS.descr]).encode()).hexdigest()
+    copies = np.array(sorted(divide.copies), np.int64)
+    for n, name in enumerate(documents.names):
+        first, end = documents.first[n], documents.first[n + 1]
+        kept = hashlib.sha256((dropped.reason[first:end] == 0).tobytes()).hexdigest()
+        own = [[int(i - first), divide.copies[i]] for i in copies[np.searchsorted(copies, first):np.searchsorted(copies, end)].tolist()]
+        jobs.append((documents.work / f"{hash_of(name, kept, own, depends)}.tokens.npy", n))
+    each(tokenize_piece, jobs, args.workers, "tokenize", (documents, dropped, divide, tokenizer))
+    return [path for path, _ in jobs]
+
+
+def tokenize_piece(path, n):
+    """Leaves the ids of a piece's kept documents, each with an end of text (.ids.npy), the mask of its instructions (.mask.npy), and what they are."""
+    documents, dropped, divide, tokenizer = each.shared
+    first, end = documents.first[n:n + 2]
+    kept, bins = (dropped.reason[first:end] == 0).tolist(), documents.index["bin"][first:end].tolist()
+    entries, ids, masks, end_of_text = [], [], [], np.array([tokenizer.end_of_text], np.uint32)
+    for row, (i, record) in enumerate(documents.of_piece(n)):
+        if not kept[row]:
+            continue
+        side = divide(i, record, BINS[bins[row]])
+        if side is None:
+            entries.append((row, 0, bins[row], MENTIONS, 0))
+            continue
+        lost_before = tokenizer.lost
+        if record.text is not None:
+            encoded = tokenizer.encode_to_numpy(record.text)
+        else:
+            encoded, mask = tokenizer.render(record.messages, record.tools)
+            masks += [[*mask, 0]] if record.domain == "instruction" else []
+        lost = tokenizer.lost - lost_before
+        entries.append((row, len(encoded) + 1, bins[row], SPLITS.index(side), lost))
+        ids += [encoded, end_of_text]
+    write_array(path.with_suffix(".ids.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
+    write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.array(m, np.uint8) for m in masks)]))
+    write_array(path, np.array(entries, TOKENS))
+
+
+# ============================================================================================================
+# Below: options; pieces of work; cleaning; near duplicates; decontamination; retrieval; the tokenizer; bins; the report.
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
 
 
 def parse_args():
@@ -261,6 +387,43 @@ def call(job):
 # ----------------------------------------------------------------------------------------------------------------------
 # Clean
 
+# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation, which repeat
+# themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so that of the default records what goes
+# deserves it. Conversations have a length alone.
+LIMITS = {
+    #                   prose             code, api_doc     what lies outside
+    "characters":     ((50, 2_000_000), (20, 2_000_000)),  # nothing to learn from; no document but data
+    "repeated lines": ((0, 0.3),        (0, 0.8)),         # share of the characters, in lines that occurred before: menus, logs
+    "repeated runs":  ((0, 0.3),        (0, 0.8)),         # share of the runs of five words that occurred before: spam, tables
+    "symbols":        ((0, 0.4),        (0, 0.6)),         # share of characters other than letters, digits, white space: dumps
+    "line length":    ((0, 5_000),      (0, 5_000)),       # mean characters of a line: minified code, encoded data
+}
+# What is replaced by its name wherever it stands. A text is searched only if it holds the hint.
+SECRETS = {
+    "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
+    "EMAIL": ("@", r"\b[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+[a-zA-Z]{2,}\b"),
+    "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?-----END [A-Z ]*PRIVATE KEY-----"),
+    "AWS_KEY": ("AKIA", r"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
+    "GITHUB_TOKEN": ("gh", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})\b"),
+    "GOOGLE_KEY": ("AIza", r"\bAIza[\w-]{35}\b"),
+    "SLACK_TOKEN": ("xox", r"\bxox[abprs]-[0-9]{8,}-[\w-]{10,}"),
+    "API_KEY": ("sk", r"\b(?:sk-(?:proj-|ant-)?(?=\w*\d)[\w-]{32,}|sk_live_\w{24,})"),
+    "HF_TOKEN": ("hf_", r"\bhf_(?=\w*\d)[A-Za-z0-9]{30,}\b"),
+    "JWT": ("eyJ", r"\beyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{20,}"),
+}
+SECRETS = {kind: (hint, re.compile(pattern)) for kind, (hint, pattern) in SECRETS.items()}
+# Lines of web pages that say nothing, dropped from prose, by what is looked for first.
+BOILERPLATE = {hint: re.compile(rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)", re.I | re.M) for hint, line in {
+    "skip to": "skip to (?:main )?content", "cookies": "(?:accept|manage|reject) (?:all )?cookies.*|we use cookies.*",
+    "javascript": r".{0,80}(?:enable javascript|javascript is (?:disabled|required)).*", "share": r"share (?:this )?on (?:twitter|facebook|linkedin|x)\b.*",
+    "all rights reserved": r"(?:(?:copyright )?(?:©|\(c\)).{0,80})?all rights reserved\.?", "newsletter": "subscribe to (?:our|the) newsletter.*",
+    "github": "edit (?:this page )?on github", "back to top": "back to top", "lorem ipsum": "lorem ipsum.*"}.items()}
+SYMBOL = re.compile(r"[^\w\s]+")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+# UTF-8 that was read as Windows-1252: Ã, Â, â or ð, and then what the bytes from 80 to BF look like in it.
+WINDOWS = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}
+MOJIBAKE = re.compile("(?:[ÃÂ][%s]|â[%s]{2}|ð[%s]{3})+" % (("".join(re.escape(c) for c, b in WINDOWS.items() if b < 192),) * 3))
+
 
 INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "<u8", 2), ("start", "<u8"), ("size", "<u4"), ("length", "<u4"), ("bin", "u1")])
 
@@ -358,20 +521,6 @@ def content_of(record):
 def digest_of(text):
     """16 bytes that are equal for texts equal up to case and white space."""
     return hashlib.sha256(" ".join(text.lower().split()).encode("utf-8", "replace")).digest()[:16]
-
-
-def clean(record, masked):
-    """The record with its texts scrubbed; what is masked is counted."""
-    if record.text is not None:
-        record.text = scrub(record.text, masked)
-        if record.domain == "text":
-            for hint, pattern in BOILERPLATE.items():
-                if hint in record.text.lower():
-                    record.text, count = pattern.subn("", record.text)
-                    masked["lines of boilerplate"] += count
-    else:
-        record.messages, record.tools = (scrub_strings(part, masked) for part in (record.messages, record.tools))
-    return record
 
 
 def scrub_strings(value, masked):
@@ -533,40 +682,10 @@ def shingle_hashes(texts, size=SHINGLE):
     return mix(runs[np.repeat(first - starts[:-1], taken) + np.arange(starts[-1])]), starts
 
 
-def minhash(hashes, starts):
-    """Signatures (len(starts) - 1, BANDS * ROWS) uint32 of texts, from their shingle_hashes(): two agree at a place with a
-    probability that is the Jaccard similarity of their sets of shingles. The functions are of the form (a·x + b mod 2^64) / 2^32
-    with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider numbers.
-    """
-    x = hashes >> np.uint64(32)
-    a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
-    signatures = np.empty((BANDS * ROWS, len(starts) - 1), np.uint32)
-    for i in range(BANDS * ROWS):
-        signatures[i] = np.minimum.reduceat((x * (a[i] | np.uint64(1)) + b[i]) >> np.uint64(32), starts[:-1])
-    return signatures.T
-
-
 def band_keys(signatures):
     """(BANDS, N) uint64: a hash of each band of the signatures, equal where all its ROWS agree."""
     weights = mix(np.arange(1, ROWS + 1, dtype=np.uint64))
     return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64)).T
-
-
-def drop_duplicates(documents, args):
-    """The Dropped that keeps of equal and of nearly equal documents the best: one of the seed before one of the pool, the longest, the
-    lowest id. Copies are sought by bands and compared in full, a part by each process; neither needs the texts in memory.
-    """
-    work, threshold = documents.work, args.near_duplicates
-    key = hash_of(documents.names, threshold)
-    pairs, path = work / f"{key}.pairs.npz", work / f"{key}.dropped.npz"
-    each(find_pairs, [(pairs, documents, threshold)], 0, "look for near duplicates")
-    count = len(np.load(pairs)["similar"])
-    parts = [(work / f"{key}.{a}.similar.npy", pairs, a, a + 20_000) for a in range(0, count, 20_000)]
-    each(compare_pairs, parts, args.workers, "compare near duplicates", (documents, threshold))
-    each(choose_copies, [(path, documents, pairs, [p for p, *_ in parts])], 0, "drop copies")
-    found = np.load(path)
-    apis = {int(i): json.loads(names) for i, names in zip(found["kept"], found["apis"])}
-    return Dropped(found["reason"], found["copy_of"], apis)
 
 
 def find_pairs(path, documents, threshold):
@@ -705,22 +824,6 @@ def whole_runs(texts):
     return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
 
 
-def drop_contaminated(documents, dropped, args):
-    """Drop the documents that share something with the test data, and keep what it is for the report."""
-    files = benchmark_files(args.benchmarks)
-    if not files:
-        return
-    key = [sha256(file) for file in files]
-    jobs = [(documents.work / f"{hash_of(name, key)}.matches.json", n) for n, name in enumerate(documents.names)]
-    benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
-    each(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
-    kept = dropped.kept
-    for path, n in jobs:
-        found = {documents.first[n] + row: match for row, *match in read_json(path)}
-        dropped.match |= {i: match for i, match in found.items() if kept[i]}
-    dropped.drop(list(dropped.match), "shares words or a call with a benchmark")
-
-
 def find_matches(path, n):
     """Leaves [row, words or call, file] of the documents of a piece that share something with the benchmarks."""
     documents, benchmarks = each.shared
@@ -741,35 +844,6 @@ def benchmark_files(path):
 BUCKETS = 2**20  # places for the hashed n-grams
 SAMPLE = 100_000  # documents of each side, at most, that the classifier learns from
 LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
-
-
-def retrieve(documents, dropped, args):
-    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets documents.score (N,), the probability
-    of each document of the pool, calibrated on as many of the seed as of the pool. Returns the figures for the manifest.
-
-    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words, and a logistic loss. With two
-    classes a vector and the output layer make one number for each n-gram, so that number is what is learned.
-    """
-    pool = dropped.kept & documents.is_in("retrieved")
-    key = hash_of(documents.names, hashlib.sha256(dropped.reason.tobytes()).hexdigest(), encoder_hashes(args.encoder))
-    path = documents.work / f"{key}.scorer.npz"
-    each(train_scorer, [(path, documents, np.flatnonzero(dropped.kept & documents.is_in("api_doc", "trajectory")), np.flatnonzero(pool), args.encoder)],
-         0, "train the classifier")
-    scorer = dict(np.load(path))
-    jobs = [(documents.work / f"{hash_of(name, key)}.scores.npy", n) for n, name in enumerate(documents.names) if documents.pieces[n].pool]
-    each(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, make_scorer(scorer, args.encoder)))
-    for path, n in jobs:
-        documents.score[documents.first[n]:documents.first[n + 1]] = 1 / (1 + np.exp(-np.load(path)))
-    if args.retrieve_above is not None:
-        taken = pool & (documents.score >= args.retrieve_above)
-    else:
-        candidates = np.flatnonzero(pool)
-        best = np.lexsort((documents.index["id"][candidates], -documents.score[candidates]))
-        taken = np.zeros(len(documents), bool)
-        taken[candidates[best[:round(args.retrieve * len(candidates))]]] = True
-    dropped.drop(pool & ~taken, "not of the seed's kind")
-    return {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")} | {
-        "pool": int(pool.sum()), "taken": int(taken.sum()), "least": float(documents.score[taken].min(initial=1.0))}
 
 
 def plain_text(record):
@@ -909,31 +983,6 @@ def calibrate(scores, labels):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Split: what a model is tested on is never in what it learned from
-
-
-def in_fold(name, share, fold):
-    """Whether a hash of the name falls into the given one of the 1 / share folds. Folds are counted round, from 0."""
-    return int(unit_hash(name) / share) == fold % int(1 / share)
-
-
-class Split:
-    """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out API.
-
-    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one for which
-    such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only mentions a held-out API by
-    its qualified name, in the text or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
-    split by a hash of their id; they have fewer documents, so a larger share is held out.
-    """
-
-    def __init__(self, heldout_apis, fold, copies):
-        self.heldout, self.mentions, self.fold, self.copies = set(heldout_apis), mention_finder(heldout_apis), fold, copies
-
-    def __call__(self, i, record, bin):
-        if bin in ("code", "text"):
-            return "heldout" if in_fold(record.id, FILES_HELDOUT, self.fold) else "train"
-        if self.heldout.intersection(record.apis) or self.heldout.intersection(self.copies.get(i, ())):
-            return "heldout"
-        return None if self.mentions(" ".join([content_of(record), *record.apis])) else "train"
 
 
 def mention_finder(names):
@@ -1428,47 +1477,6 @@ def read_ranks(path):
 
 TOKENS = np.dtype([("row", "<u4"), ("length", "<u4"), ("bin", "u1"), ("side", "u1"), ("lost", "<u4")])
 MENTIONS = len(SPLITS)  # in place of a side
-
-
-def tokenize(documents, dropped, divide, tokenizer, args):
-    """Tokenize the kept documents of each piece. Returns for each piece the path of what is left of it."""
-    jobs, depends = [], [tokenizer.fingerprint(), sorted(divide.heldout), args.fold]
-    depends = hashlib.sha256(json.dumps([*depends, TOKENS.descr]).encode()).hexdigest()
-    copies = np.array(sorted(divide.copies), np.int64)
-    for n, name in enumerate(documents.names):
-        first, end = documents.first[n], documents.first[n + 1]
-        kept = hashlib.sha256((dropped.reason[first:end] == 0).tobytes()).hexdigest()
-        own = [[int(i - first), divide.copies[i]] for i in copies[np.searchsorted(copies, first):np.searchsorted(copies, end)].tolist()]
-        jobs.append((documents.work / f"{hash_of(name, kept, own, depends)}.tokens.npy", n))
-    each(tokenize_piece, jobs, args.workers, "tokenize", (documents, dropped, divide, tokenizer))
-    return [path for path, _ in jobs]
-
-
-def tokenize_piece(path, n):
-    """Leaves the ids of a piece's kept documents, each with an end of text (.ids.npy), the mask of its instructions (.mask.npy), and what they are."""
-    documents, dropped, divide, tokenizer = each.shared
-    first, end = documents.first[n:n + 2]
-    kept, bins = (dropped.reason[first:end] == 0).tolist(), documents.index["bin"][first:end].tolist()
-    entries, ids, masks, end_of_text = [], [], [], np.array([tokenizer.end_of_text], np.uint32)
-    for row, (i, record) in enumerate(documents.of_piece(n)):
-        if not kept[row]:
-            continue
-        side = divide(i, record, BINS[bins[row]])
-        if side is None:
-            entries.append((row, 0, bins[row], MENTIONS, 0))
-            continue
-        lost_before = tokenizer.lost
-        if record.text is not None:
-            encoded = tokenizer.encode_to_numpy(record.text)
-        else:
-            encoded, mask = tokenizer.render(record.messages, record.tools)
-            masks += [[*mask, 0]] if record.domain == "instruction" else []
-        lost = tokenizer.lost - lost_before
-        entries.append((row, len(encoded) + 1, bins[row], SPLITS.index(side), lost))
-        ids += [encoded, end_of_text]
-    write_array(path.with_suffix(".ids.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
-    write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.array(m, np.uint8) for m in masks)]))
-    write_array(path, np.array(entries, TOKENS))
 
 
 def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):

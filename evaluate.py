@@ -76,6 +76,16 @@ HEADLINE = "name and arguments"  # of calls that have arguments: the first metri
 HELDOUT = ("loss", "choice", "next", "calls", "calls-constrained")  # what the suite heldout consists of
 
 
+def suites():
+    """{name: function of the options (and of the corpus, for those of HELDOUT) that gives its items}. An item is
+    (id, function that begins its episode).
+    """
+    return {
+        "loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
+        "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 300],
+        "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
+
+
 def main():
     args = parse_args()
     if args.serve:
@@ -84,28 +94,28 @@ def main():
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
     started, out = time.time(), Path(args.out) / "eval"
     corpus = open_corpus(args.corpus) if "heldout" in args.suite else None
-    suites = {}  # {name: [(id of an item, function that begins its episode)]}
+    chosen = {}  # {name: items}
     for name in names:
         of_corpus = name in HELDOUT
         suite = name + "-constrained" * (args.constrained and not of_corpus and name != "mmlu")
-        suites[suite] = SUITES[name](*[corpus] * of_corpus, args)
+        chosen[suite] = suites()[name](*[corpus] * of_corpus, args)
     benchmarks = listing(args.data) if {*names} - {*HELDOUT} else None
     options = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
-    items = {suite: {} for suite in suites}  # {suite: {model: its items}}
+    items = {suite: {} for suite in chosen}  # {suite: {model: its items}}
     paths = args.model or [f"{args.out}/{name}" for name in ("control", "ours")]
     labels = [name_model(path, paths) for path in paths]
     for label, path in zip(labels, paths):
         model = open_model(path, corpus, args)
-        for suite, episodes in suites.items():
+        for suite, episodes in chosen.items():
             identity = [model.identity, corpus.sha256 if suite in HELDOUT else benchmarks, *options]
             items[suite][label] = play_all(suite, episodes, model, identity, out / "items" / label, args)
     if not is_main():
         return
-    results = [row for suite in suites for row in summarise(suite, items[suite], labels)]
+    results = [row for suite in chosen for row in summarise(suite, items[suite], labels)]
     write(out / "results.json", json.dumps(results, indent=1))
-    tables = "\n\n".join(table(suite, results, labels) for suite in suites)
+    tables = "\n\n".join(table(suite, results, labels) for suite in chosen)
     print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; the rest: shares, higher is better.")
-    write(out / "report.md", f"# {', '.join(labels)}\n\n{tables}\n\n" + "\n".join(failures(suite, items[suite], labels) for suite in suites))
+    write(out / "report.md", f"# {', '.join(labels)}\n\n{tables}\n\n" + "\n".join(failures(suite, items[suite], labels) for suite in chosen))
     if pyplot:
         draw(results, labels, paths, out, pyplot)
     for item in items.get("calls", {}).get(labels[-1], [])[:3]:
@@ -114,13 +124,159 @@ def main():
     print(f"\n{time.time() - started:.0f} s; the report is {out}/report.md, every item is in {out}/items")
 
 
+def play(episodes, reply):
+    """The records of episodes [(id, function)] that go on together: what all of them ask in a round is
+    answered by one call of reply.
+    """
+    begun = {name: begin() for name, begin in episodes}
+    records, answers = {}, dict.fromkeys(begun)
+    while answers:
+        asked = {}
+        for name, answer in answers.items():
+            try:
+                asked[name] = begun[name].send(answer)
+                records.setdefault(name, {"id": name} | ({"prompt": asked[name]} if isinstance(asked[name], tuple) else {}))
+            except StopIteration as end:
+                records.setdefault(name, {"id": name}).update(end.value)
+        answers = dict(zip(asked, reply(list(asked.values())))) if asked else {}
+    return [records[name] for name in begun]
+
+
+def play_all(suite, episodes, model, identity, directory, args):
+    """The records of a suite's episodes, from their file or played now; finished ones are kept if this is
+    stopped.
+
+    Items are played in groups, which ranks share out: what an item's batch holds depends on neither their
+    number nor what was done before.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    whole, part = directory / f"{suite}.jsonl", directory / f"{suite}.part{rank}.jsonl"
+    directory.mkdir(parents=True, exist_ok=True)
+    if (done := read_items(whole, identity)) is None:
+        write(part, json.dumps(identity) + "\n" + "".join(json.dumps(item) + "\n" for item in (read_items(part, identity) or {}).values()))
+        done = items_of_parts(directory, suite, identity)
+        groups = [episodes[i:i + model.group] for i in range(0, len(episodes), model.group)]
+        todo = [group for group in groups[rank::world] if any(name not in done for name, _ in group)]
+        reply = partial(model.reply, max_tokens=args.max_tokens or (160 if suite in HELDOUT else 1024), constrained=suite.endswith("-constrained"))
+        with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
+            played = (map if model.workers == 1 else pool.map)(lambda group: play(group, reply), todo)
+            for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False, disable=None if is_main() else True):
+                file.write("".join(json.dumps(item) + "\n" for item in items))
+                file.flush()
+        if not is_main():
+            return None
+        while any(name not in done for name, _ in episodes):  # for the other ranks
+            done = items_of_parts(directory, suite, identity)
+            time.sleep(0.05)
+        write(whole, json.dumps(identity) + "\n" + "".join(json.dumps(done[name]) + "\n" for name, _ in episodes))
+        for path in directory.glob(f"{suite}.part*.jsonl"):
+            path.unlink()
+    return [done[name] for name, _ in episodes]
+
+
+def check_call(tools, calls, gold, language="python"):
+    """Whether calls are the gold ones in any order, and if not, which of KINDS stands in the way, as (bool,
+    kind or None).
+
+    tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)];
+    gold: [{name: {parameter: [acceptable values]}}], where "" among the values lets the parameter be left
+    out. Each gold call in turn takes the first call left that fits; BFCL's simple and multiple categories are
+    the case of one. What makes the original raise an exception is wrong here.
+
+    >>> f = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
+    >>> check_call([f], [("f", {"a": 1})], [{"f": {"a": [1, 2]}}]), check_call([f], [("f", {"a": 1.0})], [{"f": {"a": [1, 2]}}])
+    ((True, None), (False, 'wrong type'))
+    """
+    if len(calls) != len(gold):
+        return False, "wrong count"
+    left = list(calls)
+    try:
+        for (name, acceptable), in map(dict.items, gold):
+            tool, kinds = next((t for t in tools if t["name"] == name), None), []
+            for i, call in enumerate(left):
+                kinds.append(mismatch(tool, *call, acceptable, language))
+                if not kinds[-1]:
+                    del left[i]
+                    break
+            else:
+                return False, max(kinds, key=KINDS.index)
+    except UNREADABLE:
+        return False, "wrong value"
+    return True, None
+
+
+def summarise(suite, items, models):
+    """What out/eval/results.json holds of a suite: an object for each metric and model, the others' compared
+    with the first's.
+
+    Metrics are means over the items that have them; totals are formulas of these means (TOTALS).
+    """
+    by_id = {model: {item["id"]: item for item in items[model]} for model in models}
+    ids = {}  # {metric: its items}
+    for name, item in by_id[models[0]].items():
+        for metric in item["scores"]:
+            ids.setdefault(metric, []).append(name)
+    ids = {metric: ids[metric] for metric in sorted(ids, key=lambda metric: metric != HEADLINE)}
+    means, draws = {}, {}
+    for metric, names in ids.items():
+        values = np.array([[by_id[model][name]["scores"][metric] for model in models] for name in names])  # (N, models)
+        means[metric], draws[metric] = values.mean(0), resample(values)       # (models,), (resamples, models)
+    sizes = {metric: len(names) for metric, names in ids.items()}
+    for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
+        with contextlib.suppress(KeyError):  # not all of its parts were measured
+            means[total], draws[total] = (total_of(formula, of, sizes) for of in (means, draws))
+            ids[total] = [name for metric in parts_of(formula) for name in ids[metric]]
+    results = []
+    for metric, names in ids.items():
+        for m, model in enumerate(models):
+            row = {"model": model, "suite": suite, "metric": metric, "n": len(names), "score": means[metric][m], **interval("", draws[metric][:, m])}
+            verdicts = Counter(by_id[model][name].get("verdict") for name in names)
+            if None not in verdicts:
+                row["verdicts"] = {v: verdicts[v] / len(names) for v in VERDICTS}
+            if m:
+                row |= {"baseline": models[0], "difference": means[metric][m] - means[metric][0],
+                        **interval("difference_", draws[metric][:, m] - draws[metric][:, 0])}
+            results.append(row)
+    return results
+
+
+def interval(prefix, draws):
+    """The 95% bootstrap interval, from the percentiles."""
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
+
+
+def table(suite, results, models):
+    """A suite's results as a table in Markdown, a row a metric and model."""
+    rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
+    last = None
+    for r in (r for r in results if r["suite"] == suite):
+        row = ["", ""] if r["metric"] == last else [last := r["metric"], f"{r['n']:,}"]
+        row += [r["model"], f"{r['score']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
+        clear = "baseline" in r and (r["difference_low"] > 0 or r["difference_high"] < 0)
+        row.append(f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}]{' *' * clear}" if "baseline" in r else "")
+        rows.append(row + ([f"{share:.0%}" for share in r["verdicts"].values()] if "verdicts" in r else [""] * len(VERDICTS)))
+    used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
+    widths = {c: max(len(row[c]) for row in rows) for c in used}
+    lines = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
+    return "\n".join([f"### {suite}", "", lines[0], "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|", *lines[1:]])
+
+
+# ============================================================================================================
+# Below: options; items; models and endpoints; constrained decoding; a section a benchmark; the sandbox; the report;
+# the server.
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", metavar="MODEL", help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as http://localhost:8000/v1 "
         "(the key is taken from OPENAI_API_KEY), with #NAME where one serves several models; the first is what the others are compared "
         "with (default: control and ours under --out)")
-    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *(s for s in SUITES if s not in HELDOUT)], help="what to measure")
+    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *(s for s in suites() if s not in HELDOUT)], help="what to measure")
     add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
@@ -199,56 +355,6 @@ def clean(answer):
     text = after_thought(answer.text)
     words = set(re.findall(r"[\u3040-\ud7ff]|[^\W\d_]+", text.lower()))
     return answer.ended and (text == "[]" or len(words) >= 3 and not holds_call(text) and not re.search(r"<[/|]?\w", text))
-
-
-def play(episodes, reply):
-    """The records of episodes [(id, function)] that go on together: what all of them ask in a round is
-    answered by one call of reply.
-    """
-    begun = {name: begin() for name, begin in episodes}
-    records, answers = {}, dict.fromkeys(begun)
-    while answers:
-        asked = {}
-        for name, answer in answers.items():
-            try:
-                asked[name] = begun[name].send(answer)
-                records.setdefault(name, {"id": name} | ({"prompt": asked[name]} if isinstance(asked[name], tuple) else {}))
-            except StopIteration as end:
-                records.setdefault(name, {"id": name}).update(end.value)
-        answers = dict(zip(asked, reply(list(asked.values())))) if asked else {}
-    return [records[name] for name in begun]
-
-
-def play_all(suite, episodes, model, identity, directory, args):
-    """The records of a suite's episodes, from their file or played now; finished ones are kept if this is
-    stopped.
-
-    Items are played in groups, which ranks share out: what an item's batch holds depends on neither their
-    number nor what was done before.
-    """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    whole, part = directory / f"{suite}.jsonl", directory / f"{suite}.part{rank}.jsonl"
-    directory.mkdir(parents=True, exist_ok=True)
-    if (done := read_items(whole, identity)) is None:
-        write(part, json.dumps(identity) + "\n" + "".join(json.dumps(item) + "\n" for item in (read_items(part, identity) or {}).values()))
-        done = items_of_parts(directory, suite, identity)
-        groups = [episodes[i:i + model.group] for i in range(0, len(episodes), model.group)]
-        todo = [group for group in groups[rank::world] if any(name not in done for name, _ in group)]
-        reply = partial(model.reply, max_tokens=args.max_tokens or (160 if suite in HELDOUT else 1024), constrained=suite.endswith("-constrained"))
-        with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
-            played = (map if model.workers == 1 else pool.map)(lambda group: play(group, reply), todo)
-            for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False, disable=None if is_main() else True):
-                file.write("".join(json.dumps(item) + "\n" for item in items))
-                file.flush()
-        if not is_main():
-            return None
-        while any(name not in done for name, _ in episodes):  # for the other ranks
-            done = items_of_parts(directory, suite, identity)
-            time.sleep(0.05)
-        write(whole, json.dumps(identity) + "\n" + "".join(json.dumps(done[name]) + "\n" for name, _ in episodes))
-        for path in directory.glob(f"{suite}.part*.jsonl"):
-            path.unlink()
-    return [done[name] for name, _ in episodes]
 
 
 def read_items(path, identity):
@@ -846,37 +952,6 @@ TYPES = {name: kind for kind, names in {
 UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, SyntaxError)
 
 
-def check_call(tools, calls, gold, language="python"):
-    """Whether calls are the gold ones in any order, and if not, which of KINDS stands in the way, as (bool,
-    kind or None).
-
-    tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)];
-    gold: [{name: {parameter: [acceptable values]}}], where "" among the values lets the parameter be left
-    out. Each gold call in turn takes the first call left that fits; BFCL's simple and multiple categories are
-    the case of one. What makes the original raise an exception is wrong here.
-
-    >>> f = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
-    >>> check_call([f], [("f", {"a": 1})], [{"f": {"a": [1, 2]}}]), check_call([f], [("f", {"a": 1.0})], [{"f": {"a": [1, 2]}}])
-    ((True, None), (False, 'wrong type'))
-    """
-    if len(calls) != len(gold):
-        return False, "wrong count"
-    left = list(calls)
-    try:
-        for (name, acceptable), in map(dict.items, gold):
-            tool, kinds = next((t for t in tools if t["name"] == name), None), []
-            for i, call in enumerate(left):
-                kinds.append(mismatch(tool, *call, acceptable, language))
-                if not kinds[-1]:
-                    del left[i]
-                    break
-            else:
-                return False, max(kinds, key=KINDS.index)
-    except UNREADABLE:
-        return False, "wrong value"
-    return True, None
-
-
 def mismatch(tool, name, arguments, gold, language):
     """What keeps a call from being the gold one, of KINDS, or None."""
     if name != tool["name"]:
@@ -1452,6 +1527,7 @@ BFCL_TOTALS = {
 # Metrics of the development split carry its name.
 
 AGENTBENCH_DB_TOTALS = {"overall": ("SELECT", "INSERT", "UPDATE")}  # the mean of their means
+TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 
 
 class Final(NamedTuple):
@@ -2111,41 +2187,6 @@ def questions(directory, split):
 # Numbers and their uncertainty, and the report
 
 
-def summarise(suite, items, models):
-    """What out/eval/results.json holds of a suite: an object for each metric and model, the others' compared
-    with the first's.
-
-    Metrics are means over the items that have them; totals are formulas of these means (TOTALS).
-    """
-    by_id = {model: {item["id"]: item for item in items[model]} for model in models}
-    ids = {}  # {metric: its items}
-    for name, item in by_id[models[0]].items():
-        for metric in item["scores"]:
-            ids.setdefault(metric, []).append(name)
-    ids = {metric: ids[metric] for metric in sorted(ids, key=lambda metric: metric != HEADLINE)}
-    means, draws = {}, {}
-    for metric, names in ids.items():
-        values = np.array([[by_id[model][name]["scores"][metric] for model in models] for name in names])  # (N, models)
-        means[metric], draws[metric] = values.mean(0), resample(values)       # (models,), (resamples, models)
-    sizes = {metric: len(names) for metric, names in ids.items()}
-    for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
-        with contextlib.suppress(KeyError):  # not all of its parts were measured
-            means[total], draws[total] = (total_of(formula, of, sizes) for of in (means, draws))
-            ids[total] = [name for metric in parts_of(formula) for name in ids[metric]]
-    results = []
-    for metric, names in ids.items():
-        for m, model in enumerate(models):
-            row = {"model": model, "suite": suite, "metric": metric, "n": len(names), "score": means[metric][m], **interval("", draws[metric][:, m])}
-            verdicts = Counter(by_id[model][name].get("verdict") for name in names)
-            if None not in verdicts:
-                row["verdicts"] = {v: verdicts[v] / len(names) for v in VERDICTS}
-            if m:
-                row |= {"baseline": models[0], "difference": means[metric][m] - means[metric][0],
-                        **interval("difference_", draws[metric][:, m] - draws[metric][:, 0])}
-            results.append(row)
-    return results
-
-
 def total_of(formula, means, sizes):
     """A total from the means of metrics and their numbers of items: a tuple is the mean of its parts, a set
     the mean over all its items.
@@ -2169,28 +2210,6 @@ def resample(values, resamples=2000):
     n = len(values)
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)  # (resamples, N): how often each row is drawn
     return counts @ values / n
-
-
-def interval(prefix, draws):
-    """The 95% bootstrap interval, from the percentiles."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
-
-
-def table(suite, results, models):
-    """A suite's results as a table in Markdown, a row a metric and model."""
-    rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
-    last = None
-    for r in (r for r in results if r["suite"] == suite):
-        row = ["", ""] if r["metric"] == last else [last := r["metric"], f"{r['n']:,}"]
-        row += [r["model"], f"{r['score']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
-        clear = "baseline" in r and (r["difference_low"] > 0 or r["difference_high"] < 0)
-        row.append(f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}]{' *' * clear}" if "baseline" in r else "")
-        rows.append(row + ([f"{share:.0%}" for share in r["verdicts"].values()] if "verdicts" in r else [""] * len(VERDICTS)))
-    used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
-    widths = {c: max(len(row[c]) for row in rows) for c in used}
-    lines = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
-    return "\n".join([f"### {suite}", "", lines[0], "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|", *lines[1:]])
 
 
 def failures(suite, items, models, longest=600):
@@ -2674,12 +2693,6 @@ def shape_chat(row, content, calls, reason, scores, kind):
     message = ({} if kind == "delta" else {"role": "assistant"}) | {"content": content} | ({"tool_calls": calls} if calls else {})
     shown = {"content": [entry(i, v) | {"top_logprobs": [entry(*pair) for pair in best]} for i, v, best, _ in scores], "refusal": None}
     return {"index": row.index, kind.split()[-1]: message, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
-
-
-SUITES = {"loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
-          "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 300],
-          "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
-TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,118 @@ def main():
         dist.destroy_process_group()
 
 
+def tune(run, init, corpus, args):
+    """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
+    windows, too_long = {}, 0
+    for kind, chosen in by_kind(corpus, args.mix).items():
+        windows[kind], left_out = pack(corpus, "train", chosen, args.seq_len)
+        too_long += left_out
+    positions = sum(map(len, windows.values())) * args.seq_len
+    batch_size = args.batch_tokens // args.seq_len
+    tokens = int(args.epochs * positions) if args.epochs else args.tokens
+    steps = tokens // (batch_size * args.seq_len)
+    if steps < 1:
+        fail(f"{'--epochs' if args.epochs else '--tokens'}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
+    args.all_tokens = tokens * (1 if args.init else 2)
+    order, epochs = window_order(windows, args.mix, steps * batch_size, args.seed)
+    get_batch = packed_batches(corpus, "train", order, batch_size, args)
+    held_out = held_out_windows(corpus, args, document_mask=True) | held_out_conversations(corpus, args)
+    options = {"init": str(init), "steps": steps, "lora": [args.lora_rank, args.lora_projections] if args.lora_rank else None,
+               "learned": [args.last_turn, args.thoughts], "mix": args.mix} | training_options(corpus, args)
+    settle_options(run, options)
+
+    def make_model():
+        model = load_checkpoint(init, corpus, dtype=None)
+        if args.lora_rank:
+            torch.manual_seed(args.seed)
+            add_lora(model, init, args)
+        return model
+
+    def save_merged(model, run, updates):
+        if args.keep_adapter:
+            save_adapter(updates, init, run / "adapter", args)
+        base = load_checkpoint(init, corpus, dtype=None)
+        merge(base, updates)
+        transformer.save(base, run)
+
+    train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save_merged if args.lora_rank else transformer.save)
+    if is_main():
+        lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
+        print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, {sum(lengths) / positions:.1%} of positions "
+              f"used, {too_long:,} too long for a window; epochs " + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
+
+
+def pack(corpus, split, chosen, seq_len):
+    """The chosen conversations in windows of seq_len tokens by best fit: longest first, each into the fullest window it fits.
+
+    Returns a list of windows, each a list of (start, end) in the bin, and the number of conversations too long for one.
+    """
+    starts = corpus.read("instruction", split, "idx").astype(np.int64)
+    lengths = np.diff(starts)[chosen]
+    with_room, rooms, windows = [[] for _ in range(seq_len + 1)], [], []  # with_room[r]: windows with r tokens left; rooms: such r, sorted
+    for i in np.argsort(-lengths, kind="stable"):
+        if lengths[i] > seq_len:
+            continue
+        at = bisect.bisect_left(rooms, lengths[i])
+        if at < len(rooms):
+            room, window = rooms[at], with_room[rooms[at]].pop()
+            if not with_room[room]:
+                del rooms[at]
+        else:
+            room, window = seq_len, len(windows)
+            windows.append([])
+        windows[window].append((starts[chosen[i]], starts[chosen[i] + 1]))
+        if not with_room[room - lengths[i]]:
+            bisect.insort(rooms, room - lengths[i])
+        with_room[room - lengths[i]].append(window)
+    if not windows and split == "train":
+        fail(f"{corpus.directory}: no conversation fits a window of {seq_len} tokens; see --seq-len and --mix")
+    return windows, int((lengths > seq_len).sum())
+
+
+def packed_batches(corpus, split, order, batch_size, args):
+    """get_batch(step, rows) -> ids, targets, segments (len(rows), T) of those rows: targets are -100 where nothing is learned."""
+    ids, mask = corpus.read("instruction", split), corpus.read("instruction", split, "mask")
+    padding, T = corpus.tokenizer.end_of_text, args.seq_len
+
+    def get_batch(step, rows):
+        x = np.full((len(rows), T), padding, np.int64)
+        y = np.full((len(rows), T), -100, np.int64)
+        segments = np.full((len(rows), T), -1, np.int32)
+        for row, window in enumerate(step * batch_size + np.asarray(rows)):
+            at = 0
+            for n, (start, end) in enumerate(order[window]):
+                conversation = ids[start:end].astype(np.int64)
+                to = at + end - start
+                learned = learned_tokens(conversation, mask[start:end], corpus.tokenizer, args)
+                x[row, at:to], segments[row, at:to] = conversation, n
+                y[row, at:to - 1] = np.where(learned[1:], conversation[1:], -100)
+                at = to
+        return x, y, segments
+
+    return get_batch
+
+
+def learned_tokens(ids, mask, tokenizer, args):
+    """(N,) Whether each token of a conversation is learned: what the assistant writes by `mask`, less what the flags leave out."""
+    learned = mask.astype(bool)
+    if not args.thoughts:
+        begun, ended = ((ids == tokenizer.special[tag]).cumsum() for tag in ("<think>", "</think>"))
+        learned &= (begun == ended) & (ids != tokenizer.special["</think>"])
+    if args.last_turn:
+        user = [tokenizer.special["<|im_start|>"], *tokenizer.encode("user")]
+        at = np.flatnonzero(np.all([ids[k:len(ids) - len(user) + 1 + k] == token for k, token in enumerate(user)], axis=0))
+        learned[:at[-1] if len(at) else 0] = False
+    return learned
+
+
+# ============================================================================================================
+# Below: options; conversations; LoRA.
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -101,47 +213,6 @@ def projections(text):
     if not {*names} <= {*PROJECTIONS}:
         raise argparse.ArgumentTypeError("some of " + ", ".join(p[:-5] for p in PROJECTIONS))
     return names
-
-
-def tune(run, init, corpus, args):
-    """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
-    windows, too_long = {}, 0
-    for kind, chosen in by_kind(corpus, args.mix).items():
-        windows[kind], left_out = pack(corpus, "train", chosen, args.seq_len)
-        too_long += left_out
-    positions = sum(map(len, windows.values())) * args.seq_len
-    batch_size = args.batch_tokens // args.seq_len
-    tokens = int(args.epochs * positions) if args.epochs else args.tokens
-    steps = tokens // (batch_size * args.seq_len)
-    if steps < 1:
-        fail(f"{'--epochs' if args.epochs else '--tokens'}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
-    args.all_tokens = tokens * (1 if args.init else 2)
-    order, epochs = window_order(windows, args.mix, steps * batch_size, args.seed)
-    get_batch = packed_batches(corpus, "train", order, batch_size, args)
-    held_out = held_out_windows(corpus, args, document_mask=True) | held_out_conversations(corpus, args)
-    options = {"init": str(init), "steps": steps, "lora": [args.lora_rank, args.lora_projections] if args.lora_rank else None,
-               "learned": [args.last_turn, args.thoughts], "mix": args.mix} | training_options(corpus, args)
-    settle_options(run, options)
-
-    def make_model():
-        model = load_checkpoint(init, corpus, dtype=None)
-        if args.lora_rank:
-            torch.manual_seed(args.seed)
-            add_lora(model, init, args)
-        return model
-
-    def save_merged(model, run, updates):
-        if args.keep_adapter:
-            save_adapter(updates, init, run / "adapter", args)
-        base = load_checkpoint(init, corpus, dtype=None)
-        merge(base, updates)
-        transformer.save(base, run)
-
-    train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save_merged if args.lora_rank else transformer.save)
-    if is_main():
-        lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
-        print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, {sum(lengths) / positions:.1%} of positions "
-              f"used, {too_long:,} too long for a window; epochs " + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -194,74 +265,10 @@ def by_kind(corpus, mix):
     return {kind: kinds[kind] for kind, share in mix.items() if share}
 
 
-def pack(corpus, split, chosen, seq_len):
-    """The chosen conversations in windows of seq_len tokens by best fit: longest first, each into the fullest window it fits.
-
-    Returns a list of windows, each a list of (start, end) in the bin, and the number of conversations too long for one.
-    """
-    starts = corpus.read("instruction", split, "idx").astype(np.int64)
-    lengths = np.diff(starts)[chosen]
-    with_room, rooms, windows = [[] for _ in range(seq_len + 1)], [], []  # with_room[r]: windows with r tokens left; rooms: such r, sorted
-    for i in np.argsort(-lengths, kind="stable"):
-        if lengths[i] > seq_len:
-            continue
-        at = bisect.bisect_left(rooms, lengths[i])
-        if at < len(rooms):
-            room, window = rooms[at], with_room[rooms[at]].pop()
-            if not with_room[room]:
-                del rooms[at]
-        else:
-            room, window = seq_len, len(windows)
-            windows.append([])
-        windows[window].append((starts[chosen[i]], starts[chosen[i] + 1]))
-        if not with_room[room - lengths[i]]:
-            bisect.insort(rooms, room - lengths[i])
-        with_room[room - lengths[i]].append(window)
-    if not windows and split == "train":
-        fail(f"{corpus.directory}: no conversation fits a window of {seq_len} tokens; see --seq-len and --mix")
-    return windows, int((lengths > seq_len).sum())
-
-
 def window_order(windows, mix, count, seed):
     """The windows of a whole run in their order, kinds by their shares in `mix`, and {kind: epochs}."""
     kinds, order, which, epochs = plan_windows({k: len(w) for k, w in windows.items()}, mix or {"all": 1}, count, seed)
     return [windows[kinds[kind]][window] for kind, window in zip(order, which)], epochs
-
-
-def packed_batches(corpus, split, order, batch_size, args):
-    """get_batch(step, rows) -> ids, targets, segments (len(rows), T) of those rows: targets are -100 where nothing is learned."""
-    ids, mask = corpus.read("instruction", split), corpus.read("instruction", split, "mask")
-    padding, T = corpus.tokenizer.end_of_text, args.seq_len
-
-    def get_batch(step, rows):
-        x = np.full((len(rows), T), padding, np.int64)
-        y = np.full((len(rows), T), -100, np.int64)
-        segments = np.full((len(rows), T), -1, np.int32)
-        for row, window in enumerate(step * batch_size + np.asarray(rows)):
-            at = 0
-            for n, (start, end) in enumerate(order[window]):
-                conversation = ids[start:end].astype(np.int64)
-                to = at + end - start
-                learned = learned_tokens(conversation, mask[start:end], corpus.tokenizer, args)
-                x[row, at:to], segments[row, at:to] = conversation, n
-                y[row, at:to - 1] = np.where(learned[1:], conversation[1:], -100)
-                at = to
-        return x, y, segments
-
-    return get_batch
-
-
-def learned_tokens(ids, mask, tokenizer, args):
-    """(N,) Whether each token of a conversation is learned: what the assistant writes by `mask`, less what the flags leave out."""
-    learned = mask.astype(bool)
-    if not args.thoughts:
-        begun, ended = ((ids == tokenizer.special[tag]).cumsum() for tag in ("<think>", "</think>"))
-        learned &= (begun == ended) & (ids != tokenizer.special["</think>"])
-    if args.last_turn:
-        user = [tokenizer.special["<|im_start|>"], *tokenizer.encode("user")]
-        at = np.flatnonzero(np.all([ids[k:len(ids) - len(user) + 1 + k] == token for k, token in enumerate(user)], axis=0))
-        learned[:at[-1] if len(at) else 0] = False
-    return learned
 
 
 def held_out_conversations(corpus, args):

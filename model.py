@@ -103,34 +103,6 @@ class Config:
         return cls(**known, model_type=kind, attention_bias=bool(config.get("attention_bias")), rope_scaling=scaling, sliding_window=window)
 
 
-def sensible(value, field):
-    """Whether a value from outside can be that of a field of Config."""
-    if field.type is bool:
-        return type(value) is bool
-    if field.type is float:
-        return type(value) in (int, float) and 0 < value < math.inf
-    return type(value) is int and 0 < value <= LARGEST.get(field.name, 2**24)
-
-
-LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model
-
-HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-            "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
-            "max_seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings"}
-
-SHORT = 768  # windows up to this are packed by a mask, longer ones document by document: on a CPU a mask lets torch.compile keep a
-             # layer in one piece, and from 1,024 on loses to the pieces (tests/bench.py packing)
-
-PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
-    "tiny": dict(),
-    "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True,
-               attention_bias=False),
-    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192, attention_bias=False),
-}
-
-
 class Attention(nn.Module):
     """Rotary, grouped-query self-attention: (B, T, C) to (B, T, C)."""
 
@@ -163,62 +135,6 @@ class Attention(nn.Module):
         else:
             y = causal_attention(q, k, v, c.sliding_window)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
-
-
-def attend(q, k, v, mask=None, causal=False):
-    """Fused attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
-    if mask is not None and q.shape[2] == k.shape[2] and q.dtype == torch.bfloat16 and compiled_for_cpu(q):
-        return compiled_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
-
-
-def compiled_for_cpu(x):
-    """Whether torch.compile is at work, for a CPU."""
-    return x.device.type == "cpu" and torch.compiler.is_compiling()
-
-
-def compiled_attention(q, k, v, mask, block=128):
-    """The same for a causal mask (B or 1, 1, T, T), a block of queries at a time over the keys up to its end: what torch.compile makes of
-    this on a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention)."""
-    T, D = q.shape[2:]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))    # (B, H, T, D)
-    blocks = []
-    for a in range(0, T, block):
-        b = min(T, a + block)
-        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5             # (B, H, b - a, b)
-        weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
-        blocks.append(weights.to(v.dtype) @ v[:, :, :b])
-    return torch.cat(blocks, 2)
-
-
-def causal_attention(q, k, v, window=None):
-    """Each token sees itself and those before it, or the last `window` of them. Without a mask of T x T in either case."""
-    T = q.shape[2]
-    if window is None or T <= window:
-        return attend(q, k, v, causal=True)
-    # By blocks of as many queries as the window has tokens: a block sees its own keys and those of the block before it.
-    query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device) - window
-    seen = (key <= query) & (key > query - window)                               # (W, 2W)
-    blocks = []
-    for start in range(0, T, window):
-        first, end = max(0, start - window), min(T, start + window)
-        mask = seen[:end - start, first - start + window:end - start + window]
-        blocks.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
-    return torch.cat(blocks, 2)
-
-
-@torch.compiler.disable  # the number of documents differs from batch to batch
-def packed_attention(q, k, v, segments, window=None):
-    """Causal attention within each document of packed windows: none sees another. segments (B, T) number a row's documents.
-
-    One fused call a document: on a CPU torch 2.13 has no varlen_attn, and of FlexAttention only the forward pass, a third slower.
-    """
-    B, H, T, D = q.shape
-    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
-    bounds = [*first.nonzero()[:, 0].tolist(), B * T]
-    q, k, v = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))    # the rows one after another
-    y = torch.cat([causal_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], window) for a, b in zip(bounds, bounds[1:])], 2)
-    return y.view(H, B, T, D).transpose(0, 1)
 
 
 class MLP(nn.Module):
@@ -321,9 +237,6 @@ class Transformer(nn.Module):
         return sum(flops.values()) + head * c.tie_embeddings + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
 
 
-CHUNK = 2**25  # logits that are held at a time
-
-
 def head_loss(x, weight, targets):
     """Sum of the cross-entropies of x (N, C) times weight (V, C) against targets (N,), -100 where nothing is learned.
 
@@ -337,6 +250,135 @@ def head_loss(x, weight, targets):
     if len(x) <= size:
         return loss(x, targets)
     return sum(checkpoint(loss, a, b, use_reentrant=False) for a, b in zip(x.split(size), targets.split(size)))
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, seed=0, choose=None):
+    """Continue each prompt (a list of ids) by max_new_tokens, as far as the model's positions go, or until a stop: an id or a list of ids.
+    Returns lists of ids, without the stop.
+
+    temperature and top_p: see sample. choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
+    """
+    longest, window = max(map(len, prompts)), model.config.max_seq_len
+    if longest > window or not min(map(len, prompts)):
+        raise ValueError(f"a prompt of {longest} tokens does not fit the model's {window} positions" if longest > window else "a prompt is empty")
+    stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
+    limits = [min(max_new_tokens, window - len(p) + 1) for p in prompts]  # the last token needs no position
+    chances = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed)).tolist() if temperature else None
+    batch, output, running = Batch(model), [[] for _ in prompts], [limit > 0 for limit in limits]
+    rows, logits = list(range(len(prompts))), batch.add(prompts, max(limits))  # rows: which prompts those of the batch are
+    for at in range(max(limits)):
+        chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), [chances[row][at] for row in rows] if chances else None)
+        for i, row in enumerate(rows):
+            if running[row]:
+                if choose:
+                    chosen[i] = choose(row, output[row], logits[i])
+                output[row].append(chosen[i])
+                ended = next((s for s in stops if output[row][-len(s):] == s), [])
+                running[row] = not ended and len(output[row]) < limits[row]
+                del output[row][len(output[row]) - len(ended):]
+        if not any(running):
+            break
+        left = [i for i, row in enumerate(rows) if running[row]]
+        if len(left) <= 0.75 * len(rows):  # else it is not worth the copying
+            batch.keep(left)
+            rows, chosen = [rows[i] for i in left], [chosen[i] for i in left]
+        logits = batch.step(chosen)
+    return output
+
+
+# ============================================================================================================
+# Below: checks of a Config; the ways to attend; rotary positions; checkpoints; generation.
+
+# ------------------------------------------------------------------------------------------------------------
+# Configurations and attention
+
+
+def sensible(value, field):
+    """Whether a value from outside can be that of a field of Config."""
+    if field.type is bool:
+        return type(value) is bool
+    if field.type is float:
+        return type(value) in (int, float) and 0 < value < math.inf
+    return type(value) is int and 0 < value <= LARGEST.get(field.name, 2**24)
+
+
+LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model
+
+HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
+            "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
+            "max_seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+            "tie_embeddings": "tie_word_embeddings"}
+
+SHORT = 768  # windows up to this are packed by a mask, longer ones document by document: on a CPU a mask lets torch.compile keep a
+             # layer in one piece, and from 1,024 on loses to the pieces (tests/bench.py packing)
+
+PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
+    "tiny": dict(),
+    "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True,
+               attention_bias=False),
+    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192, attention_bias=False),
+}
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """Fused attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
+    if mask is not None and q.shape[2] == k.shape[2] and q.dtype == torch.bfloat16 and compiled_for_cpu(q):
+        return compiled_attention(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def compiled_for_cpu(x):
+    """Whether torch.compile is at work, for a CPU."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def compiled_attention(q, k, v, mask, block=128):
+    """The same for a causal mask (B or 1, 1, T, T), a block of queries at a time over the keys up to its end: what torch.compile makes of
+    this on a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention)."""
+    T, D = q.shape[2:]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))    # (B, H, T, D)
+    blocks = []
+    for a in range(0, T, block):
+        b = min(T, a + block)
+        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5             # (B, H, b - a, b)
+        weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
+        blocks.append(weights.to(v.dtype) @ v[:, :, :b])
+    return torch.cat(blocks, 2)
+
+
+def causal_attention(q, k, v, window=None):
+    """Each token sees itself and those before it, or the last `window` of them. Without a mask of T x T in either case."""
+    T = q.shape[2]
+    if window is None or T <= window:
+        return attend(q, k, v, causal=True)
+    # By blocks of as many queries as the window has tokens: a block sees its own keys and those of the block before it.
+    query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device) - window
+    seen = (key <= query) & (key > query - window)                               # (W, 2W)
+    blocks = []
+    for start in range(0, T, window):
+        first, end = max(0, start - window), min(T, start + window)
+        mask = seen[:end - start, first - start + window:end - start + window]
+        blocks.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
+    return torch.cat(blocks, 2)
+
+
+@torch.compiler.disable  # the number of documents differs from batch to batch
+def packed_attention(q, k, v, segments, window=None):
+    """Causal attention within each document of packed windows: none sees another. segments (B, T) number a row's documents.
+
+    One fused call a document: on a CPU torch 2.13 has no varlen_attn, and of FlexAttention only the forward pass, a third slower.
+    """
+    B, H, T, D = q.shape
+    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
+    bounds = [*first.nonzero()[:, 0].tolist(), B * T]
+    q, k, v = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))    # the rows one after another
+    y = torch.cat([causal_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], window) for a, b in zip(bounds, bounds[1:])], 2)
+    return y.view(H, B, T, D).transpose(0, 1)
+
+
+CHUNK = 2**25  # logits that are held at a time
 
 
 def rope_frequencies(config):
@@ -642,41 +684,6 @@ def sample(logits, temperature, top_p, chances):
     place = (total <= chances * total.gather(1, kept - 1)).sum(-1, keepdim=True)
     drawn = order.gather(1, torch.minimum(place, kept - 1))
     return torch.where(temperature > 0, drawn, likeliest[:, None])[:, 0].tolist()
-
-
-@torch.inference_mode()
-def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, seed=0, choose=None):
-    """Continue each prompt (a list of ids) by max_new_tokens, as far as the model's positions go, or until a stop: an id or a list of ids.
-    Returns lists of ids, without the stop.
-
-    temperature and top_p: see sample. choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
-    """
-    longest, window = max(map(len, prompts)), model.config.max_seq_len
-    if longest > window or not min(map(len, prompts)):
-        raise ValueError(f"a prompt of {longest} tokens does not fit the model's {window} positions" if longest > window else "a prompt is empty")
-    stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
-    limits = [min(max_new_tokens, window - len(p) + 1) for p in prompts]  # the last token needs no position
-    chances = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed)).tolist() if temperature else None
-    batch, output, running = Batch(model), [[] for _ in prompts], [limit > 0 for limit in limits]
-    rows, logits = list(range(len(prompts))), batch.add(prompts, max(limits))  # rows: which prompts those of the batch are
-    for at in range(max(limits)):
-        chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), [chances[row][at] for row in rows] if chances else None)
-        for i, row in enumerate(rows):
-            if running[row]:
-                if choose:
-                    chosen[i] = choose(row, output[row], logits[i])
-                output[row].append(chosen[i])
-                ended = next((s for s in stops if output[row][-len(s):] == s), [])
-                running[row] = not ended and len(output[row]) < limits[row]
-                del output[row][len(output[row]) - len(ended):]
-        if not any(running):
-            break
-        left = [i for i, row in enumerate(rows) if running[row]]
-        if len(left) <= 0.75 * len(rows):  # else it is not worth the copying
-            batch.keep(left)
-            rows, chosen = [rows[i] for i in left], [chosen[i] for i in left]
-        logits = batch.step(chosen)
-    return output
 
 
 if __name__ == "__main__":

@@ -116,6 +116,183 @@ def wide_mixture(agent, general, corpus):
     return {d: agent * (1 - retrieved) * share for d, share in AGENT.items()} | {"retrieved": agent * retrieved} | normalise(general, 1 - agent)
 
 
+def pretrain(name, init, weights, tokens, corpus, args):
+    """One stage: from a checkpoint directory (or fresh weights) to the run directory out/<name>, which is returned."""
+    batch_size = args.batch_tokens // args.seq_len
+    steps = tokens // (batch_size * args.seq_len)
+    if steps < 1:
+        fail(f"{name}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}; see --base-tokens, --stage1-tokens "
+             "and --stage2-tokens")
+    mask = args.document_mask == "yes" or args.document_mask == "auto" and args.device == "cpu"
+    get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size,
+                                       [args.seed, sum(name.encode())], args.practice, mask)
+    run = Path(args.out) / name
+    options = {"init": str(init), "weights": weights, "steps": steps, "preset": args.preset, "document_mask": mask,
+               "practice": args.practice} | training_options(corpus, args)
+
+    def make_model():
+        if init:
+            return load_checkpoint(init, corpus, dtype=None)
+        torch.manual_seed(args.seed)
+        config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **shape_of(args.preset))
+        model = transformer.Transformer(config)
+        wire_copying_heads(model)
+        return model
+
+    settle_options(run, options)
+    if is_main() and not args.scaling_law:
+        write(Path(args.out) / "options.json", json.dumps(vars(args), indent=1))
+    train(run, make_model, get_batch, batch_size, steps, held_out_windows(corpus, args, mask), options, corpus, args)
+    if is_main():
+        print(f"{name}: epochs " + ", ".join(f"{d} {e:.2f}" for d, e in epochs.items()))
+    return run
+
+
+def train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save=transformer.save):
+    """Train for `steps` optimizer steps and leave a checkpoint directory in `run`; go on where an earlier run stopped.
+
+    get_batch(step, rows) gives ids, targets and perhaps segments of those rows of a step's batch; each process takes its own. The loss is
+    the sum over the targets, divided once by their number over all processes and micro-batches. held_out has, by name, what validation
+    runs over, all rows of it; save(model, run, what was trained by name) writes the result.
+    """
+    rank, world = rank_and_world()
+    checkpoints = Checkpoints(run / "train_state", args.keep)
+    if any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
+        return
+    model = make_model()
+    if args.seq_len > model.config.max_seq_len:
+        fail(f"--seq-len {args.seq_len}: the model has {model.config.max_seq_len} positions")
+    model.checkpointing = args.activation_checkpointing
+    flops = model.flops_per_token(args.seq_len)
+    forward = distribute(model, args)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.95), fused=True)
+    start, skipped = checkpoints.load(model, optimizer)
+    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    peak = next((peak for name, peak, _ in GPUS.values() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
+    metrics = Metrics(run, start, options, args)
+    in_a_row = 0
+
+    batches = prefetch(get_batch, batch_size, range(start, steps), args)
+    bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
+    for step in range(start, steps + 1):
+        if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
+            metrics.log(step=step, **{f"loss/{d}": v for d, v in validation(model, held_out, args, autocast).items()})
+        stop = add_up(torch.tensor(float(STOP.is_set()))).item()  # so that all processes stop at the same step
+        if step > start and (step % args.save_every == 0 or step == steps or stop):
+            checkpoints.save(step, skipped, model, optimizer)
+        if step == steps or stop:
+            break
+
+        started = time.perf_counter()
+        if step == start + 1:  # the first step compiles
+            since = started
+        elif step == start + 6 and rank == 0 and args.all_tokens:
+            rate = 5 * batch_size * args.seq_len / (started - since)
+            tokens = steps * batch_size * args.seq_len
+            tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {duration(tokens / rate)}"
+                       f", the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
+        tensors = next(batches)
+        waited = time.perf_counter() - started
+        learned = int(add_up((tensors[1] >= 0).sum()))
+        if not learned:
+            fail(f"{run}, step {step}: no token to learn from; are the masks of {corpus.directory} empty?")
+        tensors = [t.to(args.device, non_blocking=True) for t in tensors]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args) * group["lr_scale"]
+        loss, norm = forward_and_backward(model, forward, tensors, learned, autocast, args)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+            in_a_row = 0
+        else:
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+        optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        rate = batch_size * args.seq_len / seconds
+        metrics.log(step=step + 1, tokens=(step + 1) * batch_size * args.seq_len, loss=loss, lr=learning_rate(step, steps, args), grad_norm=norm,
+                    ms=1000 * seconds, tokens_per_second=rate, **{"mfu": rate * flops / (peak * world)} if peak else {},
+                    data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
+        bar.update()
+        checkpoints.look_after()
+        if in_a_row == 10:
+            checkpoints.finish()
+            fail(f"{run}: loss or gradient was not finite in ten steps in a row; the last checkpoint is {checkpoints.newest() or 'none'}")
+    bar.close()
+    batches.close()
+    checkpoints.finish()
+    if stop and step < steps:
+        if rank == 0:
+            print(f"{run.name}: stopped after step {step} of {steps}" + ", which is saved" * (step > 0) + "; the same command goes on")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(0)
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
+    if rank == 0:
+        corpus.tokenizer.save(run)
+        save(model, run, weights)  # last: with the weights the run is finished
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def forward_and_backward(model, forward, tensors, learned, autocast, args):
+    """Put the clipped gradient of a step's mean loss into the model. Returns the loss (nats a learned token) and the gradient's norm."""
+    total, (_, world) = torch.zeros((), device=args.device), rank_and_world()
+    for i in range(0, len(tensors[0]), args.micro_batch):
+        last = i + args.micro_batch >= len(tensors[0])
+        with contextlib.nullcontext() if last or forward is model else forward.no_sync():  # DDP adds up over processes once, at the last
+            with autocast:
+                loss = forward(*(t[i:i + args.micro_batch] for t in tensors))
+            (loss * (world / learned)).backward()  # DDP and FSDP average over processes
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return add_up(total).item() / learned, (norm.full_tensor() if args.shard else norm).item()
+
+
+def learning_rate(step, steps, args):
+    """Linear warm-up, then a cosine to a tenth of the peak, or (arXiv 2404.06395) the peak, and a line to its tenth over the last fifth."""
+    warmup = max(1, int(args.warmup * steps))
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    if args.schedule == "wsd":
+        return args.lr * min(1.0, 0.1 + 0.9 * (steps - step) / (0.2 * steps))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practice=0.0, document_mask=False):
+    """get_batch(step, rows) -> ids, targets (len(rows), T) of those rows of a step's batch, and the epochs of each domain.
+
+    seed: a list of integers. practice: the share of windows turned into copying practice. document_mask: get_batch gives segments too,
+    which number a window's documents.
+    """
+    available = {name: (len(corpus.read(name, "train")) - 1) // seq_len for name, weight in weights.items() if weight > 0}
+    if missing := [name for name, count in available.items() if count < 1]:
+        fail(f"{corpus.directory}: the domain {missing[0]} has no window of {seq_len} tokens to train on")
+    names, order, windows, epochs = plan_windows(available, weights, n_windows, seed)
+    bins = [corpus.read(name, "train") for name in names]
+
+    def get_batch(step, rows):
+        chosen = step * batch_size + np.asarray(rows)
+        batch = np.stack([bins[order[i]][windows[i] * seq_len:][:seq_len + 1] for i in chosen]).astype(np.int64)  # (rows, T + 1)
+        segments = number_documents(batch[:, :-1], corpus.tokenizer.end_of_text) if document_mask else None
+        for row, i in enumerate(chosen):
+            rng = np.random.default_rng([*seed, i])
+            if rng.random() < practice:
+                batch[row] = copying_practice(batch[row], rng)
+                if document_mask:
+                    segments[row] = 0
+        return batch[:, :-1], batch[:, 1:], *([segments] if document_mask else [])
+
+    return get_batch, epochs
+
+
+# ============================================================================================================
+# Below: options; processes and devices; data; training; checkpoints and metrics; the mixture law; the plan.
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
@@ -434,33 +611,6 @@ def copying_practice(window, rng):
     return window
 
 
-def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practice=0.0, document_mask=False):
-    """get_batch(step, rows) -> ids, targets (len(rows), T) of those rows of a step's batch, and the epochs of each domain.
-
-    seed: a list of integers. practice: the share of windows turned into copying practice. document_mask: get_batch gives segments too,
-    which number a window's documents.
-    """
-    available = {name: (len(corpus.read(name, "train")) - 1) // seq_len for name, weight in weights.items() if weight > 0}
-    if missing := [name for name, count in available.items() if count < 1]:
-        fail(f"{corpus.directory}: the domain {missing[0]} has no window of {seq_len} tokens to train on")
-    names, order, windows, epochs = plan_windows(available, weights, n_windows, seed)
-    bins = [corpus.read(name, "train") for name in names]
-
-    def get_batch(step, rows):
-        chosen = step * batch_size + np.asarray(rows)
-        batch = np.stack([bins[order[i]][windows[i] * seq_len:][:seq_len + 1] for i in chosen]).astype(np.int64)  # (rows, T + 1)
-        segments = number_documents(batch[:, :-1], corpus.tokenizer.end_of_text) if document_mask else None
-        for row, i in enumerate(chosen):
-            rng = np.random.default_rng([*seed, i])
-            if rng.random() < practice:
-                batch[row] = copying_practice(batch[row], rng)
-                if document_mask:
-                    segments[row] = 0
-        return batch[:, :-1], batch[:, 1:], *([segments] if document_mask else [])
-
-    return get_batch, epochs
-
-
 def number_documents(ids, end_of_text):
     """For each token of ids (B, T), how many documents of its window have ended before it."""
     ends = ids == end_of_text
@@ -546,38 +696,6 @@ def wire_copying_heads(model):
         second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T
 
 
-def pretrain(name, init, weights, tokens, corpus, args):
-    """One stage: from a checkpoint directory (or fresh weights) to the run directory out/<name>, which is returned."""
-    batch_size = args.batch_tokens // args.seq_len
-    steps = tokens // (batch_size * args.seq_len)
-    if steps < 1:
-        fail(f"{name}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}; see --base-tokens, --stage1-tokens "
-             "and --stage2-tokens")
-    mask = args.document_mask == "yes" or args.document_mask == "auto" and args.device == "cpu"
-    get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size,
-                                       [args.seed, sum(name.encode())], args.practice, mask)
-    run = Path(args.out) / name
-    options = {"init": str(init), "weights": weights, "steps": steps, "preset": args.preset, "document_mask": mask,
-               "practice": args.practice} | training_options(corpus, args)
-
-    def make_model():
-        if init:
-            return load_checkpoint(init, corpus, dtype=None)
-        torch.manual_seed(args.seed)
-        config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **shape_of(args.preset))
-        model = transformer.Transformer(config)
-        wire_copying_heads(model)
-        return model
-
-    settle_options(run, options)
-    if is_main() and not args.scaling_law:
-        write(Path(args.out) / "options.json", json.dumps(vars(args), indent=1))
-    train(run, make_model, get_batch, batch_size, steps, held_out_windows(corpus, args, mask), options, corpus, args)
-    if is_main():
-        print(f"{name}: epochs " + ", ".join(f"{d} {e:.2f}" for d, e in epochs.items()))
-    return run
-
-
 def training_options(corpus, args):
     """What a run's result depends on, and so may not change on the way."""
     return {"corpus": corpus.sha256, "tokenizer": corpus.manifest["tokenizer_sha256"]} | {k: getattr(args, k) for k in (
@@ -595,92 +713,6 @@ def settle_options(run, options):
         write(saved, json.dumps(now))
 
 
-def train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save=transformer.save):
-    """Train for `steps` optimizer steps and leave a checkpoint directory in `run`; go on where an earlier run stopped.
-
-    get_batch(step, rows) gives ids, targets and perhaps segments of those rows of a step's batch; each process takes its own. The loss is
-    the sum over the targets, divided once by their number over all processes and micro-batches. held_out has, by name, what validation
-    runs over, all rows of it; save(model, run, what was trained by name) writes the result.
-    """
-    rank, world = rank_and_world()
-    checkpoints = Checkpoints(run / "train_state", args.keep)
-    if any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
-        return
-    model = make_model()
-    if args.seq_len > model.config.max_seq_len:
-        fail(f"--seq-len {args.seq_len}: the model has {model.config.max_seq_len} positions")
-    model.checkpointing = args.activation_checkpointing
-    flops = model.flops_per_token(args.seq_len)
-    forward = distribute(model, args)
-    optimizer = torch.optim.AdamW(parameter_groups(model, args), betas=(0.9, 0.95), fused=True)
-    start, skipped = checkpoints.load(model, optimizer)
-    autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    peak = next((peak for name, peak, _ in GPUS.values() if args.device == "cuda" and name in torch.cuda.get_device_name()), None)
-    metrics = Metrics(run, start, options, args)
-    in_a_row = 0
-
-    batches = prefetch(get_batch, batch_size, range(start, steps), args)
-    bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if rank == 0 else True)
-    for step in range(start, steps + 1):
-        if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
-            metrics.log(step=step, **{f"loss/{d}": v for d, v in validation(model, held_out, args, autocast).items()})
-        stop = add_up(torch.tensor(float(STOP.is_set()))).item()  # so that all processes stop at the same step
-        if step > start and (step % args.save_every == 0 or step == steps or stop):
-            checkpoints.save(step, skipped, model, optimizer)
-        if step == steps or stop:
-            break
-
-        started = time.perf_counter()
-        if step == start + 1:  # the first step compiles
-            since = started
-        elif step == start + 6 and rank == 0 and args.all_tokens:
-            rate = 5 * batch_size * args.seq_len / (started - since)
-            tokens = steps * batch_size * args.seq_len
-            tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {duration(tokens / rate)}"
-                       f", the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
-        tensors = next(batches)
-        waited = time.perf_counter() - started
-        learned = int(add_up((tensors[1] >= 0).sum()))
-        if not learned:
-            fail(f"{run}, step {step}: no token to learn from; are the masks of {corpus.directory} empty?")
-        tensors = [t.to(args.device, non_blocking=True) for t in tensors]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args) * group["lr_scale"]
-        loss, norm = forward_and_backward(model, forward, tensors, learned, autocast, args)
-        if math.isfinite(loss) and math.isfinite(norm):
-            optimizer.step()
-            in_a_row = 0
-        else:
-            skipped, in_a_row = skipped + 1, in_a_row + 1
-        optimizer.zero_grad(set_to_none=True)
-
-        seconds = time.perf_counter() - started
-        rate = batch_size * args.seq_len / seconds
-        metrics.log(step=step + 1, tokens=(step + 1) * batch_size * args.seq_len, loss=loss, lr=learning_rate(step, steps, args), grad_norm=norm,
-                    ms=1000 * seconds, tokens_per_second=rate, **{"mfu": rate * flops / (peak * world)} if peak else {},
-                    data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
-        bar.update()
-        checkpoints.look_after()
-        if in_a_row == 10:
-            checkpoints.finish()
-            fail(f"{run}: loss or gradient was not finite in ten steps in a row; the last checkpoint is {checkpoints.newest() or 'none'}")
-    bar.close()
-    batches.close()
-    checkpoints.finish()
-    if stop and step < steps:
-        if rank == 0:
-            print(f"{run.name}: stopped after step {step} of {steps}" + ", which is saved" * (step > 0) + "; the same command goes on")
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(0)
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True))
-    if rank == 0:
-        corpus.tokenizer.save(run)
-        save(model, run, weights)  # last: with the weights the run is finished
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def duration(seconds):
     """A time as people read it.
 
@@ -693,20 +725,6 @@ def duration(seconds):
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
-def forward_and_backward(model, forward, tensors, learned, autocast, args):
-    """Put the clipped gradient of a step's mean loss into the model. Returns the loss (nats a learned token) and the gradient's norm."""
-    total, (_, world) = torch.zeros((), device=args.device), rank_and_world()
-    for i in range(0, len(tensors[0]), args.micro_batch):
-        last = i + args.micro_batch >= len(tensors[0])
-        with contextlib.nullcontext() if last or forward is model else forward.no_sync():  # DDP adds up over processes once, at the last
-            with autocast:
-                loss = forward(*(t[i:i + args.micro_batch] for t in tensors))
-            (loss * (world / learned)).backward()  # DDP and FSDP average over processes
-        total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    return add_up(total).item() / learned, (norm.full_tensor() if args.shard else norm).item()
-
-
 def parameter_groups(model, args):
     """Matrices decay, vectors do not; attention learns at its own rate."""
     groups = {}
@@ -716,17 +734,6 @@ def parameter_groups(model, args):
             groups.setdefault((attention, matrix), []).append(p)
     return [{"params": parameters, "weight_decay": args.weight_decay if matrix else 0.0,
              "lr_scale": args.attention_lr if attention else 1.0} for (attention, matrix), parameters in groups.items()]
-
-
-def learning_rate(step, steps, args):
-    """Linear warm-up, then a cosine to a tenth of the peak, or (arXiv 2404.06395) the peak, and a line to its tenth over the last fifth."""
-    warmup = max(1, int(args.warmup * steps))
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    if args.schedule == "wsd":
-        return args.lr * min(1.0, 0.1 + 0.9 * (steps - step) / (0.2 * steps))
-    progress = (step - warmup) / max(1, steps - warmup)
-    return args.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def held_out_windows(corpus, args, document_mask):
