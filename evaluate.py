@@ -93,7 +93,7 @@ def main():
     names = list(dict.fromkeys(part for suite in args.suite for part in (HELDOUT if suite == "heldout" else [suite])))
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
     started, out = time.time(), Path(args.out) / "eval"
-    corpus = open_corpus(args.corpus) if "heldout" in args.suite else None
+    corpus = open_corpus(args.corpus) if {*names} & {*HELDOUT} else None
     chosen = {}  # {name: items}
     for name in names:
         of_corpus = name in HELDOUT
@@ -276,7 +276,7 @@ def parse_args():
     add("--model", nargs="+", metavar="MODEL", help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as http://localhost:8000/v1 "
         "(the key is taken from OPENAI_API_KEY), with #NAME where one serves several models; the first is what the others are compared "
         "with (default: control and ours under --out)")
-    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *(s for s in suites() if s not in HELDOUT)], help="what to measure")
+    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *suites()], help="what to measure; heldout: its five parts")
     add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
