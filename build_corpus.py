@@ -401,7 +401,10 @@ LIMITS = {
 # What is replaced by its name wherever it stands. A text is searched only if it holds the hint.
 SECRETS = {
     "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
-    "EMAIL": ("@", r"\b[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+[a-zA-Z]{2,}\b"),
+    # The ending is one of domains, lest `x@self.weight` and `img@2x.png` count; git@host:path is no address.
+    "EMAIL": ("@", r"\b(?!git@)[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+"
+              r"(?:com|org|net|edu|gov|mil|int|info|biz|name|io|dev|app|ai|xyz|site|online|tech|cloud|email|me|pro|museum|"
+              r"academy|agency|company|digital|systems|software|(?!py|rs|sh|js|ts|cc|md|so)[a-z]{2})\b(?![.\w]|:[\w/~])"),
     "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?-----END [A-Z ]*PRIVATE KEY-----"),
     "AWS_KEY": ("AKIA", r"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
     "GITHUB_TOKEN": ("gh", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})\b"),
@@ -592,6 +595,9 @@ def outside_limits(record, measured):
 
 SHINGLE = 5          # words that are hashed together
 BANDS, ROWS = 18, 7  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5
+# What divides words outside ASCII, and what are words by themselves, in scripts that write no spaces.
+DIVIDER = regex.compile(r"[^\p{L}\p{M}\p{N}\x00-\x7f]")
+UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*")
 WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 for b in range(256)])
 
 
@@ -647,6 +653,12 @@ class Dropped:
         self.reason[documents] = self.REASONS.index(reason)
 
 
+def divided(text):
+    """A text in lower case whose words are divided by ASCII in every script."""
+    text = text.lower()
+    return text if text.isascii() else UNSPACED.sub(r" \g<0> ", DIVIDER.sub(" ", text))
+
+
 def mix(x):
     """Scramble uint64s, so that every bit depends on every other (the finaliser of splitmix64). Arithmetic is modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -660,7 +672,7 @@ def shingle_hashes(texts, size=SHINGLE):
     All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b has the hash
     (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo 2^64.
     """
-    encoded = [text.lower().encode("utf-8", "replace") + b" " for text in texts]
+    encoded = [divided(text).encode("utf-8", "replace") + b" " for text in texts]
     content = np.frombuffer(b" " + b"".join(encoded), np.uint8)
     is_word = WORD_BYTES[content]
     begin, end = (np.flatnonzero(edge) + 1 for edge in (is_word[1:] & ~is_word[:-1], is_word[:-1] & ~is_word[1:]))
@@ -809,12 +821,12 @@ def gold_calls(part):
 
 def words_of(text):
     """The words as shingle_hashes() tells them apart."""
-    return re.findall(r"[a-z0-9\u0080-\U0010ffff]+", text.lower())
+    return re.findall(r"[a-z0-9\u0080-\U0010ffff]+", divided(text))
 
 
 def telling(text):
     """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting and JSON have not."""
-    words = [w if len(w) > 1 and not w.isdigit() else "" for w in words_of(text)]
+    words = [w if (len(w) > 1 or not w.isascii()) and not w.isdigit() else "" for w in words_of(text)]
     return np.array([len({*words[i:i + OVERLAP]} - {""}) >= 8 for i in range(len(words) - OVERLAP + 1)], bool)
 
 
@@ -1223,16 +1235,15 @@ class Tokenizer:
             mask.extend([learned] * len(pieces))
 
         if tools:
-            system = messages[0]["content"] + "\n" if messages and messages[0]["role"] == "system" else ""
+            first = messages and messages[0]["role"] == "system"
+            system = messages[0]["content"] + "\n" if first else ""
             add("<|im_start|>"), add("system\n"), add_text(system), add("<tools>"), add("\n")
             for f in (tool["function"] for tool in tools):
                 definition = {"description": f.get("description") or "", "name": f["name"], "parameters": f.get("parameters") or {}}
                 add_text(json.dumps(definition, ensure_ascii=False) + "\n")
             add("</tools>"), add("<|im_end|>"), add("\n")
-        for message in messages:
+        for message in messages[bool(tools and first):]:
             role, content, thought = message["role"], message.get("content") or "", message.get("reasoning_content")
-            if role == "system" and tools:
-                continue  # stands above the tools
             learned = int(role == "assistant")
             add("<|im_start|>")
             # What no special token divides is encoded at once, as who reads the text as a whole does, but for where an answer begins.
@@ -1326,7 +1337,7 @@ CHAT_TEMPLATE = """\
 {% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}<tools>
 {% for f in tools | map(attribute='function') %}{{ dict(description=f.description or '', name=f.name, parameters=f.parameters or {}) | tojson }}
 {% endfor %}</tools><|im_end|>
-{% endif %}{%- for message in messages %}{% if not (message.role == 'system' and tools) %}<|im_start|>{{ message.role }}
+{% endif %}{%- for message in messages %}{% if not (message.role == 'system' and tools and loop.first) %}<|im_start|>{{ message.role }}
 {% if message.reasoning_content %}<think>
 {{ message.reasoning_content }}
 </think>

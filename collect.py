@@ -397,7 +397,13 @@ def run_main(main):
 
 def fail(message):
     """Print one clear line and exit with status 2: for bad input, which is the user's to mend."""
-    sys.exit(print(f"error: {message}", file=sys.stderr) or 2)
+    sys.exit(print(visible(f"error: {message}"), file=sys.stderr) or 2)
+
+
+def visible(text):
+    """A text whose control characters are written out, lest what data or a model says steers a terminal."""
+    odd = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return re.sub(odd, lambda match: repr(match[0])[1:-1], text)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2974,7 +2980,7 @@ ACTION = re.compile(r"^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*", re.I | re.M)
 ACTION_INPUT = re.compile(r"^[ \t]*Action Input(?: \d+)?:[ \t]*", re.I | re.M)
 RESULT = re.compile(r"^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*", re.I)
 TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
-    r"<(tool_call|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
+    r"<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
     r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{.*?\}(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
     r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)", re.DOTALL)
 XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)  # of Qwen3-Coder
@@ -3139,7 +3145,7 @@ def lift(text, react):
     """Split an assistant's text into (what it says, the calls written in it): tags and, with `react`,
     Thought/Action.
     """
-    calls = []
+    text, calls = without_json_calls(text)
     for tag, inside, glaive, mistral, llama in TAGGED.findall(text):
         if tag.startswith("execute"):
             calls.append(code_call("bash" if tag == "execute_bash" else "python", inside))
@@ -3162,6 +3168,25 @@ def lift(text, react):
     elif react and fence and not calls and fence[1] in ("mswea_bash_command", "bash"):
         says, calls = text[:fence.start()], [code_call("bash", fence[2])]
     return (THOUGHT.sub("", says) if react else says).strip(), calls
+
+
+def without_json_calls(text):
+    """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since its
+    strings may hold the tags. What is not JSON stays.
+    """
+    kept, calls, at = [], [], 0
+    while (start := text.find("<tool_call>", at)) >= 0:
+        begin = re.compile(r"\s*").match(text, start + len("<tool_call>")).end()
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, begin)
+            calls += calls_in(value)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            kept.append(text[at:begin])
+            at = begin
+            continue
+        kept.append(text[at:start])
+        at = re.compile(r"\s*(?:</tool_call>)?").match(text, end).end()
+    return "".join([*kept, text[at:]]), calls
 
 
 def plain_json(text):

@@ -68,7 +68,8 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, sha256, write
-from collect import TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values, run_main, unit_hash
+from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values, run_main,
+                     unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -115,12 +116,14 @@ def main():
     write(out / "results.json", json.dumps(results, indent=1))
     tables = "\n\n".join(table(suite, results, labels) for suite in chosen)
     print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; the rest: shares, higher is better.")
-    write(out / "report.md", f"# {', '.join(labels)}\n\n{tables}\n\n" + "\n".join(failures(suite, items[suite], labels) for suite in chosen))
+    failed = "\n".join(failures(suite, items[suite], labels) for suite in chosen)
+    write(out / "report.md", visible(f"# {', '.join(labels)}\n\n{tables}\n\n{failed}"))
     if pyplot:
         draw(results, labels, paths, out, pyplot)
     for item in items.get("calls", {}).get(labels[-1], [])[:3]:
         prompt = corpus.tokenizer.decode(corpus.tokenizer.render(*item["prompt"], answer=True)[0])
-        print(f"\n--- {labels[-1]}, a conversation about an API it has never seen: {item['verdict']}\n{prompt}{item['output']}")
+        seen = f"{labels[-1]}, a conversation about an API it has never seen: {item['verdict']}"
+        print(visible(f"\n--- {seen}\n{prompt}{item['output']}"))
     print(f"\n{time.time() - started:.0f} s; the report is {out}/report.md, every item is in {out}/items")
 
 
@@ -152,7 +155,11 @@ def play_all(suite, episodes, model, identity, directory, args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     whole, part = directory / f"{suite}.jsonl", directory / f"{suite}.part{rank}.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
-    if (done := read_items(whole, identity)) is None:
+    done = read_items(whole, identity)
+    if done is not None and any(name not in done for name, _ in episodes):  # its end is lost: play the rest
+        whole.replace(directory / f"{suite}.part0.jsonl")
+        done = None
+    if done is None:
         write(part, json.dumps(identity) + "\n" + "".join(json.dumps(item) + "\n" for item in (read_items(part, identity) or {}).values()))
         done = items_of_parts(directory, suite, identity)
         groups = [episodes[i:i + model.group] for i in range(0, len(episodes), model.group)]
@@ -634,6 +641,9 @@ def distinct_ids(messages):
     return found
 
 
+SPACE = re.compile(r"\s*")
+
+
 def parse_calls(output):
     """[(name, arguments)] in a model's answer, [] if it makes no call, None if what it writes as a call is
     not one.
@@ -643,20 +653,28 @@ def parse_calls(output):
     >>> parse_calls('No tool fits.'), parse_calls('<tool_call>\\n{"name": ')
     ([], None)
     """
-    texts = re.findall(r"<tool_call>\s*(.*?)\s*</tool_call>", output, re.S)
-    if output.count("<tool_call>") != len(texts):
-        return None
-    calls = []
-    for text in texts:
-        try:
-            call = json.loads(text)
+    output, calls, at = without_thoughts(output), [], 0
+    while (start := output.find("<tool_call>", at)) >= 0:
+        try:  # JSON says where it ends: its strings may hold the tags
+            begin = SPACE.match(output, start + len("<tool_call>")).end()
+            call, end = json.JSONDecoder().raw_decode(output, begin)
             name, arguments = call["name"], call["arguments"]
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
-        if not isinstance(name, str) or not isinstance(arguments, dict):
+        at = SPACE.match(output, end).end()
+        if not isinstance(name, str) or not isinstance(arguments, dict) or not output.startswith("</tool_call>", at):
             return None
         calls.append((name, arguments))
     return calls
+
+
+def without_thoughts(output):
+    """An answer without what stands between <think> and </think>, which is neither a call nor words for the user."""
+    parts, at = [], 0
+    while (start := output.find("<think>", at)) >= 0 and (end := output.find("</think>", start)) >= 0:
+        parts.append(output[at:start])
+        at = end + len("</think>")
+    return "".join([*parts, output[at:]])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -742,6 +760,7 @@ def scan_call(text, at, tools):
 
 
 INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
+JSON_KINDS = ("integer", "number", "string", "boolean", "null", "array", "object")
 WHOLE = {"integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"'}
 BEGUN = {"integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
          "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
@@ -762,7 +781,7 @@ def scan_value(text, at, schema):
     kind = schema.get("type")
     if at == len(text):
         raise Incomplete
-    if not isinstance(kind, str):
+    if kind not in JSON_KINDS:  # none is stated, or one that JSON does not have
         kind = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}.get(text[at], "number")
     if kind in ("boolean", "null"):
         return scan(text, at, ["true", "false"] if kind == "boolean" else ["null"])
@@ -1223,7 +1242,10 @@ def calculate(node):
             left, right = calculate(node.left), calculate(node.right)
             if isinstance(node.op, ast.Pow) and max(abs(left), abs(right)) > 1000:
                 raise ValueError
-            return OPERATORS[type(node.op)](left, right)
+            value = OPERATORS[type(node.op)](left, right)
+            if isinstance(value, int) and value.bit_length() > 10_000:  # a product of large numbers
+                raise ValueError
+            return value
         case ast.UnaryOp(op=ast.USub()):
             return -calculate(node.operand)
         case ast.Constant() if type(node.value) in (int, float):
