@@ -5724,7 +5724,7 @@ class Endpoint:
         try:
             page = self.web.persist(self.url, headers, json.dumps(body).encode())
             answer = json.loads(page.body)
-            text, tokens = answer["choices"][0]["message"]["content"] or "", follow(answer, "#/usage/total_tokens")
+            text, tokens = answer["choices"][0]["message"]["content"] or "", mapping(mapping(answer).get("usage")).get("total_tokens")
             self.paid.append(tokens if type(tokens) is int and tokens > 0 else len(prompt + text) // 4)  # or a guess
         except (ValueError, TypeError, LookupError, RecursionError) as error:  # of others than WebError the text may show the key
             self.failures += 1

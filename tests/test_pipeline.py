@@ -86,7 +86,7 @@ def test_help_is_a_good_page(script):
 def test_run_time_imports_are_the_required_packages():
     import ast
     allowed = {*sys.stdlib_module_names, "torch", "tiktoken", "numpy", "requests", "tqdm"}
-    allowed |= {"regex"}  # which tiktoken brings
+    allowed |= {"regex", "urllib3"}  # which tiktoken and requests bring
     order = ["collect", "build_corpus", "model", "pretrain", "finetune", "evaluate"]
     for i, name in enumerate(order):
         tree = ast.parse((ROOT / f"{name}.py").read_text())
