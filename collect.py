@@ -146,6 +146,7 @@ def sources():
 
 
 def main():
+    """Collect all sources, then make conversations from what was collected."""
     args = parse_args()
     started = time.time()
     out = Path(args.out)
@@ -307,10 +308,16 @@ def synthesise(tools, seed, shares, chosen=lambda tool: True):
 
 
 def parse_args():
+    """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", default=["python", "synthesize:python"], help="see above")
     parser.add_argument("--out", default="data/raw", help="directory for the records")
-    parser.add_argument("--workers", type=positive(int), default=os.cpu_count(), help="processes at a time; the records are the same for any number")
+    parser.add_argument(
+        "--workers",
+        type=positive(int),
+        default=os.cpu_count(),
+        help="processes at a time; the records are the same for any number",
+    )
     parser.add_argument("--license", metavar="NAME", help="of records whose source states none; without it, that of the nearest licence file")
     parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
     parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
@@ -319,7 +326,12 @@ def parse_args():
                         help="shares of their kinds")
     group = parser.add_argument_group("python")
     group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
-    group.add_argument("--timeout", type=positive(float), default=20.0, help="seconds one module may take to import and describe")
+    group.add_argument(
+        "--timeout",
+        type=positive(float),
+        default=20.0,
+        help="seconds one module may take to import and describe",
+    )
     group = parser.add_argument_group("chat and hf")
     group.add_argument("--chat-format", choices=FORMATS, metavar="FORMAT", help="of all records, by its name in FORMATS; "
                        "without it each is recognised by itself")
@@ -328,7 +340,12 @@ def parse_args():
     group = parser.add_argument_group("crawl, and openapi from a URL")
     group.add_argument("--depth", type=int, default=3, help="levels of links")
     group.add_argument("--max-pages", type=positive(int), default=1000, help="pages of one site")
-    group.add_argument("--rate", type=positive(float), default=2.0, help="requests a second to one host, unless its robots.txt asks for fewer")
+    group.add_argument(
+        "--rate",
+        type=positive(float),
+        default=2.0,
+        help="requests a second to one host, unless its robots.txt asks for fewer",
+    )
     group.add_argument("--allow-private", action="store_true", help="fetch from private and loopback addresses too")
     group = parser.add_argument_group("synthesize")
     group.add_argument("--llm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is "
@@ -336,7 +353,9 @@ def parse_args():
     group.add_argument("--llm-model", default="default", help="model to ask for")
     group.add_argument("--llm-parallel", type=positive(int), default=8, help="requests at once")
     group.add_argument("--llm-budget", type=float, default=1e6, help="tokens to spend, those of prompts included")
-    group.add_argument("--llm-timeout", type=positive(float), default=120.0, help="seconds an answer may take")
+    group.add_argument(
+        "--llm-timeout", type=positive(float), default=120.0, help="seconds an answer may take"
+    )
     return parser.parse_args()
 
 
@@ -431,7 +450,11 @@ def find_units(kind, value="", *, args):
     pattern = re.compile(sources()[kind][1])
     folder = root if root.is_dir() else root.parent
     inside = lambda path: path.is_file() and path.resolve().is_relative_to(root)  # a link may lead out
-    paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if pattern.search(p.name) and inside(p))
+    paths = (
+        [root]
+        if root.is_file()
+        else sorted(p for p in root.rglob("*") if pattern.search(p.name) and inside(p))
+    )
     named = [(p, p.relative_to(folder.parent).as_posix() if root.is_dir() else p.name) for p in paths]
     files = [(p, name, license or nearby_license(p.parent, folder)) for p, name in named if "/." not in name]  # none that is hidden
     if not files:
@@ -679,7 +702,9 @@ def describe_module(name, seen):
         with contextlib.suppress(Exception):  # one that is imported when it is asked for, and cannot be
             objects.append((public_name, getattr(module, public_name)))
     for public_name, obj in objects:
-        with contextlib.suppress(Exception):  # an object that breaks under inspection has no usable documentation
+        with contextlib.suppress(
+            Exception
+        ):  # an object that breaks under inspection has no usable documentation
             described += describe_object(obj, module, public_name, seen)
     return {"objects": described, "error": None}
 
@@ -872,7 +897,9 @@ class Opaque(str):
 # Docstrings: what they say of each parameter
 
 NAMES = r"(?:\\?\*){0,2}[^\W\d]\w*(?:\s*,\s*(?:\\?\*){0,2}[^\W\d]\w*)*(?:,\s*\.{3})?"
-FIELD = re.compile(r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)")
+FIELD = re.compile(
+    r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)"
+)
 FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
 NUMPY_ENTRY = re.compile(rf"`*({NAMES})`*(?:\s*:(?:\s+(.*))?)?")
 # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
@@ -1035,15 +1062,17 @@ REAL = re.compile(  # names of numbers that need not be whole, even where the de
 NAMED = {  # names that tell of the type by themselves
     "string": r"(?!check_)\w*(name|encoding|prefix|suffix)|title|backend|newline|errors|host|sep|user|password",
     "integer": r"(\w+_)?fd|p?pid|lineno|port|year|month|day|hour|minute|offset|limit|count|length|num|"
-               r"(n|num)_\w+|\w+_(count|index|length)",
-    "number": r"(\w+_)?timeout"}
+    r"(n|num)_\w+|\w+_(count|index|length)",
+    "number": r"(\w+_)?timeout",
+}
 # Classes, though such words mean JSON_TYPES
 CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text"}
 CLASS_NAME = (  # a name in capitals that is neither that of a library nor of what is no class
     r"(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|Self|Unpack|Generic|Callable|Undefined|"
     r"NetworkX|Networkx|Matplotlib|One|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
     r"[A-Z]_contra|\w+Like)\b)(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
-    r"(?:[A-Z]\w*[a-z]\w*|IO)")
+    r"(?:[A-Z]\w*[a-z]\w*|IO)"
+)
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
 
 
@@ -1108,7 +1137,11 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
         or class_schema(stated or said.type)
         or ({} if stated or said.type else guessed_schema(name, said.description))
     )
-    plain = {"type", "default"} >= schema.keys() and (schema or not stated) and schema.get("type", "string") == "string"
+    plain = (
+        {"type", "default"} >= schema.keys()
+        and (schema or not stated)
+        and schema.get("type", "string") == "string"
+    )
     if plain and len(values := values_in_words(said.description)) > 1:
         schema = {"type": "string", "enum": values} | (
             {"default": schema["default"]} if schema.get("default") in values else {}
@@ -1334,7 +1367,11 @@ def places_of(name, top, loaded):
     """The `loaded` modules of a package that have a name, those for its types first: it may be imported for type
     checkers alone where it is used.
     """
-    own = [m for n, m in list(sys.modules.items()) if n.split(".")[0] == top and name in getattr(m, "__dict__", ())]
+    own = [
+        m
+        for n, m in list(sys.modules.items())
+        if n.split(".")[0] == top and name in getattr(m, "__dict__", ())
+    ]
     types = lambda m: re.search(r"\b_?(typing|types)$", m.__name__) is not None
     return sorted(own, key=lambda m: (not types(m), not inspect.isclass(vars(m)[name])))
 
@@ -1450,8 +1487,14 @@ def alternative(text, depth):
         return alternatives(found[2], depth)
     holding = r"(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of"
     if found := re.match(rf"(?!.*\b{holding} \{{)[\w\s:-]*\{{(.*)\}}", text, re.S):
-        return [{"type": "object"}] if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[1]) else alternatives(found[1], depth)
-    if found := re.fullmatch(rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]", text):  # ('a', 'b')
+        return (
+            [{"type": "object"}]
+            if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[1])
+            else alternatives(found[1], depth)
+        )
+    if found := re.fullmatch(
+        rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]", text
+    ):  # ('a', 'b')
         return alternatives(found[1] or found[2], depth)
     if found := re.fullmatch(r"\((.*)\)( tuples?)?|\[(.*)\]|(\w+)\.\.\.", text, re.S):  # also int...
         items = item_schemas(found[1] or found[3] or found[4] or "", depth)
@@ -1902,7 +1945,11 @@ def read_answer(descriptor, token, deadline):
         if not (data := os.read(descriptor, 2**16)):
             break
         held += data
-        if b"\n" in data and (start := held.find(token)) >= 0 and (end := held.find(b"\n", start + len(token))) >= 0:
+        if (
+            b"\n" in data
+            and (start := held.find(token)) >= 0
+            and (end := held.find(b"\n", start + len(token))) >= 0
+        ):
             return bytes(held[start + len(token):end])
     return b""
 
@@ -1988,7 +2035,9 @@ def infer_types(described):
         if {"type", "anyOf", "enum"} & schema.keys():
             for place in {package(key), subpackage(key)}:
                 stated[place, name][str(schema.get("type"))] += 1
-        elif not states_type(by_key[key], name) and not special.search(schema.get("description", "")):  # one that JSON does not have
+        elif not states_type(by_key[key], name) and not special.search(
+            schema.get("description", "")
+        ):  # one that JSON does not have
             untyped.append((key, name, schema))
     for key, name, schema in untyped:
         seen, same_name = values[key, name], stated[subpackage(key), name]
@@ -2310,7 +2359,9 @@ def web_api(name, head, doc, parameters, body, returns, resolve, service, source
         properties[key] |= {"description": shorten(stated["description"])} if stated.get("description") else {}
     required = [key for key, (stated, _) in parameters.items() if stated.get("required") is True]
     body, returns = json_schema_of(body, resolve, "readOnly"), json_schema_of(returns, resolve, "writeOnly")
-    if body and ("properties" not in body or "anyOf" in body or body["properties"].keys() & properties.keys()):
+    if body and (
+        "properties" not in body or "anyOf" in body or body["properties"].keys() & properties.keys()
+    ):
         body = {"properties": {"body": body}, "required": ["body"]}
     properties |= body.get("properties", {})
     required += body.get("required", []) * body_required
@@ -2330,7 +2381,9 @@ def openapi_records(path, name, license, args):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
     info, taken = mapping(spec.get("info")), Counter()
     others = {}  # files that it refers to
-    service, resolve = f"{info.get('title', name)} {info.get('version', '')}", partial(follow, spec, others, path.parent)
+    service, resolve = f"{info.get('title', name)} {info.get('version', '')}", partial(
+        follow, spec, others, path.parent
+    )
     license = mapping(info.get("license")).get("name") or license
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
@@ -2344,10 +2397,17 @@ def openapi_records(path, name, license, args):
             stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values()  # an operation's own count more
             parameters = {}
             for p in sorted(stated, key=lambda p: p.get("in") != "path"):
-                ignored = p.get("in") == "header" and str(p.get("name")).lower() in ("accept", "content-type", "authorization")
+                ignored = p.get("in") == "header" and str(p.get("name")).lower() in (
+                    "accept",
+                    "content-type",
+                    "authorization",
+                )
                 if isinstance(p.get("name"), str) and p.get("in") != "body" and not ignored:
                     key = f"{p['name']}_{p.get('in')}" if p["name"] in parameters else p["name"]
-                    parameters[key] = (p | {"required": True} if p.get("in") == "path" else p, schema_of(p) or p)
+                    parameters[key] = (
+                        p | {"required": True} if p.get("in") == "path" else p,
+                        schema_of(p) or p,
+                    )
             request = resolved(operation.get("requestBody"), resolve)
             body = next((p.get("schema") for p in stated if p.get("in") == "body"), None) or schema_of(request)
             answers = {str(k): resolved(v, resolve) for k, v in mapping(operation.get("responses")).items()}
@@ -2358,7 +2418,11 @@ def openapi_records(path, name, license, args):
                           f"openapi:{name}", license, mapping(operation.get("externalDocs")).get("url"),
                           request.get("required") is True, outcomes)
     for file in (file for file, content in others.items() if content is None):
-        yield rejection(name, file, "a reference to a file that cannot be read beneath the specification's: what it holds is missing")
+        yield rejection(
+            name,
+            file,
+            "a reference to a file that cannot be read beneath the specification's: what it holds is missing",
+        )
 
 
 def discovery_records(path, name, license, args):
@@ -2413,7 +2477,9 @@ def command_records(path, name, license, args):
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
         examples = re.findall(r"^- (.+):\n\n`(.+)`", page, re.M)
         if not title or not about or not examples:
-            yield rejection(name, place, "not a tldr page: no `# command` line, no `> description` line, or no example")
+            yield rejection(
+                name, place, "not a tldr page: no `# command` line, no `> description` line, or no example"
+            )
             continue
         called = f"commands.{identifier(place.split('/')[-2] if '/' in place else 'common')}.{identifier(title[1])}"
         doc = "\n\n".join(["\n".join(about), *map(":\n".join, examples)])
@@ -2432,11 +2498,17 @@ def mcp_records(path, name, license, args):
     for server, given in mcp_tools(read_json_file(path), server):
         [tool] = tools_of([given])
         function = tool["function"]
-        called, schema, doc = f"{identifier(server)}.{function['name']}", function["parameters"], plain_text(function["description"])
+        called, schema, doc = (
+            f"{identifier(server)}.{function['name']}",
+            function["parameters"],
+            plain_text(function["description"]),
+        )
         if called in taken:
             continue
         taken.add(called)
-        title = mapping(given.get("annotations")).get("title") or given.get("title") or "a tool of an MCP server"
+        title = (
+            mapping(given.get("annotations")).get("title") or given.get("title") or "a tool of an MCP server"
+        )
         schema["required"] = [key for key in listing(schema.get("required")) if key in schema["properties"]]
         stated = {"description": summarise(doc) or str(title), "name": called, "parameters": schema}
         text = document(called, f": {title}", doc, stated, f"MCP server {server}", license)
@@ -2450,10 +2522,24 @@ def mcp_tools(value, server, depth=6):
     """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
     if isinstance(value, dict):
         about = mapping(value.get("serverInfo")) | value
-        server = next((about[k] for k in ("server_name", "serverName", "name", "title") if isinstance(about.get(k), str)), server)
+        server = next(
+            (
+                about[k]
+                for k in ("server_name", "serverName", "name", "title")
+                if isinstance(about.get(k), str)
+            ),
+            server,
+        )
     tools = value if isinstance(value, list) and depth == 6 else listing(mapping(value).get("tools"))
-    if tools and all(isinstance(mapping(t).get("name"), str) and ({"inputSchema", "input_schema", "arguments", "annotations"}
-                     & t.keys() or isinstance(t.get("description"), str) and "version" not in t) for t in tools):
+    if tools and all(
+        isinstance(mapping(t).get("name"), str)
+        and (
+            {"inputSchema", "input_schema", "arguments", "annotations"} & t.keys()
+            or isinstance(t.get("description"), str)
+            and "version" not in t
+        )
+        for t in tools
+    ):
         yield from ((server, tool) for tool in tools)
     elif depth:
         for member in (value.values() if isinstance(value, dict) else listing(value)):
@@ -2467,10 +2553,24 @@ def skill_records(path, name, license, args):
     stated = dict(re.findall(r"^(name|description|license): *[\"'>|-]*\n? *(.+?)[\"']?$", front, re.M))
     if not {"name", "description"} <= stated.keys():
         raise ValueError("not a skill: its front matter has no `name` and `description`")
-    scripts = sorted(p for p in path.parent.rglob("*") if re.search(CODE_FILES, p.name) and p.is_file() and not p.is_symlink())
-    parts = [f"{script.relative_to(path.parent)}:\n\n```\n{read_text(script)[:20_000]}\n```" for script in scripts[:20]]
+    scripts = sorted(
+        p
+        for p in path.parent.rglob("*")
+        if re.search(CODE_FILES, p.name) and p.is_file() and not p.is_symlink()
+    )
+    parts = [
+        f"{script.relative_to(path.parent)}:\n\n```\n{read_text(script)[:20_000]}\n```"
+        for script in scripts[:20]
+    ]
     text = "\n\n".join([f"{stated['name']}: {stated['description']}", body.strip(), *parts])
-    yield Record(f"api_doc:skills:{name}", "api_doc", f"skills:{name}", license, [f"skills.{identifier(stated['name'])}"], text)
+    yield Record(
+        f"api_doc:skills:{name}",
+        "api_doc",
+        f"skills:{name}",
+        license,
+        [f"skills.{identifier(stated['name'])}"],
+        text,
+    )
 
 
 def read_spec(path):
@@ -2490,7 +2590,11 @@ def read_json_file(path):
         if len(content) > MAX_SPEC:
             raise ValueError(f"over {MAX_SPEC // 10**6} MB")
         text = content.decode("utf-8-sig", errors="replace")
-        spec = parse_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text, parse_constant=lambda name: None)
+        spec = (
+            parse_yaml(text)
+            if path.suffix in (".yaml", ".yml")
+            else json.loads(text, parse_constant=lambda name: None)
+        )
     except ModuleNotFoundError:
         raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
     except Exception as error:  # PyYAML's and zlib's errors have no common public ancestor
@@ -2505,10 +2609,15 @@ def parse_yaml(text):
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         yaml_implicit_resolvers = {}
 
-    for tag, first, pattern in (("null", "~nN", r"~|null|Null|NULL|"), ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
-                                ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-                                ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")):
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first) + [""] * (tag == "null"))
+    for tag, first, pattern in (
+        ("null", "~nN", r"~|null|Null|NULL|"),
+        ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
+        ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
+        ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
+    ):
+        Loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first) + [""] * (tag == "null")
+        )
     return yaml.load(text, Loader)
 
 
@@ -2518,6 +2627,7 @@ def mapping(value):
 
 
 def listing(value):
+    """The value if it is a list, else []."""
     return value if isinstance(value, list) else []
 
 
@@ -2589,7 +2699,13 @@ def schema_of(node):
     preferred.
     """
     types = mapping(node.get("content"))
-    written = sorted(types, key=lambda kind: (kind != "application/json", not re.match(r"application/([\w.-]+\+)?json\b", str(kind))))
+    written = sorted(
+        types,
+        key=lambda kind: (
+            kind != "application/json",
+            not re.match(r"application/([\w.-]+\+)?json\b", str(kind)),
+        ),
+    )
     return node.get("schema") or mapping(types[written[0]] if written else None).get("schema")
 
 
@@ -2613,7 +2729,11 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
-    kept = {str(k): p for k, p in mapping(node.get("properties")).items() if resolved(p, resolve).get(hidden) is not True}
+    kept = {
+        str(k): p
+        for k, p in mapping(node.get("properties")).items()
+        if resolved(p, resolve).get(hidden) is not True
+    }
     properties, required, choices = {k: deeper(p) for k, p in kept.items()}, listing(node.get("required")), []
     for part in map(deeper, listing(node.get("allOf"))):
         properties |= part.pop("properties", {})
@@ -2622,7 +2742,9 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
         schema = part | schema
     if properties:
         schema |= {"type": "object", "properties": properties, "required": sorted(p for p in properties if p in required)}
-    if choices := choices + [deeper(choice) for choice in listing(node.get("oneOf")) + listing(node.get("anyOf"))]:
+    if choices := choices + [
+        deeper(choice) for choice in listing(node.get("oneOf")) + listing(node.get("anyOf"))
+    ]:
         schema["anyOf"] = choices
     return schema | {key: deeper(node[key]) for key in ("items", "additionalProperties") if isinstance(node.get(key), dict)}
 
@@ -2716,12 +2838,14 @@ def read_whole(path):
 
 
 def read_lines(path):
+    """Yield (line number, value) of JSON lines; empty ones are none."""
     for number, line in enumerate(text_lines(path), 1):
         if line is None or line.strip():
             yield number, parse(line)
 
 
 def read_csv(path):
+    """Yield (line number, row as a dict, or ValueError) of a CSV file."""
     csv.field_size_limit(MAX_RECORD)
     rows = csv.DictReader(str(TOO_LONG) if line is None else line + "\n" for line in text_lines(path))
     while True:
@@ -2744,7 +2868,9 @@ def read_json(path):
         yield from read_lines(path)
     elif next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "") == "[":
         first = next(read_list(path), (0, None))[1]
-        one_record = isinstance(first, dict) and ({"role", "content"} <= first.keys() or is_item(first) or is_event(first))
+        one_record = isinstance(first, dict) and (
+            {"role", "content"} <= first.keys() or is_item(first) or is_event(first)
+        )
         yield from [(0, parse(next(read_whole(path))[1]))] if one_record else read_list(path)
     else:
         yield from records_in(0, parse(next(read_whole(path))[1]))
@@ -2865,7 +2991,9 @@ def finish(messages, tools):
     messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in one_system(messages)])
     known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
     for function in (c["function"] for m in messages for c in m.get("tool_calls", ())):
-        if function["name"] in known and "null" in function["arguments"]:  # tables fill up what a row lacks with null
+        if (
+            function["name"] in known and "null" in function["arguments"]
+        ):  # tables fill up what a row lacks with null
             given = json.loads(function["arguments"]).items()
             given = {k: v for k, v in given if v is not None or k in known[function["name"]]}
             function["arguments"] = json.dumps(given, ensure_ascii=False)
@@ -2971,9 +3099,24 @@ ID = ("call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId", "sour
 OUTCOME = ("output", "content", "response", "result", "text")
 MESSAGES = ("messages", "conversations", "conversation", "traj", "history", "contents", "events", "input")
 TOOLS = ("tools", "functions", "available_tools", "tool_definitions")
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant",
-         "agent": "assistant", "aimessagechunk": "assistant", "developer": "system", "tool_call": "function_call", "observation": "tool", "function": "tool",
-         "function_response": "tool", "function_result": "tool", "tool_response": "tool", "ipython": "tool"}
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "agent": "assistant",
+    "aimessagechunk": "assistant",
+    "developer": "system",
+    "tool_call": "function_call",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "function_result": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
+}
 THOUGHT = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:[ \t]*", re.I)
 THOUGHT_LINE = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:", re.I | re.M)
 ACTION = re.compile(r"^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*", re.I | re.M)
@@ -2982,7 +3125,9 @@ RESULT = re.compile(r"^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_resp
 TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
     r"<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
     r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{.*?\}(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
-    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)", re.DOTALL)
+    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)",
+    re.DOTALL,
+)
 XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)  # of Qwen3-Coder
 XML_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 FENCE = re.compile(r"(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```", re.I | re.DOTALL)
@@ -2992,6 +3137,7 @@ user, tool = partial(chat_message, "user"), partial(chat_message, "tool")
 
 
 def assistant(text, *calls):
+    """An assistant's message, with the calls that it makes."""
     return chat_message("assistant", text) | ({"tool_calls": list(calls)} if calls else {})
 
 
@@ -3035,7 +3181,9 @@ def calls_in(value):
         value = {"name": glaive[1], "arguments": glaive[2]} if glaive else structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
-    inner = next((value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)), value)
+    inner = next(
+        (value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)), value
+    )
     name, arguments, id = field(inner, NAME), field(inner, GIVEN), field(value, ID) or field(inner, ID)
     try:
         return [call(name, arguments, id)]
@@ -3052,8 +3200,16 @@ def field(value, names):
 
 def as_text(value):
     """What a field says: a text, the texts of its parts, or else its JSON."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value):
-        return "\n\n".join(text for part in value if (text := field(part, ("text", "value", "content", "summary_text"))) and isinstance(text, str))
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value)
+    ):
+        return "\n\n".join(
+            text
+            for part in value
+            if (text := field(part, ("text", "value", "content", "summary_text"))) and isinstance(text, str)
+        )
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
@@ -3079,7 +3235,9 @@ def python_calls(text):
         keywords, values = {}, []
         for piece in pieces:
             keyword = re.match(r"\s*([\w.-]+)\s*=(?!=)(.*)", piece, re.DOTALL)
-            value = structured(re.sub(rf"({QUOTED})|\b(true|false|null)\b", spelled, keyword[2] if keyword else piece))
+            value = structured(
+                re.sub(rf"({QUOTED})|\b(true|false|null)\b", spelled, keyword[2] if keyword else piece)
+            )
             if keyword:
                 keywords[keyword[1]] = value
             elif keywords:
@@ -3113,11 +3271,13 @@ def spelled(match):
 
 
 def positional(name, values):
+    """Arguments by name of values that are given by position."""
     names = POSITIONAL.get(name.lower(), [])
     return {names[i] if i < len(names) else f"arg{i + 1}": value for i, value in enumerate(values)}
 
 
 def code_call(language, code):
+    """The call of the tool that runs code of a language."""
     name, parameter = {"bash": ("bash", "command"), "sh": ("bash", "command"), "mswea_bash_command": ("bash", "command"),
                        "sql": ("sql", "query"), "ctf": ("bash", "command")}.get(language.lower(), ("python", "code"))
     return call(name, {parameter: code.strip()})
@@ -3159,7 +3319,11 @@ def lift(text, react):
             calls.append(code_call("python", llama))
         else:
             calls += calls_in(inside or glaive or mistral or llama)
-    says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text)) if calls or not react else text
+    says = (
+        re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text))
+        if calls or not react
+        else text
+    )
     action, fence = ACTION.search(text), FENCE.search(text)
     if react and action and not calls:
         says, action = text[:action.start()], text[action.end():]
@@ -3242,13 +3406,20 @@ def tools_of(value):
     value = structured(value) if isinstance(value, str) and value.strip() else value or []
     tools = []
     for given in value if isinstance(value, list) else [value]:
-        if isinstance(given.get("functionDeclarations", given.get("function_declarations")), list):  # Gemini's
+        if isinstance(
+            given.get("functionDeclarations", given.get("function_declarations")), list
+        ):  # Gemini's
             tools += tools_of(given.get("functionDeclarations", given.get("function_declarations")))
             continue
         function = given["function"] if isinstance(given.get("function"), dict) else given
-        if "type" in given and not field(function, ("name", "api_name")):  # built in, such as code_interpreter
+        if "type" in given and not field(
+            function, ("name", "api_name")
+        ):  # built in, such as code_interpreter
             continue
-        schema = field(function, ("parameters", "input_schema", "inputSchema", "input_parameters", "arguments")) or {}
+        schema = (
+            field(function, ("parameters", "input_schema", "inputSchema", "input_parameters", "arguments"))
+            or {}
+        )
         if isinstance(schema, list):  # of Docker's registry: a list of named arguments
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
@@ -3257,7 +3428,9 @@ def tools_of(value):
             schema = {"type": "object", "properties": entries, "required": function.get("required", required)}
         known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
         schema = {"type": "object"} | schema | {"properties": known}
-        name, description = field(function, ("name", "api_name")), field(function, ("description", "api_description"))
+        name, description = field(function, ("name", "api_name")), field(
+            function, ("description", "api_description")
+        )
         tools.append({"type": "function", "function": {
             "name": name, "description": description or "", "parameters": schema_types(schema)}})
     return tools
@@ -3370,7 +3543,9 @@ def messages_record(record, react=False):
             parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        raise ValueError(f"nothing is left without {', '.join({*map(kind_of, turns[0].get('content') or ['text'])})}")
+        raise ValueError(
+            f"nothing is left without {', '.join({*map(kind_of, turns[0].get('content') or ['text'])})}"
+        )
     return messages, tools_of(field(record, TOOLS)) or (
         tools_in(messages[0]["content"]) if messages[0]["role"] == "system" else [])
 
@@ -3381,7 +3556,9 @@ def whole(record):
         return {"messages": record}
     if isinstance(record.get("request"), dict) and isinstance(record.get("response"), dict):
         record = record["request"] | record["response"]
-    if isinstance(record.get("prompt", record.get("input")), str) and not isinstance(record.get("messages"), list):
+    if isinstance(record.get("prompt", record.get("input")), str) and not isinstance(
+        record.get("messages"), list
+    ):
         asked = [user(record.get("prompt", record.get("input")))]
     else:
         asked = record["prompt"] if isinstance(record.get("prompt"), list) else attempt(listed, record)
@@ -3412,7 +3589,11 @@ def unwrapped(message):
     if isinstance(message.get("content"), dict) and "parts" in message["content"]:
         message = message["content"] | {"author": message.get("author")}
     more = message.get("additional_kwargs") or {}
-    return message if message.get("tool_calls") or not more.get("tool_calls") else message | {"tool_calls": more["tool_calls"]}
+    return (
+        message
+        if message.get("tool_calls") or not more.get("tool_calls")
+        else message | {"tool_calls": more["tool_calls"]}
+    )
 
 
 def parts_of(message, role):
@@ -3454,7 +3635,11 @@ def is_item(message):
 
 def kind_of(part):
     """The type of a part of a message: as it says or, in Gemini's, by its key."""
-    return "text" if isinstance(part, str) else part.get("type") or next((key for key in part if key in PARTS), "")
+    return (
+        "text"
+        if isinstance(part, str)
+        else part.get("type") or next((key for key in part if key in PARTS), "")
+    )
 
 
 def read_part(part):
@@ -3462,7 +3647,9 @@ def read_part(part):
     kind = kind_of(part)
     what = PARTS.get(kind)
     if what == "text" and not (isinstance(part, dict) and part.get("thought") is True):
-        yield "text", part if isinstance(part, str) else as_text(field(part, (kind, "text", "value", "content")))
+        yield "text", (
+            part if isinstance(part, str) else as_text(field(part, (kind, "text", "value", "content")))
+        )
     elif what in ("thought", "text"):
         yield "thought", as_text(field(part, (kind, "text", "value", "summary", "content")))
     elif what == "call":
@@ -3713,7 +3900,9 @@ def is_turn(message):
     """Whether an object looks like a message of a conversation."""
     message = unwrapped(message)
     role = field(message, ("role", "from", "type"))
-    known = isinstance(role, str) and (ROLES.get(role.lower(), role.lower()) in ("system", "user", "assistant", "tool"))
+    known = isinstance(role, str) and (
+        ROLES.get(role.lower(), role.lower()) in ("system", "user", "assistant", "tool")
+    )
     return known or is_item(message)
 
 
@@ -3724,7 +3913,11 @@ def samples(record):
 
 def is_event(value):
     """Whether it is an event of OpenHands: an action or what was observed."""
-    return isinstance(value, dict) and bool({"action", "observation"} & value.keys()) and not {"role", "from"} & value.keys()
+    return (
+        isinstance(value, dict)
+        and bool({"action", "observation"} & value.keys())
+        and not {"role", "from"} & value.keys()
+    )
 
 
 def openhands(record):
@@ -3739,14 +3932,24 @@ def openhands(record):
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
         elif action and action not in ("change_agent_state", "recall", "system", "null"):
             answer = (made.get("model_response") or {}).get("choices") or [{}]
-            written = [c for c in answer[0].get("message", {}).get("tool_calls") or [] if c["id"] == made["tool_call_id"]]
-            arguments = {k: given[k] for k in ("command", "code", "path", "content", "url", "query") if given.get(k)}
+            written = [
+                c
+                for c in answer[0].get("message", {}).get("tool_calls") or []
+                if c["id"] == made["tool_call_id"]
+            ]
+            arguments = {
+                k: given[k] for k in ("command", "code", "path", "content", "url", "query") if given.get(k)
+            }
             try:
                 calls = calls_in(written) or [call(action, arguments)]
             except ValueError:  # the model's JSON was broken
                 calls = [call(made["function_name"], arguments)]
             messages.append(assistant(given.get("thought") or event.get("thought") or "", *calls))
-        elif event.get("observation") and messages and event["observation"] not in ("agent_state_changed", "null"):
+        elif (
+            event.get("observation")
+            and messages
+            and event["observation"] not in ("agent_state_changed", "null")
+        ):
             messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
     return messages, []
 
@@ -3758,14 +3961,25 @@ def trajectory_interchange(record):
         role = {"agent": "assistant"}.get(step["source"], step["source"])
         calls = [("call", made) for made in calls_in(step.get("tool_calls") or [])]
         results = (step.get("observation") or {}).get("results") or []
-        say(role, [("thought", step.get("reasoning_content") or ""), ("text", as_text(step.get("message"))), *calls,
-                   *(("result", (field(r, ID), as_text(r.get("content")))) for r in results)], messages, False)
+        say(
+            role,
+            [
+                ("thought", step.get("reasoning_content") or ""),
+                ("text", as_text(step.get("message"))),
+                *calls,
+                *(("result", (field(r, ID), as_text(r.get("content")))) for r in results),
+            ],
+            messages,
+            False,
+        )
     return messages, tools_of((record.get("agent") or {}).get("tool_definitions"))
 
 
 def spans_of(record):
     """The spans of an OpenTelemetry trace, in the order of time."""
-    return sorted(record["spans"] if isinstance(record, dict) else record, key=lambda span: span["start_time"])
+    return sorted(
+        record["spans"] if isinstance(record, dict) else record, key=lambda span: span["start_time"]
+    )
 
 
 def trace(record):
@@ -3796,15 +4010,22 @@ def trace(record):
     return messages, list(known.values())
 
 
-HARMONY = re.compile(r"(?:<\|start\|>(?P<role>[^<]*))?(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?"
-                     r"<\|message\|>(?P<text>.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|<\|start\|>|\Z)", re.DOTALL)
+HARMONY = re.compile(
+    r"(?:<\|start\|>(?P<role>[^<]*))?(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?"
+    r"<\|message\|>(?P<text>.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|<\|start\|>|\Z)",
+    re.DOTALL,
+)
 
 
 def harmony(text):
     """OpenAI's harmony format, as its open models write it: channels for thoughts, calls and answers."""
     messages, tools = [], []
     for found in HARMONY.finditer(text):
-        role, channel, said = (found["role"] or "assistant").split(), found["channel"] or "", found["text"].strip()
+        role, channel, said = (
+            (found["role"] or "assistant").split(),
+            found["channel"] or "",
+            found["text"].strip(),
+        )
         to = re.search(r"\bto=([\w.-]+)", f"{found['role'] or ''} {channel}")
         name = to and to[1].removeprefix("functions.")
         if role[0] == "assistant" and name:
@@ -3823,12 +4044,29 @@ def harmony(text):
 def harmony_tools(text):
     """The tools in a prompt of harmony, which writes them as types of TypeScript; their parameters by name."""
     tools = []
-    for comment, name, body in re.findall(r"((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text, re.M | re.DOTALL):
+    for comment, name, body in re.findall(
+        r"((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text, re.M | re.DOTALL
+    ):
         fields = re.findall(r"^(\w+)(\?)?: *([\w\[\]]*)", body, re.M)
-        kinds = {"string": "string", "number": "number", "boolean": "boolean", "string[]": "array", "number[]": "array"}
+        kinds = {
+            "string": "string",
+            "number": "number",
+            "boolean": "boolean",
+            "string[]": "array",
+            "number[]": "array",
+        }
         properties = {field: {"type": kinds[kind]} if kind in kinds else {} for field, _, kind in fields}
-        tools.append({"name": name, "description": comment.replace("// ", "").strip(), "parameters": {
-            "type": "object", "properties": properties, "required": [field for field, optional, _ in fields if not optional]}})
+        tools.append(
+            {
+                "name": name,
+                "description": comment.replace("// ", "").strip(),
+                "parameters": {
+                    "type": "object",
+                    "properties": properties,
+                    "required": [field for field, optional, _ in fields if not optional],
+                },
+            }
+        )
     return tools_of(tools)
 
 
@@ -3848,7 +4086,9 @@ def seal_tools(record):
     for turn in listed(record):
         text = field(turn, ("value", "content"))
         if ROLES.get(turn.get("from", turn.get("role"))) == "user":
-            listing, asked = groups(r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$", text)
+            listing, asked = groups(
+                r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$", text
+            )
             messages.append(user(asked.strip().strip('"')))
         else:
             messages.append(assistant("", *calls_in(text)))
@@ -3874,26 +4114,49 @@ FORMATS = {
     "tooleval": (having("query", "available_tools", "answer"), tooleval),
     "toolbench_query": (having("query", "api_list", "relevant APIs"), toolbench_query),
     "agent_data_protocol": (lambda r: "class_" in r["content"][0], agent_data_protocol),
-    "api_bank": (lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
+    "api_bank": (
+        lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]),
+        api_bank,
+    ),
     "api_bank_dialogue": (lambda r: "role" in r["turns"][0], api_bank_dialogue),
     "tau_display": (having("messages_display"), tau_display),
-    "intercode": (lambda r: "query" in r and ("turn_history" in r or "action" in r["trajectory"][0]), intercode),
+    "intercode": (
+        lambda r: "query" in r and ("turn_history" in r or "action" in r["trajectory"][0]),
+        intercode,
+    ),
     "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
     "gorilla": (having("code", "api_call", "api_data"), gorilla),
     "agentbench_os": (having("description", "explanation", "evaluation"), agentbench_os),
     "agentbench_kg": (having("question", "actions", "s_expression"), agentbench_kg),
     "alpaca": (having("instruction", "output"), alpaca),
-    "traces": (lambda r: any("gen_ai.operation.name" in s["attributes"] or "gen_ai.input.messages" in s["attributes"]
-                             for s in spans_of(r)), trace),
+    "traces": (
+        lambda r: any(
+            "gen_ai.operation.name" in s["attributes"] or "gen_ai.input.messages" in s["attributes"]
+            for s in spans_of(r)
+        ),
+        trace,
+    ),
     "atif": (lambda r: "source" in r["steps"][0], trajectory_interchange),
-    "samples": (lambda r: "messages" in next(iter(samples(r))), lambda r: [messages_record(sample) for sample in samples(r)]),
+    "samples": (
+        lambda r: "messages" in next(iter(samples(r))),
+        lambda r: [messages_record(sample) for sample in samples(r)],
+    ),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
     "harmony": (matching(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
-    "labelled_text": (lambda r: re.search(LABELLED, r["example"]) is not None, lambda r: labelled_text(r["example"])),
+    "labelled_text": (
+        lambda r: re.search(LABELLED, r["example"]) is not None,
+        lambda r: labelled_text(r["example"]),
+    ),
     "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
-    "toolace": (lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
+    "toolace": (
+        lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]),
+        toolace,
+    ),
     "swe_agent": (lambda r: any(m.get("action") for m in listed(r)), react_record),
-    "mini_swe_agent": (lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", role="system"), react_record),
+    "mini_swe_agent": (
+        lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", role="system"),
+        react_record,
+    ),
     "react": (lambda r: says(r, ACTION) and (says(r, THOUGHT_LINE) or says(r, RESULT, "user")), react_record),
     "codeact": (lambda r: says(r, r"(?ms)<execute\w*>.*</execute|^\s*<execute\w*>"), react_record),
     "messages": (lambda r: is_turn(whole(r)["messages"][0]), messages_record),
@@ -3936,7 +4199,10 @@ class Page:
         stated = email.message.Message()
         stated["Content-Type"] = self.headers.get("content-type", "")
         try:
-            return self.body.decode(codecs.lookup(stated.get_content_charset() or "utf-8").name.replace("utf-8", "utf-8-sig"), "replace")
+            return self.body.decode(
+                codecs.lookup(stated.get_content_charset() or "utf-8").name.replace("utf-8", "utf-8-sig"),
+                "replace",
+            )
         except (LookupError, ValueError):  # no such charset, or none of text
             return self.body.decode("utf-8-sig", "replace")
 
@@ -3957,7 +4223,9 @@ def canonical(url, base=""):
     except (ValueError, LookupError, AttributeError):  # broken, of another scheme, without a host
         return ""
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
-    path = urllib.parse.urljoin("/", re.sub("%2e", ".", parts.path, flags=re.I)) or "/"  # without dot segments
+    path = (
+        urllib.parse.urljoin("/", re.sub("%2e", ".", parts.path, flags=re.I)) or "/"
+    )  # without dot segments
     rest = path + (f"?{parts.query}" if parts.query else "")
     return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
 
@@ -3974,7 +4242,9 @@ class Web:
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
     max_age: float = 86400.0      # seconds for which an answer is used without asking whether it has changed
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
-    local: threading.local = dataclasses.field(default_factory=threading.local)  # of a thread: its try, its socket
+    local: threading.local = dataclasses.field(
+        default_factory=threading.local
+    )  # of a thread: its try, its socket
 
     def get(self, url, headers=None, refuse=lambda url: ""):
         """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
@@ -4041,16 +4311,33 @@ class Web:
         """One request. Raises OSError where there is no complete answer in time."""
         from urllib3.exceptions import HTTPError
         self.local.attempt, self.local.sock, started = attempt, None, time.monotonic()
-        timer = threading.Timer(self.timeout, self.hang_up, [self.local.__dict__])  # a slow drip meets no other limit
+        timer = threading.Timer(
+            self.timeout, self.hang_up, [self.local.__dict__]
+        )  # a slow drip meets no other limit
         timer.start()
         try:
-            headers = {"User-Agent": AGENT, "Accept-Encoding": "gzip, deflate", "Connection": "close"} | headers
+            headers = {
+                "User-Agent": AGENT,
+                "Accept-Encoding": "gzip, deflate",
+                "Connection": "close",
+            } | headers
             self.check(url)
-            with self.session.request("POST" if sent else "GET", url, data=sent, headers=headers, timeout=self.timeout,
-                                      stream=True, allow_redirects=False) as answer:
+            with self.session.request(
+                "POST" if sent else "GET",
+                url,
+                data=sent,
+                headers=headers,
+                timeout=self.timeout,
+                stream=True,
+                allow_redirects=False,
+            ) as answer:
                 moved = answer.status_code // 100 == 3  # what else a redirect says is not read
                 body = bytearray()
-                while not moved and len(body) <= self.max_bytes and (piece := answer.raw.read(2**16, decode_content=False)):
+                while (
+                    not moved
+                    and len(body) <= self.max_bytes
+                    and (piece := answer.raw.read(2**16, decode_content=False))
+                ):
                     body += piece
         except HTTPError as error:
             raise OSError(str(error)) from error
@@ -4058,7 +4345,12 @@ class Web:
             timer.cancel()
         if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
             raise TimeoutError
-        page = Page(url, answer.status_code, {name.lower(): value for name, value in answer.headers.items()}, bytes(body))
+        page = Page(
+            url,
+            answer.status_code,
+            {name.lower(): value for name, value in answer.headers.items()},
+            bytes(body),
+        )
         for encoding in re.findall(r"[\w-]+", page.headers.get("content-encoding", "") if body else "")[::-1]:
             if encoding.lower() not in ("gzip", "x-gzip", "deflate", "identity"):
                 raise WebError(f"{url}: packed as {encoding}, which was not asked for")
@@ -4103,11 +4395,15 @@ class Web:
                 manager.pool_classes_by_scheme = pools
                 return manager
 
-        pools = {"http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": Connection}),
-                 "https": type("SecurePool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": SecureConnection})}
+        pools = {
+            "http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": Connection}),
+            "https": type("SecurePool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": SecureConnection}),
+        }
         session = requests.Session()
         session.auth = lambda request: request  # no passwords from ~/.netrc
-        session.resolve_redirects = lambda *args, **options: iter(())  # it would read the whole body of a redirect
+        session.resolve_redirects = lambda *args, **options: iter(
+            ()
+        )  # it would read the whole body of a redirect
         for scheme in ("http://", "https://"):
             session.mount(scheme, Adapter())
         return session
@@ -4119,7 +4415,9 @@ class Web:
         found = self.addresses(connection.host, connection.port)
         if not connection.proxy:
             self.refuse_private(connection.host, found)
-        self.local.sock = socket.create_connection((found[self.local.attempt % len(found)], connection.port), self.timeout)
+        self.local.sock = socket.create_connection(
+            (found[self.local.attempt % len(found)], connection.port), self.timeout
+        )
         return self.local.sock
 
     def check(self, url):
@@ -4136,7 +4434,9 @@ class Web:
     def refuse_private(self, host, found):
         """Raise WebError unless all addresses are public, or private ones are allowed."""
         if not self.allow_private and not all(map(is_public, found)):
-            raise WebError(f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)")
+            raise WebError(
+                f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)"
+            )
 
 
 class Response(http.client.HTTPResponse):
@@ -5724,7 +6024,9 @@ class Endpoint:
         try:
             page = self.web.persist(self.url, headers, json.dumps(body).encode())
             answer = json.loads(page.body)
-            text, tokens = answer["choices"][0]["message"]["content"] or "", mapping(mapping(answer).get("usage")).get("total_tokens")
+            text, tokens = answer["choices"][0]["message"]["content"] or "", mapping(
+                mapping(answer).get("usage")
+            ).get("total_tokens")
             self.paid.append(tokens if type(tokens) is int and tokens > 0 else len(prompt + text) // 4)  # or a guess
         except (ValueError, TypeError, LookupError, RecursionError) as error:  # of others than WebError the text may show the key
             self.failures += 1
