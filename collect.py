@@ -125,7 +125,6 @@ class Record:
 
 def sources():
     """{kind: (reader, pattern of the files that it reads in a directory, options that it depends on)}.
-
     A reader of files is given (path, name, licence, args), one of the web (address or name, args); both yield
     Records, and a rejection() for what they cannot convert.
     """
