@@ -1154,6 +1154,10 @@ class Tokenizer:
         """Ids of a text. What looks like a special token in it is ordinary text."""
         return self.encode_to_numpy(text).tolist()
 
+    def special_pieces(self):
+        """{id of a special token: ids of its name as ordinary text}."""
+        return {i: self.encode(token) for token, i in self.special.items()}
+
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32."""
         arrays = []

@@ -450,7 +450,7 @@ class Local:
             except ValueError as error:
                 fail(error)
             if self.model.config.vocab_size < self.tokenizer.vocab_size:  # it lacks some of the chat format's tokens
-                transformer.grow_vocabulary(self.model, self.tokenizer.vocab_size)
+                transformer.grow_vocabulary(self.model, self.tokenizer.vocab_size, self.tokenizer.special_pieces())
         self.model.eval()
         if other_template(Path(path)):
             tqdm.write(f"{path}: its chat template is not the one used here (ChatML with Hermes calls). To "

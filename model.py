@@ -477,12 +477,20 @@ def load(directory, device="cpu", dtype=torch.float32):
 
 
 @torch.no_grad()
-def grow_vocabulary(model, size):
-    """Make room for tokens that were added to the tokenizer. New rows are the mean of the others, so that they begin unremarkable."""
+def grow_vocabulary(model, size, pieces):
+    """Make room for `size` tokens. The row of an added token starts as the mean of its pieces' rows, other rows as the mean of all.
+
+    pieces: {id of an added token: ids of its text in the vocabulary as it was}. From the mean of all rows, a token would
+    start as likely as the average one, and a short tuning would hardly ever write it.
+    """
     layers = [model.model["embed_tokens"]] + [model.lm_head] * (not model.config.tie_embeddings)
     for layer in layers:
-        old = layer.weight
-        layer.weight = nn.Parameter(torch.cat([old, old.mean(0, keepdim=True).expand(size - len(old), -1)]))
+        old = layer.weight.detach()
+        new = []
+        for i in range(len(old), size):
+            known = [piece for piece in pieces.get(i, []) if piece < len(old)]
+            new.append(old[known or slice(None)].mean(0))
+        layer.weight = nn.Parameter(torch.cat([old, torch.stack(new)]))
     if model.config.tie_embeddings:
         model.lm_head.weight = model.model["embed_tokens"].weight
     model.config.vocab_size = size

@@ -543,7 +543,7 @@ def load_checkpoint(directory, corpus, device="cpu", dtype=torch.float32):
     if model.config.vocab_size < len(ours.ranks) or not named and model.config.vocab_size != ours.vocab_size:
         fail(f"{directory}: vocabulary of {model.config.vocab_size}, but the corpus has {ours.vocab_size}")
     if model.config.vocab_size < ours.vocab_size:  # it lacks some of the chat format's tokens
-        transformer.grow_vocabulary(model, ours.vocab_size)
+        transformer.grow_vocabulary(model, ours.vocab_size, ours.special_pieces())
     return model
 
 
@@ -970,30 +970,38 @@ def small_runs(jobs, corpus, args):
     rest. Returns what was measured: of each run its losses, and those of the base it began from."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     files = [Path(args.out) / "scaling" / name / "result.json" for name in jobs]
-    for i, (file, (init, size, tokens, r, seed)) in enumerate(zip(files, tqdm(jobs.values(), desc="runs", disable=None if rank == 0 else True))):
-        if i % world != rank or file.exists():
+    bar = tqdm(jobs.values(), desc="runs", disable=None if rank == 0 else True)
+    for i, (file, (init, size, tokens, r, seed)) in enumerate(zip(files, bar)):
+        if i % world != rank:
             continue
-        own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
-        weights = wide_mixture(r, dict(zip(("code", "text"), args.mix[1:])), corpus)
-        with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
-            run = pretrain(f"scaling/{file.parent.name}", init, weights, tokens, corpus, own)
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        before, after = ({k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")} for line in (lines[0], lines[-1]))
-        if absent := [d for d in VALIDATED if after.get(d) is None or before[d] is None]:
-            fail(f"{run}: no finite held-out loss of {', '.join(absent)}")
-        for losses in (before, after):
-            losses["agent"] = sum(share * losses[d] for d, share in AGENT.items())
-        write(file, json.dumps({"size": str(size), "parameters": parameters_of(size, corpus), "tokens": tokens, "ratio": r, "seed": seed,
-                                "loss": after, "base": before}))
-        tqdm.write(f"{file.parent.name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
-        shutil.rmtree(run / "train_state")
-        if init:
-            for weights_file in run.glob("model*"):
+        if not file.exists():
+            write(file, json.dumps(small_run(file.parent.name, init, size, tokens, r, seed, corpus, args)))
+        shutil.rmtree(file.parent / "train_state", ignore_errors=True)
+        if init:  # nothing goes on from it
+            for weights_file in file.parent.glob("model*"):
                 weights_file.unlink()
     while not all(file.exists() for file in files):
         if STOP.wait(1):
             sys.exit(0)
     return [read_json(file) for file in files]
+
+
+def small_run(name, init, size, tokens, ratio, seed, corpus, args):
+    """Train one model of the law. Returns its losses, by domain, and those of the base that it went on from."""
+    own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
+    weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus)
+    with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
+        run = pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    before, after = ({k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
+                     for line in (lines[0], lines[-1]))
+    if absent := [d for d in VALIDATED if after.get(d) is None or before[d] is None]:
+        fail(f"{run}: no finite held-out loss of {', '.join(absent)}")
+    for losses in (before, after):
+        losses["agent"] = sum(share * losses[d] for d, share in AGENT.items())
+    tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
+    return {"size": str(size), "parameters": parameters_of(size, corpus), "tokens": tokens, "ratio": ratio, "seed": seed,
+            "loss": after, "base": before}
 
 
 class Law:

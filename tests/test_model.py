@@ -305,12 +305,13 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_grown_vocabulary(tie, tmp_path):
     model, ids = tiny(tie_embeddings=tie), torch.randint(97, (1, 9))
     before = model(ids)
-    transformer.grow_vocabulary(model, 100)
+    transformer.grow_vocabulary(model, 100, {97: [5, 7], 98: [99]})
     save(model, tmp_path)
     logits = load(tmp_path)(ids)
     assert logits.shape == (1, 9, 100) and json.loads((tmp_path / "config.json").read_text())["vocab_size"] == 100
     torch.testing.assert_close(logits[..., :97], before)
-    torch.testing.assert_close(logits[..., 99], before.mean(-1))
+    torch.testing.assert_close(logits[..., 97], before[..., [5, 7]].mean(-1))
+    torch.testing.assert_close(logits[..., 98:], before.mean(-1, keepdim=True).expand(1, 9, 2))
 
 
 def test_a_batch_gives_what_each_prompt_gives_alone():

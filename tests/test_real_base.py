@@ -38,7 +38,7 @@ def test_a_real_base_as_transformers_reads_it(base, tmp_path):
         folder = tmp_path if saved else base
         if saved:
             tokenizer.save(folder)
-            grow_vocabulary(ours, tokenizer.vocab_size)
+            grow_vocabulary(ours, tokenizer.vocab_size, tokenizer.special_pieces())
             save(ours, folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         reference = AutoTokenizer.from_pretrained(folder)
