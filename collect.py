@@ -819,7 +819,7 @@ def describe_callable(obj, doc, module, bound=False):
         schema["additionalProperties"] = True
     return {
         "doc": doc,
-        "signature": str(signature.replace(parameters=parameters)) if signature else "(...)",
+        "signature": str(signature.replace(parameters=map(shown, parameters))) if signature else "(...)",
         "is_class": inspect.isclass(obj),
         "parameters": schema,
         "known": signature is not None
@@ -830,6 +830,13 @@ def describe_callable(obj, doc, module, bound=False):
         ),
         "sessions": sessions(doc, obj, module),
     }
+
+
+def shown(parameter):
+    """A parameter as the text of a signature has it: without notes on its type and without a long default."""
+    if typing.get_origin(parameter.annotation) is typing.Annotated:
+        parameter = parameter.replace(annotation=parameter.annotation.__origin__)
+    return parameter.replace(default=Opaque("...")) if len(repr(parameter.default)) > 200 else parameter
 
 
 def stable(text):
@@ -952,6 +959,10 @@ def documented_parameters(doc, known=()):
             level = indentation(line)
             names, kind = parameter_names(match[1]), match[2] or ""
             description = paragraph(match[3], lines, i)
+            if style == "" and not kind and " : " in text and is_indented_below(lines, i):
+                goes_on = ". " in match[3] or " " in match[3] and lines[i + 1].strip()[0].islower()
+                if not goes_on:  # a type, as under NumPy's heading
+                    kind, description = match[3], paragraph("", lines, i)
             if style == "" and {*names} <= {*known}:
                 plain |= {name: Documented(kind, description) for name in names if name not in plain}
             if style == "" or not description:
@@ -1128,8 +1139,8 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", stated or said.type):
         kind = "number" if type(default) is int and REAL.fullmatch(name) else PYTHON_TYPES[type(default)]
         schema = schema or {"type": kind}
-        finite = type(default) is not float or abs(default) < 1e300
-        if type(default) in (bool, int, str, float) and finite and fits(default, schema):
+        short = len(repr(default)) < 200 and (type(default) is not float or abs(default) < 1e300)
+        if type(default) in (bool, int, str, float) and short and fits(default, schema):
             schema["default"] = default
     schema = dict(
         schema
@@ -1199,13 +1210,18 @@ def guessed_schema(name, description):
     ):
         return {} if re.search(r"\btuple\b", description) else {"type": "integer"}
     if re.match(
-        r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b", start
+        r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b"
+        r"(?!.*\bor\b.*\b(object|id|number|handle|buffer|stream)\b)",
+        start,
     ):
         return {"type": "string"}
     for kind, names in NAMED.items():
         if re.fullmatch(names, name):
             return {"type": kind}
-    known = type_schema(re.sub(r"['\"]|(?i:^sets?\b(?! of))", "", start))
+    start = re.sub(r"['\"]|(?i:^sets?\b(?! of))", "", start)
+    parts = [part for part in type_parts(start) if part != "None"]
+    unknown = [part for part in parts if not alternatives(part, 0)]  # "article number or message id"
+    known = {} if 0 < len(unknown) < len(parts) else type_schema(start)
     named = type_schema(name)
     vague = "node nodes label labels sequence timestamp paths characters mappings".split()
     return known or ({} if name in vague else named)
@@ -1507,6 +1523,8 @@ def alternative(text, depth):
         return [array_of(alternatives(found[1], depth))]
     if re.fullmatch(r"(?:pandas |polars )?data ?frame", words):
         return [{"type": "object", "title": "DataFrame"}]
+    if re.fullmatch(r"(?:\w+ )?name", words):  # "int or name"
+        return [{"type": "string"}]
     if re.fullmatch(r"(?:a |the )?(?:[Nn]etwork[xX] |nx )?graph", words):
         return [{"type": "object", "title": "Graph"}]
     if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
@@ -1810,7 +1828,8 @@ def made_array(node, literals):
     whole = [int(a) for a in arguments]
     if kind in ("arange", "range"):
         return list(range(*whole))
-    if kind not in ("ones", "zeros") or math.prod(whole) > 100:
+    matrix = len(whole) == 1 and isinstance(node.func, ast.Name)  # to mpmath and SymPy zeros(3) is one
+    if kind not in ("ones", "zeros") or math.prod(whole) > 100 or matrix:
         return None
     values = 1.0 if kind == "ones" else 0.0
     for n in reversed(whole):
@@ -1886,16 +1905,23 @@ def literal_call(key, target, node, literals, is_method):
 
 def bind_literals(signature, node, literals):
     """The arguments of a call by the parameters' names. Raises what literal_value() raises."""
-    values = [literal_value(a, literals) for a in node.args]
-    given = {k.arg: literal_value(k.value, literals) for k in node.keywords}
     arguments = {}
-    for name, value in signature.bind(*values, **given).arguments.items():
+    for name, bound in signature.bind(*node.args, **{k.arg: k.value for k in node.keywords}).arguments.items():
         kind = signature.parameters[name].kind
         if kind == inspect.Parameter.VAR_KEYWORD:
-            arguments |= value
+            arguments |= {key: literal_argument(key, value, literals) for key, value in bound.items()}
+        elif kind == inspect.Parameter.VAR_POSITIONAL:
+            arguments[name] = [literal_argument(name, value, literals) for value in bound]
         else:
-            arguments[name] = list(value) if kind == inspect.Parameter.VAR_POSITIONAL else value
+            arguments[name] = literal_argument(name, bound, literals)
     return arguments
+
+
+def literal_argument(name, node, literals):
+    """literal_value() of an argument. A Python type such as int is one only where a dtype is meant."""
+    if isinstance(node, ast.Name) and DTYPE.fullmatch(node.id) and "dtype" not in name:
+        raise ValueError(f"{node.id} is no literal")
+    return literal_value(node, literals)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2084,9 +2110,13 @@ def first_sentence(doc):
     doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc[:2000])  # a signature above the text
     heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
     ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
-    announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*\n?)+)"
-    short = lambda items: f" {' '.join(items[1].split())}\n\n" if len(items[1]) < 200 else "\n\n"
-    doc = re.sub(announced, short, doc)
+    announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*(?:\n|$)(?:[ \t]+(?![-*] |\d\. )\S.*(?:\n|$))*)+)"
+
+    def in_line(items):  # of a list, or nothing where it is long or its items are of several sentences
+        text = " ".join(items[1].split())
+        return f" {text}\n\n" if len(text) < 200 and not re.search(r"[.!?] [A-Z]", text) else "\n\n"
+
+    doc = re.sub(announced, in_line, doc)
     doc = re.split(rf"{ends}|(?<=\S)\n[ \t]*(?:[-*]|\d\.) ", doc)[0]
     doc = re.sub(r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", r" ", doc)
     doc = re.sub(r"::\n\n[ \t]+(?!>>>|\.\. )(\S[^\n]{0,80})(\n\n|$)", r": \1\n\n", doc)  # a literal line
@@ -5395,7 +5425,7 @@ def mend(tool, arguments, rng):
     defaults = [
         p
         for p, schema in properties.items()
-        if p not in arguments and "default" in schema and not UNUSUAL.match(p)
+        if p not in arguments and "default" in schema and schema["default"] != "" and not UNUSUAL.match(p)
     ]
     if not defaults:
         return None, None, None
@@ -5433,13 +5463,16 @@ SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
     r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|float|bool|"
     r"template|header|model|node|character by|configuration|bucket|format|operator|signature|[a-z]*ml\b|json|"
     r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library|regist|dsn|accent|preprocess|"
-    r"extracted|lazily read|backend|spinner|tables?\b)")
+    r"extracted|lazily read|backend|spinner|tables?\b|capabilit|terminal)")
 BEGINS_AS_TEXT = re.compile(
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
 VALUES = [  # of texts and numbers, by the first pattern that is found in the name or the description
-    ("string", r"sha ?\d+|md ?5|checksum|digest",
-     ["9f86d081884c7d65", "d41d8cd98f00b204", "5d41402abc4b2a76"]),
+    ("string", r"md ?5", ["d41d8cd98f00b204e9800998ecf8427e", "5d41402abc4b2a76b9719d911017c592"]),
+    ("string", r"sha ?1(?!\d)", ["a94a8fe5ccb19ba61c4c0873d391e987982fbbd3"]),
+    ("string", r"sha ?\d+|checksum|digest",
+     ["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+      "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"]),
     ("string", r"url|uri|endpoint|link(?! rel)|address of (a|the) (page|site)",
      ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json",
       "http://localhost:8080/health", "https://example.com/feed.xml"]),
@@ -5488,6 +5521,8 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"^(\w+ )?(format|fmt)\b", ["%Y-%m-%d", "{:.2f}", "png"]),
     ("string", r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
                r"comment|note|^data\b", TEXTS),
+    ("string", r"app|application|program", ["Weather Station", "Invoice Printer", "photo-sorter"]),
+    ("string", r"workspace|organi[sz]ation|team|company|project", ["acme-labs", "north-office", "weather-team"]),
     ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", NAMES),
     ("integer", r"axis|axes|dimension (along|to|over|in|on)|(along|over) which", [0, -1]),
     ("integer", r"version|^min", [1, 2, 3]),
@@ -5542,7 +5577,7 @@ HIGH_DIMENSIONAL = re.compile(
     r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
 HIGH_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
-    r"dtensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
+    r"dtensor|as a real tensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
 TWO_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(2-?d|2[- ]dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
 SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")

@@ -1,4 +1,5 @@
 """What docstrings and annotations say of parameters, beside docstring_parser and numpydoc."""
+import ast
 import contextlib
 import enum
 import importlib
@@ -1085,3 +1086,48 @@ def test_names_that_are_imported_for_types_alone(tmp_path, monkeypatch):
     [order] = collect.describe_module("sorter.use", {})["objects"]
     assert order["parameters"]["properties"] == {
         "by": {"type": "string", "enum": ["up", "down"]}, "frame": {"type": "object", "title": "Frame"}}
+
+
+@pytest.mark.parametrize("description, schema", [
+    ("article number or message id", {}), ("filename string or file object to write to", {}),
+    ("a real or complex square matrix", {}), ("an integer or None", {"type": "integer"}),
+    ("the name of the file", {"type": "string"})])
+def test_a_guess_from_words_says_nothing_where_an_alternative_is_unknown(description, schema):
+    found = collect.parameter_schema("p", "", collect.Documented("", description))
+    assert {k: v for k, v in found.items() if k != "description"} == schema
+
+
+def test_numpy_s_entries_without_a_heading():
+    doc = ("Shuffle.\n\nseed : integer, random_state, or None\n    State of the generator.\n"
+           "hosts : List of names of all machines\n    of the network.\n")
+    found = collect.documented_parameters(doc, {"seed", "hosts"})
+    assert found["seed"] == collect.Documented("integer, random_state, or None", "State of the generator.")
+    assert found["hosts"].description == "List of names of all machines of the network."
+
+
+def test_a_list_in_a_summary_is_whole_or_left_out():
+    doc = "Check the following conditions:\n\n- Size is 3\n- The last dimensions\n  are w and h\n- It is{}\n"
+    assert collect.summarise(doc.format(" so")).endswith("Size is 3 - The last dimensions are w and h - It is so")
+    for more in (" so" * 99, " so. Or not."):
+        assert collect.summarise(doc.format(more)) == "Check the following conditions:"
+
+
+def test_a_signature_is_shown_without_notes_and_long_defaults():
+    def key(name: typing.Annotated[str, "Header\n name."], environ=dict.fromkeys(range(99)), page="x" * 999):
+        """Make a key."""
+    found = collect.describe_callable(key, "Make a key.", sys.modules[__name__])
+    assert found["signature"] == "(name: str, environ=..., page=...)"
+    assert "default" not in found["parameters"]["properties"]["page"]
+    assert found["parameters"]["properties"]["name"]["description"] == "Header name."
+
+
+@pytest.mark.parametrize("call, arguments", [
+    ("f('1 2', kind=int)", None), ("f([1], dtype=int)", {"lines": [1], "dtype": "int"}), ("f(zeros(3))", None),
+    ("f(np.zeros(3))", {"lines": [0.0, 0.0, 0.0]}), ("f(zeros(2, 1))", {"lines": [[0.0], [0.0]]})])
+def test_arguments_of_examples_that_are_no_literals(call, arguments):
+    signature = inspect.signature(lambda lines, kind=None, dtype=None: None)
+    if arguments is None:
+        with pytest.raises(ValueError):
+            collect.bind_literals(signature, ast.parse(call, mode="eval").body, {})
+    else:
+        assert collect.bind_literals(signature, ast.parse(call, mode="eval").body, {}) == arguments
