@@ -995,9 +995,11 @@ def sections(lines):
         if style == "numpy" and text[:1].islower():  # a parameter called args
             marked = None
         if ruled or marked:
-            style, base = (
-                ("numpy" if ruled else "google") if PARAMETERS.fullmatch(heading) else "other"
-            ), indent
+            style, base = "other", indent
+            if PARAMETERS.fullmatch(heading):
+                style = "numpy" if ruled else "google"
+            elif heading.lower() == "attributes":  # those of a class are often what its constructor takes
+                style = ""
             entries = None
             yield "heading", base
             continue
@@ -1076,11 +1078,11 @@ NAMED = {  # names that tell of the type by themselves
     "number": r"(\w+_)?timeout",
 }
 # Classes, though such words mean JSON_TYPES
-CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text"}
+CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text", "Layout"}
 CLASS_NAME = (  # a name in capitals that is neither that of a library nor of what is no class
     r"(?!(?:Any|Optional|Union|None|Hashable|Type|The|If|Not|Ignored|Self|Unpack|Generic|Callable|Undefined|"
     r"NetworkX|Networkx|Matplotlib|One|NumPy|Numpy|SymPy|Sympy|Sympifyable|Sympifiable|Pandas|PyTorch|Python|[A-Z]_co|"
-    r"[A-Z]_contra|\w+Like)\b)(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
+    r"[A-Z]_contra|\w+Like|Supports\w+|TypeForm)\b)(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)"
 )
 PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array", dict: "object"}
@@ -1200,7 +1202,7 @@ def guessed_schema(name, description):
     """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
     if re.match(
-        r"(?i)(whether|if (true|set|false)|true (if|to)|flag|enable|disable|boolean)\b", description
+        r"(?i)(whether|if (true|set|false)|true (if|to)|(a )?flag|enable|disable|boolean)\b", description
     ):
         return {"type": "boolean"}
     if re.match(
@@ -1222,6 +1224,8 @@ def guessed_schema(name, description):
     parts = [part for part in type_parts(start) if part != "None"]
     unknown = [part for part in parts if not alternatives(part, 0)]  # "article number or message id"
     known = {} if 0 < len(unknown) < len(parts) else type_schema(start)
+    if len(known.get("enum", "ab")) == 1:  # "0 for invisible, 1 for normal"
+        return {}
     named = type_schema(name)
     vague = "node nodes label labels sequence timestamp paths characters mappings".split()
     return known or ({} if name in vague else named)
@@ -2070,7 +2074,7 @@ def infer_types(described):
             same_name = stated[package(key), name]
         usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
-        if agreed and usual in PYTHON_TYPES.values() and seen <= {usual}:
+        if agreed and usual in {*PYTHON_TYPES.values()} - {"boolean"} and seen <= {usual}:
             properties[key][name] = {"type": usual} | schema
         elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
             properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema
@@ -2100,6 +2104,7 @@ def summarise(doc):
     """
     first = re.sub(r"`~[\w.]*?(\w+)`", r"`\1`", first_sentence(doc))
     first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
+    first = re.sub(r",? (?:with|using|by|based on|according to) (?:the )?following [\w ]+:$", ".", first)
     return textwrap.shorten(re.sub(r"::$", ":", first), 300, placeholder=" ...")
 
 
@@ -5097,7 +5102,7 @@ UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|c
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
     r"containing|shape|over|into|per|within|under|matching|(from|of|between) two|along|corresponding|"
-    r"according|based|depending|such|lists of equal|using)$")
+    r"according|based|depending|such|lists of equal|using|with coefficients)$")
 STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|"
           r"handles|wraps|which|used)\b")
 ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
@@ -5122,7 +5127,7 @@ class Said(str):
 VAGUE = set("""
     a an and array arrays computed constructed copy created data dataframe directed distance float generated
     graph in index input kernel list masked matrix multigraph new newly object of or output result resulting
-    results returned sample samples scaled score scores series shape string target tensor the thresholded to
+    results returned drawn random sample samples scaled score scores series shape string target tensor the thresholded to
     transformed undirected updated value values with 1-d 2-d
     stripped converted modified sorted filled""".split())  # do not say which function it is
 
@@ -5171,7 +5176,7 @@ def find_purposes(name, documentation, is_class):
             or found[0][0] == "give"
             or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate "))
         ):
-            found.append(("give", "the " + name.removeprefix("get ")))
+            found.append(("give", with_article(name.removeprefix("get "))))
     return tuple(dict.fromkeys(p for p in found if p))
 
 
@@ -5207,7 +5212,7 @@ def read_purpose(sentence):
     elif verb in ASKING and re.match(r"(if|whether|that) ", rest) or first == "Whether":
         kind, words = "check", rest.partition(" ")[2] if first != "Whether" else rest
     elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
-        kind, words = "give", rest if re.match(r"(the|an?|all|every) ", rest) else f"the {rest}"
+        kind, words = "give", with_article(rest)
     elif verb in VERBS and rest and not rest.startswith("of "):
         kind, words = "do", f"{adverb.lower()}{verb} {rest}"
     elif first in ("The", "A", "An") and rest and not re.search(STATES, rest):
@@ -5235,6 +5240,17 @@ def read_purpose(sentence):
     if unclear or not 3 + 2 * cut <= count < 17 or plain.count("(") != plain.count(")"):
         return None
     return kind, words
+
+
+def with_article(noun):
+    """
+    >>> [with_article(noun) for noun in ("all names", "arbitrary element", "sum of x")]
+    ['all names', 'an arbitrary element', 'the sum of x']
+    """
+    if re.match(r"(the|an?|all|every|any) ", noun):
+        return noun
+    one_of_many = re.match(r"(arbitrary|random) ", noun)
+    return f"a{'n' * (noun[0] in 'aeiou')} {noun}" if one_of_many else f"the {noun}"
 
 
 def imperative(verb):
@@ -5401,13 +5417,13 @@ def in_words(value):
 
 def answer(result, rng):
     """What the assistant says of a result."""
-    result = result.strip()
+    result = result.rstrip().strip("\n")  # the first line's indentation may mean something
     if not result:
         return "It is done; nothing was returned."
     if re.match(r"Traceback|\w+Error: ", result):
         return f"That fails: {result.splitlines()[-1]}"
     if "\n" not in result and len(result) <= 120:
-        return rng.choice(ANSWERS).format(r=result)
+        return rng.choice(ANSWERS).format(r=result.strip())
     return "The result is:\n" + (result if len(result) <= 300 else result[:300].rsplit(None, 1)[0] + " ...")
 
 
@@ -5497,6 +5513,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
     ("string", r"dir\b|directory|folder|^root|base path|home$",
      ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]),
     ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", PATHS),
+    ("string", r"decimal", [",", "."]),
     ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
     ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
     ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
@@ -5561,6 +5578,7 @@ VALUES = [  # of texts and numbers, by the first pattern that is found in the na
      [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100])]
 VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values)
           for kind, pattern, values in VALUES]
+COLUMNS = [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]]
 SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
            ["red apple", "green pear"]]
 OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
@@ -5573,7 +5591,7 @@ UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|sig
 HIGH_DIMENSIONAL = re.compile(
     r"(?i)^(g\d?|y|y (true|prob|pred|score|pred proba)|targets?|labels?( true| pred)?|xy|"
     r"gram):|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
-    r"positive.definite|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
+    r"positive.definite|rgba?\b|colou?r|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
     r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
 HIGH_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
@@ -5587,6 +5605,11 @@ BOUND = re.compile(  # of a value by what is named next
 SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
 NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
                             r"one.?hot|indices|histogram|confusion")
+CONDITIONAL = re.compile(  # what is said of an option that means nothing by itself
+    r"(?i)\bdeprecated|\bno-op\b|\bno effect\b|\bignored\b|\bonly (is |be )?(used|valid|relevant|applied|"
+    r"applies|considered|supported|allowed|available|has|have|meaningful|matters|works?|if|when)\b|"
+    r"\b(used|valid|relevant|applied|considered|supported|allowed|available|meaningful) only\b|"
+    r"\brequires [`*\w]+ ?(=|to be)")
 OPENS = re.compile(  # what is done with a file that must exist
     r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
@@ -5626,7 +5649,7 @@ def random_arguments(tool, rng):
         if p not in required
         and not UNUSUAL.match(p)
         and can_state(tool, p)
-        and "deprecated" not in schema.get("description", "").lower()
+        and not CONDITIONAL.search(schema.get("description", ""))
     ]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
     arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
@@ -5787,6 +5810,8 @@ def random_value(tool, name, rng, size):
         values = [v for v in values if v > 0] or values
     if type(default) is int and kind != "string":
         values = [v for v in values if v == int(v)] or values
+    if kind == "string" and re.search(r"\bcharacter\b", text):
+        values = [v for v in values if len(v) == 1] or values
     return rng.choice([v for v in values if v != default] or values)
 
 
@@ -5816,7 +5841,7 @@ def random_list(text, schema, rng, size, about=""):
             return ["1 2", "2 3", "3 1"]
         if re.search(r"\b\w*(file|path|dir|director(y|ie))s?\b", text):
             return ["data/a.csv", "data/b.csv"]
-        return list(rng.choice(SAMPLES))
+        return list(rng.choice(COLUMNS if re.search(r"\b(column|field|attribute)", text) else SAMPLES))
     flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
     named, _, said = text.partition(":")
     if (
