@@ -5097,7 +5097,7 @@ UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|c
                      r"mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|"
                      r"i e|version of|kind for|prints as|routine|system call|utility|function|functions|"
                      r"algorithm|type|types|code|generic|given|specified|provided|keywords?|"
-                     r"appropriately|properly|number between|the (true|false))\b|--|"
+                     r"appropriately|properly|number between|from broadcasting|the (true|false))\b|--|"
                      r"\w\(", re.I)
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
@@ -5586,12 +5586,12 @@ OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, 
            {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
 UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|signature|order|backend|"
                      r"like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|args|"
-                     r"options|_.*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
+                     r"options|_.*|schema\w*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
                      r"context|ctx|file|stream|dtype)$")
 HIGH_DIMENSIONAL = re.compile(
     r"(?i)^(g\d?|y|y (true|prob|pred|score|pred proba)|targets?|labels?( true| pred)?|xy|"
     r"gram):|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
-    r"positive.definite|rgba?\b|colou?r|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
+    r"positive.definite|rgba?\b|colou?r|polynomials|variables|struct|quantized|image|shape \(|trailing dim|permutation|one-hot|token|buffer|"
     r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
 HIGH_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
@@ -5609,7 +5609,7 @@ CONDITIONAL = re.compile(  # what is said of an option that means nothing by its
     r"(?i)\bdeprecated|\bno-op\b|\bno effect\b|\bignored\b|\bonly (is |be )?(used|valid|relevant|applied|"
     r"applies|considered|supported|allowed|available|has|have|meaningful|matters|works?|if|when)\b|"
     r"\b(used|valid|relevant|applied|considered|supported|allowed|available|meaningful) only\b|"
-    r"\brequires [`*\w]+ ?(=|to be)")
+    r"\brequires [`*\w]+ ?(=|to be)|\bmust also be\b|\bwhen [`*\w]+\.shape\b")
 OPENS = re.compile(  # what is done with a file that must exist
     r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
 OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
