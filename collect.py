@@ -954,7 +954,8 @@ def documented_parameters(doc, known=()):
             names, kind = [match[2].strip("*")], match[1].strip()
             description = paragraph(match[3], lines, i)
         elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
-            names, kind, description = parameter_names(match[1]), match[2] or "", paragraph("", lines, i)
+            kind, more = whole_type(match[2] or "", lines, i)
+            names, description = parameter_names(match[1]), paragraph("", lines, i, skipped=more)
         elif style in ("google", "") and not nested and (match := ENTRY.fullmatch(text)):
             level = indentation(line)
             names, kind = parameter_names(match[1]), match[2] or ""
@@ -1020,17 +1021,31 @@ def indentation(line):
     return len(line) - len(line.lstrip())
 
 
+def whole_type(kind, lines, i):
+    """(The type that begins at line i, the number of further lines that it takes): an open bracket is closed, and
+    a line "optional", "default 3" or "or str" belongs to it.
+    """
+    is_open = lambda text: any(text.count(left) > text.count(right) for left, right in ("{}", "()", "[]"))
+    whole, more = kind, 0
+    for line in lines[i + 1:i + 6]:
+        goes_on = is_open(whole) or re.match(r"\s*(optional|defaults?\b.{,20}$|or )", line)
+        if not goes_on or indentation(line) <= indentation(lines[i]):
+            break
+        whole, more = f"{whole} {line.strip()}", more + 1
+    return (kind, 0) if is_open(whole) else (whole, more)
+
+
 def parameter_names(text):
     """The names in "x, y", "*args" or "x1, x2, ..."."""
     return [name.strip(" *\\") for name in text.split(",") if name.strip(" *.")]
 
 
-def paragraph(first, lines, i):
+def paragraph(first, lines, i, skipped=0):
     """What an entry at line i says, in one line: its own text and, indented below it, the rest of the
     paragraph, with the list that it announces.
     """
     held, ended, bullet = [first] * bool(first.strip()), False, re.match(r"\s*[-*•+] ", lines[i])
-    for line in map(lines.__getitem__, range(i + 1, len(lines))):  # a copy of the rest would cost quadratic time
+    for line in map(lines.__getitem__, range(i + 1 + skipped, len(lines))):  # a copy of the rest would cost quadratic time
         text = line.strip()
         deeper = indentation(line) - indentation(lines[i])
         wraps = bullet and deeper == 0 and not ended and text[:1].islower()
@@ -1135,6 +1150,8 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     schema, documented = type_schema(stated), type_schema(said.type)
     narrower = schema == {"type": "string"} == {k: v for k, v in documented.items() if k != "enum"}
     narrower = narrower and (type(default) is not str or default in documented.get("enum", [default]))
+    listed = re.match(r"\{[^{}:]*\}", said.type) and "enum" in str(documented)  # {0 or 'index', 1 or 'columns'}
+    narrower = narrower or listed and (type(default) not in PYTHON_TYPES or fits(default, documented))
     schema = dict(documented if narrower else schema or documented)
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
@@ -1255,16 +1272,16 @@ def default_in_words(text):
     >>> [default_in_words(text) for text in ("Defaults to 1,000", "default: 2 * n", "the default 'a' encoding")]
     [None, None, None]
     """
-    found = re.search(
+    found = {match[1] for match in re.finditer(
         r"(?:(?<!the )(?<!['\"])\bdefaults?|\bdefaults?(?: value)?(?: +(?:is|to)\b| *[:=])+) *`*"
         r"('[^']*'|\"[^\"]*\"|True\b|False\b|"
         r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?(?![\w/*^%]|[.,:-]\d| [*/^+] ?\w))"
         r"(?!`*,? (?:if|when|for|unless|except|or|on|in)\b)",
         " ".join(text.split()),
         re.I,
-    )
-    try:
-        return ast.literal_eval(found[1]) if found else None
+    )}
+    try:  # several depend on a condition
+        return ast.literal_eval(found.pop()) if len(found) == 1 else None
     except (ValueError, SyntaxError):  # such as 007
         return None
 
@@ -1537,7 +1554,7 @@ def alternative(text, depth):
         if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
             items = re.match(r"(?: \w+)? of (?!shape|length|size|\d)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
-    found = re.fullmatch(rf"(?:an? )?(?:[a-z]+ )?({CLASS_NAME})(?: object| instance)?", words)
+    found = re.fullmatch(rf"(?:an? )?(?:instance of (?:an? )?|[a-z]+ )?({CLASS_NAME})(?: object| instance)?", words)
     return [{"type": "object", "title": found[1]}] if found and "_t." not in text else []
 
 
@@ -2074,7 +2091,8 @@ def infer_types(described):
             same_name = stated[package(key), name]
         usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
-        if agreed and usual in {*PYTHON_TYPES.values()} - {"boolean"} and seen <= {usual}:
+        plural = usual == "string" and name.endswith("s")
+        if agreed and usual in {*PYTHON_TYPES.values()} - {"boolean"} and seen <= {usual} and not plural:
             properties[key][name] = {"type": usual} | schema
         elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
             properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema

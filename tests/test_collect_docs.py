@@ -694,7 +694,7 @@ def test_alternatives_are_neither_lost_nor_made_up(stated, schema):
 
 @pytest.mark.parametrize("said, default", [
     ("default=0.80 if x is given, else 1", None), ("The default is 3, unless x is given.", None),
-    ("Defaults to 3.", 3), ("Default: True on Windows", None)])
+    ("Defaults to 3.", 3), ("Series: default is 'index'. DataFrame: default is 'columns'.", None), ("Default: True on Windows", None)])
 def test_a_default_under_a_condition_is_none(said, default):
     assert collect.default_in_words(said) == default
 
@@ -1103,6 +1103,18 @@ def test_numpy_s_entries_without_a_heading():
     found = collect.documented_parameters(doc, {"seed", "hosts"})
     assert found["seed"] == collect.Documented("integer, random_state, or None", "State of the generator.")
     assert found["hosts"].description == "List of names of all machines of the network."
+
+
+def test_what_the_documentation_lists_comes_before_an_alias():
+    said = collect.Documented("{0 or 'index', 1 or 'columns', None}, default 0", "Axis.")
+    assert collect.parameter_schema("axis", "int", said)["enum"] == [0, "index", 1, "columns"]
+    assert "enum" not in collect.parameter_schema("axis", "int", said, 2)
+    doc = "Read.\n\nParameters\n----------\nvalues : str, list of str,\n    optional\n    More texts.\n"
+    assert collect.documented_parameters(doc)["values"] == collect.Documented("str, list of str, optional", "More texts.")
+    doc = "Cut.\n\nParameters\n----------\nhow : {'a',\n       'b'}, default='a'\n    How to cut.\nn : int,\n    Times.\n"
+    assert collect.documented_parameters(doc)["how"] == collect.Documented("{'a', 'b'}, default='a'", "How to cut.")
+    assert collect.documented_parameters(doc)["n"].description == "Times."
+    assert collect.type_schema("instance of FreeGroupElement or string")["anyOf"][0]["title"] == "FreeGroupElement"
 
 
 def test_a_list_in_a_summary_is_whole_or_left_out():
