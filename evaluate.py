@@ -1,28 +1,36 @@
-"""Step 6 of 6: measure models as agents, on APIs that none of them has seen and on the benchmarks of the paper, and compare them.
+"""Step 6 of 6: measure models as agents, on APIs that none of them has seen and on the benchmarks of the
+paper, and compare them.
 
-In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints; data/corpus for the
-      suite heldout, the benchmarks' own files beneath --data for the others
-Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables, and what failed, with
-      examples; out/eval/items/<model>/<suite>.jsonl, one record an item
+In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints;
+      data/corpus for the suite heldout, the benchmarks' own files beneath --data for the others
+Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables,
+      and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record an item
 
 Laptop:    python evaluate.py
-Others:    python evaluate.py --model out/stage2 path/to/Qwen3-0.6B http://localhost:8000/v1 --suite bfcl agentbench-db --data benchmarks/
+Others:    python evaluate.py --model out/stage2 path/to/Qwen3-0.6B --suite bfcl mmlu --data benchmarks/
+           python evaluate.py --model http://localhost:8000/v1 --suite bfcl agentbench-db --data benchmarks/
 One node:  torchrun --nproc_per_node=8 evaluate.py --model DIR --suite bfcl --data benchmarks/
 Serve:     python evaluate.py --serve out/ours --port 8000
 
 Suites
-  heldout        of documents and APIs that no model was trained on: loss (mean loss of each document, nats a token, by domain, so what was
-                 forgotten shows too), choice (one tool of four fits; by likelihood: which name is likeliest after the request, direct, and
-                 which tool makes the request likeliest, channel, arXiv 2108.04106), next (which of four calls comes next in a trajectory,
-                 for models that cannot chat yet; the idea of APTBench, arXiv 2510.24397), calls (name and arguments
-                 of calls that have arguments come first, then all calls by the number of their arguments and by
-                 kind), decoded freely and, as calls-constrained, within the names and schemas of the tools at hand
-  bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the package bfcl-eval is installed
+  heldout        of documents and APIs that no model was trained on:
+                   loss: mean loss of each document, nats a token, by domain, so what was forgotten shows too;
+                   choice: one tool of four fits; by likelihood: which name is likeliest after the request,
+                     direct, and which tool makes the request likeliest, channel, arXiv 2108.04106;
+                   next: which of four calls comes next in a trajectory, for models that cannot chat yet; the
+                     idea of APTBench, arXiv 2510.24397;
+                   calls: name and arguments of calls that have arguments come first, then all calls by the
+                     number of their arguments and by kind; decoded freely and, as calls-constrained, within
+                     the names and schemas of the tools at hand
+  bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the
+                 package bfcl-eval is installed
   agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds an item
-  api-bank       API-Bank's calls, by exact match of name and arguments, which is stricter than its own execution
+  api-bank       API-Bank's calls, by exact match of name and arguments, which is stricter than its own
+                 execution
   mmlu           multiple choice by likelihood, for what is kept of general ability
 
-Each model is compared with the first by a paired bootstrap over items. An item's answer that fails in any way stays in the denominator.
+Likelihoods (heldout, mmlu) need a checkpoint directory. Each model is compared with the first by a paired
+bootstrap over items. An item's answer that fails in any way stays in the denominator.
 """
 import argparse
 import ast
@@ -68,8 +76,8 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, sha256, write
-from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values, run_main,
-                     unit_hash, visible)
+from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values,
+                     run_main, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -78,20 +86,22 @@ HELDOUT = ("loss", "choice", "next", "calls", "calls-constrained")  # what the s
 
 
 def suites():
-    """{name: function of the options (and of the corpus, for those of HELDOUT) that gives its items}. An item is
-    (id, function that begins its episode).
+    """{name: function of the options (and of the corpus, for those of HELDOUT) that gives its items}. An item
+    is (id, function that begins its episode).
     """
     return {
         "loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
         "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 300],
-        "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank, "mmlu": mmlu}
+        "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank,
+        "mmlu": mmlu}
 
 
 def main():
     args = parse_args()
     if args.serve:
         return serve(args)
-    names = list(dict.fromkeys(part for suite in args.suite for part in (HELDOUT if suite == "heldout" else [suite])))
+    parts = {"heldout": HELDOUT}  # of suites
+    names = list(dict.fromkeys(name for suite in args.suite for name in parts.get(suite, [suite])))
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
     started, out = time.time(), Path(args.out) / "eval"
     corpus = open_corpus(args.corpus) if {*names} & {*HELDOUT} else None
@@ -115,7 +125,8 @@ def main():
     results = [row for suite in chosen for row in summarise(suite, items[suite], labels)]
     write(out / "results.json", json.dumps(results, indent=1))
     tables = "\n\n".join(table(suite, results, labels) for suite in chosen)
-    print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; the rest: shares, higher is better.")
+    print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; "
+          "the rest: shares, higher is better.")
     failed = "\n".join(failures(suite, items[suite], labels) for suite in chosen)
     write(out / "report.md", visible(f"# {', '.join(labels)}\n\n{tables}\n\n{failed}"))
     if pyplot:
@@ -138,7 +149,8 @@ def play(episodes, reply):
         for name, answer in answers.items():
             try:
                 asked[name] = begun[name].send(answer)
-                records.setdefault(name, {"id": name} | ({"prompt": asked[name]} if isinstance(asked[name], tuple) else {}))
+                prompt = {"prompt": asked[name]} if isinstance(asked[name], tuple) else {}
+                records.setdefault(name, {"id": name} | prompt)
             except StopIteration as end:
                 records.setdefault(name, {"id": name}).update(end.value)
         answers = dict(zip(asked, reply(list(asked.values())))) if asked else {}
@@ -160,22 +172,24 @@ def play_all(suite, episodes, model, identity, directory, args):
         whole.replace(directory / f"{suite}.part0.jsonl")
         done = None
     if done is None:
-        write(part, json.dumps(identity) + "\n" + "".join(json.dumps(item) + "\n" for item in (read_items(part, identity) or {}).values()))
+        write(part, json_lines([identity, *(read_items(part, identity) or {}).values()]))
         done = items_of_parts(directory, suite, identity)
         groups = [episodes[i:i + model.group] for i in range(0, len(episodes), model.group)]
         todo = [group for group in groups[rank::world] if any(name not in done for name, _ in group)]
-        reply = partial(model.reply, max_tokens=args.max_tokens or (160 if suite in HELDOUT else 1024), constrained=suite.endswith("-constrained"))
+        longest = args.max_tokens or (160 if suite in HELDOUT else 1024)
+        reply = partial(model.reply, max_tokens=longest, constrained=suite.endswith("-constrained"))
         with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
             played = (map if model.workers == 1 else pool.map)(lambda group: play(group, reply), todo)
-            for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False, disable=None if is_main() else True):
-                file.write("".join(json.dumps(item) + "\n" for item in items))
+            for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False,
+                              disable=None if is_main() else True):
+                file.write(json_lines(items))
                 file.flush()
         if not is_main():
             return None
         while any(name not in done for name, _ in episodes):  # for the other ranks
             done = items_of_parts(directory, suite, identity)
             time.sleep(0.05)
-        write(whole, json.dumps(identity) + "\n" + "".join(json.dumps(done[name]) + "\n" for name, _ in episodes))
+        write(whole, json_lines([identity, *(done[name] for name, _ in episodes)]))
         for path in directory.glob(f"{suite}.part*.jsonl"):
             path.unlink()
     return [done[name] for name, _ in episodes]
@@ -191,7 +205,8 @@ def check_call(tools, calls, gold, language="python"):
     the case of one. What makes the original raise an exception is wrong here.
 
     >>> f = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
-    >>> check_call([f], [("f", {"a": 1})], [{"f": {"a": [1, 2]}}]), check_call([f], [("f", {"a": 1.0})], [{"f": {"a": [1, 2]}}])
+    >>> gold = [{"f": {"a": [1, 2]}}]
+    >>> check_call([f], [("f", {"a": 1})], gold), check_call([f], [("f", {"a": 1.0})], gold)
     ((True, None), (False, 'wrong type'))
     """
     if len(calls) != len(gold):
@@ -226,8 +241,10 @@ def summarise(suite, items, models):
     ids = {metric: ids[metric] for metric in sorted(ids, key=lambda metric: metric != HEADLINE)}
     means, draws = {}, {}
     for metric, names in ids.items():
-        values = np.array([[by_id[model][name]["scores"][metric] for model in models] for name in names])  # (N, models)
-        means[metric], draws[metric] = values.mean(0), resample(values)       # (models,), (resamples, models)
+        values = [[by_id[model][name]["scores"][metric] for model in models] for name in names]
+        values = np.array(values)              # (N, models)
+        means[metric] = values.mean(0)         # (models,)
+        draws[metric] = resample(values)       # (resamples, models)
     sizes = {metric: len(names) for metric, names in ids.items()}
     for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
         with contextlib.suppress(KeyError):  # not all of its parts were measured
@@ -236,7 +253,8 @@ def summarise(suite, items, models):
     results = []
     for metric, names in ids.items():
         for m, model in enumerate(models):
-            row = {"model": model, "suite": suite, "metric": metric, "n": len(names), "score": means[metric][m], **interval("", draws[metric][:, m])}
+            row = {"model": model, "suite": suite, "metric": metric, "n": len(names),
+                   "score": means[metric][m], **interval("", draws[metric][:, m])}
             verdicts = Counter(by_id[model][name].get("verdict") for name in names)
             if None not in verdicts:
                 row["verdicts"] = {v: verdicts[v] / len(names) for v in VERDICTS}
@@ -258,20 +276,23 @@ def table(suite, results, models):
     rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
     last = None
     for r in (r for r in results if r["suite"] == suite):
-        row = ["", ""] if r["metric"] == last else [last := r["metric"], f"{r['n']:,}"]
-        row += [r["model"], f"{r['score']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]"]
-        clear = "baseline" in r and (r["difference_low"] > 0 or r["difference_high"] < 0)
-        row.append(f"{r['difference']:+.3f} [{r['difference_low']:+.3f}, {r['difference_high']:+.3f}]{' *' * clear}" if "baseline" in r else "")
-        rows.append(row + ([f"{share:.0%}" for share in r["verdicts"].values()] if "verdicts" in r else [""] * len(VERDICTS)))
+        row = ["", ""] if r["metric"] == last else [r["metric"], f"{r['n']:,}"]
+        last = r["metric"]
+        row += [r["model"], f"{r['score']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]", ""]
+        if "baseline" in r:
+            low, high = r["difference_low"], r["difference_high"]
+            row[-1] = f"{r['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{' *' * (low > 0 or high < 0)}"
+        rows.append(row + [f"{r['verdicts'][v]:.0%}" if "verdicts" in r else "" for v in VERDICTS])
     used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
     widths = {c: max(len(row[c]) for row in rows) for c in used}
-    lines = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
-    return "\n".join([f"### {suite}", "", lines[0], "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|", *lines[1:]])
+    head, *body = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|"
+    return "\n".join([f"### {suite}", "", head, rule, *body])
 
 
 # ============================================================================================================
-# Below: options; items; models and endpoints; constrained decoding; a section a benchmark; the sandbox; the report;
-# the server.
+# Below: options; items; models and endpoints; constrained decoding; a section a benchmark; the sandbox; the
+# report; the server.
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -280,56 +301,59 @@ def table(suite, results, models):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--model", nargs="+", metavar="MODEL", help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as http://localhost:8000/v1 "
-        "(the key is taken from OPENAI_API_KEY), with #NAME where one serves several models; the first is what the others are compared "
-        "with (default: control and ours under --out)")
-    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *suites()], help="what to measure; heldout: its five parts")
-    add("--data", default="data/benchmarks", metavar="DIR", help="directory that holds, at any depth, the official files of the benchmarks")
+    add("--model", nargs="+", metavar="MODEL",
+        help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as "
+        "http://localhost:8000/v1 (the key is taken from OPENAI_API_KEY), with #NAME where one serves "
+        "several models; the first is what the others are compared with (default: control and ours under "
+        "--out)")
+    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *suites()],
+        help="what to measure; heldout: its five parts")
+    add("--data", default="data/benchmarks", metavar="DIR",
+        help="directory that holds, at any depth, the official files of the benchmarks")
     add("--corpus", default="data/corpus", help="corpus directory")
     add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
+    add("--limit", type=int, metavar="N",
         help="items of a category at most (default: all; in heldout 600 calls, 300 constrained ones, "
-        "150 of all else)",
-    )
-    add("--mode", default="native", choices=["native", "prompt"], help="of the benchmarks: tools given as such, calls made as the model was "
-        "trained to; or tools and the form of an answer described in words")
-    add("--constrained", action="store_true", help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
-    add("--max-tokens", type=int, metavar="N", help="tokens of an answer at most; one that is longer is cut off, and counts as such (default: "
+        "150 of all else)")
+    add("--mode", default="native", choices=["native", "prompt"],
+        help="of the benchmarks: tools given as such, calls made as the model was trained to; or tools and "
+        "the form of an answer described in words")
+    add("--constrained", action="store_true",
+        help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
+    add("--max-tokens", type=int, metavar="N",
+        help="tokens of an answer at most; one that is longer is cut off, and counts as such (default: "
         "1024; 160 in heldout)")
-    add(
-        "--seq-len",
-        type=int,
-        default=768,
-        help="of heldout: tokens of a document that are read, and of a conversation that is asked",
-    )
+    add("--seq-len", type=int, default=768,
+        help="of heldout: tokens of a document that are read, and of a conversation that is asked")
     add("--batch-size", type=int, default=32, help="items that a checkpoint works on at once")
     add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--plot", action="store_true", help="draw out/eval/report.png with matplotlib: scores as bars, the models' training as curves")
-    add("--serve", metavar="DIR", help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
+    add("--plot", action="store_true",
+        help="draw out/eval/report.png with matplotlib: scores as bars, the models' training as curves")
+    add("--serve", metavar="DIR",
+        help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
     add("--port", type=int, default=8000, help="of --serve")
     return parser.parse_args()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Items. An episode is a generator that yields what it asks of a model: (messages, tools), to which an Answer is sent, or a list of
-# (context, continuation), to which the continuations' log-likelihoods are sent. It returns the item's record.
+# ------------------------------------------------------------------------------------------------------------
+# Items. An episode is a generator that yields what it asks of a model: (messages, tools), to which an Answer
+# is sent, or a list of (context, continuation), to which the continuations' log-likelihoods are sent. It
+# returns the item's record.
 
 
 class Answer(NamedTuple):
     """What a model writes."""
     text: str                   # all of it, calls in Hermes form included
-    calls: list | None = None   # [(name, arguments)]; [] if it makes none; None if what it writes as a call is not one
+    calls: list | None = None   # [(name, arguments)]; None if what it writes as a call is not one
     ended: bool = True          # by itself: not cut off at the limit of tokens
     error: str | None = None    # why there is none
 
 
 def turn(answer):
     """The assistant's message that an Answer is, as the conversation goes on."""
-    return chat_message("assistant", answer.text.partition("<tool_call>")[0].rstrip("\n") if answer.calls else answer.text, answer.calls)
+    text = answer.text.partition("<tool_call>")[0].rstrip("\n") if answer.calls else answer.text
+    return chat_message("assistant", text, answer.calls)
 
 
 def verdict(answer, calls, wanted, right, why=""):
@@ -340,28 +364,34 @@ def verdict(answer, calls, wanted, right, why=""):
     what is wrong with it, if not.
     """
     if answer.error:
-        return {"verdict": "error", "failure": re.sub(r"\d+", "N", answer.error), "calls": None, "output": "", "error": answer.error}
-    if calls is None or not calls and not clean(answer):
-        found, why = "unparseable", "no call that can be read" if calls is None else "cut off" if not answer.ended else "neither a call nor words"
+        failure = re.sub(r"\d+", "N", answer.error)
+        return {"verdict": "error", "failure": failure, "calls": None, "output": "", "error": answer.error}
+    if calls is None:
+        found, why = "unparseable", "no call that can be read"
+    elif not calls and not is_refusal(answer):
+        found, why = "unparseable", "neither a call nor words" if answer.ended else "cut off"
     elif not calls and wanted:
         found, why = "abstained", "no call"
     elif calls and not wanted:
         found, why = "wrong", "a call where none fits"
     else:
         found = "right" if right else "wrong"
-    return {"verdict": found, "calls": calls, "output": answer.text} | ({"failure": why} if found != "right" else {})
+    item = {"verdict": found, "calls": calls, "output": answer.text}
+    return item if found == "right" else item | {"failure": why}
 
 
-def clean(answer):
+def is_refusal(answer):
     """Whether an answer without a call can be a refusal: at least three different words (or characters that
     are words), no markup, nothing like a call, not cut off; or the empty list. "abc" is garbage.
 
-    >>> clean(Answer("No function fits.")), clean(Answer("abc")), clean(Answer("</tool_call> I do not know")), clean(Answer("I call f(a=1) now."))
-    (True, False, False, False)
+    >>> texts = ["No function fits.", "abc", "</tool_call> I do not know", "I call f(a=1) now."]
+    >>> [is_refusal(Answer(text)) for text in texts]
+    [True, False, False, False]
     """
     text = after_thought(answer.text)
     words = set(re.findall(r"[\u3040-\ud7ff]|[^\W\d_]+", text.lower()))
-    return answer.ended and (text == "[]" or len(words) >= 3 and not holds_call(text) and not re.search(r"<[/|]?\w", text))
+    plain_words = len(words) >= 3 and not holds_call(text) and not re.search(r"<[/|]?\w", text)
+    return answer.ended and (text == "[]" or plain_words)
 
 
 def read_items(path, identity):
@@ -377,14 +407,23 @@ def read_items(path, identity):
         return None
 
 
+def json_lines(values):
+    """Values as lines of a file."""
+    return "".join(json.dumps(value) + "\n" for value in values)
+
+
 def items_of_parts(directory, suite, identity):
     """{id: item} of what all ranks have done so far."""
-    return {name: item for path in directory.glob(f"{suite}.part*.jsonl") for name, item in (read_items(path, identity) or {}).items()}
+    found = {}
+    for path in directory.glob(f"{suite}.part*.jsonl"):
+        found |= read_items(path, identity) or {}
+    return found
 
 
 def listing(directory):
     """A hash of which files a directory holds, their sizes and times."""
-    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in Path(directory).rglob("*") if path.is_file())
+    files = [path for path in Path(directory).rglob("*") if path.is_file()]
+    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
@@ -414,23 +453,33 @@ def read_all(path):
     return [value for _, value in values]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What answers: a checkpoint directory or an endpoint
 
 
 def open_model(path, corpus, args):
     """The Local or Endpoint that a --model stands for."""
-    if re.match("https?://", path):
-        if corpus or args.constrained:
-            fail(f"--model {path}: {'--constrained' if args.constrained else '--suite heldout'} needs a checkpoint directory")
-        return Endpoint(path, args)
-    return Local(path, corpus, args)
+    if not re.match("https?://", path):
+        return Local(path, corpus, args)
+    local = {"--constrained": args.constrained, "--suite heldout": corpus,
+             "--suite mmlu": "mmlu" in args.suite}
+    for flag, given in local.items():
+        if given:
+            fail(f"--model {path}: {flag} needs a checkpoint directory")
+    return Endpoint(path, args)
 
 
 def name_model(path, paths):
     """What a model is called in tables: the last part of its path, if no other's is the same."""
-    name = lambda p: re.sub(r"[^\w.-]+", "_", (p.rpartition("#")[2] if "#" in p else p.partition("://")[2] or Path(p).resolve().name))
-    return name(path) if sum(name(path) == name(p) for p in paths) == 1 else re.sub(r"[^\w.-]+", "_", path)
+    def safe(text):
+        return re.sub(r"[^\w.-]+", "_", text)
+
+    def last(path):
+        if "#" in path:
+            return safe(path.rpartition("#")[2])
+        return safe(path.partition("://")[2] or Path(path).resolve().name)
+
+    return last(path) if sum(last(path) == last(p) for p in paths) == 1 else safe(path)
 
 
 class Local:
@@ -442,15 +491,17 @@ class Local:
         dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
         if corpus:
             self.model, self.tokenizer = load_checkpoint(path, corpus, args.device, dtype), corpus.tokenizer
-            if args.seq_len > self.model.config.max_seq_len:
-                fail(f"--seq-len {args.seq_len} is more than the {self.model.config.max_seq_len} positions of {path}")
+            longest = self.model.config.max_seq_len
+            if args.seq_len > longest:
+                fail(f"--seq-len {args.seq_len} is more than the {longest} positions of {path}")
         else:
             try:
                 self.model, self.tokenizer = transformer.load(path, args.device, dtype), Tokenizer.load(path)
             except ValueError as error:
                 fail(error)
-            if self.model.config.vocab_size < self.tokenizer.vocab_size:  # it lacks some of the chat format's tokens
-                transformer.grow_vocabulary(self.model, self.tokenizer.vocab_size, self.tokenizer.special_pieces())
+            size = self.tokenizer.vocab_size
+            if self.model.config.vocab_size < size:  # it lacks some of the chat format's tokens
+                transformer.grow_vocabulary(self.model, size, self.tokenizer.special_pieces())
         self.model.eval()
         if other_template(Path(path)):
             tqdm.write(f"{path}: its chat template is not the one used here (ChatML with Hermes calls). To "
@@ -469,14 +520,17 @@ class Local:
         """The Answers to [(messages, tools)], decoded greedily."""
         prompts = [self.tokenizer.render(messages, tools, answer=True)[0] for messages, tools in chats]
         window = self.model.config.max_seq_len
-        answers = [Answer("", None, False, f"a prompt of {len(p)} tokens, and a window of {window}") for p in prompts]
+        answers = [Answer("", None, False, f"a prompt of {len(p)} tokens, and a window of {window}")
+                   for p in prompts]
         if fit := [i for i, p in enumerate(prompts) if len(p) <= window]:
             choose = Constraint(self.tokenizer, [chats[i][1] for i in fit]) if constrained else None
-            outputs = transformer.generate(self.model, [prompts[i] for i in fit], max_tokens, [self.tokenizer.im_end, self.tokenizer.end_of_text],
-                                           choose=choose)
+            ends = [self.tokenizer.im_end, self.tokenizer.end_of_text]
+            fitting = [prompts[i] for i in fit]
+            outputs = transformer.generate(self.model, fitting, max_tokens, ends, choose=choose)
             for i, output in zip(fit, outputs):
                 text = self.tokenizer.decode(output)
-                answers[i] = Answer(text, parse_calls(text), len(output) < min(max_tokens, window - len(prompts[i]) + 1))
+                ended = len(output) < min(max_tokens, window - len(prompts[i]) + 1)
+                answers[i] = Answer(text, parse_calls(text), ended)
         return answers
 
     @torch.inference_mode()
@@ -484,11 +538,13 @@ class Local:
         """The log-likelihood, in nats, of each continuation after its context, both texts or ids; None where
         they do not fit the window.
         """
-        wanted, found = {}, [None] * len(pairs)  # {the tokens that are read: [(which pair, the tokens that are foretold)]}
-        for i, (context, continuation) in enumerate(pairs):
-            context, continuation = (p if isinstance(p, list) else self.tokenizer.encode(p) for p in (context, continuation))
+        found = [None] * len(pairs)
+        wanted = {}  # {the tokens that are read: [(which pair, the tokens that are foretold)]}
+        for i, pair in enumerate(pairs):
+            context, continuation = (p if isinstance(p, list) else self.tokenizer.encode(p) for p in pair)
             wanted.setdefault((*context, *continuation[:-1]), []).append((i, continuation))
-        fit = sorted((ids for ids in wanted if len(ids) <= self.model.config.max_seq_len), key=len)  # little padding
+        longest = self.model.config.max_seq_len
+        fit = sorted((ids for ids in wanted if len(ids) <= longest), key=len)  # little padding
         for at in range(0, len(fit), self.args.batch_size):
             rows = fit[at:at + self.args.batch_size]
             ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
@@ -497,7 +553,8 @@ class Local:
             for x, tokens in zip(self.model.hidden(ids.to(self.args.device)), rows):  # (T, C)
                 for i, continuation in wanted[tokens]:
                     logits = self.model.lm_head(x[len(tokens) - len(continuation):len(tokens)]).float()
-                    found[i] = -F.cross_entropy(logits, torch.tensor(continuation, device=x.device), reduction="sum").item()
+                    targets = torch.tensor(continuation, device=x.device)
+                    found[i] = -F.cross_entropy(logits, targets, reduction="sum").item()
         return found
 
 
@@ -516,7 +573,8 @@ class Endpoint:
     first; threads may share it.
     """
     group = 1
-    timeout, tries, backoff = 180.0, 6, 1.0  # seconds that an answer may take; how often it is asked for; seconds between, then doubled
+    timeout, tries = 180.0, 6  # seconds that an answer may take; how often it is asked for
+    backoff = 1.0              # seconds between the first two, then doubled
 
     def __init__(self, url, args):
         self.workers = args.parallel
@@ -525,50 +583,35 @@ class Endpoint:
         try:
             self.name = self.name or self.ask("models")["data"][0]["id"]
         except (OSError, LookupError, TypeError) as error:
-            fail(f"--model {url}: {error if isinstance(error, OSError) else 'it lists no model, URL#NAME names one'}")
+            fail(f"--model {url}: {why_failed(error, 'it lists no model, URL#NAME names one')}")
         self.identity = [self.url, self.name]
 
     def reply(self, requests, max_tokens, constrained=False):
-        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of
-        pairs.
-        """
-        with ThreadPoolExecutor(self.workers) as pool:
-            replies = [pool.submit(self.answer, *r, max_tokens) if isinstance(r, tuple) else [pool.submit(self.score, *pair) for pair in r]
-                       for r in requests]
-            return [[future.result() for future in r] if isinstance(r, list) else r.result() for r in replies]
+        """What episodes asked: an Answer to each (messages, tools)."""
+        return [self.answer(messages, tools, max_tokens) for messages, tools in requests]
 
     def answer(self, messages, tools, max_tokens):
-        """The Answer to a chat. One that fails after all tries has its `error`. Where names of functions hold
-        what OpenAI's API refuses, such as a dot, the server sees an underscore.
-        """
-        allowed = lambda name: re.sub(r"[^a-zA-Z0-9_-]", "_", name)
-        names = {allowed(tool["function"]["name"]): tool["function"]["name"] for tool in tools or []}
-        tools = [tool | {"function": tool["function"] | {"name": allowed(tool["function"]["name"])}} for tool in tools or []]
-        messages = [m | {"tool_calls": [c | {"function": c["function"] | {"name": allowed(c["function"]["name"])}} for c in m["tool_calls"]]}
-                    if m.get("tool_calls") else m for m in messages]
-        body = {"model": self.name, "messages": distinct_ids(messages), "seed": 0}
-        body |= {"tools": tools} if tools else {}
+        """The Answer to a chat. One that fails after all tries has its `error`."""
+        names = {allowed(tool)["function"]["name"]: tool["function"]["name"] for tool in tools or []}
+        body = {"model": self.name, "messages": for_servers(messages), "seed": 0}
+        body |= {"tools": [allowed(tool) for tool in tools]} if tools else {}
         try:
             choice = self.complete(body, max_tokens)["choices"][0]
             text = choice["message"].get("content") or ""
             if isinstance(text, list):
                 text = "".join(part.get("text") or "" for part in text)
-            for call in choice["message"].get("tool_calls") or []:  # as Tokenizer.render writes them
+            for call in choice["message"].get("tool_calls") or []:
                 name, arguments = call["function"]["name"], call["function"].get("arguments") or "{}"
-                name = json.dumps(names.get(name, name), ensure_ascii=False)
-                if isinstance(arguments, dict):
-                    arguments = json.dumps(arguments, ensure_ascii=False)
-                arguments = arguments.replace("<tool_call>", r"\u003ctool_call>").replace("</tool_call>", r"\u003c/tool_call>")
-                text += "\n" * bool(text) + f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+                text += "\n" * bool(text) + hermes_call(names.get(name, name), arguments)
             return Answer(text, parse_calls(text), choice.get("finish_reason") != "length")
         except (OSError, LookupError, TypeError, AttributeError) as error:
-            return Answer("", None, False, str(error) if isinstance(error, OSError) else "not a chat completion")
+            return Answer("", None, False, why_failed(error, "not a chat completion"))
 
     def complete(self, body, max_tokens):
         """The server's answer to a chat. Where it wants the limit by its newer name or no temperature, it
         gets that, now and from then on.
         """
-        limit, options = self.limit, self.options  # as sent: another thread may learn meanwhile what to send
+        limit, options = self.limit, self.options  # another thread may learn meanwhile what to send
         try:
             return self.ask("chat/completions", body | options | {limit: max_tokens})
         except OSError as error:
@@ -581,35 +624,15 @@ class Endpoint:
                 raise
             return self.complete(body, max_tokens)
 
-    def score(self, context, continuation):
-        """The log-likelihood, in nats, of the tokens that hold a text after another; None if both do not fit
-        the window.
-
-        Needs completions that echo the prompt with its log-probabilities, which vLLM and --serve give.
-        """
-        prompt = context + continuation
-        body = {"model": self.name, "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
-        try:
-            choice = self.ask("completions", body)["choices"][0]
-            tokens, values, starts = (choice["logprobs"][key] for key in ("tokens", "token_logprobs", "text_offset"))
-            if not choice["text"].startswith(prompt):
-                raise TypeError
-            shift = 0 if prompt.startswith(tokens[0]) else len(tokens[0])  # of a first token that is not in the text
-            spans = zip(values, starts, [*starts[1:], math.inf])
-            return sum(value for value, start, end in spans if value is not None and start - shift < len(prompt) and end - shift > len(context))
-        except (OSError, LookupError, TypeError) as error:
-            if isinstance(error, OSError) and re.search("context.length|too long", str(error)):
-                return None
-            fail(f"{self.url}: likelihoods need completions with echo and logprobs: {error if isinstance(error, OSError) else 'it gives none'}")
-
     def ask(self, path, body=None):
         """The JSON object in the server's answer. Raises OSError with the reason if there is none after all
         tries.
         """
         key, page = os.environ.get("OPENAI_API_KEY", "").strip(), None
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        backoff = self.backoff * random.uniform(0.5, 1.5)  # so that requests which failed together do not return together
-        web = Web(None, True, rate=1e9, timeout=self.timeout, max_bytes=2**26, retries=self.tries - 1, backoff=backoff)
+        backoff = self.backoff * random.uniform(0.5, 1.5)  # what failed together shall not return together
+        web = Web(None, True, rate=1e9, timeout=self.timeout, max_bytes=2**26, retries=self.tries - 1,
+                  backoff=backoff)
         try:
             page = web.persist(f"{self.url.rstrip('/')}/{path}", headers, body and json.dumps(body).encode())
             answer = json.loads(page.body)
@@ -625,20 +648,41 @@ class Endpoint:
         raise OSError(f"status {page.status}: {said.replace(key, '***') if key else said}")
 
 
-def distinct_ids(messages):
-    """The messages with ids of calls that differ over the whole conversation, in the form that all servers
-    take: nine letters and digits.
+def why_failed(error, otherwise):
+    """What Endpoint.ask says of a failure, or what else is wrong with an answer."""
+    return str(error) if isinstance(error, OSError) else otherwise
+
+
+def allowed(value):
+    """A tool or a call whose name has an underscore for what OpenAI's API refuses, such as a dot."""
+    name = re.sub(r"[^a-zA-Z0-9_-]", "_", value["function"]["name"])
+    return value | {"function": value["function"] | {"name": name}}
+
+
+def for_servers(messages):
+    """The messages in the form that all servers take: allowed names; ids of calls, nine letters and digits,
+    that differ over the whole conversation.
     """
     count, ids, found = itertools.count(), {}, []
     for message in messages:
         if calls := message.get("tool_calls"):
             ids = {call["id"]: f"call{next(count):05}" for call in calls}
-            message = message | {"tool_calls": [call | {"id": ids[call["id"]]} for call in calls]}
+            message = message | {"tool_calls": [allowed(call) | {"id": ids[call["id"]]} for call in calls]}
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
             message = message | {"tool_call_id": ids.get(given, given)}
         found.append(message)
     return found
+
+
+def hermes_call(name, arguments):
+    """A call, whose arguments are JSON or an object, as Tokenizer.render writes it."""
+    if isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    arguments = arguments.replace("<tool_call>", r"\u003ctool_call>")
+    arguments = arguments.replace("</tool_call>", r"\u003c/tool_call>")
+    call = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
 SPACE = re.compile(r"\s*")
@@ -662,14 +706,18 @@ def parse_calls(output):
         except (ValueError, TypeError, KeyError, RecursionError):
             return None
         at = SPACE.match(output, end).end()
-        if not isinstance(name, str) or not isinstance(arguments, dict) or not output.startswith("</tool_call>", at):
+        if not isinstance(name, str) or not isinstance(arguments, dict):
+            return None
+        if not output.startswith("</tool_call>", at):
             return None
         calls.append((name, arguments))
     return calls
 
 
 def without_thoughts(output):
-    """An answer without what stands between <think> and </think>, which is neither a call nor words for the user."""
+    """An answer without what stands between <think> and </think>, which is neither a call nor words for the
+    user.
+    """
     parts, at = [], 0
     while (start := output.find("<think>", at)) >= 0 and (end := output.find("</think>", start)) >= 0:
         parts.append(output[at:start])
@@ -677,7 +725,7 @@ def without_thoughts(output):
     return "".join([*parts, output[at:]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Constrained decoding: the likeliest token after which the text can still become a legal call
 
 
@@ -689,8 +737,9 @@ class Constraint:
     def __init__(self, tokenizer, tools):
         self.tokenizer = tokenizer
         # A token may end within a character, so bytes are compared, each written as one character (Latin-1).
-        self.tools = [{latin1(t["function"]["name"]): json.loads(latin1(json.dumps(t["function"]["parameters"], ensure_ascii=False)))
-                       for t in row} for row in tools]
+        functions = [[tool["function"] for tool in row] for row in tools]
+        schema = lambda f: json.loads(latin1(json.dumps(f["parameters"], ensure_ascii=False)))
+        self.tools = [{latin1(f["name"]): schema(f) for f in row} for row in functions]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
@@ -747,44 +796,48 @@ def scan_call(text, at, tools):
     start = scan(text, at, ['<tool_call>\n{"name": "'])
     at = scan(text, start, [f'{name}", "arguments": {{' for name in tools])
     name = next(n for n in tools if text.startswith(f'{n}", "arguments": {{', start))
-    properties, missing, first = dict(tools[name].get("properties", {})), set(tools[name].get("required", [])), True
+    properties, missing = dict(tools[name].get("properties", {})), set(tools[name].get("required", []))
+    separator = ""
     while True:
-        separator = "" if first else ", "
-        at = scan(text, start := at, [f'{separator}"{p}": ' for p in properties] + ([] if missing else ["}}\n</tool_call>"]))
+        ends = [] if missing else ["}}\n</tool_call>"]
+        at = scan(text, start := at, [f'{separator}"{p}": ' for p in properties] + ends)
         if text.startswith("}", start):
             return at
         parameter = text[start + len(separator) + 1:at - 3]
         at = scan_value(text, at, properties.pop(parameter))
         missing.discard(parameter)
-        first = False
+        separator = ", "
 
 
 INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
-JSON_KINDS = ("integer", "number", "string", "boolean", "null", "array", "object")
-WHOLE = {"integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"'}
-BEGUN = {"integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
-         "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
+WHOLE = {
+    "integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"',
+    "boolean": "true|false", "null": "null"}
+BEGUN = {  # what may go on
+    "integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
+    "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?',
+    "boolean": "t|tr|tru|f|fa|fal|fals", "null": "n|nu|nul"}
+FIRST = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
 
 
 def scan_value(text, at, schema):
     """The position after the JSON value at `at` that has the schema's type (any type where it states
     none).
     """
+    choices = schema.get("anyOf")
     if schema.get("nullable"):
-        return scan_one_of(text, at, [schema | {"nullable": False}, {"type": "null"}])
-    if schema.get("anyOf"):
-        return scan_one_of(text, at, schema["anyOf"])
-    if isinstance(schema.get("type"), list) and not schema.get("enum"):
-        return scan_one_of(text, at, [schema | {"type": kind} for kind in schema["type"]])
+        choices = [schema | {"nullable": False}, {"type": "null"}]
+    elif not choices and isinstance(schema.get("type"), list) and not schema.get("enum"):
+        choices = [schema | {"type": kind} for kind in schema["type"]]
+    if choices:
+        return scan_one_of(text, at, choices)
     if schema.get("enum"):
         return scan(text, at, [json.dumps(v, ensure_ascii=False) for v in schema["enum"]])
-    kind = schema.get("type")
     if at == len(text):
         raise Incomplete
-    if kind not in JSON_KINDS:  # none is stated, or one that JSON does not have
-        kind = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}.get(text[at], "number")
-    if kind in ("boolean", "null"):
-        return scan(text, at, ["true", "false"] if kind == "boolean" else ["null"])
+    kind = schema.get("type")
+    if kind not in (*WHOLE, "array", "object"):  # none is stated, or one that JSON does not have
+        kind = FIRST.get(text[at], "number")
     if kind in WHOLE:
         if re.compile(BEGUN[kind]).fullmatch(text, at):  # a number at the end of the text may go on, too
             raise Incomplete
@@ -794,7 +847,7 @@ def scan_value(text, at, schema):
         return whole.end()
     close = "]" if kind == "array" else "}"
     at = scan(text, at, ["[" if kind == "array" else "{"])
-    if at < len(text) and text[at] == close:
+    if text.startswith(close, at):
         return at + 1
     while True:
         if kind == "object":
@@ -818,7 +871,7 @@ def scan_one_of(text, at, schemas):
     return max(ends)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # heldout: documents and APIs that no model was trained on
 
 
@@ -828,7 +881,8 @@ def document_losses(corpus, args):
         (log_likelihood,) = yield [(ids[:1], ids[1:])]
         return {"scores": {f"loss {domain}": -log_likelihood / (len(ids) - 1)}}
 
-    return [(f"{domain}:{i}", partial(episode, domain, ids[:args.seq_len + 1].tolist())) for domain in VALIDATED
+    return [(f"{domain}:{i}", partial(episode, domain, ids[:args.seq_len + 1].tolist()))
+            for domain in VALIDATED
             for i, ids in enumerate(corpus.documents(domain, "heldout")[:args.limit or 150])]
 
 
@@ -846,7 +900,8 @@ def conversations(corpus, args):
     for record in records:
         called = [i for i, message in enumerate(record.messages, 1) if message.get("tool_calls")]
         del record.messages[called[-1] if called else len(record.messages):]
-    fit = [r for r in records if heldout.intersection(r.apis[:1]) and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
+    fit = [r for r in records if heldout.intersection(r.apis[:1])
+           and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
     if not fit:
         fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
     return fit
@@ -866,18 +921,19 @@ def tool_choices(corpus, args):
         prompt += [tokenizer.special["<tool_call>"], *tokenizer.encode('\n{"name": "')]
         pairs = [(prompt, tokenizer.encode(f'{name}",')) for name in names]
         for tool in tools:
-            before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]] + tokenizer.encode("user\n")
-            pairs.append((before, tokenizer.encode(request[0]["content"])))
-        likelihoods = np.reshape((yield pairs), (2, -1))  # of each name after the request, of the request after each tool
+            before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]]
+            pairs.append((before + tokenizer.encode("user\n"), tokenizer.encode(request[0]["content"])))
+        likelihoods = np.reshape((yield pairs), (2, -1))  # of each name after the request, and the reverse
         direct, channel = (float(row.argmax() == gold) for row in likelihoods)
-        return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold, "log_likelihoods": likelihoods.tolist()}
+        return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold,
+                "log_likelihoods": likelihoods.tolist()}
 
-    single = [
-        (r, r.messages[-1]["tool_calls"][0])
-        for r in conversations(corpus, args)
-        if len(r.tools) >= 4 and len(r.messages) == 2 and len(r.messages[-1].get("tool_calls") or []) == 1
-    ]
-    return [(record.id, partial(episode, record, call)) for record, call in single[:args.limit or 150]]
+    episodes = []
+    for r in conversations(corpus, args):
+        calls = r.messages[-1].get("tool_calls") or []
+        if len(r.tools) >= 4 and len(r.messages) == 2 and len(calls) == 1:
+            episodes.append((r.id, partial(episode, r, calls[0])))
+    return episodes[:args.limit or 150]
 
 
 def next_calls(corpus, args):
@@ -890,7 +946,8 @@ def next_calls(corpus, args):
     trajectories, of_tool = [], {}  # of each: what stands before its first call, and the calls
     for ids in corpus.documents("trajectory", "heldout"):
         ids = ids[:args.seq_len].tolist()
-        spans = [(a + 1, ids.index(end, a) + 1) for a, token in enumerate(ids) if token == begin and end in ids[a:]]
+        begins = [a for a, token in enumerate(ids) if token == begin and end in ids[a:]]
+        spans = [(a + 1, ids.index(end, a) + 1) for a in begins]
         if spans:
             trajectories.append((ids[:spans[0][0]], [tuple(ids[a:b]) for a, b in spans]))
             for call in trajectories[-1][1]:
@@ -904,7 +961,8 @@ def next_calls(corpus, args):
     episodes = []
     for i, (before, (call, *same)) in enumerate(trajectories):
         rng, others = random.Random(i), of_tool[tool(call)]
-        options = list(dict.fromkeys([call, *rng.sample(same, len(same)), *rng.sample(others, len(others))]))[:4]
+        options = [call, *rng.sample(same, len(same)), *rng.sample(others, len(others))]
+        options = list(dict.fromkeys(options))[:4]
         if len(options) == 4:
             episodes.append((str(i), partial(episode, options, before)))
     return episodes[:args.limit or 150]
@@ -927,7 +985,8 @@ def judge(record, answer):
     """
     *before, expected = record.messages
     tools = [t["function"] for t in record.tools]
-    gold = [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in expected.get("tool_calls") or []]
+    functions = [c["function"] for c in expected.get("tool_calls") or []]
+    gold = [(f["name"], json.loads(f["arguments"])) for f in functions]
     required = {p for t in tools for p in t["parameters"].get("required") or []}
     missing = required.intersection(re.findall(r"`([^`]+)`", expected["content"]))
     called = [c["function"]["name"] for m in before for c in m.get("tool_calls") or []]
@@ -950,25 +1009,31 @@ def judge(record, answer):
     right, scores = item["verdict"] == "right", {}
     if gold:
         count = max(len(arguments) for _, arguments in gold)
-        scores |= {HEADLINE: right} if count else {}
-        scores |= {f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}": right}
-        scores |= {"name": Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold)}
-    scores |= {
-        f"right: {kind}": right,
-        "a call or clean words": item["verdict"] not in ("unparseable", "error"),
-        "stops by itself": answer.ended and not answer.error,
-    }
+        if count:
+            scores[HEADLINE] = right
+        scores[f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}"] = right
+        scores["name"] = Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold)
+    scores[f"right: {kind}"] = right
+    scores["a call or clean words"] = item["verdict"] not in ("unparseable", "error")
+    scores["stops by itself"] = answer.ended and not answer.error
     return item | {"scores": {metric: float(score) for metric, score in scores.items()}, "gold": gold}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Scores of calls, equal to those of BFCL's own checker (package bfcl-eval 2026.3.23), whose oddities are kept
 
-KINDS = ("wrong count", "wrong name", "missing parameter", "unexpected parameter", "wrong type", "wrong value")  # from far to near
+KINDS = (  # from far to near
+    "wrong count", "wrong name", "missing parameter", "unexpected parameter", "wrong type", "wrong value")
 TYPES = {name: kind for kind, names in {
-    str: "string String any char", int: "integer byte short long Bigint", float: "float number double", bool: "boolean Boolean",
-    dict: "dict object HashMap Hashtable", list: "array tuple Array ArrayList Queue Stack"}.items() for name in names.split()}
-UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, SyntaxError)
+    str: "string String any char",
+    int: "integer byte short long Bigint",
+    float: "float number double",
+    bool: "boolean Boolean",
+    dict: "dict object HashMap Hashtable",
+    list: "array tuple Array ArrayList Queue Stack"}.items() for name in names.split()}
+UNREADABLE = (  # what reading a value that is not as it should be may raise
+    TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+    SyntaxError)
 
 
 def mismatch(tool, name, arguments, gold, language):
@@ -984,7 +1049,9 @@ def mismatch(tool, name, arguments, gold, language):
             return "unexpected parameter"
         if kind := value_mismatch(value, properties[p], gold[p], language):
             return kind
-    return None if all(p in arguments or "" in options for p, options in gold.items()) else "missing parameter"
+    if not all(p in arguments or "" in options for p, options in gold.items()):
+        return "missing parameter"
+    return None
 
 
 def value_mismatch(value, schema, options, language):
@@ -1002,10 +1069,12 @@ def value_mismatch(value, schema, options, language):
         value = list(value)
     expected = TYPES.get(stated) or type_of(options) or str
     inner = TYPES.get(items) if expected is list else None
-    variable = type(value) is not expected  # a value of the gold's type instead of the schema's stands for a variable's name
+    # A value of the gold's type instead of the schema's stands for a variable's name.
+    variable = type(value) is not expected
     if variable and type(value) is not type_of(options):
         return "wrong type"
-    if not variable and inner and not any(type(o) is not list or all(type(v) in (inner, type_of(o)) for v in value) for o in options):
+    fits = lambda option: type(option) is not list or all(type(v) in (inner, type_of(option)) for v in value)
+    if not variable and inner and not any(map(fits, options)):
         return "wrong type"
     if variable or type_of(options) not in (expected, None) or expected not in (dict, list, str):
         right = value in options
@@ -1043,8 +1112,9 @@ def same_dict(value, gold):
     """Whether each value is among those that the gold has for its key, and no key is missing but such as may
     be left out.
     """
-    return gold != "" and all(k in gold and plain(v) in map(plain, gold[k]) for k, v in value.items()) and all(
-        k in value or "" in options for k, options in gold.items())
+    if gold == "" or not all(k in gold and plain(v) in map(plain, gold[k]) for k, v in value.items()):
+        return False
+    return all(k in value or "" in options for k, options in gold.items())
 
 
 def as_gold(tools, calls):
@@ -1057,7 +1127,9 @@ def as_gold(tools, calls):
     def wrap(value, kind, inner=None):
         if type(value) is dict and TYPES.get(kind, dict) is dict:
             return {k: [v] for k, v in value.items()}
-        return [wrap(v, inner) for v in value] if type(value) is list and TYPES.get(kind, list) is list and inner else value
+        if type(value) is list and TYPES.get(kind, list) is list and inner:
+            return [wrap(v, inner) for v in value]
+        return value
 
     return [{name: {p: [" " if v == "" else wrap(v, *stated_types(schemas.get(name, {}).get(p)))]
                     for p, v in arguments.items()}} for name, arguments in calls]
@@ -1076,33 +1148,47 @@ def with_floats(tools, calls):
                     for p, v in arguments.items()}) for name, arguments in calls]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Values of Java and JavaScript: source texts, converted by pattern; what fits no pattern stays a text. The patterns match what BFCL's match, but
-# some of those take exponential or quartic time on what a model that repeats itself writes.
+# ------------------------------------------------------------------------------------------------------------
+# Values of Java and JavaScript: source texts, converted by pattern; what fits no pattern stays a text. The
+# patterns match what BFCL's match, but some of those take exponential or quartic time on what a model that
+# repeats itself writes.
 
 NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 LITERALS = {  # (language, type): what is converted, and to what
-    **{("java", t): (r"(-?\d+)$", int) for t in ("byte", "short", "integer")}, ("java", "long"): (r"(-?\d+)[lL]$", int),
+    ("java", "byte"): (r"(-?\d+)$", int), ("java", "short"): (r"(-?\d+)$", int),
+    ("java", "integer"): (r"(-?\d+)$", int), ("java", "long"): (r"(-?\d+)[lL]$", int),
     ("java", "float"): (rf"({NUMBER})[fF]$", float), ("java", "double"): (rf"({NUMBER})$", float),
     ("javascript", "integer"): (r"(-?\d+)$", int), ("javascript", "Bigint"): (r"(-?\d+)n$", int),
     ("javascript", "float"): (r"(-?\d+(?:\.\d+)?)$", float)}
+QUOTES = {"java": '"', "javascript": "\"'"}
+TRIED = {"java": ("boolean", "long", "float"), "javascript": ("boolean",)}  # types, where none is known
+PARTS = r"(?:^|,)([^,]*)"  # what stands between commas
+JAVA = {  # type: [(pattern, what its parts are in the group)], of which the first that is found counts
+    "ArrayList": [
+        (r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", PARTS),
+        (r"(?s)new\s+ArrayList<\w*>\(\)\s*\{\{\s*+(.+?)\}\}", r"add\((.+?)\)"),
+        (r"new\s+ArrayList<\w*>\(\)()", r"add\((.+?)\)")],
+    "Array": [(r"new\s+\w+\[\]\s*\{(.*?)\}", PARTS)],
+    "HashMap": [
+        (r"(?s)new\s+HashMap<.*?>\s*\(\)\s*\{([^}]*)\}", r'put\("(.*?)",\s*(.*?)\)'),
+        (r"new\s+HashMap<.*?>\s*\(\)()", r'put\("(.*?)",\s*(.*?)\)')]}
 
 
 def literal(text, language, kind):
     """The number or truth value that a text is in a language, else the text."""
     if kind in ("boolean", "Boolean") and text in ("true", "false"):
         return text == "true"
-    pattern, convert = LITERALS.get((language, kind), (None, None))
-    found = pattern and re.match(pattern, text)
+    pattern, convert = LITERALS.get((language, kind), ("(?!)", None))
+    found = re.match(pattern, text)
     return convert(found[1]) if found else text
 
 
 def untyped(text, language):
     """The value of a text whose type is not known."""
     text = text.strip()
-    if text[:1] and text[0] == text[-1] and text[0] in ('"' if language == "java" else "\"'"):
+    if text and text[0] == text[-1] and text[0] in QUOTES[language]:
         return text[1:-1]
-    for kind in ("boolean", "long", "float") if language == "java" else ("boolean",):
+    for kind in TRIED[language]:
         if (value := literal(text, language, kind)) is not text:
             return value
     for convert in (int, float):
@@ -1114,49 +1200,49 @@ def untyped(text, language):
 def java_value(text, kind, nested=None):
     """A Java expression as the value that BFCL takes it for.
 
-    >>> java_value("5L", "long"), java_value("new int[]{1, 2}", "Array", "integer"), java_value('new HashMap<>() {{ put("a", 1f); }}', "HashMap")
-    (5, [1, 2], {'a': 1.0})
+    >>> java_value("5L", "long"), java_value("new int[]{1, 2}", "Array", "integer")
+    (5, [1, 2])
+    >>> java_value('new HashMap<>() {{ put("a", 1f); }}', "HashMap")
+    {'a': 1.0}
     """
     def element(part):
         if kind == "ArrayList" and nested in ("char", "String"):
             return part.strip()[1:-1]  # without quotes, which an Array keeps
         return java_value(part.strip(), nested) if nested else untyped(part, "java")
 
-    if kind == "ArrayList":
-        if found := re.search(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", text):
-            return [element(part) for part in found[1].split(",")]
-        if found := re.search(r"new\s+ArrayList<\w*>\(\)\s*\{\{\s*+(.+?)\}\}", text, re.S):
-            return [element(part) for part in re.findall(r"add\((.+?)\)", found[1])]
-        return [] if re.search(r"new\s+ArrayList<\w*>\(\)", text) else text
-    if kind == "Array":
-        found = re.search(r"new\s+\w+\[\]\s*\{(.*?)\}", text)
-        return [element(part) for part in found[1].split(",") if part.strip()] if found else text
-    if kind == "HashMap":
-        if found := re.search(r"new\s+HashMap<.*?>\s*\(\)\s*\{([^}]*)\}", text, re.S):
-            return {key: untyped(value, "java") for key, value in re.findall(r'put\("(.*?)",\s*(.*?)\)', found[1])}
-        return {} if re.search(r"new\s+HashMap<.*?>\s*\(\)", text) else text
+    for pattern, part in JAVA.get(kind, []):
+        if found := re.search(pattern, text):
+            parts = re.findall(part, found[1])
+            if kind == "HashMap":
+                return {key: untyped(value, "java") for key, value in parts}
+            return [element(part) for part in parts if kind == "ArrayList" or part.strip()]
     return literal(text, "java", kind)
 
 
 def javascript_value(text, kind, nested=None):
     """A JavaScript expression as the value that BFCL takes it for.
 
-    >>> javascript_value("5n", "Bigint"), javascript_value("[1, 'a']", "array"), javascript_value("{a: [1], 'b': true}", "dict")
-    (5, [1, 'a'], {'a': [1], 'b': True})
+    >>> javascript_value("5n", "Bigint"), javascript_value("[1, 'a']", "array")
+    (5, [1, 'a'])
+    >>> javascript_value("{a: [1], 'b': true}", "dict")
+    {'a': [1], 'b': True}
     """
     if kind == "String":
         return text[1:-1] if text[:1] in ("'", '"') and text[0] == text[-1] else text
     if kind == "array":
         text = text.strip()
-        joined = re.sub(r"\]\s*,\s*\[", "],[", text)  # a value holds no line feed, but what parts inner arrays may
+        joined = re.sub(r"\]\s*,\s*\[", "],[", text)  # no line feed in a value, but perhaps between arrays
         if found := re.match(r"\[\s*\[.*?\]\s*\]|new\s+Array\(\s*\[.*?\]\s*\)", joined):
-            parts = [part.strip() for part in re.findall(r"\[(.*?)\]", found[0])]
-            parts[0] = parts[0].removeprefix("[")
-            return [[untyped(value, "javascript") for value in part.split(",")] for part in parts]
+            rows = [row.strip() for row in re.findall(r"\[(.*?)\]", found[0])]
+            rows[0] = rows[0].removeprefix("[")
+            return [[untyped(value, "javascript") for value in row.split(",")] for row in rows]
         if not (found := re.match(r"\[(.*?)\]|new\s+Array\((.*?)\)", text)):
             return text
-        parts = (found[1] if found[1] is not None else found[2]).strip()
-        return [javascript_value(part.strip(), nested) if nested else untyped(part, "javascript") for part in parts.split(",")] if parts else []
+        parts = (found[1] or found[2] or "").strip()
+        parts = parts.split(",") if parts else []
+        if nested:
+            return [javascript_value(part.strip(), nested) for part in parts]
+        return [untyped(part, "javascript") for part in parts]
     if kind == "dict":
         text = text.strip()
         if not (found := re.match(r"\{(.*?)\}", text)):
@@ -1164,25 +1250,30 @@ def javascript_value(text, kind, nested=None):
         result = {}
         for key, value in re.findall(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)", found[1]):
             value = value.strip()
-            listed = value.startswith("[") and value.endswith("]")
-            result[key.strip().strip("'\"")] = javascript_value(value, "array") if listed else untyped(value.strip("'\""), "javascript")
+            if value.startswith("[") and value.endswith("]"):
+                value = javascript_value(value, "array")
+            else:
+                value = untyped(value.strip("'\""), "javascript")
+            result[key.strip().strip("'\"")] = value
         return result
     return literal(text, "javascript", kind)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Calls written as source text: parsed, never run
 
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.FloorDiv: operator.floordiv,
-             ast.Mod: operator.mod, ast.Pow: operator.pow}
+OPERATORS = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
 
 
 def parse_python_calls(text):
     """The calls [(name, arguments)] of a list like "[f(a=1), g(b='x')]", its brackets optional; None if it is
     not one.
 
-    >>> parse_python_calls("[f.g(a=[1, -2.5], b={'c': None}), h(d=name)]"), parse_python_calls("No function fits.")
-    ([('f.g', {'a': [1, -2.5], 'b': {'c': None}}), ('h', {'d': 'name'})], None)
+    >>> parse_python_calls("[f.g(a=[1, -2.5], b={'c': None}), h(d=name)]")
+    [('f.g', {'a': [1, -2.5], 'b': {'c': None}}), ('h', {'d': 'name'})]
+    >>> parse_python_calls("No function fits.")
     """
     text = text.strip("`\n ")
     text = "[" * (not text.startswith("[")) + text + "]" * (not text.endswith("]"))
@@ -1253,7 +1344,8 @@ def calculate(node):
     raise ValueError
 
 
-SOURCE_TOKEN = re.compile(r"""(?s)"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|`(?:\\.|[^`\\])*`|<[\w\s,.?<>\[\]]*>|[(){}\[\],;"'`]""")
+SOURCE_TOKEN = re.compile(r"""(?xs) "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])*' | `(?:\\.|[^`\\])*`
+                              | <[\w\s,.?<>\[\]]*> | [(){}\[\],;"'`]""")
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
@@ -1283,8 +1375,9 @@ def parse_source_calls(text):
     BFCL's parsers differ where they fall short: they drop the body of new HashMap<>() {{ put(...); }}, see
     the first of several calls only, and a call in x = f(a=1) too, and may fail on Java without a semicolon.
 
-    >>> parse_source_calls('[A.f(a="x", b=new HashMap<String, Object>(), c=-5L)]'), parse_source_calls("f(a=(1)")
-    ([('A.f', {'a': 'x', 'b': 'new HashMap<String, Object>()', 'c': '-5L'})], None)
+    >>> parse_source_calls('[A.f(a="x", b=new HashMap<String, Object>(), c=-5L)]')
+    [('A.f', {'a': 'x', 'b': 'new HashMap<String, Object>()', 'c': '-5L'})]
+    >>> parse_source_calls("f(a=(1)")
     """
     calls, text = [], text.strip("`\n ").removeprefix("[").removesuffix("]").strip().removesuffix(";")
     for piece in split_source(text) or [""] if text else []:
@@ -1298,25 +1391,32 @@ def parse_source_calls(text):
             if name in arguments or not value:
                 return None
             if name or re.fullmatch(r"[^\W\d]\w*", value):  # of values without a name BFCL sees only names
-                arguments[name] = value[1:-1] if name and value[0] == value[-1] and value[0] in "\"'" else value
+                quoted = name and value[0] == value[-1] and value[0] in "\"'"
+                arguments[name] = value[1:-1] if quoted else value
         calls.append((found[1], arguments))
     return calls
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# BFCL (Patil et al. 2025): whether a model calls the right functions with the right arguments, in one turn or several. Rules of bfcl-eval 2026.3.23.
+# ------------------------------------------------------------------------------------------------------------
+# BFCL (Patil et al. 2025): whether a model calls the right functions with the right arguments, in one turn or
+# several. Rules of bfcl-eval 2026.3.23.
 
 LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}
-SINGLE_TURN = ("simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple", "irrelevance", "live_simple",
-               "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+SINGLE_TURN = (
+    "simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
+    "irrelevance", "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple",
+    "live_irrelevance", "live_relevance")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
-SIMULATED = {"GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api", "TwitterAPI": "posting_api",
-             "TicketAPI": "ticket_api", "TradingBot": "trading_bot", "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}
+SIMULATED = {
+    "GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
+    "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
+    "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+NAMED = {"python": "Python 3", "java": "Java 8", "javascript": "JavaScript"}
 PROMPT = """You answer requests by calling functions. Write nothing but the calls, as one list in this form:
 [function(a=1, b="x"), other.function(c=[2.5, True])]
-Name every argument. If no function fits the request, or a required argument is not given in it, say so in words instead. After a call you \
-are told its result; call on until the request is done, then say so in words.
+Name every argument. If no function fits the request, or a required argument is not given in it, say so in \
+words instead. After a call you are told its result; call on until the request is done, then say so in words.
 The functions, one JSON object a line:
 """
 
@@ -1327,19 +1427,23 @@ def bfcl(args):
     """
     episodes = []
     for category in SINGLE_TURN + MULTI_TURN:
-        path = next(p for p in find_data(args.data, f"BFCL_v4_{category}.json") if p.parent.name != "possible_answer")
+        found = find_data(args.data, f"BFCL_v4_{category}.json")
+        path = next(p for p in found if p.parent.name != "possible_answer")
         entries, gold = read_all(path)[:args.limit], {}
         if not category.endswith("relevance"):
-            gold = {row["id"]: row["ground_truth"] for row in read_all(path.parent / "possible_answer" / path.name)}
+            rows = read_all(path.parent / "possible_answer" / path.name)
+            gold = {row["id"]: row["ground_truth"] for row in rows}
         if category == MULTI_TURN[0]:
             try:
-                docs = {name: read_all(find_data(args.data, f"multi_turn_func_doc/{module}.json")[0]) for name, module in SIMULATED.items()
-                        if simulated(name)}
+                docs = {name: read_all(find_data(args.data, f"multi_turn_func_doc/{module}.json")[0])
+                        for name, module in SIMULATED.items() if simulated(name)}
             except ImportError as error:
-                print(f"bfcl: no multi-turn categories without {error.name}: pip install --no-deps bfcl-eval mpmath")
+                print(f"bfcl: no multi-turn categories without {error.name}: "
+                      "pip install --no-deps bfcl-eval mpmath")
                 break
         play = partial(multi_turn, docs) if category in MULTI_TURN else single_turn
-        episodes += [(entry["id"], partial(play, entry, gold.get(entry["id"]), category, args)) for entry in entries]
+        episodes += [(entry["id"], partial(play, entry, gold.get(entry["id"]), category, args))
+                     for entry in entries]
     return episodes
 
 
@@ -1355,7 +1459,8 @@ def single_turn(entry, gold, category, args):
     else:
         right, why = check_call(functions, calls or [], gold, language)
     item = verdict(answer, calls, not category.endswith("irrelevance"), right, why)
-    return item | {"scores": {category: float(right and not answer.error)}, "calls": show(calls), "gold": gold}
+    scores = {category: float(right and not answer.error)}
+    return item | {"scores": scores, "calls": show(calls), "gold": gold}
 
 
 def described(function, language="python"):
@@ -1363,12 +1468,12 @@ def described(function, language="python"):
     become strings, as officially.
     """
     function = copy.deepcopy({key: function[key] for key in ("name", "description", "parameters")})
-    named = {"python": "Python 3", "java": "Java 8", "javascript": "JavaScript"}[language]
-    function["description"] += f" It is a function of {named}."
+    function["description"] += f" It is a function of {NAMED[language]}."
     if language != "python":
         for schema in function["parameters"]["properties"].values():
             inner = schema.pop("items", None) or schema.pop("properties", None)
-            hint = f"Its type is {schema['type']}{f' of {json.dumps(inner)}' * bool(inner)}, given as {named} source text in a string."
+            kind = schema["type"] + (f" of {json.dumps(inner)}" if inner else "")
+            hint = f"Its type is {kind}, given as {NAMED[language]} source text in a string."
             schema |= {"type": "string", "description": f"{schema.get('description', '')} {hint}"}
     function["parameters"] = json_schema(function["parameters"])
     return function
@@ -1398,12 +1503,18 @@ def ask(messages, functions, args):
     return [chat_message("system", system), *messages], None
 
 
-def told(calls, results, args):
+def tool_messages(calls, results, args):
     """The messages of calls and of their results, which are texts."""
     if args.mode == "native":
-        return [chat_message("assistant", "", calls), *(chat_message("tool", r) | {"tool_call_id": f"call_{i}"} for i, r in enumerate(results))]
+        return [chat_message("assistant", "", calls), *result_messages(results)]
     rows = [{"call": call, "result": result} for call, result in zip(show(calls), results)]
-    return [chat_message("assistant", f"[{', '.join(show(calls))}]"), chat_message("user", json.dumps(rows, ensure_ascii=False))]
+    return [chat_message("assistant", f"[{', '.join(show(calls))}]"),
+            chat_message("user", json.dumps(rows, ensure_ascii=False))]
+
+
+def result_messages(results):
+    """The results, which are texts, of the calls of a message."""
+    return [chat_message("tool", text) | {"tool_call_id": f"call_{i}"} for i, text in enumerate(results)]
 
 
 def calls_of(answer, language, args):
@@ -1428,13 +1539,15 @@ def holds_call(text):
 def show(calls):
     """Calls as texts, for the record: a value may be one that JSON does not know, or too deep for it."""
     try:
-        return calls and [f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})" for name, arguments in calls]
+        return calls and [f"{name}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+                          for name, arguments in calls]
     except (ValueError, RecursionError):
         return ["..."] * len(calls)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# BFCL's multi-turn items: simulated APIs, whose state and results are compared with those of the gold calls after each turn
+# ------------------------------------------------------------------------------------------------------------
+# BFCL's multi-turn items: simulated APIs, whose state and results are compared with those of the gold calls
+# after each turn
 
 
 SIMULATION = threading.Lock()  # the modules of the APIs share some state
@@ -1442,7 +1555,8 @@ SIMULATION = threading.Lock()  # the modules of the APIs share some state
 
 def simulated(name):
     """A class of the package bfcl-eval."""
-    return getattr(importlib.import_module(f"bfcl_eval.eval_checker.multi_turn_eval.func_source_code.{SIMULATED[name]}"), name)
+    package = "bfcl_eval.eval_checker.multi_turn_eval.func_source_code"
+    return getattr(importlib.import_module(f"{package}.{SIMULATED[name]}"), name)
 
 
 class World:
@@ -1450,18 +1564,21 @@ class World:
 
     def __init__(self, entry):
         self.apis, self.methods = {name: simulated(name)() for name in entry["involved_classes"]}, {}
+        long = "long_context" in entry["id"]
         for name, api in self.apis.items():
             if name != "MathAPI":  # has no state
-                api._load_scenario(copy.deepcopy(entry["initial_config"].get(name, {})), long_context="long_context" in entry["id"])
-            self.methods |= {n: method for n, method in inspect.getmembers(api, inspect.ismethod) if not n.startswith("_")}
+                api._load_scenario(copy.deepcopy(entry["initial_config"].get(name, {})), long_context=long)
+            members = inspect.getmembers(api, inspect.ismethod)
+            self.methods |= {n: method for n, method in members if not n.startswith("_")}
 
     def call(self, name, arguments, positional=()):
         """The result of a call as text, or the text of its error."""
         try:
             if name not in self.methods:
                 raise NameError(f"name {name!r} is not defined")
-            if any(type(v) is int and abs(v) > 1000 for k, v in arguments.items() if k in ("exponent", "precision", "decimal_places")) or (
-                    name == "multiply" and not all(isinstance(v, (int, float)) for v in arguments.values())):
+            powers = [arguments.get(k) for k in ("exponent", "precision", "decimal_places")]
+            numbers = all(isinstance(v, (int, float)) for v in arguments.values())
+            if any(type(v) is int and abs(v) > 1000 for v in powers) or name == "multiply" and not numbers:
                 raise ValueError("out of range")  # would take hours or all memory
             with SIMULATION:
                 result = self.methods[name](*positional, **copy.deepcopy(arguments))
@@ -1483,19 +1600,21 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
     """
     ours, theirs = World(entry), World(entry)
     functions = [f for name in entry["involved_classes"] for f in docs[name]]
-    withheld = {int(at): names for at, names in entry.get("missed_function", {}).items()}  # told of at the beginning of that turn
+    withheld = {int(at): names for at, names in entry.get("missed_function", {}).items()}  # until that turn
     messages, results, outputs, made = [], [], [], []
 
     def record(calls, right, why=""):
         item = verdict(answer, calls, True, right, why)
-        return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold, "output": "\n\n".join(outputs)}
+        return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold,
+                       "output": "\n\n".join(outputs)}
 
     for number, (request, expected) in enumerate(zip(entry["question"], gold)):
         made.append([])
         if number in withheld:
             del withheld[number]
             request = [chat_message("user", "There are more functions now. Go on with them.")]
-        known = [described(f) for f in functions if not any(f["name"] in names for names in withheld.values())]
+        hidden = {name for names in withheld.values() for name in names}
+        known = [described(f) for f in functions if f["name"] not in hidden]
         messages = messages + request
         for _ in range(max_steps + 1):
             answer = yield ask(messages, known, args)
@@ -1503,12 +1622,13 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
             if answer.error:
                 return record(None, False)
             calls = calls_of(answer, "python", args)
-            messages = messages + [turn(answer) if args.mode == "native" else chat_message("assistant", answer.text)]
+            said = turn(answer) if args.mode == "native" else chat_message("assistant", answer.text)
+            messages = messages + [said]
             if not calls:
                 break
             made[-1].append(show(calls))
             step = [ours.call(name, arguments) for name, arguments in calls]
-            messages += told(calls, step, args)[1:]
+            messages += tool_messages(calls, step, args)[1:]
             results += step
         else:
             return record(made, False, "too many steps")
@@ -1528,28 +1648,41 @@ def gold_call(text):
     return *python_call(node), [python_value(n) for n in node.args]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Totals
 
 SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 NON_LIVE = (SIMPLE, "multiple", "parallel", "parallel_multiple")
 LIVE = frozenset(("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"))
-# The official formulas, from the repository's eval_runner_helper.py: a tuple is the mean of its parts, a set the mean over all its items. The first
-# three are parts of version 4's score, "overall" is their mean; "v3" was the overall score from April to August 2025, "v2" that of August 2024 but
-# for four sets of executed calls, which have been withdrawn.
+# The official formulas, from the repository's eval_runner_helper.py: a tuple is the mean of its parts, a set
+# the mean over all its items. The first three are parts of version 4's score, "overall" is their mean; "v3"
+# was the overall score from April to August 2025, "v2" that of August 2024 but for four sets of executed
+# calls, which have been withdrawn.
 BFCL_TOTALS = {
     "non-live": NON_LIVE, "live": LIVE, "multi-turn": MULTI_TURN, "overall": (NON_LIVE, LIVE, MULTI_TURN),
     "v3": ((*NON_LIVE, "irrelevance"), LIVE | {"live_irrelevance", "live_relevance"}, MULTI_TURN),
-    "v2": ((SIMPLE, "live_simple"), *((c, f"live_{c}") for c in (*NON_LIVE[1:], "irrelevance")), "live_relevance")}
+    "v2": ((SIMPLE, "live_simple"), *((c, f"live_{c}") for c in (*NON_LIVE[1:], "irrelevance")),
+           "live_relevance")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# AgentBench (Liu et al. 2023, arXiv 2308.03688): rounds with a database or a shell, until the model commits its answer. The rules are those of
-# github.com/THUDM/AgentBench: tools, rounds and comparison of its version with function calls; the markers of the mode prompt of version 0.2.
-# Metrics of the development split carry its name.
+# ------------------------------------------------------------------------------------------------------------
+# AgentBench (Liu et al. 2023, arXiv 2308.03688): rounds with a database or a shell, until the model commits
+# its answer. The rules are those of github.com/THUDM/AgentBench: tools, rounds and comparison of its version
+# with function calls; the markers of the mode prompt of version 0.2. Metrics of the development split carry
+# its name.
 
 AGENTBENCH_DB_TOTALS = {"overall": ("SELECT", "INSERT", "UPDATE")}  # the mean of their means
 TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
+
+
+class Environment(NamedTuple):
+    """What AgentBench's rounds take place in."""
+    prompt: str    # the system message
+    form: str      # what this says in the mode prompt about how to call
+    read: object   # function of a text in this form: the calls, or None
+    tools: list    # the first runs something, the others commit an answer
+    rounds: tuple  # in the modes native and prompt
+    most: int      # calls of a turn that count
 
 
 class Final(NamedTuple):
@@ -1557,71 +1690,69 @@ class Final(NamedTuple):
     answer: object
 
 
-def converse(messages, tools, rounds, most, act, judge, read=None):
+def run_rounds(environment, task, mode, run, judge):
     """An episode's rounds; returns the start of its record.
 
-    act(name, arguments) carries out one of the at most `most` calls of a turn that count, and returns its
-    result or Final; judge(Final or None) is whether all is right in the end. With read, turns are plain text:
-    read(text) finds the calls in it, or None, which ends the episode.
+    run(text) carries out what a model gives to the environment's first tool, and returns its result or Final;
+    judge(Final or None) is whether all is right in the end. In the mode prompt, turns are plain text, and one
+    that cannot be read ends the episode.
     """
+    prompted, (runs, *commits) = mode == "prompt", [t["function"]["name"] for t in environment.tools]
+    system = environment.prompt + environment.form * prompted
+    messages = [chat_message("system", system), chat_message("user", task)]
     made, log, final = [], [], None
-    for _ in range(rounds):
-        answer = yield messages, None if read else tools
-        calls = read(answer.text) if read else answer.calls
+
+    def act(name, arguments):
+        value = next(iter(arguments.values()), None)
+        if name == runs and isinstance(value, str):
+            return run(value)
+        if name in commits and (arguments or name == "finish_action"):
+            return Final(value)
+        return "Error: there is no such tool, or it wants other arguments."
+
+    for _ in range(environment.rounds[prompted]):
+        answer = yield messages, None if prompted else environment.tools
+        calls = environment.read(answer.text) if prompted else answer.calls
         results = []
-        for name, arguments in (calls or [])[:most]:
+        for name, arguments in (calls or [])[:environment.most]:
             made.append((name, arguments))
             results.append(act(name, arguments))
             if isinstance(results[-1], Final):
                 final = results.pop()
                 break
         log += [answer.text, *results]
-        if final or answer.error or read and calls is None:
+        if final or answer.error or prompted and calls is None:
             break
         if calls:
             results += ["Not run: too many calls in a turn."] * (len(calls) - len(results))
         else:
             results = ["There is no call in this that can be read. Call one of the tools."]
-        role = "user" if read or not calls else "tool"
-        replies = [chat_message(role, text) | ({"tool_call_id": f"call_{i}"} if role == "tool" else {}) for i, text in enumerate(results)]
-        messages = messages + [chat_message("assistant", answer.text) if read else turn(answer), *replies]
+        if prompted or not calls:
+            replies = [chat_message("user", text) for text in results]
+        else:
+            replies = result_messages(results)
+        messages = messages + [chat_message("assistant", answer.text) if prompted else turn(answer), *replies]
     right = judge(final)
-    calls = made if right or calls is not None else None  # a table may be right though the last turn cannot be read
-    return verdict(answer, calls, True, right, "another result than expected" if final else "nothing committed") | {"output": "\n\n".join(log)}
+    if calls is not None or right:  # a table may be right though the last turn cannot be read
+        calls = made
+    why = "another result than expected" if final else "nothing committed"
+    return verdict(answer, calls, True, right, why) | {"output": "\n\n".join(log)}
 
 
 def scored(record, gold, metrics):
     """A record with its scores: 1 in each of the metrics if it is right, else 0."""
-    return record | {"gold": gold, "scores": {metric: float(record["verdict"] == "right") for metric in metrics}}
+    return record | {"gold": gold, "scores": dict.fromkeys(metrics, float(record["verdict"] == "right"))}
 
 
-def tool(name, description, **parameters):
+def tool(name, description, /, **parameters):
     """A function as the chat API defines it, with parameters {name: schema} that are all required."""
     return {"type": "function", "function": {"name": name, "description": description, "parameters": {
         "type": "object", "properties": parameters, "required": list(parameters)}}}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # agentbench-db: each item has a table of its own, in SQLite where the original has MySQL
 
-DB_TOOLS = [
-    tool("execute_sql", "Run one SQL statement and see what it returns.", query={"type": "string", "description": "the statement"}),
-    tool("commit_final_answer", "Give the final answer, once all is done.",
-         answers={"type": "array", "items": {"type": "string"}, "description": "the values asked for, one string each"})]
-DB_PROMPT = """You work with a table in a SQLite database, to answer a question about it or to change it as you are asked. In each turn run one SQL \
-statement and look at what it returns. When you are done, commit the final answer: exactly the values that are asked for and nothing else; after a \
-change of the table any answer will do."""
-DB_FORM = """ To run a statement, on one line, write
-
-Action: Operation
-```sql
-SELECT ...;
-```
-
-and to commit the answer
-
-Action: Answer
-Final Answer: ["first value", "second value"]"""
 MODIFICATIONS = ("INSERT", "UPDATE", "DELETE")
 
 
@@ -1630,7 +1761,8 @@ def agentbench_db(args):
     table as it then is).
     """
     episodes, count = [], Counter()
-    for path in find_data(args.data, "dbbench/standard.jsonl") + sorted(Path(args.data).rglob("dbbench/dev.jsonl")):
+    development = sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
+    for path in find_data(args.data, "dbbench/standard.jsonl") + development:
         split = "" if path.stem == "standard" else f"{path.stem}: "
         for i, item in enumerate(read_all(path)):
             count[split + item["type"][0]] += 1
@@ -1640,25 +1772,20 @@ def agentbench_db(args):
 
 
 def db_episode(item, split, mode):
-    """Rounds with a database: officially 15, and in the mode prompt one more to answer in."""
-    kind, table, prompted = item["type"][0], item["table"], mode == "prompt"
+    """Rounds with a database."""
+    kind, table = item["type"][0], item["table"]
     with contextlib.closing(open_table(table)) as database:
-        def act(name, arguments):
-            value = next(iter(arguments.values()), None)
-            if name == "execute_sql" and isinstance(value, str):
-                return run_sql(database, value)
-            return Final(value) if name == "commit_final_answer" and arguments else "Error: there is no such tool, or it wants other arguments."
-
         def judge(final):
             if kind not in MODIFICATIONS:
                 return bool(final) and same_values(final.answer, item["label"])
+            hashed = re.search(r"[0-9a-f]{32}", item["answer_md5"])[0]
             # In its prompt mode the original looks at the table however the rounds end.
-            return bool(final or prompted) and re.search(r"[0-9a-f]{32}", item["answer_md5"])[0] in table_hashes(database, table)
+            return bool(final or mode == "prompt") and hashed in table_hashes(database, table)
 
         asked = f"{item['description']}\n{item['add_description']}".strip()
-        messages = [chat_message("system", DB_PROMPT + DB_FORM * prompted), chat_message("user", asked)]
-        record = yield from converse(messages, DB_TOOLS, 15 + prompted, 99, act, judge, read_db_action if prompted else None)
-    return scored(record, item["label"], [split + metric for metric in ([kind] if kind in MODIFICATIONS else ["SELECT", kind])])
+        record = yield from run_rounds(DB, asked, mode, partial(run_sql, database), judge)
+    metrics = [kind] if kind in MODIFICATIONS else ["SELECT", kind]
+    return scored(record, item["label"], [split + metric for metric in metrics])
 
 
 def read_db_action(text):
@@ -1677,6 +1804,33 @@ def read_db_action(text):
     return [("commit_final_answer", {"answers": final[1]})] if final else None
 
 
+DB = Environment(
+    """You work with a table in a SQLite database, to answer a question about it or to change it as \
+you are asked. In each turn run one SQL statement and look at what it returns. When you are done, commit the \
+final answer: exactly the values that are asked for and nothing else; after a change of the table any answer \
+will do.""",
+    """ To run a statement, on one line, write
+
+Action: Operation
+```sql
+SELECT ...;
+```
+
+and to commit the answer
+
+Action: Answer
+Final Answer: ["first value", "second value"]""",
+    read_db_action,
+    [
+        tool("execute_sql", "Run one SQL statement and see what it returns.",
+             query={"type": "string", "description": "the statement"}),
+        tool("commit_final_answer", "Give the final answer, once all is done.",
+             answers={"type": "array", "items": {"type": "string"},
+                      "description": "the values asked for, one string each"})],
+    rounds=(15, 16),  # one more to answer in
+    most=99)
+
+
 def quote(name):
     """A name as SQL has it, whatever it holds."""
     return "`" + name.replace("`", "``") + "`"
@@ -1686,21 +1840,28 @@ def open_table(table):
     """A database in memory with the item's table, every column TEXT as in the original; it reaches nothing
     else.
     """
-    columns = [quote(c["name"]) for c in table["table_info"]["columns"]]
+    name, columns = quote(table["table_name"]), [quote(c["name"]) for c in table["table_info"]["columns"]]
     database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     database.create_collation("mysql", lambda a, b: (fold(a) > fold(b)) - (fold(a) < fold(b)))
-    database.execute(f"CREATE TABLE {quote(table['table_name'])} ({', '.join(f'{c} TEXT COLLATE mysql' for c in columns)})")
-    rows = table["table_info"]["rows"]
-    database.executemany(f"INSERT INTO {quote(table['table_name'])} VALUES ({', '.join('?' * len(columns))})", rows)
-    for limit in ("temp_store = MEMORY", "max_page_count = 16384", f"hard_heap_limit = {1 << 27}"):  # no file; 64 MiB; 128 MiB for all of them
+    database.execute(f"CREATE TABLE {name} ({', '.join(f'{c} TEXT COLLATE mysql' for c in columns)})")
+    row = ", ".join("?" * len(columns))
+    database.executemany(f"INSERT INTO {name} VALUES ({row})", table["table_info"]["rows"])
+    # No file; 64 MiB; 128 MiB for all of them.
+    for limit in ("temp_store = MEMORY", "max_page_count = 16384", f"hard_heap_limit = {1 << 27}"):
         database.execute(f"PRAGMA {limit}")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 20_000)
-    database.set_authorizer(lambda action, _, name, *__: sqlite3.SQLITE_OK if action in ALLOWED and name != "load_extension" else sqlite3.SQLITE_DENY)
+    database.set_authorizer(authorize)
     return database
 
 
-ALLOWED = {getattr(sqlite3, f"SQLITE_{action}") for action in """SELECT READ FUNCTION RECURSIVE INSERT UPDATE DELETE TRANSACTION SAVEPOINT
+def authorize(action, _, name, *__):
+    """Whether a statement may do something: what reads or changes tables, and loads no code."""
+    return sqlite3.SQLITE_OK if action in ALLOWED and name != "load_extension" else sqlite3.SQLITE_DENY
+
+
+ALLOWED = {getattr(sqlite3, f"SQLITE_{action}") for action in """
+    SELECT READ FUNCTION RECURSIVE INSERT UPDATE DELETE TRANSACTION SAVEPOINT
     CREATE_TABLE DROP_TABLE ALTER_TABLE CREATE_INDEX DROP_INDEX REINDEX""".split()}
 
 
@@ -1731,6 +1892,11 @@ def run_sql(database, sql):
     return f"{shown or '['}]"
 
 
+MYSQL_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
+SQL_TOKEN = re.compile(  # strings, names in quotes of three kinds, comments of two, words
+    r"""(?s)'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|\w+""")
+
+
 def to_sqlite(sql):
     r"""SQL whose strings with MySQL's backslashes, and names that begin with a digit, are written as in
     SQLite.
@@ -1738,14 +1904,19 @@ def to_sqlite(sql):
     >>> print(to_sqlite(r"INSERT INTO 1952_race VALUES (1e5, 'it\'s', 'C:\\')"))
     INSERT INTO `1952_race` VALUES (1e5, 'it''s', 'C:\')
     """
+    def unescape(match):
+        return MYSQL_ESCAPES.get(match[1], match[1] or match[2])
+
     def rewrite(match):
         token = match[0]
         if token[0] in "'\"" and "\\" in token:
-            text = re.sub(r"\\(.)|(['\"])\2", lambda m: {"n": "\n", "t": "\t", "r": "\r"}.get(m[1], m[1] or m[2]), token[1:-1], flags=re.S)
+            text = re.sub(r"(?s)\\(.)|(['\"])\2", unescape, token[1:-1])
             return "'" + text.replace("'", "''") + "'"
-        return f"`{token}`" if token[0].isdigit() and not re.fullmatch(r"\d+(e\d*)?|0x[0-9a-f]+", token, re.I) else token
+        if token[0].isdigit() and not re.fullmatch(r"\d+(e\d*)?|0x[0-9a-f]+", token, re.I):
+            return f"`{token}`"
+        return token
 
-    return re.sub(r"""'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|\w+""", rewrite, sql, flags=re.S)
+    return SQL_TOKEN.sub(rewrite, sql)
 
 
 def table_hashes(database, table):
@@ -1769,8 +1940,10 @@ def same_values(answer, gold):
     """Whether an answer (a list, or the text of one or of a value) holds the label's values, in any order:
     numbers within 0.01, or the same texts.
 
-    >>> same_values(["1,174"], ["1174.0"]), same_values('[("b",), ("a",)]', ["a", "b"]), same_values("", ["none"]), same_values(["12"], ["12.5"])
-    (True, True, True, False)
+    >>> same_values(["1,174"], ["1174.0"]), same_values('[("b",), ("a",)]', ["a", "b"])
+    (True, True)
+    >>> same_values("", ["none"]), same_values(["12"], ["12.5"])
+    (True, False)
     """
     given, wanted = compared_values(answer), compared_values(gold)
     try:
@@ -1785,47 +1958,34 @@ def same_values(answer, gold):
     return not left
 
 
+NOTHING = ("none", "null", "undefined", "nan", "inf", "infinity", "-inf", "-infinity", "")
+
+
 def compared_values(answer):
     """An answer's values as texts: no quotes around them, no percent sign, no commas, and 0 for all that
     stands for nothing.
     """
     if isinstance(answer, str) and re.fullmatch(r"\s*\[.*\]\s*", answer, re.S):
         parsed = literal_value(answer.strip())
-        if not isinstance(parsed, list):  # commas divide it but within quotes, of whichever kind, which are lost
-            parsed = [re.sub("['\"]", "", part) for part in re.findall(r"""(?:['"][^'"]*(?:['"]|$)|[^,'"])+""", answer.strip()[1:-1])]
+        if not isinstance(parsed, list):  # commas divide it but within quotes of any kind, which are lost
+            parts = re.findall(r"""(?:['"][^'"]*(?:['"]|$)|[^,'"])+""", answer.strip()[1:-1])
+            parsed = [re.sub("['\"]", "", part) for part in parts]
         answer = parsed
     values = []
     for value in answer if isinstance(answer, (list, tuple)) else [answer]:
-        text = str(value[0] if isinstance(value, tuple) and len(value) == 1 else value).strip().strip("'\"").strip()
+        text = str(value[0] if isinstance(value, tuple) and len(value) == 1 else value)
+        text = text.strip().strip("'\"").strip()
         if text.endswith("%"):
             values.append(text[:-1].strip())
             continue
         text = text if text.startswith("[") or text.endswith("]") else text.replace(",", "")
-        values.append("0" if text.lower() in ("none", "null", "undefined", "nan", "inf", "infinity", "-inf", "-infinity", "") else text)
+        values.append("0" if text.lower() in NOTHING else text)
     return values
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # agentbench-os: each item has a shell of its own, in a sandbox of bubblewrap where the original has Docker
 
-OS_TOOLS = [
-    tool("bash_action", "Run a script in the shell and see its output.", script={"type": "string", "description": "what to run, in bash"}),
-    tool("answer_action", "Answer the question, which ends the task.", answer={"type": "string", "description": "the answer, and nothing else"}),
-    tool("finish_action", "End a task that asks for no answer, once it is done.", thought={"type": "string", "description": "why it is done"})]
-OS_PROMPT = """You work as root in the shell of a Linux system, to do what you are asked or to answer a question about the system. In each turn \
-think first, then do one of three things: run a script in bash and look at its output; give the answer, exactly and without a sentence around it; or \
-finish, if no answer is asked for. A script must not wait for input, and of a long output only the beginning is shown."""
-OS_FORM = """ Write it in one of these forms:
-
-Think: your thoughts
-
-Act: bash
-
-```bash
-the script
-```
-
-or, as the last line, `Act: answer(the answer)` or `Act: finish`."""
 CHECKS = {  # what the original's scripts of these names do with the answer and what the example puts out
     "integer-match.py": lambda answer, output: int(answer) == int(output),
     "string-match.py": lambda answer, output: answer == output,
@@ -1858,12 +2018,15 @@ def agentbench_os(args):
             except LookupError as error:
                 left_out[error.args[0]] += 1
                 continue
-            metric, name = ("dev: accuracy", "dev-001") if folder == "dev" else ("accuracy", f"std-00{folder}")
+            metric, name = "accuracy", f"std-00{folder}"
+            if folder == "dev":
+                metric, name = "dev: accuracy", "dev-001"
             count[name] += 1
             if not args.limit or count[name] <= args.limit:
                 episodes.append((f"{name}-{path.stem}-{i}", partial(os_episode, task, metric, args.mode)))
     if left_out:
-        print("agentbench-os: left out " + ", ".join(f"{n} items that need {what}" for what, n in sorted(left_out.items())))
+        needs = [f"{n} items that need {what}" for what, n in sorted(left_out.items())]
+        print("agentbench-os: left out " + ", ".join(needs))
     return episodes
 
 
@@ -1872,15 +2035,18 @@ def os_task(item, path, folder):
     it lacks.
     """
     def script(value):
-        value = evaluation["example"] if value is None else value  # as the first check: what it puts out is compared with the answer
+        if value is None:  # as the first check: what the example puts out is compared with the answer
+            value = evaluation["example"]
         value = {"code": value} if isinstance(value, str) else value
         name = Path(value.get("file", "")).name
         if name in CHECKS:
             return name
-        file = next((f for d in path.parents if name and (f := d / "scripts" / folder / value["file"]).is_file()), None)
-        if name and not file:
-            raise LookupError(value["file"])
-        text = file.read_text(encoding="utf-8") if file else value["code"]
+        if name:
+            places = [directory / "scripts" / folder / value["file"] for directory in path.parents]
+            file = next((place for place in places if place.is_file()), None)
+            if not file:
+                raise LookupError(value["file"])
+        text = file.read_text(encoding="utf-8") if name else value["code"]
         if re.search(r"\bapt(-get)? ", text):
             raise LookupError("the network")
         return value.get("language", "bash"), text
@@ -1890,21 +2056,18 @@ def os_task(item, path, folder):
         return [script(v) for v in (value if isinstance(value, list) else [value])]
 
     evaluation, create = item["evaluation"], item.get("create")
-    match = {"answer": match, "strip": True} if isinstance(match := evaluation.get("match"), str) else match
-    return {"description": item["description"], "init": scripts(create if isinstance(create, dict) else {}, "init"), "start": scripts(item, "start"),
-            "match": match, "check": scripts(evaluation, "check"), "example": scripts(evaluation, "example")}
+    match = evaluation.get("match")
+    match = {"answer": match, "strip": True} if isinstance(match, str) else match
+    init = scripts(create, "init") if isinstance(create, dict) else []
+    return {"description": item["description"], "init": init, "start": scripts(item, "start"), "match": match,
+            "check": scripts(evaluation, "check"), "example": scripts(evaluation, "example")}
 
 
 def os_episode(task, metric, mode):
-    """Rounds with a shell, officially 8, of which each runs one script."""
-    def act(name, arguments):
-        value = next(iter(arguments.values()), None)
-        if name == "finish_action" or name == "answer_action" and arguments:
-            return Final(value)
-        if name != "bash_action" or not isinstance(value, str):
-            return "Error: there is no such tool, or it wants other arguments."
+    """Rounds with a shell."""
+    def run(script):
         try:
-            output = sandbox.run(value)[1]
+            output = sandbox.run(script)[1]
         except SandboxEnded:
             return Final(None)
         output = output if len(output) <= 800 else output[:780] + "\n[cut: the output is too long]"
@@ -1914,7 +2077,6 @@ def os_episode(task, metric, mode):
         return bool(final) and not sandbox.ended and os_right(sandbox, task, final.answer)
 
     gold = task["match"] or [*task["check"], *task["example"]]
-    messages = [chat_message("system", OS_PROMPT + OS_FORM * (mode == "prompt")), chat_message("user", task["description"])]
     try:
         with contextlib.closing(Sandbox()) as sandbox:
             for script in task["init"]:
@@ -1923,10 +2085,12 @@ def os_episode(task, metric, mode):
                     raise SandboxEnded(f"status {status} of {script[1][:100]}, {output[-100:]}")
             for script in task["start"]:  # it may leave a shell of another user, which reads what follows
                 sandbox.run(script[1], stdin="")
-            record = yield from converse(messages, OS_TOOLS, 8, 1, act, judge, read_os_action if mode == "prompt" else None)
-            return scored(record | ({"failure": sandbox.ended} if sandbox.ended else {}), gold, [metric])
+            record = yield from run_rounds(OS, task["description"], mode, run, judge)
+            if sandbox.ended:
+                record["failure"] = sandbox.ended
     except (OSError, SandboxEnded) as error:
-        return scored(verdict(Answer("", error=f"cannot be set up: {error}"), None, True, False), gold, [metric])
+        record = verdict(Answer("", error=f"cannot be set up: {error}"), None, True, False)
+    return scored(record, gold, [metric])
 
 
 def os_right(sandbox, task, answer):
@@ -1942,12 +2106,14 @@ def os_right(sandbox, task, answer):
     for script in task["check"]:
         try:
             if isinstance(script, str):
-                status, output = not CHECKS[script](*(text.replace("\r\n", "\n").strip() for text in given[:2])), ""
+                compared = (text.replace("\r\n", "\n").strip() for text in given[:2])
+                status, output = not CHECKS[script](*compared), ""
             else:
                 status, output = sandbox.run_apart(script, *given)
         except (ValueError, SandboxEnded):
             return False
-        # What an example puts out counts though find ends with status 1, as it does where only the host's root may look.
+        # What an example puts out counts though find ends with status 1, as it does where only the host's
+        # root may look.
         if status and not (script in task["example"] and output.strip()):
             return False
         given.append(output)
@@ -1965,41 +2131,78 @@ def read_os_action(text):
 
     >>> read_os_action("Think: easy.\\n\\nAct: answer(42)")
     [('answer_action', {'answer': '42'})]
-    >>> read_os_action("Act: bash\\n\\n```bash\\nls\\n```"), read_os_action("Act: finish"), read_os_action("abc")
-    ([('bash_action', {'script': 'ls'})], [('finish_action', {})], None)
+    >>> read_os_action("Act: bash\\n\\n```bash\\nls\\n```")
+    [('bash_action', {'script': 'ls'})]
+    >>> read_os_action("Act: finish"), read_os_action("abc")
+    ([('finish_action', {})], None)
     """
     for action in reversed(re.findall(r"Act:\s*(.+)", text)):
-        if action.lower().startswith("bash"):
-            return [("bash_action", {"script": "\n\n".join(re.findall(r"```bash\n(.*?)\n```", text, re.S))})]
-        if action.lower().startswith("finish"):
+        kind = action.lower()
+        if kind.startswith("bash"):
+            scripts = re.findall(r"```bash\n(.*?)\n```", text, re.S)
+            return [("bash_action", {"script": "\n\n".join(scripts)})]
+        if kind.startswith("finish"):
             return [("finish_action", {})]
-        if action.lower().startswith("answer") and (inside := re.search(r"\((.*)\)", action[6:])):
+        if kind.startswith("answer") and (inside := re.search(r"\((.*)\)", action[6:])):
             return [("answer_action", {"answer": inside[1]})]
     return None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The sandbox: namespaces made by bubblewrap. Of the host it sees /usr and a few files of /etc; what it writes is kept in memory and ends with it;
-# there is no network. Its root is no one outside: where this runs as root, the sandbox's users are 65,536 of the host's that nobody has, else all
-# it has is this user. Limits: of processes and of memory, together and each; of every file system; of the time and the output of one script.
+OS = Environment(
+    """You work as root in the shell of a Linux system, to do what you are asked or to answer a \
+question about the system. In each turn think first, then do one of three things: run a script in bash and \
+look at its output; give the answer, exactly and without a sentence around it; or finish, if no answer is \
+asked for. A script must not wait for input, and of a long output only the beginning is shown.""",
+    """ Write it in one of these forms:
+
+Think: your thoughts
+
+Act: bash
+
+```bash
+the script
+```
+
+or, as the last line, `Act: answer(the answer)` or `Act: finish`.""",
+    read_os_action,
+    [
+        tool("bash_action", "Run a script in the shell and see its output.",
+             script={"type": "string", "description": "what to run, in bash"}),
+        tool("answer_action", "Answer the question, which ends the task.",
+             answer={"type": "string", "description": "the answer, and nothing else"}),
+        tool("finish_action", "End a task that asks for no answer, once it is done.",
+             thought={"type": "string", "description": "why it is done"})],
+    rounds=(8, 8),
+    most=1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The sandbox: namespaces made by bubblewrap. Of the host it sees /usr and a few files of /etc; what it writes
+# is kept in memory and ends with it; there is no network. Its root is no one outside: where this runs as
+# root, the sandbox's users are 65,536 of the host's that nobody has, else all it has is this user. Limits: of
+# processes and of memory, together and each; of every file system; of the time and the output of one script.
 
 PROCESSES, MEMORY, DISK, OUTPUT = 64, 1 << 30, 128 << 20, 32 << 20  # all but the first in bytes
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --hostname linux --new-session --die-with-parent --clearenv
-    --setenv PATH {PATHS} --setenv HOME /root --setenv LANG C.UTF-8 --setenv TERM dumb --size {DISK} --tmpfs / --ro-bind /usr /usr
-    --symlink usr/bin /bin --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --proc /proc --dev /dev --size {DISK}
-    --tmpfs /dev/shm --remount-ro /dev --size {DISK} --tmpfs /mnt --ro-bind /etc /mnt/etc --dir /root --chdir /root""".split()
-# Run first, with capabilities that are given up for good at the end: what is written to /usr goes to memory; no user namespaces from here on, as in
-# one of its own anyone may mount file systems without a limit.
+BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --hostname linux --new-session
+    --die-with-parent --clearenv --setenv PATH {PATHS} --setenv HOME /root --setenv LANG C.UTF-8
+    --setenv TERM dumb --size {DISK} --tmpfs / --ro-bind /usr /usr --symlink usr/bin /bin
+    --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --proc /proc --dev /dev
+    --size {DISK} --tmpfs /dev/shm --remount-ro /dev --size {DISK} --tmpfs /mnt --ro-bind /etc /mnt/etc
+    --dir /root --chdir /root""".split()
+# Run first, with capabilities that are given up for good at the end: what is written to /usr goes to memory;
+# no user namespaces from here on, as in one of its own anyone may mount file systems without a limit. Files
+# of the host belong to no one here, and an item changes the mode of find: it is copied.
 SETUP = f"""set -e
 ulimit -u {PROCESSES} -v {MEMORY * 3 >> 12} -f {DISK >> 10} -t 60 -c 0 -n 256
-mkdir -p /mnt/upper/bin /mnt/upper/sbin /mnt/upper/local/bin /mnt/work /etc /home /opt /srv /run /var/log /var/mail /var/tmp
+mkdir -p /mnt/upper/bin /mnt/upper/sbin /mnt/upper/local/bin /mnt/work
+mkdir -p /etc /home /opt /srv /run /var/log /var/mail /var/tmp
 mkdir -m 1777 /tmp
-cp /usr/bin/find /mnt/upper/bin/  # files of the host belong to no one here, and an item changes this one's mode
+cp /usr/bin/find /mnt/upper/bin/
 mount -t overlay overlay -o lowerdir=/usr,upperdir=/mnt/upper,workdir=/mnt/work /usr
 cd /mnt/etc
-cp -r alternatives bash.bashrc default host.conf inputrc ld.so* localtime login.defs nsswitch.conf os-release pam.d profile protocols security \\
-    services shells skel /etc 2> /dev/null || true
+cp -r alternatives bash.bashrc default host.conf inputrc ld.so* localtime login.defs nsswitch.conf \\
+    os-release pam.d profile protocols security services shells skel /etc 2> /dev/null || true
 for file in passwd group; do awk -F: '$3 < 1000 || $3 == 65534' $file > /etc/$file; done
 awk -F: '{{print $1 ":*:19000:0:99999:7:::"}}' /etc/passwd > /etc/shadow
 awk -F: '{{print $1 ":!::"}}' /etc/group > /etc/gshadow
@@ -2012,7 +2215,8 @@ umount -l /mnt
 umount /proc/sys 2> /dev/null || true
 echo 0 > /proc/sys/user/max_user_namespaces
 echo 1000 > /proc/self/oom_score_adj
-exec setpriv --inh-caps -all --bounding-set -all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+sys_chroot,+audit_write \\
+exec setpriv --inh-caps -all \\
+    --bounding-set -all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+sys_chroot,+audit_write \\
     bash -c 'while :; do bash --login; done'"""
 
 
@@ -2026,12 +2230,17 @@ class Sandbox:
     def __init__(self):
         self.ended, command, pipes, options = None, [*BWRAP, "bash", "-c", SETUP], (), {}
         if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
-            # As another user: the limit on processes does not hold for root, and holds so for all users of the sandbox together.
+            # As another user: the limit on processes does not hold for root, and holds so for all users of
+            # the sandbox together.
             base, pipes = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), [*os.pipe(), *os.pipe()]
-            command = ["prlimit", f"--nproc={PROCESSES}", "bwrap", "--info-fd", str(pipes[1]), "--userns-block-fd", str(pipes[2]), *command[1:]]
+            limits = ["prlimit", f"--nproc={PROCESSES}"]
+            descriptors = ["--info-fd", str(pipes[1]), "--userns-block-fd", str(pipes[2])]
+            command = [*limits, "bwrap", *descriptors, *command[1:]]
             options = {"user": base, "group": base, "extra_groups": [], "pass_fds": pipes[1:3]}
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd="/", bufsize=0,
-                                        env={"PATH": PATHS}, **options)  # a process in the sandbox can read this environment
+        # A process in the sandbox can read the environment that is given here.
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, cwd="/", bufsize=0, env={"PATH": PATHS},
+                                        **options)
         if pipes:  # bwrap says its child's number, and waits until that has its users
             os.close(pipes[1])
             os.close(pipes[2])
@@ -2063,7 +2272,8 @@ class Sandbox:
         Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox.
         """
         mark = "end" + secrets.token_hex(8)
-        # The status comes with a line of its own: another shell follows one that the script exits from, and reads on.
+        # The status comes with a line of its own: another shell follows one that the script exits from, and
+        # reads on.
         text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
         todo = text.replace("\0", "").encode("utf-8", "replace")
         output, size, deadline = b"", 0, time.monotonic() + seconds
@@ -2083,7 +2293,12 @@ class Sandbox:
             size += len(chunk)
             output = (output if len(output) < 1 << 17 else output[:1 << 16] + output[-1024:]) + chunk
             if left <= 0 or size > OUTPUT or out in ready and not chunk:
-                why = "its time was up" if left <= 0 else "it put out too much" if chunk else f"it ended {output[-300:].decode(errors='replace')}"
+                if left <= 0:
+                    why = "its time was up"
+                elif chunk:
+                    why = "it put out too much"
+                else:
+                    why = f"it ended {output[-300:].decode(errors='replace')}"
                 self.close(why.strip())
                 raise SandboxEnded(self.ended)
         return int(end[1]), output[:end.start()].decode(errors="replace")
@@ -2092,8 +2307,9 @@ class Sandbox:
         """Run a (language, text) in a process and an environment of its own; returns its status and standard
         output.
         """
+        python = script[0] == "python"
         command = ["/usr/bin/env", "-i", f"PATH={PATHS}", "HOME=/root", "LANG=C.UTF-8",
-                   *(["python3", "-c", script[1]] if script[0] == "python" else ["bash", "-c", script[1], "--"]), *arguments]
+                   *(["python3", "-c", script[1]] if python else ["bash", "-c", script[1], "--"]), *arguments]
         return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)")
 
 
@@ -2109,7 +2325,7 @@ def resident(pid):
     return total
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # api-bank and mmlu
 
 
@@ -2120,15 +2336,19 @@ def api_bank(args):
     At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and
     what it has found so far.
     """
-    known = {"ToolSearcher": bank_tool("ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
+    search = bank_tool("ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})
+    known = {"ToolSearcher": search}
     for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
-        described = {name: literal for name, text in re.findall(r"^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"], re.S | re.M)
-                     if (literal := literal_value(text)) is not None}
-        known[row["类名"]] = bank_tool(row["类名"], described.get("description"), described.get("input_parameters"))
+        stated = re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"])
+        described = {key: literal_value(text) for key, text in stated}
+        name = row["类名"]
+        known[name] = bank_tool(name, described.get("description"), described.get("input_parameters"))
     episodes = []
     for path in find_data(args.data, "*level*.jsonl"):
         lines = read_all(path)
-        dialogues = [{"file": path.name, "turns": lines}] if "role" in lines[0] else [line for line in lines if "turns" in line]
+        dialogues = [line for line in lines if "turns" in line]
+        if "role" in lines[0]:  # the file is one dialogue, a turn a line
+            dialogues = [{"file": path.name, "turns": lines}]
         episodes += [episode for dialogue in dialogues for episode in bank_dialogue(dialogue, known, args)]
     return episodes[:args.limit]
 
@@ -2136,18 +2356,25 @@ def api_bank(args):
 def bank_dialogue(dialogue, known, args):
     """The items of one dialogue."""
     name, turns, messages, episodes = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], [], []
-    called, level = {t["api_name"] for t in turns if t["role"] == "API"}, re.search(r"level-\d", name)[0].replace("-", " ")
-    tools = {n: known.get(n) or bank_tool(n) for n in (["ToolSearcher"] if "ToolSearcher" in called else sorted(called))}
+    level = re.search(r"level-\d", name)[0].replace("-", " ")
+    called = {t["api_name"] for t in turns if t["role"] == "API"}
+    called = ["ToolSearcher"] if "ToolSearcher" in called else sorted(called)
+    tools = {n: known.get(n) or bank_tool(n) for n in called}
 
     def episode(messages, tools, gold):
         answer = yield ask(messages, tools, args)
         calls = calls_of(answer, "python", args)
         right = False
-        with contextlib.suppress(TypeError, ValueError, RecursionError):  # of values in text that JSON does not know
+        with contextlib.suppress(TypeError, ValueError, RecursionError):  # of values that JSON does not know
             right = json.dumps(calls, sort_keys=True) == json.dumps([gold], sort_keys=True)
-        why = "wrong count" if len(calls or []) != 1 else "wrong name" if calls[0][0] != gold[0] else "wrong arguments"
+        why = "wrong arguments"
+        if len(calls or []) != 1:
+            why = "wrong count"
+        elif calls[0][0] != gold[0]:
+            why = "wrong name"
+        item = verdict(answer, calls, True, right, why)
         scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
-        return verdict(answer, calls, True, right, why) | {"scores": scores, "calls": show(calls), "gold": [gold]}
+        return item | {"scores": scores, "calls": show(calls), "gold": [gold]}
 
     for n, t in enumerate(turns):
         if t["role"] != "API":
@@ -2155,18 +2382,21 @@ def bank_dialogue(dialogue, known, args):
             continue
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
         episodes.append((f"{name}:{n}", partial(episode, list(messages), list(tools.values()), gold)))
-        messages += told([gold], [output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)], args)
+        text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
+        messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
-            for found in output if isinstance(output, list) else [output]:
-                tools[found["name"]] = bank_tool(found["name"], found["description"], found["input_parameters"])
+            for f in output if isinstance(output, list) else [output]:
+                tools[f["name"]] = bank_tool(f["name"], f["description"], f["input_parameters"])
     return episodes
 
 
 def bank_tool(name, description="", parameters=None):
     """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
-    properties = {p: {"type": TYPE_NAMES.get(re.match(r"\w*", d["type"])[0], "string"), "description": d.get("description", "")}
-                  for p, d in (parameters.items() if isinstance(parameters, dict) else ())}
-    return {"name": name, "description": description or "", "parameters": {"type": "object", "properties": properties, "required": list(properties)}}
+    properties = {}
+    for p, stated in parameters.items() if isinstance(parameters, dict) else ():
+        kind = TYPE_NAMES.get(re.match(r"\w*", stated["type"])[0], "string")
+        properties[p] = {"type": kind, "description": stated.get("description", "")}
+    return tool(name, description or "", **properties)["function"]
 
 
 def mmlu(args):
@@ -2182,17 +2412,26 @@ def mmlu(args):
         return f"{question['question']}{options}\nAnswer:{answer}"
 
     def episode(question):
-        head = f"The following are multiple choice questions (with answers) about {question['subject'].replace('_', ' ')}.\n\n"
-        shots = [show(q, f" {q['answer']}\n\n") for q in examples.get(question["subject"], [])[:5]]
+        subject, asked = question["subject"], show(question)
+        head = "The following are multiple choice questions (with answers) about "
+        head += f"{subject.replace('_', ' ')}.\n\n"
+        shots = [show(q, f" {q['answer']}\n\n") for q in examples.get(subject, [])[:5]]
         for n in range(len(shots), -1, -1):
-            likelihoods = yield [(head + "".join(shots[:n]) + show(question), f" {letter}") for letter in "ABCD"]
+            context = head + "".join(shots[:n]) + asked
+            likelihoods = yield [(context, f" {letter}") for letter in "ABCD"]
             if None not in likelihoods:
-                right = "ABCD"[np.argmax(likelihoods)] == question["answer"]
-                return {"verdict": "right" if right else "wrong", "scores": {"accuracy": float(right)}, "question": show(question),
-                        "gold": question["answer"], "log_likelihoods": likelihoods, "shots": n} | ({} if right else {"failure": "another letter"})
-        return {"verdict": "error", "failure": "too long for the window", "scores": {"accuracy": 0.0}, "question": show(question)}
+                break
+        else:
+            return {"verdict": "error", "failure": "too long for the window", "scores": {"accuracy": 0.0},
+                    "question": asked}
+        right = "ABCD"[np.argmax(likelihoods)] == question["answer"]
+        item = {"verdict": "right" if right else "wrong", "scores": {"accuracy": float(right)},
+                "question": asked, "gold": question["answer"], "log_likelihoods": likelihoods, "shots": n}
+        return item if right else item | {"failure": "another letter"}
 
-    asked = questions(args.data, "test") or questions(args.data, "val") or fail(f"{args.data}: there is no mmlu_test.jsonl or mmlu_val.jsonl in it")
+    asked = questions(args.data, "test") or questions(args.data, "val")
+    if not asked:
+        fail(f"{args.data}: there is no mmlu_test.jsonl or mmlu_val.jsonl in it")
     return [(f"{q['subject']}:{i}", partial(episode, q)) for i, q in enumerate(asked[:args.limit])]
 
 
@@ -2200,12 +2439,13 @@ def questions(directory, split):
     """MMLU's questions of a split, from its own files <subject>_<split>.csv, or from mmlu_<split>.jsonl."""
     found = [q for path in sorted(Path(directory).rglob(f"mmlu_{split}.jsonl")) for q in read_all(path)]
     for path in sorted(Path(directory).rglob(f"*_{split}.csv")):
-        for question, *choices, answer in csv.reader(path.read_text(encoding="utf-8").splitlines(keepends=True)):
-            found.append({"subject": path.stem.removesuffix(f"_{split}"), "question": question, "choices": choices, "answer": answer})
+        subject, lines = path.stem.removesuffix(f"_{split}"), path.read_text(encoding="utf-8")
+        for question, *choices, answer in csv.reader(lines.splitlines(keepends=True)):
+            found.append({"subject": subject, "question": question, "choices": choices, "answer": answer})
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Numbers and their uncertainty, and the report
 
 
@@ -2216,13 +2456,16 @@ def total_of(formula, means, sizes):
     if isinstance(formula, tuple):
         return sum(total_of(part, means, sizes) for part in formula) / len(formula)
     if isinstance(formula, frozenset):
-        return sum(means[part] * sizes[part] for part in sorted(formula)) / sum(sizes[part] for part in formula)
+        weighted = sum(means[part] * sizes[part] for part in sorted(formula))
+        return weighted / sum(sizes[part] for part in formula)
     return means[formula]
 
 
 def parts_of(formula):
     """The metrics in a total."""
-    return [formula] if isinstance(formula, str) else [metric for part in formula for metric in parts_of(part)]
+    if isinstance(formula, str):
+        return [formula]
+    return [metric for part in formula for metric in parts_of(part)]
 
 
 def resample(values, resamples=2000):
@@ -2230,22 +2473,28 @@ def resample(values, resamples=2000):
     for every column: paired.
     """
     n = len(values)
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)  # (resamples, N): how often each row is drawn
+    # How often each row is drawn, (resamples, N).
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)
     return counts @ values / n
 
 
 def failures(suite, items, models, longest=600):
     """What failed in a suite, by kind, for each model, with an example of each kind of the last."""
-    lines = [f"## What failed in {suite}\n"] * any("failure" in item for model in models for item in items[model])
+    failed = {model: [item for item in items[model] if "failure" in item] for model in models}
+    lines = [f"## What failed in {suite}\n"] * any(failed.values())
     for model in models:
-        kinds = Counter(item["failure"] for item in items[model] if "failure" in item)
+        kinds = Counter(item["failure"] for item in failed[model])
         if kinds:
             lines.append(f"- {model}: " + ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common()))
-    for kind, item in {item["failure"]: item for item in reversed(items[models[-1]]) if "failure" in item}.items():
+    examples = {item["failure"]: item for item in reversed(failed[models[-1]])}
+    for kind, item in examples.items():
         asked = item["prompt"][0][-1]["content"] if "prompt" in item else item.get("question", "")
         gold = json.dumps(item.get("gold", ""), ensure_ascii=False)
-        shown = {"asked": asked[-longest:], "written": item.get("output", "")[:longest], "expected": gold[:longest]}
-        lines.append(f"\n{kind}, {item['id']}\n" + "".join(f"\n    {name}: " + text.replace("\n", "\n    ") for name, text in shown.items()))
+        shown = {"asked": asked[-longest:], "written": item.get("output", "")[:longest],
+                 "expected": gold[:longest]}
+        lines.append(f"\n{kind}, {item['id']}\n")
+        for name, text in shown.items():
+            lines[-1] += f"\n    {name}: " + text.replace("\n", "\n    ")
     return "\n".join(lines) + "\n"
 
 
@@ -2253,24 +2502,28 @@ def draw(results, models, paths, out, pyplot):
     """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training
     as curves.
     """
-    suites = list(dict.fromkeys(r["suite"] for r in results))
-    logs = {model: Path(path, "metrics.jsonl") for model, path in zip(models, paths)}
-    logs = {model: [json.loads(line) for line in log.read_text().splitlines()] for model, log in logs.items() if log.exists()}
-    figure, axes = pyplot.subplots(len(suites) + bool(logs), 1, figsize=(12, 4 * (len(suites) + bool(logs))), layout="constrained", squeeze=False)
+    suites, logs = list(dict.fromkeys(r["suite"] for r in results)), {}
+    for model, path in zip(models, paths):
+        if (log := Path(path, "metrics.jsonl")).exists():
+            logs[model] = [json.loads(line) for line in log.read_text().splitlines()]
+    n = len(suites) + bool(logs)
+    figure, axes = pyplot.subplots(n, 1, figsize=(12, 4 * n), layout="constrained", squeeze=False)
     for axis, suite in zip(axes[:, 0], suites):
-        metrics = list(dict.fromkeys(r["metric"] for r in results if r["suite"] == suite))
+        width = 1 / (len(models) + 1)
         for m, model in enumerate(models):
             rows = [r for r in results if r["suite"] == suite and r["model"] == model]
             score = np.array([r["score"] for r in rows])
             reach = np.abs(np.array([[r["low"] for r in rows], [r["high"] for r in rows]]) - score)
-            axis.bar(np.arange(len(rows)) + m / (len(models) + 1), score, 1 / (len(models) + 1), yerr=reach, label=model)
-        axis.set_xticks(range(len(metrics)), metrics, rotation=20, ha="right", fontsize=8)
+            axis.bar(np.arange(len(rows)) + m * width, score, width, yerr=reach, label=model)
+        axis.set_xticks(range(len(rows)), [r["metric"] for r in rows], rotation=20, ha="right", fontsize=8)
         axis.set_ylim(bottom=0)
         axis.set_title(suite)
         axis.legend(fontsize=8)
     for c, (model, lines) in enumerate(logs.items()):
+        lines = [line for line in lines if "tokens" not in line]
         for style, domain in zip(("-", "--", ":", "-."), VALIDATED):
-            points = [(line["step"], line[f"loss/{domain}"]) for line in lines if f"loss/{domain}" in line and "tokens" not in line]
+            key = f"loss/{domain}"
+            points = [(line["step"], line[key]) for line in lines if key in line]
             axes[-1, 0].plot(*zip(*points), style, color=f"C{c}", label=f"{model}, {domain}")
     if logs:
         axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
@@ -2278,8 +2531,23 @@ def draw(results, models, paths, out, pyplot):
     figure.savefig(out / "report.png", dpi=100)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# --serve: OpenAI's API for a checkpoint directory, on this machine alone
+# ------------------------------------------------------------------------------------------------------------
+# --serve: OpenAI's chat API for a checkpoint directory, on this machine alone
+
+MAX_BODY = 8 * 2**20  # bytes of a request
+ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
+FIELDS = {  # of a request: (type, lowest, highest, default, also for null); other fields are ignored
+    "max_tokens": (int, 1, 2**31, 2**31),
+    "max_completion_tokens": (int, 1, 2**31, None),
+    "temperature": (float, 0, 2, 1.0),
+    "top_p": (float, 0, 1, 1.0),
+    "seed": (int, -2**63, 2**63, None),
+    "n": (int, 1, 1, 1),
+    "logprobs": (bool, False, True, False),
+    "top_logprobs": (int, 0, 20, 0),
+    "parallel_tool_calls": (bool, False, True, True),
+    "stream": (bool, False, True, False)}
+RANGES = {int: "an integer from {} to {}", float: "a number from {} to {}", bool: "true or false"}
 
 
 def serve(args):
@@ -2299,35 +2567,37 @@ def serve(args):
 
 
 class Row:
-    """A text that the engine continues for a client. `events` gets what can be sent: (row, text, scores), and
-    the text None at the end.
+    """An answer that the engine writes for a client. `events` gets what can be sent, as (text, scores), then
+    None.
     """
 
-    def __init__(self, tokenizer, ids, echo, options, events, index):
-        self.tokenizer, self.ids, self.echo, self.options, self.events, self.index = tokenizer, ids, echo, options, events, index
-        self.random = random.Random(None if options.seed is None else f"{options.seed}:{index}").random
+    def __init__(self, tokenizer, ids, options):
+        self.tokenizer, self.ids, self.options, self.events = tokenizer, ids, options, queue.SimpleQueue()
+        self.random = random.Random(None if options.seed is None else f"{options.seed}:0").random
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
         self.text, self.sent, self.new, self.reason, self.error = options.begun, 0, [], None, None
-        self.scores, self.told, self.prompt_scores = [], 0, []  # of tokens: (id, log-probability, [those of the likeliest], where its text begins)
+        # Of tokens: (id, log-probability, the likeliest, where its text begins).
+        self.scores, self.scores_sent = [], 0
 
-    def take(self, token, logits):
+    def append_token(self, token, logits):
         """Go on by a token, unless it, or the text that it ends, is a stop."""
         o, at, stopped = self.options, len(self.text), token in self.options.stop_ids
         if not stopped:
             self.new.append(token)
-            if o.logprobs is not None:
-                self.scores += score_tokens(logits[None], [token], o.logprobs, [len(self.echo) + at])
+            if o.logprobs:
+                self.scores.append(score_token(logits, token, o.top_logprobs, at))
         last = stopped or len(self.new) == o.limit
         self.text += self.decoder.decode(b"" if stopped else self.tokenizer.token_bytes(token), last)
-        found = [place for s in o.stop if (place := self.text.find(s, max(len(o.begun), at - len(s) + 1))) >= 0]
+        places = [self.text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
+        found = [place for place in places if place >= 0]
         if found:
             self.text = self.text[:min(found)]
-            self.scores = [score for score in self.scores if score[3] < len(self.echo + self.text)]
+            self.scores = [score for score in self.scores if score[3] < len(self.text)]
         if found or last:
             self.finish("stop" if found or stopped else "length")
         elif o.stream and (ready := self.ready()) > self.sent:
-            self.events.put((self, self.text[self.sent:ready], self.scores[self.told:]))
-            self.sent, self.told = ready, len(self.scores)
+            self.events.put((self.text[self.sent:ready], self.scores[self.scores_sent:]))
+            self.sent, self.scores_sent = ready, len(self.scores)
 
     def ready(self):
         """How much of the text can be sent: up to what may begin a stop, or begin a call or stand before
@@ -2335,21 +2605,31 @@ class Row:
         """
         end = len(self.text)
         for mark in [*self.options.stop, *["<tool_call>"] * bool(self.options.tools)]:
-            end = min(end, len(self.text) - next((n for n in range(len(mark) - 1, 0, -1) if self.text.endswith(mark[:n])), 0))
-        return len(self.text[:end].partition("<tool_call>")[0].rstrip("\n")) if self.options.tools else end
+            begun = (n for n in range(len(mark) - 1, 0, -1) if self.text.endswith(mark[:n]))
+            end = min(end, len(self.text) - next(begun, 0))
+        if self.options.tools:
+            return len(self.text[:end].partition("<tool_call>")[0].rstrip("\n"))
+        return end
 
     def finish(self, reason, error=None):
         self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
-        self.events.put((self, None, self.scores[self.told:]))
+        self.events.put(None)
 
     def result(self):
         """(content, calls, finish_reason) of a text that has ended."""
         calls = parse_calls(self.text) if self.options.tools else None
         if not calls:
-            return self.echo + self.text, [], self.reason
+            return self.text, [], self.reason
         message = turn(Answer(self.text, calls[:1] if self.options.single else calls))
         calls = [call | {"id": f"call_{uuid.uuid4().hex}"} for call in message["tool_calls"]]
         return message["content"] or None, calls, "tool_calls" if self.reason == "stop" else self.reason
+
+
+def score_token(logits, token, top, at):
+    """What Row.scores has, of a token that the logits (V,) gave."""
+    logprobs = logits.log_softmax(-1)
+    best = logprobs.topk(min(top, len(logprobs)))
+    return token, logprobs[token].item(), list(zip(best.indices.tolist(), best.values.tolist())), at
 
 
 class Engine:
@@ -2372,7 +2652,7 @@ class Engine:
             rows = []
             try:
                 return self.go_on(transformer.Batch(self.local.model), rows)
-            except Exception as error:  # out of memory, say: what was under way has failed, the server has not
+            except Exception as error:  # out of memory, say: what was under way has failed, not the server
                 for row in rows:
                     if not row.reason:
                         row.finish("error", error)
@@ -2395,78 +2675,49 @@ class Engine:
                 if fresh := rows[len(left):]:
                     added = batch.add([row.ids for row in fresh])
                     logits = torch.cat([logits, added]) if left else added
-                    for row in fresh:
-                        self.read(row)
             options = [(row.options.temperature, row.options.top_p, row.random()) for row in rows]
             chosen = transformer.sample(logits, *map(list, zip(*options)))
             for i, row in enumerate(rows):
                 if not row.reason:
                     try:
-                        chosen[i] = row.options.choose(row.new, logits[i]) if row.options.choose else chosen[i]
-                        row.take(chosen[i], logits[i])
+                        if row.options.choose:
+                            chosen[i] = row.options.choose(row.new, logits[i])
+                        row.append_token(chosen[i], logits[i])
                     except Exception as error:  # of a schema that cannot be followed
                         row.finish("error", error)
             if not all(row.reason for row in rows):
                 logits = batch.step(chosen)
             at += 1
 
-    def read(self, row):
-        """The log-probabilities of a prompt that is echoed with them. One to which nothing is added has
-        ended.
-        """
-        if row.options.echo and row.options.logprobs is not None:
-            decoder, starts = codecs.getincrementaldecoder("utf-8")("replace"), [0]
-            for i in row.ids:
-                starts.append(starts[-1] + len(decoder.decode(row.tokenizer.token_bytes(i))))
-            row.prompt_scores.append((row.ids[0], None, None, 0))
-            x = self.local.model.hidden(torch.tensor([row.ids[:-1]], device=self.local.args.device))[0]  # (T, C)
-            step = max(1, transformer.CHUNK // self.local.model.config.vocab_size)
-            for a in range(0, len(x), step):
-                logits = self.local.model.lm_head(x[a:a + step]).float()
-                row.prompt_scores += score_tokens(logits, row.ids[a + 1:a + 1 + step], row.options.logprobs, starts[a + 1:])
-        if row.options.limit == 0:
-            row.finish("length")
 
-
-def score_tokens(logits, ids, top, starts):
-    """What Row.scores has, of tokens that follow where the logits (T, V) are."""
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(top, logprobs.shape[-1]))
-    values = logprobs.gather(1, torch.tensor(ids, device=logits.device)[:, None])[:, 0].tolist()
-    return [(i, v, list(zip(*pairs)), at) for i, v, *pairs, at in zip(ids, values, best.indices.tolist(), best.values.tolist(), starts)]
-
-
-MAX_BODY = 8 * 2**20  # bytes of a request
-
-
-class Refused(Exception):
+class HTTPError(Exception):
     """A request that is answered by an error: (status, its object in the API's form)."""
 
 
-def need(ok, message, param=None, status=400, code=None):
+def require(ok, message, param=None, status=400, code=None):
     """Refuse a request if something is not as it should be."""
     if not ok:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        raise Refused(status, {"message": message, "type": kind, "param": param, "code": code})
+        raise HTTPError(status, {"message": message, "type": kind, "param": param, "code": code})
 
 
 class Api(BaseHTTPRequestHandler):
-    """A connection. Fields of a request that are not known are ignored."""
-    protocol_version, timeout = "HTTP/1.1", 60  # seconds that the other side may be silent while it is read or written to
-    routes = {"/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
+    """A connection."""
+    protocol_version = "HTTP/1.1"
+    timeout = 60  # seconds that the other side may be silent while it is read or written to
 
     def do_POST(self):
-        rows = []
+        self.row = None  # what is being written for this request
         try:
             try:
-                self.respond(self.path.partition("?")[0], self.read_body(), rows)
-            except Refused as refused:
+                self.respond(self.path.partition("?")[0], self.read_body())
+            except HTTPError as refused:
                 self.send_json(refused.args[0], {"error": refused.args[1]})
         except OSError:  # the client is gone
             self.close_connection = True
         finally:
-            for row in rows:
-                row.reason = row.reason or "abandoned"
+            if self.row:
+                self.row.reason = self.row.reason or "abandoned"
 
     do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
 
@@ -2476,7 +2727,8 @@ class Api(BaseHTTPRequestHandler):
     def send_error(self, code, message=None, explain=None):
         """What http.server itself refuses."""
         self.close_connection = True
-        self.send_json(code, {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": None}})
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        self.send_json(code, {"error": error})
 
     def send_json(self, status, value):
         data = json.dumps(value).encode()
@@ -2485,70 +2737,76 @@ class Api(BaseHTTPRequestHandler):
 
     def send_head(self, status, headers):
         self.send_response(status)
-        for name, value in (headers | {"Connection": "close" if self.close_connection else "keep-alive"}).items():
+        connection = "close" if self.close_connection else "keep-alive"
+        for name, value in (headers | {"Connection": connection}).items():
             self.send_header(name, value)
         self.end_headers()
 
     def read_body(self):
         """The bytes that were sent."""
-        length, going, self.close_connection = self.headers.get("Content-Length", "" if self.command == "POST" else "0"), self.close_connection, True
-        need(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers, "Content-Length is needed", status=411)
-        for _ in range(min(int(length), 16 * MAX_BODY) // 2**16 if int(length) > MAX_BODY else 0):  # most clients send all before they read
-            self.rfile.read(2**16)
-        need(int(length) <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
+        length = self.headers.get("Content-Length", "" if self.command == "POST" else "0")
+        going, self.close_connection = self.close_connection, True
+        require(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers,
+                "Content-Length is needed", status=411)
+        length = int(length)
+        if length > MAX_BODY:
+            for _ in range(min(length, 16 * MAX_BODY) // 2**16):  # most clients send all before they read
+                self.rfile.read(2**16)
+        require(length <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
         self.close_connection = going
-        return self.rfile.read(int(length))
+        return self.rfile.read(length)
 
-    def respond(self, path, data, rows):
-        """Answer a request; `rows` gets the texts that are begun for it."""
-        need(path in self.routes, f"there is no {path}, only {', '.join(self.routes)}", status=404)
-        need(self.command == self.routes[path], f"{path} takes {self.routes[path]}", status=405)
-        names, local = self.server.names, self.server.local
+    def respond(self, path, data):
+        """Answer a request."""
+        require(path in ROUTES, f"there is no {path}, only {', '.join(ROUTES)}", status=404)
+        require(self.command == ROUTES[path], f"{path} takes {ROUTES[path]}", status=405)
+        names = self.server.names
         if path == "/v1/models":
-            return self.send_json(200, {"object": "list", "data": [{"id": names[0], "object": "model", "created": 0, "owned_by": "local"}]})
+            model = {"id": names[0], "object": "model", "created": 0, "owned_by": "local"}
+            return self.send_json(200, {"object": "list", "data": [model]})
         # Pages of other sites in a browser cannot send this type.
-        need(self.headers.get_content_type() == "application/json", "Content-Type must be application/json", status=415)
+        require(self.headers.get_content_type() == "application/json",
+                "Content-Type must be application/json", status=415)
         try:
             body = json.loads(data)
         except (ValueError, RecursionError):
             body = None
-        need(isinstance(body, dict), "the body is not a JSON object")
-        need(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}", "model", 404, "model_not_found")
-        read, shape, kind = (read_chat, shape_chat, "chat.completion") if "chat" in path else (read_completion, shape_completion, "text_completion")
-        prompts, options = read(body, local)
-        events = queue.SimpleQueue()
-        for ids, echo in prompts:
-            rows += [Row(local.tokenizer, ids, echo, options, events, len(rows) + i) for i in range(options.n)]
-        for row in rows:
-            self.server.engine.waiting.put(row)
-        head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": names[0]}
-        if options.stream:
-            return self.stream(rows, self.watch(rows, events), shape, head)
-        for _ in self.watch(rows, events):
+        require(isinstance(body, dict), "the body is not a JSON object")
+        require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
+                "model", 404, "model_not_found")
+        self.row = row = read_chat(body, self.server.local)
+        self.server.engine.waiting.put(row)
+        head = {"id": f"chat-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
+                "model": names[0]}
+        if row.options.stream:
+            return self.stream(row, head)
+        for _ in self.watch(row):
             pass
-        choices = [shape(row, *row.result(), row.prompt_scores + row.scores, "message") for row in rows]
-        self.send_json(200, head | {"choices": choices, "usage": usage(rows)})
+        content, calls, reason = row.result()
+        message = choice(row, "message", content, calls, row.scores, reason, role="assistant")
+        self.send_json(200, head | {"choices": [message], "usage": usage(row)})
 
-    def watch(self, rows, events):
-        """Yields what rows put there until all have ended or the client is gone."""
-        left = len(rows)
-        while left:
+    def watch(self, row):
+        """Yields what the row puts out until it has ended or the client is gone."""
+        while True:
             try:
-                event = events.get(timeout=1)
+                event = row.events.get(timeout=1)
             except queue.Empty:
-                if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                silent = not select.select([self.connection], [], [], 0)[0]
+                if not silent and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionResetError from None
                 continue
-            need(not event[0].error, event[0].error, status=500)
-            left -= event[1] is None
+            require(not row.error, row.error, status=500)
+            if event is None:
+                return
             yield event
 
-    def stream(self, rows, events, shape, head):
-        """Server-sent events: a JSON object for each piece of a text, then [DONE]. A call is sent when it is
-        whole.
+    def stream(self, row, head):
+        """Server-sent events: a JSON object for each piece of the text, then [DONE]. Calls are sent when they
+        are whole.
         """
-        chat, include_usage, begun = "chat" in head["object"], rows[0].options.include_usage, set()
-        head = head | {"object": head["object"] + ".chunk" * chat} | ({"usage": None} if include_usage else {})
+        counted = row.options.include_usage
+        head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if counted else {})
 
         def send(*choices, **more):
             self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
@@ -2556,135 +2814,120 @@ class Api(BaseHTTPRequestHandler):
         self.close_connection = True
         self.send_head(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
         try:
-            for row, text, scores in events:
-                if row not in begun:
-                    begun.add(row)
-                    send(shape(row, row.echo, [], None, row.prompt_scores, "first delta"))
-                if text is not None:
-                    send(shape(row, text, [], None, scores, "delta"))
-                    continue
-                content, calls, reason = row.result()
-                rest, calls = (content or "")[len(row.echo) + row.sent:], [call | {"index": i} for i, call in enumerate(calls)]
-                send(shape(row, rest, calls, reason, scores, "delta"))
-            if include_usage:
-                send(usage=usage(rows))
+            send(choice(row, "delta", "", role="assistant"))
+            for text, scores in self.watch(row):
+                send(choice(row, "delta", text, scores=scores))
+            content, calls, reason = row.result()
+            rest, calls = (content or "")[row.sent:], [call | {"index": i} for i, call in enumerate(calls)]
+            send(choice(row, "delta", rest, calls, row.scores[row.scores_sent:], reason))
+            if counted:
+                send(usage=usage(row))
             self.wfile.write(b"data: [DONE]\n\n")
-        except Refused as refused:  # too late for a status
+        except HTTPError as refused:  # too late for a status
             self.wfile.write(f"data: {json.dumps({'error': refused.args[1]})}\n\n".encode())
 
 
-def read_options(body, local, prompts, least, limit):
-    """What both kinds of request have in common. `limit`: tokens that may be added if the request does not
-    say.
-    """
-    stop, stop_ids, stream_options = body.get("stop") or [], body.get("stop_token_ids") or [], body.get("stream_options")
-    stop = [stop] if isinstance(stop, str) else stop
-    need(isinstance(stop, list) and all(isinstance(s, str) and s for s in stop), "stop must be a string or a list of strings", "stop")
-    need(isinstance(stop_ids, list) and all(type(i) is int for i in stop_ids), "stop_token_ids must be a list of integers", "stop_token_ids")
-    window, longest = local.model.config.max_seq_len, max(map(len, prompts))
-    need(longest <= window, f"a prompt of {longest} tokens exceeds the context length of {window}", "messages", code="context_length_exceeded")
-    limit = number(body, "max_completion_tokens", number(body, "max_tokens", limit, least, 2**31), least, 2**31)
-    return SimpleNamespace(
-        temperature=number(body, "temperature", 1.0, 0, 2, float), top_p=number(body, "top_p", 1.0, 0, 1, float), n=number(body, "n", 1, 1, 128),
-        seed=number(body, "seed", None, -2**63, 2**63), limit=min(limit, window - longest + 1), stop=stop,
-        stop_ids={local.tokenizer.im_end, local.tokenizer.end_of_text, *stop_ids}, stream=flag(body, "stream"),
-        include_usage=isinstance(stream_options, dict) and stream_options.get("include_usage") is True,
-        echo=False, logprobs=None, tools=None, single=False, choose=None, begun="")
-
-
-def read_completion(body, local):
-    """[(ids, text to echo)] and options. Special tokens in a prompt are special: it is the client's own,
-    perhaps a whole conversation.
-    """
-    prompts, tokenizer, read = body.get("prompt"), local.tokenizer, []
-    if isinstance(prompts, str) or isinstance(prompts, list) and prompts and type(prompts[0]) is int:
-        prompts = [prompts]
-    pattern = "|".join(re.escape(token) for token in sorted(tokenizer.special, key=len, reverse=True))
-    for prompt in prompts if isinstance(prompts, list) else []:
-        if isinstance(prompt, str):
-            parts = re.split(f"({pattern})", prompt)
-            read.append([i for part in parts for i in ([tokenizer.special[part]] if part in tokenizer.special else tokenizer.encode(part))])
-        elif isinstance(prompt, list) and all(type(i) is int and 0 <= i < local.model.config.vocab_size for i in prompt):
-            read.append(prompt)
-    need(read and len(read) == len(prompts) and all(read), "prompt must be a string, a list of strings, or ids of tokens, and not empty", "prompt")
-    options = read_options(body, local, read, 0, 16)
-    options.echo, options.logprobs = flag(body, "echo"), number(body, "logprobs", None, 0, 20)
-    text = lambda p: p if isinstance(p, str) else tokenizer.decode(p)
-    return [(ids, text(prompt) if options.echo else "") for ids, prompt in zip(read, prompts)], options
-
-
 def read_chat(body, local):
-    """[(ids, "")] and options. Special tokens in messages are text. A call that must be made is begun, and
-    kept within the tools' schemas.
+    """The Row that a request asks for. Special tokens in messages are text. A call that must be made is
+    begun, and kept within the tools' schemas.
     """
-    tokenizer, tools, choice = local.tokenizer, read_tools(body), body.get("tool_choice") or "auto"
-    forced, called = choice not in ("auto", "none"), tools
-    if isinstance(choice, dict):
-        function = choice.get("function")
-        called = [tool for tool in tools if isinstance(function, dict) and tool["function"]["name"] == function.get("name")]
-    need(not forced or called and (isinstance(choice, dict) or choice == "required"),
-         f"tool_choice {short(choice)} is not auto, none, required or one of the tools", "tool_choice")
-    tools = [] if choice == "none" else tools
-    ids, start = tokenizer.render(read_messages(body), tools, answer=True)[0], tokenizer.special["<tool_call>"]
-    ids += [start] * forced
-    options = read_options(body, local, [ids], 1, 2**31)
-    options.tools, options.single = tools, body.get("parallel_tool_calls") is False or isinstance(choice, dict)
-    if flag(body, "logprobs"):
-        options.logprobs = number(body, "top_logprobs", 0, 0, 20)
+    tokenizer, options = local.tokenizer, read_fields(body)
+    tools = read_list(body, "tools", read_tool, "a function with a name and a schema")
+    wanted = "a role with a text, or list of texts, as its content"
+    messages = read_list(body, "messages", read_message, wanted)
+    require(messages, "messages must be a list, and not empty", "messages")
+    stop, stop_ids = body.get("stop") or [], body.get("stop_token_ids") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    require(isinstance(stop, list) and all(isinstance(s, str) and s for s in stop),
+            "stop must be a string or a list of strings", "stop")
+    require(isinstance(stop_ids, list) and all(type(i) is int for i in stop_ids),
+            "stop_token_ids must be a list of integers", "stop_token_ids")
+    called, chosen = tools, body.get("tool_choice") or "auto"
+    named = isinstance(chosen, dict)
+    if named:
+        function = chosen.get("function")
+        name = function.get("name") if isinstance(function, dict) else None
+        called = [tool for tool in tools if tool["function"]["name"] == name]
+    forced = chosen not in ("auto", "none")
+    require(not forced or called and (named or chosen == "required"),
+            f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
+    options.tools = [] if chosen == "none" else tools
+    options.single = named or not options.parallel_tool_calls
+    options.stop, options.stop_ids = stop, {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
+    more = body.get("stream_options")
+    options.include_usage = isinstance(more, dict) and more.get("include_usage") is True
+    options.begun, options.choose = "", None
+    ids = tokenizer.render(messages, options.tools, answer=True)[0]
     if forced:
-        constraint, options.begun = Constraint(tokenizer, [called]), "<tool_call>"
+        start, constraint = tokenizer.special["<tool_call>"], Constraint(tokenizer, [called])
+        ids += [start]
+        options.begun = "<tool_call>"
         options.choose = lambda new, logits: constraint(0, [start, *new], logits)
-    return [(ids, "")], options
+    context = local.model.config.max_seq_len
+    require(len(ids) <= context, f"a prompt of {len(ids)} tokens exceeds the context length of {context}",
+            "messages", code="context_length_exceeded")
+    options.limit = min(options.max_completion_tokens or options.max_tokens, context - len(ids) + 1)
+    return Row(tokenizer, ids, options)
 
 
-def read_messages(body):
-    """A chat's messages, with contents as strings."""
-    messages, read = body.get("messages"), []
-    need(isinstance(messages, list) and messages, "messages must be a list, and not empty", "messages")
-    for n, message in enumerate(messages):
+def read_fields(body):
+    """The values that a request has for FIELDS."""
+    found = SimpleNamespace()
+    for name, (kind, low, high, default) in FIELDS.items():
+        value = body.get(name)
+        require(value is None or type(value) in (int, kind) and low <= value <= high,
+                f"{name} must be {RANGES[kind].format(low, high)}, not {short(value)}", name)
+        setattr(found, name, default if value is None else value)
+    return found
+
+
+def read_list(body, name, read, wanted):
+    """What `read` makes of each value of a list in a request. Where it raises one of UNREADABLE, the value is
+    not what is wanted.
+    """
+    values, found = body.get(name) or [], []
+    require(isinstance(values, list), f"{name} must be a list", name)
+    for n, value in enumerate(values):
         try:
-            role, content, calls = message["role"], message.get("content"), message.get("tool_calls") or []
-            if isinstance(content, list) and all(part["type"] == "text" for part in content):
-                content = "\n".join(part["text"] for part in content)
-            calls = [{"function": {key: call["function"][key] for key in ("name", "arguments")}} for call in calls]
-            texts = [content or "" if role == "assistant" else content, *(text for call in calls for text in call["function"].values())]
-            ok = role in ("system", "developer", "user", "assistant", "tool") and all(isinstance(text, str) for text in texts)
-        except (LookupError, TypeError, AttributeError):
-            ok = False
-        need(ok, f"messages[{n}] is not a role with a text, or list of texts, as its content: {short(message)}", "messages")
-        read.append({"role": "system" if role == "developer" else role, "content": content, "tool_calls": calls})
-    return read
+            found.append(read(value))
+        except UNREADABLE:
+            require(False, f"{name}[{n}] is not {wanted}: {short(value)}", name)
+    return found
 
 
-def read_tools(body):
-    """A chat's tools, each with parameters."""
-    tools = body.get("tools") or []
-    need(isinstance(tools, list), "tools must be a list", "tools")
-    for n, tool in enumerate(tools):
-        try:
-            f = tool["function"]
-            f["parameters"] = f.get("parameters") or {}
-            properties = f["parameters"].get("properties", {})
-            ok = (isinstance(f["name"], str) and isinstance(f.get("description") or "", str) and all(isinstance(s, dict) for s in properties.values())
-                  and set(f["parameters"].get("required", [])) <= properties.keys())
-        except (LookupError, TypeError, AttributeError):
-            ok = False
-        need(ok, f"tools[{n}] is not a function with a name and a schema: {short(tool)}", "tools")
-    return tools
+def string(value):
+    """A value that must be a string. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
-def number(body, name, default, low, high, kind=int):
-    """A number in a request, null counting as absent."""
-    value = body.get(name)
-    need(value is None or type(value) in (int, kind) and low <= value <= high,
-         f"{name} must be {'a number' if kind is float else 'an integer'} from {low} to {high}, not {short(value)}", name)
-    return default if value is None else value
+def read_message(message):
+    """A message of a chat, with its content as a string."""
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls") or []
+    if role not in ("system", "developer", "user", "assistant", "tool"):
+        raise ValueError
+    if isinstance(content, list) and all(part["type"] == "text" for part in content):
+        content = "\n".join(part["text"] for part in content)
+    if content or role != "assistant":
+        string(content)
+    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
+    return {"role": "system" if role == "developer" else role, "content": content,
+            "tool_calls": [{"function": call} for call in calls]}
 
 
-def flag(body, name):
-    """A boolean in a request."""
-    need(body.get(name) in (None, True, False), f"{name} must be true or false, not {short(body.get(name))}", name)
-    return bool(body.get(name))
+def read_tool(tool):
+    """A tool of a chat, with parameters."""
+    f = tool["function"]
+    f["parameters"] = f.get("parameters") or {}
+    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
+    string(f["name"])
+    string(f.get("description") or "")
+    if not all(isinstance(schema, dict) for schema in properties.values()):
+        raise ValueError
+    if not set(required) <= properties.keys():
+        raise ValueError
+    return tool
 
 
 def short(value):
@@ -2692,29 +2935,22 @@ def short(value):
     return json.dumps(value)[:100]
 
 
-def usage(rows):
-    """The tokens of a request's prompts, each counted once, and of all that was written."""
-    prompt, completion = sum(len(row.ids) for row in rows[::rows[0].options.n]), sum(len(row.new) for row in rows)
+def usage(row):
+    """The tokens that a request's prompt has, and those that were written."""
+    prompt, completion = len(row.ids), len(row.new)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def shape_completion(row, content, calls, reason, scores, kind):
-    """A choice of a completion, or a piece of one."""
-    name = lambda token: row.tokenizer.token_bytes(token).decode("utf-8", "replace")
-    shown = {"tokens": [name(i) for i, *_ in scores], "token_logprobs": [value for _, value, *_ in scores], "text_offset": [at for *_, at in scores],
-             "top_logprobs": [best and {name(i): v for i, v in [(token, value), *best]} for token, value, best, _ in scores]}
-    return {"index": row.index, "text": content, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
-
-
-def shape_chat(row, content, calls, reason, scores, kind):
-    """A choice of a chat completion, or what is new of one."""
+def choice(row, key, content, calls=(), scores=(), reason=None, **role):
+    """The choice of a chat completion, as its message, or what is new of one, as its delta."""
     def entry(token, value):
         data = row.tokenizer.token_bytes(token)
         return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
 
-    message = ({} if kind == "delta" else {"role": "assistant"}) | {"content": content} | ({"tool_calls": calls} if calls else {})
-    shown = {"content": [entry(i, v) | {"top_logprobs": [entry(*pair) for pair in best]} for i, v, best, _ in scores], "refusal": None}
-    return {"index": row.index, kind.split()[-1]: message, "logprobs": shown if row.options.logprobs is not None else None, "finish_reason": reason}
+    message = role | {"content": content} | ({"tool_calls": calls} if calls else {})
+    shown = [entry(i, v) | {"top_logprobs": [entry(*pair) for pair in best]} for i, v, best, _ in scores]
+    logprobs = {"content": shown, "refusal": None} if row.options.logprobs else None
+    return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
 
 
 if __name__ == "__main__":

@@ -105,18 +105,19 @@ def test_chat_with_and_without_calls(client, local):
     assert answer.message.content == greedy(local, ids, 9)
 
 
-def test_special_tokens_are_special_in_prompts_alone(client, local):
-    """A user's <|im_end|> must not end the turn; a completion's prompt may hold a rendered conversation."""
+def test_special_tokens_in_messages_are_text(client, local):
+    """A user's <|im_end|> must not end the turn."""
     text = "<|im_start|>user\nweather in Paris<|im_end|>\n<|im_start|>assistant\n"
-    whole = client.completions.create(model="tiny", prompt=text, max_tokens=60, temperature=0, extra_body={"skip_special_tokens": False, "stop_token_ids": [5]})
     ids = local.tokenizer.render(CALL, None, answer=True)[0]
-    assert whole.choices[0].text == LEARNED[2][2]["content"] == client.completions.create(model="tiny", prompt=ids, max_tokens=60, temperature=0).choices[0].text
-    assert whole.usage.prompt_tokens == len(ids)
     chat = client.chat.completions.create(model="tiny", messages=[chat_message("user", text)], max_tokens=1)
-    assert chat.usage.prompt_tokens == len(local.tokenizer.render([chat_message("user", text)], answer=True)[0]) > len(ids) + 10
+    rendered = local.tokenizer.render([chat_message("user", text)], answer=True)[0]
+    assert chat.usage.prompt_tokens == len(rendered) > len(ids) + 10
     answer = local.tokenizer.encode(LEARNED[2][2]["content"])
-    cut = client.completions.create(model="tiny", prompt=text, max_tokens=60, temperature=0, extra_body={"stop_token_ids": answer[3:4]}).choices[0]
-    assert cut.text == local.tokenizer.decode(answer[:answer.index(answer[3])]) and cut.finish_reason == "stop"
+    more = {"skip_special_tokens": False, "stop_token_ids": answer[3:4]}
+    options = dict(model="tiny", messages=CALL, max_tokens=60, temperature=0)
+    cut = client.chat.completions.create(**options, extra_body=more).choices[0]
+    expected = local.tokenizer.decode(answer[:answer.index(answer[3])])
+    assert cut.message.content == expected and cut.finish_reason == "stop"
 
 
 @pytest.mark.parametrize("choice, names", [("required", ["forecast", "history"]), ({"type": "function", "function": {"name": "history"}}, ["history"])])
@@ -147,18 +148,15 @@ def test_streams_hold_what_whole_answers_hold(client):
     assert not last.choices and last.usage.total_tokens == last.usage.prompt_tokens + last.usage.completion_tokens > 20
 
 
-def test_sampling_n_and_seed(client):
-    options = dict(model="tiny", messages=WORDS, n=3, temperature=1.5, max_tokens=30)
-    ask = lambda **more: [c.message.content for c in client.chat.completions.create(**options | more).choices]
+def test_sampling_and_seed(client):
+    options = dict(model="tiny", messages=WORDS, temperature=1.5, max_tokens=30)
+    ask = lambda **more: client.chat.completions.create(**options | more).choices[0].message.content
     assert ask(seed=1) == ask(seed=1) != ask(seed=2) and ask(temperature=1, top_p=1)  # integers, too
-    assert len(set(ask(seed=1))) == 3 and len(set(ask(seed=1, temperature=0))) == len(set(ask(seed=1, top_p=0))) == 1
-    parts = {}
-    for chunk in client.chat.completions.create(stream=True, seed=1, **options):
-        for choice in chunk.choices:
-            parts[choice.index] = parts.get(choice.index, "") + (choice.delta.content or "")
-    assert [parts[i] for i in range(3)] == ask(seed=1)
-    two = client.completions.create(model="tiny", prompt=["a", "b"], n=2, seed=1, max_tokens=5).choices
-    assert [c.index for c in two] == [0, 1, 2, 3] and len({c.text for c in two}) > 2
+    assert len({ask(seed=seed) for seed in range(3)}) == 3
+    assert len({ask(seed=seed, temperature=0) for seed in range(3)}) == 1
+    assert len({ask(seed=seed, top_p=0) for seed in range(3)}) == 1
+    chunks = client.chat.completions.create(stream=True, seed=1, **options)
+    assert streamed(chunks)[0] == ask(seed=1)
 
 
 def test_logprobs_are_the_models(client, local):
@@ -173,33 +171,35 @@ def test_logprobs_are_the_models(client, local):
         assert [e.logprob for e in entries] == pytest.approx(chosen, abs=1e-4)
         assert b"".join(bytes(e.bytes) for e in entries).decode() == LEARNED[2][2]["content"]
         assert all(e.top_logprobs[0].logprob == e.logprob and len(e.top_logprobs) == 2 for e in entries)
-    text = "grüße 漢字 hello"
-    echoed = client.completions.create(model="tiny", prompt=text, max_tokens=0, echo=True, logprobs=1).choices[0]
-    ids = local.tokenizer.encode(text)
-    expected = local.model(torch.tensor([ids]))[0].log_softmax(-1)
-    assert echoed.text == text and echoed.logprobs.token_logprobs == [None, *(pytest.approx(expected[i, t].item(), abs=1e-4) for i, t in enumerate(ids[1:]))]
-    assert [text[a:b] for a, b in zip(echoed.logprobs.text_offset, [*echoed.logprobs.text_offset[1:], None])][:2] == [local.tokenizer.decode([i]) for i in ids[:2]]
 
 
 def test_requests_at_once_are_each_answered_as_alone(client, local):
     """Rows that join and leave the batch at different times must not disturb each other."""
-    prompts = [torch.randint(local.tokenizer.vocab_size, (3 + 7 * i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(24)]
+    chats = [[chat_message("user", f"{i} words " * (1 + i))] for i in range(24)]
     lengths = [5 + 9 * i % 50 for i in range(24)]
-    ask = lambda ids, n: client.completions.create(model="tiny", prompt=ids, max_tokens=n, temperature=0).choices[0].text
+
+    def ask(messages, n):
+        options = dict(model="tiny", messages=messages, max_tokens=n, temperature=0)
+        return client.chat.completions.create(**options).choices[0].message.content
+
+    alone = [greedy(local, local.tokenizer.render(messages, answer=True)[0], n)
+             for messages, n in zip(chats, lengths)]
     with ThreadPoolExecutor(24) as pool:
-        assert list(pool.map(ask, prompts, lengths)) == [greedy(local, ids, n) for ids, n in zip(prompts, lengths)]
+        assert list(pool.map(ask, chats, lengths)) == alone
 
 
 def test_waiting_requests_share_steps(local, monkeypatch):
     """Eight texts must not cost eight times the steps of one."""
     steps, step = [], transformer.Batch.step
     monkeypatch.setattr(transformer.Batch, "step", lambda self, ids: (steps.append(len(ids)), time.sleep(0.005), step(self, ids))[2])
-    engine, events = evaluate.Engine(local, 8), evaluate.queue.SimpleQueue()
-    options = Namespace(temperature=0.0, top_p=1.0, seed=None, limit=40, stop=[], stop_ids=set(), stream=False, echo=False, logprobs=None, tools=None, choose=None, begun="")
-    for i in range(8):
-        engine.waiting.put(evaluate.Row(local.tokenizer, [i + 1, 2], "", options, events, i))
-    for _ in range(8):
-        events.get(timeout=20)
+    engine = evaluate.Engine(local, 8)
+    options = Namespace(temperature=0.0, top_p=1.0, seed=None, limit=40, stop=[], stop_ids=set(), stream=False,
+                        logprobs=False, tools=None, choose=None, begun="")
+    rows = [evaluate.Row(local.tokenizer, [i + 1, 2], options) for i in range(8)]
+    for row in rows:
+        engine.waiting.put(row)
+    for row in rows:
+        row.events.get(timeout=20)
     engine.close()
     assert len(steps) < 60 and max(steps) == 8
 
@@ -208,7 +208,7 @@ def test_waiting_requests_share_steps(local, monkeypatch):
     (400, "messages", {"messages": []}), (400, "messages[0]", {"messages": [{"role": "king", "content": "x"}]}), (400, "messages[0]", {"messages": ["x"]}),
     (400, "messages[0]", {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}), (400, "temperature", {"temperature": 3}),
     (400, "messages[0]", {"messages": [{"role": "user", "content": None}]}), (400, "temperature", {"temperature": "hot"}), (400, "top_p", {"top_p": 1.1}),
-    (400, "n must", {"n": 0}), (400, "n must", {"n": True}), (400, "max_tokens", {"max_tokens": -1}), (400, "stop", {"stop": [1]}), (400, "stream", {"stream": "yes"}),
+    (400, "n must", {"n": 0}), (400, "n must", {"n": 2}), (400, "n must", {"n": True}), (400, "max_tokens", {"max_tokens": -1}), (400, "stop", {"stop": [1]}), (400, "stream", {"stream": "yes"}),
     (400, "top_logprobs", {"logprobs": True, "top_logprobs": 99}), (400, "tools[0]", {"tools": [{"type": "function"}]}), (404, "no model", {"model": "gpt-4"}),
     (400, "tool_choice", {"tool_choice": "required"}), (400, "tool_choice", {"tools": TOOLS, "tool_choice": {"function": {"name": "x"}}}),
     (400, "context length", {"messages": [chat_message("user", "x y " * 999)]})], ids=str)
@@ -237,11 +237,10 @@ def test_bad_http(url, client):
     assert ask("POST", chat, **{"Content-Type": "text/plain"}) == 415 and ask("POST", chat, b"x" * (evaluate.MAX_BODY + 1)) == 413
     assert ask("POST", chat, None, **{"Transfer-Encoding": "chunked"}) == ask("POST", chat, None, **{"Content-Length": "-1"}) == 411 and ask("BREW", chat) == 501
     assert ask("POST", chat, json.dumps({"model": "tiny", "messages": CALL, "top_p": float("nan")}).encode()) == 400
-    for prompt in ("", [], [[]], [10**6], [-1], [1, True], None, {}):
-        assert ask("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": prompt}).encode()) == 400
+    assert ask("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": "x"}).encode()) == 404
     for _ in range(3):  # clients that leave at once
         connection = http.client.HTTPConnection(address)
-        connection.request("POST", chat, json.dumps({"model": "tiny", "messages": WORDS, "stream": True, "n": 9}), {"Content-Type": "application/json"})
+        connection.request("POST", chat, json.dumps({"model": "tiny", "messages": WORDS, "stream": True}), {"Content-Type": "application/json"})
         connection.close()
     assert client.models.list().data[0].id == "tiny" == client.chat.completions.create(model="tiny", messages=CALL, max_tokens=1).model
 
@@ -252,13 +251,11 @@ def test_a_port_that_is_taken_and_a_directory_that_is_none(url, directory, tmp_p
 
 
 def test_an_endpoint_is_what_it_serves(url, local):
-    """Answers and likelihoods through the API equal those of the checkpoint itself."""
+    """Answers through the API equal those of the checkpoint itself."""
     endpoint = evaluate.Endpoint(url, Namespace(**ARGS))
     asked = [(messages, tools) for messages, tools, _ in LEARNED] + [([chat_message("user", f"n {i}")], TOOLS) for i in range(9)]
-    pairs = [[("weather in", f" {city}") for city in ("Paris", "Rome", "漢字 é")], [("x y " * 900, "z")]]
-    theirs, ours = endpoint.reply(asked + pairs, 60), local.reply(asked + pairs, 60)
-    assert theirs[:len(asked)] == ours[:len(asked)] and ours[0].calls == [("forecast", {"city": "Paris", "days": 3})]
-    assert theirs[-2] == pytest.approx(ours[-2], abs=1e-3) and theirs[-1] == ours[-1] == [None]
+    theirs, ours = endpoint.reply(asked, 60), local.reply(asked, 60)
+    assert theirs == ours and ours[0].calls == [("forecast", {"city": "Paris", "days": 3})]
 
 
 @pytest.fixture
@@ -367,18 +364,6 @@ def test_what_a_server_does_not_take(scripted):
     ids = [c["id"] for m in messages for c in m.get("tool_calls", [])]
     assert len({*ids}) == 4 and all(re.fullmatch("[a-zA-Z0-9]{9}", i) for i in ids)
     assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == ids
-
-
-def test_servers_without_likelihoods(scripted, capsys):
-    endpoint, answers, _ = scripted
-    for answer in ((404, {}, {"error": {"message": "no such path"}}), (200, {}, {"choices": [{"text": "y", "logprobs": None}]})):
-        answers[:] = [answer]
-        with pytest.raises(SystemExit, match="2"):
-            endpoint.reply([[("x", "y")]], 60)
-        assert "need completions with echo and logprobs" in capsys.readouterr().err
-    tokens = {"tokens": ["<s>", "x", "y", "z"], "token_logprobs": [None, -1, -2, -4], "text_offset": [0, 3, 4, 5]}  # with a first token, as vLLM has it
-    answers[:] = [(200, {}, {"choices": [{"text": "xyz", "logprobs": tokens}]})]
-    assert endpoint.score("x", "y") == -2
 
 
 def test_no_server(monkeypatch, capsys):
