@@ -43,7 +43,6 @@ import importlib
 import inspect
 import itertools
 import json
-import math
 import operator
 import os
 import queue
@@ -539,7 +538,7 @@ class Local:
         they do not fit the window.
         """
         found = [None] * len(pairs)
-        wanted = {}  # {the tokens that are read: [(which pair, the tokens that are foretold)]}
+        wanted = {}  # {the tokens that are read: [(which pair, the tokens that are predicted)]}
         for i, pair in enumerate(pairs):
             context, continuation = (p if isinstance(p, list) else self.tokenizer.encode(p) for p in pair)
             wanted.setdefault((*context, *continuation[:-1]), []).append((i, continuation))
