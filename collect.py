@@ -5480,6 +5480,7 @@ PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting
 FILES = {  # by a word in the tool's description
     "binary": "data/values.bin", "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png",
     "csv": "data/sales.csv", "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
+    "gexf": "graphs/roads.gexf", "pajek": "graphs/roads.net", "dot": "graphs/flow.dot",
     "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml", "graph": "graphs/friends.edgelist",
     "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
     "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini",
@@ -5613,7 +5614,7 @@ HIGH_DIMENSIONAL = re.compile(
     r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
 HIGH_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
-    r"dtensor|as a real tensor|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
+    r"dtensor|as a real tensor|rgba?|process group|gradient edge|rank|machines|synchronously|asynchronously|structured|record)\b")
 TWO_DIMENSIONAL_TOOL = re.compile(
     r"(?i)\b(2-?d|2[- ]dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
 SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
