@@ -861,7 +861,7 @@ def find_signature(obj, doc):
     head = doc[:2000].split("\n\n")[0]
     for start in (head.replace("\n", " "), *sorted(head.split("\n")[:5], key=len, reverse=True)):
         found = re.fullmatch(r"\s*[\w.]*\w\((.*?)\)\s*((->|[-:]+ ).*)?", start)
-        stated, count = found[1] if found else "", 1
+        stated, count = re.sub(r"= ?<[^<>]*>", "=...", found[1]) if found else "", 1
         while count:  # f(a[, b[, c]]) is f(a, b=..., c=...)
             stated, count = re.subn(r"\[\s*,([^\[\]]*)\]", lambda m: "," + ",".join(
                 part if "=" in part else f"{part}=..." for part in m[1].split(",")), stated)
@@ -902,15 +902,15 @@ class Opaque(str):
 # ----------------------------------------------------------------------------------------------------------------------
 # Docstrings: what they say of each parameter
 
-NAMES = r"(?:\\?\*){0,2}[^\W\d]\w*(?:\s*,\s*(?:\\?\*){0,2}[^\W\d]\w*)*(?:,\s*\.{3})?"
+PARAMETER_NAMES = r"(?:\\?\*){0,2}[^\W\d]\w*(?:(?:\s*,\s*|\s*,?\s+and\s+)(?:\\?\*){0,2}[^\W\d]\w*)*(?:,\s*\.{3})?"
 FIELD = re.compile(
     r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)"
 )
 FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
-NUMPY_ENTRY = re.compile(rf"`*({NAMES})`*(?:\s*:(?:\s+(.*))?)?")
+NUMPY_ENTRY = re.compile(rf"`*({PARAMETER_NAMES})`*(?:\s*:(?:\s+(.*))?)?")
 # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
 ENTRY = re.compile(
-    rf"(?:[-*•+]\s+)?['\"`*]*({NAMES})['\"`*]*(?:\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?"
+    rf"(?:[-*•+]\s+)?['\"`*]*({PARAMETER_NAMES})['\"`*]*(?:\s*\(((?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\))?"
     r"(?:\s*:(?!:)\s*|\s+--?\s+|\s*[–—]\s*|\s{2,}(?=[A-Z]))(.*)")
 RULE = re.compile(r"[-=~]{3,}")  # the line under a heading in NumPy's style
 PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?(parameters?|params?|"
@@ -1036,8 +1036,8 @@ def whole_type(kind, lines, i):
 
 
 def parameter_names(text):
-    """The names in "x, y", "*args" or "x1, x2, ..."."""
-    return [name.strip(" *\\") for name in text.split(",") if name.strip(" *.")]
+    """The names in "x, y", "x and y", "*args" or "x1, x2, ..."."""
+    return [name.strip(" *\\") for name in re.split(r",(?:\s*and\s)?|\sand\s", text) if name.strip(" *.")]
 
 
 def paragraph(first, lines, i, skipped=0):
@@ -1206,6 +1206,8 @@ def class_schema(stated):
     held = re.sub(r"\b(?!Union|Optional)\w+\[[^\[\]]*\]", "", stated)
     if re.search(r"(?i)callable|function|\btype\b", stated) or re.search(r"\bAny\b", held):
         return {}
+    if any(re.fullmatch(r"(?!optional|instance|object)[a-z][a-z-]+", part) for part in type_parts(stated)):
+        return {}  # "Medium or sympifiable"
     found = re.search(rf"\b{CLASS_NAME}\b", stated)
     described = found or re.search(
         r"\b(?!any |an? |the )([a-z_]\w*)(?=[ -](?:object|instance|like object)s?\b)", stated
@@ -1217,6 +1219,9 @@ def class_schema(stated):
 
 def guessed_schema(name, description):
     """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
+    if description.startswith("Alias"):
+        return {}
+    description = re.sub(r",(?= or\b)", "", description)  # "A string, or a sequence of strings"
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
     if re.match(
         r"(?i)(whether|if (true|set|false)|true (if|to)|(a )?flag|enable|disable|boolean)\b", description
@@ -2058,7 +2063,7 @@ def name_apis(objects, package):
         apis[key] = api
     summaries = {api["name"]: api["summary"] for api in apis.values()}
     for api in apis.values():
-        if (other := re.fullmatch(r"See ([\w.]+\w).?", api["summary"])) and other[1] in summaries:
+        if (other := re.fullmatch(r"See ([\w.]+\w)( for details)?.?", api["summary"])) and other[1] in summaries:
             api["tool"]["function"]["description"] = summaries[other[1]]
     return apis
 
@@ -2121,6 +2126,7 @@ def summarise(doc):
     'The erf of x, defined as f(x)'
     """
     first = re.sub(r"`~[\w.]*?(\w+)`", r"`\1`", first_sentence(doc))
+    first = re.sub(r"(:[\w:]+:`[^`<]*\w) ?<[^<>`]*>`", r"\1`", first)  # where a link leads
     first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
     first = re.sub(r",? (?:with|using|by|based on|according to) (?:the )?following [\w ]+:$", ".", first)
     return textwrap.shorten(re.sub(r"::$", ":", first), 300, placeholder=" ...")
@@ -2130,7 +2136,8 @@ def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
     does not belong to it; a formula in which it ends does.
     """
-    doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc[:2000])  # a signature above the text
+    doc = re.sub(r"^[\w.]+\(.*\) *->[^\n]*? --? (?=[a-z])", "", doc[:2000])  # a signature before the text
+    doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc)  # or above it
     heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
     ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
     announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*(?:\n|$)(?:[ \t]+(?![-*] |\d\. )\S.*(?:\n|$))*)+)"
@@ -2156,7 +2163,9 @@ def first_sentence(doc):
         rf"[\w()|-]+( \[.*\])+$|{heading} "  # also how a command is used
     )
     paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
-    return re.split(r"(?<=[a-z)`'\"\]][.!?]) (?=[A-Z`])", paragraphs[0])[0] if paragraphs else ""
+    ends = r"(?<=[a-z)`'\"\]][.!?])(?<!i\.e\.)(?<!e\.g\.) (?=[A-Z`])"
+    first = re.split(ends, paragraphs[0])[0] if paragraphs else ""
+    return "" if "---" in first else first  # a drawing
 
 
 def document(name, signature, doc, tool, package, license):
