@@ -2830,9 +2830,12 @@ def plain(value, budget=None):
 # ----------------------------------------------------------------------------------------------------------------------
 # Conversations: reading one value at a time from files of any size, however broken
 
-MAX_RECORD = 16 * 2**20  # characters; parsed JSON takes up to 20 times as much memory, and long real episodes end near 5 MB
-CHUNK = 2**18            # bytes read at a time
-UNZIPPED = 200 * 2**20   # bytes that any gzip file may grow to, and 100 times its own size more: real ones grow 3 to 20 times
+# Characters. Parsed JSON takes up to 20 times as much memory, and long real episodes end near 5 MB.
+MAX_RECORD = 16 * 2**20
+# Bytes read at a time.
+CHUNK = 2**18
+# Bytes that any gzip file may grow to, and 100 times its own size more: real ones grow 3 to 20 times.
+UNZIPPED = 200 * 2**20
 TOO_LONG = ValueError(f"longer than {MAX_RECORD} characters")
 
 
@@ -2865,16 +2868,15 @@ def text_chunks(path):
 
 def text_lines(path):
     """Yield the lines of a file, and None for one that is too long, which is never held in memory."""
-    held, size = [], 0
+    line = ""
     for chunk in text_chunks(path):
         for i, part in enumerate(chunk.split("\n")):
             if i:
-                yield "".join(held) if size <= MAX_RECORD else None
-                held, size = [], 0
-            size += len(part)
-            if size <= MAX_RECORD:
-                held.append(part)
-    yield "".join(held) if size <= MAX_RECORD else None
+                yield line if len(line) <= MAX_RECORD else None
+                line = ""
+            if len(line) <= MAX_RECORD:  # what is too long grows no further
+                line += part
+    yield line if len(line) <= MAX_RECORD else None
 
 
 def parse(text):
@@ -2889,13 +2891,12 @@ def parse(text):
 
 def read_whole(path):
     """A text as one value."""
-    held, size = [], 0
+    text = ""
     for chunk in text_chunks(path):
-        held.append(chunk)
-        size += len(chunk)
-        if size > MAX_RECORD:
+        text += chunk
+        if len(text) > MAX_RECORD:
             raise TOO_LONG
-    yield 0, "".join(held)
+    yield 0, text
 
 
 def read_lines(path):
@@ -2925,16 +2926,19 @@ def read_json(path):
     """
     lines = (line for line in text_lines(path) if line is None or line.strip())
     first, second = next(lines, None), next(lines, None)
+    start = next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "")
+    member = next(read_list(path), (0, None))[1] if start == "[" else None
     if second and second.startswith("{") and isinstance(parse(first), dict):
         yield from read_lines(path)
-    elif next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "") == "[":
-        first = next(read_list(path), (0, None))[1]
-        one_record = isinstance(first, dict) and (
-            {"role", "content"} <= first.keys() or is_item(first) or is_event(first)
-        )
-        yield from [(0, parse(next(read_whole(path))[1]))] if one_record else read_list(path)
+    elif start == "[" and not is_message(member):
+        yield from read_list(path)
     else:
         yield from records_in(0, parse(next(read_whole(path))[1]))
+
+
+def is_message(value):
+    """Whether the list that begins with it is one record, and not a list of records."""
+    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or is_item(value) or is_event(value))
 
 
 def read_list(path):
@@ -2951,7 +2955,8 @@ def read_list(path):
             value, end = decoder.raw_decode(buffer, at)
             yield index, value
             at, index = end, index + 1
-        except (ValueError, RecursionError) as error:  # or there is more of it: read twice as much, lest long ones be parsed often
+        except (ValueError, RecursionError) as error:
+            # Or there is more of it: read twice as much, lest long ones be parsed often.
             more = list(itertools.islice(chunks, 1 + (len(buffer) - at) // CHUNK))
             if not more or len(buffer) - at > MAX_RECORD:
                 yield index, ValueError(f"not JSON, or {TOO_LONG}: {error}")
@@ -2964,7 +2969,7 @@ def records_in(where, value, depth=2):
     names to such).
     """
     mapping = isinstance(value, dict) and depth and not recognise(value)
-    if mapping and any(all(isinstance(v, kind) for v in value.values()) for kind in (dict, str, list)):
+    if mapping and {*map(type, value.values())} in (set(), {dict}, {str}, {list}):
         for key, member in value.items():
             yield from records_in(key if where == 0 else f"{where}.{key}", member, depth - 1)
     else:
@@ -2985,21 +2990,17 @@ def join_sessions(values):
     """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what its side
     agents said is one of its own.
     """
-    sessions = {}
+    sessions = {}  # {(session, side agent or False): (where it begins, its messages)}
     for where, value in values:
-        if not isinstance(value, dict) or "uuid" not in value or "sessionId" not in value:
-            if not sessions or not isinstance(value, dict) or "role" in value:  # or a summary, a snapshot
-                yield where, value
-        elif isinstance(value.get("message"), dict):
-            key = value["sessionId"], bool(value.get("isSidechain")) and side_chain(value)
-            sessions.setdefault(key, (where, []))[1].append(value)
-    for (session, side), (where, lines) in sessions.items():
-        yield (f"{where}-side" if side else where), {"messages": [line["message"] for line in lines]}
-
-
-def side_chain(line):
-    """What tells the side agents of a session apart."""
-    return line.get("agentId") or line.get("parentToolUseID") or "side"
+        line = value if isinstance(value, dict) else {}
+        if {"uuid", "sessionId"} <= line.keys():
+            if isinstance(line.get("message"), dict):
+                side = bool(line.get("isSidechain")) and (field(line, "agentId parentToolUseID") or "side")
+                sessions.setdefault((line["sessionId"], side), (where, []))[1].append(line["message"])
+        elif not sessions or line is not value or "role" in line:  # or a summary, a snapshot
+            yield where, value
+    for (_, side), (where, messages) in sessions.items():
+        yield f"{where}-side" if side else where, {"messages": messages}
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
@@ -3007,15 +3008,16 @@ def value_records(values, source, license, domain="trajectory", form=None):
     recognised).
     """
     for where, value in values:
-        pairs = attempt(convert, value, form)
-        for i, pair in enumerate(pairs if isinstance(pairs, list) else [pairs]):
-            line = where if not isinstance(pairs, list) or len(pairs) == 1 else f"{where}:{i}"
+        found = attempt(convert, value, form)
+        pairs = found if isinstance(found, list) else [found]
+        for i, pair in enumerate(pairs):
+            line = where if len(pairs) == 1 else f"{where}:{i}"
             done = attempt(finish, *pair) if isinstance(pair, tuple) else pair
             if isinstance(done, str):
                 yield rejection(source, line, done)
                 continue
             messages, tools = done
-            apis = sorted({c["function"]["name"] for m in messages for c in m.get("tool_calls", ())})
+            apis = sorted({function["name"] for function in functions_called(messages)})
             yield Record(f"{domain}:{source}:{line}", domain, source, license, apis, messages=messages, tools=tools)
 
 
@@ -3037,12 +3039,30 @@ def convert(value, form):
         shown = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
         raise ValueError(f"no known format: {type(value).__name__} {shown}")
     found = FORMATS[form][1](value)
+    if isinstance(found, list):  # messages alone
+        found = found, []
     return [found] if isinstance(found, tuple) else list(found)
 
 
 def recognise(value):
     """The name of the first format in FORMATS that fits, or None."""
-    return next((name for name, (fits, _) in FORMATS.items() if attempt(fits, value) is True), None)
+    return next((name for name, (test, _) in FORMATS.items() if attempt(passes, value, test) is True), None)
+
+
+def passes(value, test):
+    """Whether a record passes the test of a format: its paths are there, its pattern is found in the text, or
+    its function says so. Any error says no.
+    """
+    if isinstance(test, str):
+        return bool([at(value, path) for path in test.split(", ")])
+    return bool(test.search(value) if isinstance(test, re.Pattern) else test(value))
+
+
+def at(value, path):
+    """What stands at a path of keys and indices, such as "steps.0.source". Raises LookupError or TypeError."""
+    for key in path.split("."):
+        value = value[int(key) if key.isdigit() else key]
+    return value
 
 
 def finish(messages, tools):
@@ -3051,17 +3071,20 @@ def finish(messages, tools):
     """
     messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in one_system(messages)])
     known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
-    for function in (c["function"] for m in messages for c in m.get("tool_calls", ())):
-        if (
-            function["name"] in known and "null" in function["arguments"]
-        ):  # tables fill up what a row lacks with null
-            given = json.loads(function["arguments"]).items()
-            given = {k: v for k, v in given if v is not None or k in known[function["name"]]}
+    for function in functions_called(messages):
+        name, arguments = function["name"], function["arguments"]
+        if name in known and "null" in arguments:  # tables fill up what a row lacks with null
+            given = {k: v for k, v in json.loads(arguments).items() if v is not None or k in known[name]}
             function["arguments"] = json.dumps(given, ensure_ascii=False)
     both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
     messages, tools = json.loads(both.encode("utf-8", "replace"))
     check_conversation(messages, tools)
     return messages, tools
+
+
+def functions_called(messages):
+    """The function of each call in messages: {"name", "arguments"}."""
+    return [c["function"] for m in messages for c in m.get("tool_calls", ())]
 
 
 def one_system(messages):
@@ -3075,18 +3098,23 @@ def set_thought_apart(message):
     """The message with what its content holds in <think> tags, as reasoning models write it, as its
     `reasoning_content`.
     """
-    thought = re.match(r"\s*<think>(.*?)</think>\s*", message["content"], re.DOTALL)
+    thought = re.match(r"(?s)\s*<think>(.*?)</think>\s*", message["content"])
     if not thought:
         return message
-    given = [message.get("reasoning_content"), thought[1].strip()]
-    return message | {"content": message["content"][thought.end():]} | thinking("\n".join(filter(None, given)))
+    thoughts = joined([message.get("reasoning_content"), thought[1].strip()])
+    return message | {"content": message["content"][thought.end():]} | thinking(thoughts)
 
 
 def thinking(text):
     """The field of an assistant's message that holds its thoughts, which reasoning models write before their
     answer.
     """
-    return {"reasoning_content": text.strip()} if text and text.strip() else {}
+    return {"reasoning_content": text.strip()} if text.strip() else {}
+
+
+def joined(texts, mark="\n"):
+    """Texts as one; those that are empty or None are left out."""
+    return mark.join(filter(None, texts))
 
 
 def link(messages):
@@ -3095,18 +3123,20 @@ def link(messages):
     """
     linked, ids, unanswered = [], set(), iter(())
     for message in messages:
-        calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(message.get("tool_calls", ()))]
-        if calls:
+        if calls := message.get("tool_calls"):
+            calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(calls)]
             parts = [message]
             while linked and linked[-1]["role"] == "assistant" and "tool_calls" not in linked[-1]:
                 parts.insert(0, linked.pop())
-            content, thoughts = ("\n".join(p[key] for p in parts if p.get(key)) for key in ("content", "reasoning_content"))
+            content, thoughts = (joined(p.get(key) for p in parts) for key in ("content", "reasoning_content"))
             linked.append(message | {"content": content, "tool_calls": calls} | thinking(thoughts))
-            ids |= {c["id"] for c in calls}
-            unanswered = iter([c["id"] for c in calls])
+            made = [c["id"] for c in calls]
+            ids.update(made)
+            unanswered = iter(made)
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
-            linked.append(tool(message["content"]) | {"tool_call_id": given if given in ids else next(unanswered, None)})
+            id = given if given in ids else next(unanswered, None)
+            linked.append(tool(message["content"]) | {"tool_call_id": id})
         elif message["content"] or message.get("reasoning_content"):
             linked.append(message)
     return linked
@@ -3116,16 +3146,16 @@ def check_conversation(messages, tools):
     """Raise ValueError unless it is a conversation in the OpenAI form that an agent can learn from."""
     made = set()
     for i, message in enumerate(messages):
-        role, calls = message["role"], message.get("tool_calls", [])
+        role, where = message["role"], f"message {i}:"
         if role not in ("system", "user", "assistant", "tool") or (role == "system" and i > 0):
-            raise ValueError(f"message {i}: a {role!r} message here")
+            raise ValueError(f"{where} a {role!r} message here")
         if not isinstance(message["content"], str):
-            raise ValueError(f"message {i}: content is not a string")
+            raise ValueError(f"{where} content is not a string")
         if role == "tool" and message.get("tool_call_id") not in made:
-            raise ValueError(f"message {i}: a result without a call before it")
-        for call in calls:
+            raise ValueError(f"{where} a result without a call before it")
+        for call in message.get("tool_calls", ()):
             if not isinstance(json.loads(call["function"]["arguments"]), dict):
-                raise ValueError(f"message {i}: arguments are not an object")
+                raise ValueError(f"{where} arguments are not an object")
             made.add(call["id"])
     for roles in (("user", "tool"), ("assistant",)):
         if not any(m["role"] in roles and (m["content"].strip() or m.get("tool_calls")) for m in messages):
@@ -3137,61 +3167,62 @@ def check_conversation(messages, tools):
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts that formats share: calls, tools, turns
 
-TYPE_NAMES = {"dict": "object", "str": "string", "int": "integer", "float": "number", "double": "number", "bool": "boolean",
-              "list": "array", "tuple": "array", "set": "array", "date": "string", "enum": "string"}
+
+def by_word(table):
+    """{word: key} of a table {key: "word word"}."""
+    return {word: key for key, words in table.items() for word in words.split()}
+
+
+TYPE_NAMES = by_word({"object": "dict", "string": "str date enum", "integer": "int", "number": "float double",
+                      "boolean": "bool", "array": "list tuple set"})
 # Names for arguments that are given by position, as the environments' papers name them.
-POSITIONAL = {"search": ["query"], "lookup": ["keyword"], "finish": ["answer"], "answer": ["answer"], "submit": ["answer"],
-              "click": ["element"], "get_relations": ["variable"], "get_neighbors": ["variable", "relation"],
-              "intersection": ["variable1", "variable2"], "get_attributes": ["variable"], "argmax": ["variable", "attribute"],
-              "argmin": ["variable", "attribute"], "count": ["variable"], "torch.hub.load": ["repo_or_dir", "model"]}
-# What a part of a message is, by its type or, in Gemini's, its key; parts of other types, such as images, are left out.
-PARTS = {kind: what for what, kinds in {
+POSITIONAL = {"search": "query", "lookup": "keyword", "finish": "answer", "answer": "answer", "submit": "answer",
+              "click": "element", "get_relations": "variable", "get_neighbors": "variable relation",
+              "intersection": "variable1 variable2", "get_attributes": "variable", "argmax": "variable attribute",
+              "argmin": "variable attribute", "count": "variable", "torch.hub.load": "repo_or_dir model"}
+# The tool that runs code, by its language (others: python), and the tool's parameter.
+LANGUAGES = by_word({"bash": "bash sh mswea_bash_command ctf", "sql": "sql"})
+CODE_PARAMETER = {"bash": "command", "sql": "query", "python": "code"}
+# What a part of a message is, by its type or, in Gemini's, its key; parts of other types, such as images, are
+# left out.
+PARTS = by_word({
     "text": "text input_text output_text refusal summary_text reasoning_text",
     "thought": "thinking reasoning thought",
     "call": "tool_use server_tool_use mcp_tool_use tool_call tool-call toolCall function_call functionCall "
             "custom_tool_call mcp_call",
     "result": "tool_result tool-result toolResult web_search_tool_result mcp_tool_result tool_call_response "
-              "function_call_output custom_tool_call_output function_response functionResponse"}.items()
-    for kind in kinds.split()}
-# Where a call or a result has its name, its arguments, its id and what came of it; where a record has its messages and tools.
-NAME = ("name", "tool_name", "toolName", "function_name", "api_name", "api", "tool.name", "function")
-GIVEN = ("arguments", "args", "input", "parameters", "kwargs", "tool.args")
-ID = ("call_id", "tool_call_id", "tool_use_id", "toolCallId", "toolUseId", "source_call_id", "id")
-OUTCOME = ("output", "content", "response", "result", "text")
-MESSAGES = ("messages", "conversations", "conversation", "traj", "history", "contents", "events", "input")
-TOOLS = ("tools", "functions", "available_tools", "tool_definitions")
-ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "agent": "assistant",
-    "aimessagechunk": "assistant",
-    "developer": "system",
-    "tool_call": "function_call",
-    "observation": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "function_result": "tool",
-    "tool_response": "tool",
-    "ipython": "tool",
-}
-THOUGHT = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:[ \t]*", re.I)
-THOUGHT_LINE = re.compile(r"^\s*(?:Thought|Think)(?: \d+)?:", re.I | re.M)
-ACTION = re.compile(r"^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*", re.I | re.M)
-ACTION_INPUT = re.compile(r"^[ \t]*Action Input(?: \d+)?:[ \t]*", re.I | re.M)
-RESULT = re.compile(r"^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*", re.I)
+              "function_call_output custom_tool_call_output function_response functionResponse"})
+# Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
+# messages and tools; where a message has its role. See field().
+NAME = "name tool_name toolName function_name api_name api tool.name function"
+GIVEN = "arguments args input parameters kwargs tool.args param_dict"
+CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
+ID = CALL_ID + " id"
+OUTCOME = "output content response result text"
+MESSAGES = "messages conversations conversation traj history contents events input"
+TOOLS = "tools functions available_tools tool_definitions"
+ROLE = "role from type"
+ROLES = by_word({
+    "user": "human", "assistant": "gpt chatgpt bot model ai agent aimessagechunk", "system": "developer",
+    "function_call": "tool_call",
+    "tool": "observation function function_response function_result tool_response ipython"})
+# Labels of turns in texts whose role is not told by ROLES, and those that stay in the text.
+LABELS = {"Question": "user", "Task": "user", "Expert feedback": "user", "Thought": "assistant",
+          "Action": "assistant", "Answer": "assistant", "FUNCTION RESPONSE": "tool"}
+KEPT = ("Thought", "Action", "Answer", "Expert feedback", "tool")
+REACT = "Question|Thought|Action|Answer|Observation"
+THOUGHT = re.compile(r"(?i)^\s*(?:Thought|Think)(?: \d+)?:[ \t]*")
+ACTION = re.compile(r"(?im)^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*")
+ACTION_INPUT = re.compile(r"(?im)^[ \t]*Action Input(?: \d+)?:[ \t]*")
+RESULT = re.compile(r"(?i)^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*")
 TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
-    r"<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
+    r"(?s)<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|"
+    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
     r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{.*?\}(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
-    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)",
-    re.DOTALL,
-)
-XML_CALL = re.compile(r"<function=([^>\s]+)>(.*?)(?:</function>|\Z)", re.DOTALL)  # of Qwen3-Coder
-XML_PARAMETER = re.compile(r"<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-FENCE = re.compile(r"(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```", re.I | re.DOTALL)
+    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)")
+XML_CALL = r"(?s)<function=([^>\s]+)>(.*?)(?:</function>|\Z)"  # of Qwen3-Coder
+XML_PARAMETER = r"(?s)<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>"
+FENCE = re.compile(r"(?is)(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```")
 
 
 user, tool = partial(chat_message, "user"), partial(chat_message, "tool")
@@ -3202,10 +3233,30 @@ def assistant(text, *calls):
     return chat_message("assistant", text) | ({"tool_calls": list(calls)} if calls else {})
 
 
+def field(value, names):
+    """The first of several fields of an object, as "name api_name", that is there and not null, or None."""
+    return next((value[name] for name in names.split() if value.get(name) is not None), None)
+
+
+def role_of(message):
+    """The role of a message in OpenAI's words, or as the message has it where it is none of these."""
+    role = field(message, ROLE).lower()
+    return ROLES.get(role, role)
+
+
+def as_text(value):
+    """What a field says: a text, the texts of its parts, or else its JSON."""
+    parts = value if isinstance(value, list) else []
+    if parts and all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in parts):
+        texts = [field(part, "text value content summary_text") for part in parts]
+        return joined([text for text in texts if isinstance(text, str)], "\n\n")
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
 def structured(text):
-    """The value of a text that holds JSON or a Python literal. Raises ValueError otherwise."""
+    """The value of a text that holds JSON or a Python literal; what is no text as it is. Raises ValueError."""
     try:
-        return json.loads(text, strict=False, parse_constant=lambda name: None)
+        return json.loads(text, strict=False, parse_constant=lambda name: None) if isinstance(text, str) else text
     except ValueError:
         return literal(lambda: ast.literal_eval(text.strip()), text)
 
@@ -3222,14 +3273,21 @@ def literal(evaluate, text):
         raise ValueError(f"neither JSON nor Python literals: {text[:80]!r}") from None
 
 
+def plain_json(text):
+    """The number, list or other value that a text writes in JSON, or else the text."""
+    value = parse(text)
+    return text if isinstance(value, (ValueError, str)) else value
+
+
 def call(name, arguments, id=None):
     """A tool call; the arguments are a dict, or a text that holds one. Raises ValueError if they are not."""
     while isinstance(arguments, str):  # some sources encode twice
         arguments = structured(arguments) if arguments.strip() else {}
-    if not isinstance(arguments or {}, dict) or not isinstance(name, str) or not name:
+    arguments = arguments or {}
+    if not isinstance(arguments, dict) or not isinstance(name, str) or not name:
         raise ValueError(f"not a call: {str(name)[:40]}({str(arguments)[:40]})")
-    arguments = json.dumps(arguments or {}, ensure_ascii=False)
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+    function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": id, "type": "function", "function": function}
 
 
 def calls_in(value):
@@ -3238,13 +3296,12 @@ def calls_in(value):
     """
     if isinstance(value, str):
         # Glaive writes the arguments as JSON between apostrophes, with apostrophes inside.
-        glaive = re.fullmatch(r"""\s*\{\s*"name":\s*"([^"]*)",\s*"arguments":\s*'(.*)'\s*\}\s*""", value, re.DOTALL)
-        value = {"name": glaive[1], "arguments": glaive[2]} if glaive else structured(value)
+        glaive = r"""(?s)\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}\s*"""
+        found = re.fullmatch(glaive, value)
+        value = found.groupdict() if found else structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
-    inner = next(
-        (value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)), value
-    )
+    inner = next((value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)), value)
     name, arguments, id = field(inner, NAME), field(inner, GIVEN), field(value, ID) or field(inner, ID)
     try:
         return [call(name, arguments, id)]
@@ -3254,29 +3311,11 @@ def calls_in(value):
         return [call(name, {"input": arguments}, id)]  # such as code, for a tool that takes text
 
 
-def field(value, names):
-    """The first of several fields of an object that is there and not null, or None."""
-    return next((value[name] for name in names if value.get(name) is not None), None)
-
-
-def as_text(value):
-    """What a field says: a text, the texts of its parts, or else its JSON."""
-    if (
-        isinstance(value, list)
-        and value
-        and all(isinstance(part, dict) and ("type" in part or "text" in part) for part in value)
-    ):
-        return "\n\n".join(
-            text
-            for part in value
-            if (text := field(part, ("text", "value", "content", "summary_text"))) and isinstance(text, str)
-        )
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-
-
-# Where the arguments of a call begin: a bracket before a keyword, a literal or the closing bracket.
-ARGUMENTS = re.compile(r"\s*(?:[\w.-]+\s*=(?!=)|\)|['\"\[{(\d-]|(?:True|False|None|true|false|null)\b)")
-PIECE = re.compile(rf"{QUOTED}|[()\[\]{{}},]|[^'\"()\[\]{{}},]+", re.DOTALL)
+# The bracket that begins the arguments of a call: before a keyword, a literal or the closing bracket.
+OPENING = re.compile(
+    r"\((?=\s*(?:[\w.-]+\s*=(?!=)|\)|['\"\[{(\d-]|(?:True|False|None|true|false|null)\b))")
+PIECE = re.compile(rf"(?s){QUOTED}|[()\[\]{{}},]|[^'\"()\[\]{{}},]+")
+JSON_WORDS = {"true": "True", "false": "False", "null": "None"}
 
 
 def python_calls(text):
@@ -3284,64 +3323,63 @@ def python_calls(text):
     Raises ValueError on anything else.
     """
     text = text.strip()
-    text, calls, at = text[1:-1] if re.fullmatch(r"\[.*\]|\(.*\)", text, re.DOTALL) else text, [], 0
-    while not calls or text[at:].strip():
-        start = text.find("(", at)
-        while start >= 0 and not ARGUMENTS.match(text, start + 1):
-            start = text.find("(", start + 1)
-        name = text[at:start].strip()
-        if start < 0 or not name or re.search(r"[\n=\"{}\[\]]", name):
+    text, calls, end = text[1:-1] if re.fullmatch(r"(?s)\[.*\]|\(.*\)", text) else text, [], 0
+    while not calls or text[end:].strip():
+        opening = OPENING.search(text, end)
+        name = opening and text[end:opening.start()].strip()
+        if not name or re.search(r"[\n=\"{}\[\]]", name):
             raise ValueError(f"not calls: {text[:80]!r}")
-        pieces, at = argument_pieces(text, start + 1)
+        pieces, end = argument_pieces(text, opening.start())
         keywords, values = {}, []
         for piece in pieces:
-            keyword = re.match(r"\s*([\w.-]+)\s*=(?!=)(.*)", piece, re.DOTALL)
-            value = structured(
-                re.sub(rf"({QUOTED})|\b(true|false|null)\b", spelled, keyword[2] if keyword else piece)
-            )
+            keyword, value = re.fullmatch(r"(?s)\s*(?:([\w.-]+)\s*=(?!=))?(.*)", piece).groups()
+            value = re.sub(rf"{QUOTED}|\b(?:true|false|null)\b", lambda m: JSON_WORDS.get(m[0], m[0]), value)
             if keyword:
-                keywords[keyword[1]] = value
+                keywords[keyword] = structured(value)
             elif keywords:
                 raise ValueError(f"not calls: {text[:80]!r}")
             else:
-                values.append(value)
+                values.append(structured(value))
         calls.append(call(name, positional(name, values) | keywords))
     return calls
 
 
+def brackets(text, at):
+    """Yield (piece, depth in brackets after it, where it ends) of a text, from a bracket to the one that closes
+    it. Strings are one piece.
+    """
+    depth = 0
+    while found := PIECE.match(text, at):
+        at = found.end()
+        depth += (found[0] in "([{") - (found[0] in ")]}")
+        yield found[0], depth, at
+        if not depth:
+            return
+
+
 def argument_pieces(text, at):
-    """The arguments that begin at a place in a text, as texts, and where the next call begins."""
-    pieces, level = [""], 0
-    while token := PIECE.match(text, at):
-        at, token = token.end(), token[0]
-        if not level and token == ")":
-            if not (after := re.compile(r"\s*(,|\Z)").match(text, at)):
-                break
-            return [piece for piece in pieces if piece.strip()], after.end()
-        level += (token in "([{") - (token in ")]}")
-        if not level and token == ",":
-            pieces.append("")
-        else:
-            pieces[-1] += token
-    raise ValueError(f"not calls: {text[:80]!r}")
-
-
-def spelled(match):
-    """JSON's words for values in Python's spelling; a text as it is."""
-    return match[1] or {"true": "True", "false": "False", "null": "None"}[match[2]]
+    """The arguments in the brackets that begin at a place in a text, as texts, and where the next call begins."""
+    cuts, piece, depth = [at], "", 1
+    for piece, depth, end in brackets(text, at):
+        if not depth or (piece, depth) == (",", 1):
+            cuts.append(end - 1)
+    after = re.compile(r"\)\s*(?:,|\Z)").match(text, cuts[-1])
+    if depth or not after:
+        raise ValueError(f"not calls: {text[:80]!r}")
+    pieces = [text[start + 1:stop] for start, stop in itertools.pairwise(cuts)]
+    return [piece for piece in pieces if piece.strip()], after.end()
 
 
 def positional(name, values):
     """Arguments by name of values that are given by position."""
-    names = POSITIONAL.get(name.lower(), [])
+    names = POSITIONAL.get(name.lower(), "").split()
     return {names[i] if i < len(names) else f"arg{i + 1}": value for i, value in enumerate(values)}
 
 
 def code_call(language, code):
     """The call of the tool that runs code of a language."""
-    name, parameter = {"bash": ("bash", "command"), "sh": ("bash", "command"), "mswea_bash_command": ("bash", "command"),
-                       "sql": ("sql", "query"), "ctf": ("bash", "command")}.get(language.lower(), ("python", "code"))
-    return call(name, {parameter: code.strip()})
+    name = LANGUAGES.get(language.lower(), "python")
+    return call(name, {CODE_PARAMETER[name]: code.strip()})
 
 
 def action_call(action):
@@ -3351,14 +3389,12 @@ def action_call(action):
     action = action.strip()
     if fence := FENCE.match(action):
         return code_call(fence[1] or "bash", fence[2])
-    if match := re.match(r"(\w+)\[(.*)\]|(Answer)\s+Final Answer:\s*(.*)|(finish|submit)\Z", action, re.I | re.DOTALL):
-        name = match[1] or match[3] or match[5]
-        return call(name, positional(name, [v for v in (match[2], match[4]) if v is not None]))
-    if match := re.fullmatch(r"([\w.]+)\((.*)\)", action, re.DOTALL):
-        calls = attempt(python_calls, action)
-        if isinstance(calls, list):
-            return calls[0]
-        return call(match[1], positional(match[1], [a.strip() for a in match[2].split(",") if a.strip()]))
+    if found := re.match(r"(?is)(\w+)\[(.*)\]|(Answer)\s+Final Answer:\s*(.*)|(finish|submit)\Z", action):
+        name, *values = [group for group in found.groups() if group is not None]
+        return call(name, positional(name, values))
+    if found := re.fullmatch(r"(?s)([\w.]+)\((.*)\)", action):
+        calls, values = attempt(python_calls, action), filter(None, map(str.strip, found[2].split(",")))
+        return calls[0] if isinstance(calls, list) else call(found[1], positional(found[1], values))
     return call("act", {"command": action})
 
 
@@ -3367,57 +3403,55 @@ def lift(text, react):
     Thought/Action.
     """
     text, calls = without_json_calls(text)
-    for tag, inside, glaive, mistral, llama in TAGGED.findall(text):
+    for tag, *others, llama in TAGGED.findall(text):
+        inside = "".join(others) + llama
         if tag.startswith("execute"):
             calls.append(code_call("bash" if tag == "execute_bash" else "python", inside))
-        elif "<function=" in inside:
-            calls += [call(name, {key: plain_json(value) for key, value in XML_PARAMETER.findall(body)})
-                      for name, body in XML_CALL.findall(inside)]
-        elif "[ARGS]" in mistral:
-            name, arguments = re.split(r"(?:\[CALL_ID\]\w+)?\[ARGS\]", mistral, maxsplit=1)
-            calls.append(call(name, arguments))
+        elif inside.lstrip().startswith("<function="):
+            for name, body in re.findall(XML_CALL, inside):
+                given = re.findall(XML_PARAMETER, body)
+                calls.append(call(name, {key: plain_json(value) for key, value in given}))
+        elif mistral := re.fullmatch(r"(?s)([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)", inside):
+            calls.append(call(*mistral.groups()))
         elif llama and not llama.lstrip().startswith("{"):
             calls.append(code_call("python", llama))
         else:
-            calls += calls_in(inside or glaive or mistral or llama)
-    says = (
-        re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text))
-        if calls or not react
-        else text
-    )
-    action, fence = ACTION.search(text), FENCE.search(text)
-    if react and action and not calls:
-        says, action = text[:action.start()], text[action.end():]
-        given = ACTION_INPUT.search(action)
-        calls = [call(action[:given.start()].strip(), action[given.end():]) if given else action_call(action)]
-    elif react and fence and not calls and fence[1] in ("mswea_bash_command", "bash"):
-        says, calls = text[:fence.start()], [code_call("bash", fence[2])]
+            calls += calls_in(inside)
+    if calls or not react:
+        says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text))
+    else:
+        says, calls = split_action(text)
     return (THOUGHT.sub("", says) if react else says).strip(), calls
+
+
+def split_action(text):
+    """(what it says, calls) of a text with an action, or with a block of commands."""
+    says, *action = ACTION.split(text, maxsplit=1)
+    if action:
+        name, *given = ACTION_INPUT.split(action[0], maxsplit=1)
+        return says, [call(name.strip(), *given) if given else action_call(name)]
+    fence = FENCE.search(text)
+    if fence and fence[1] in ("mswea_bash_command", "bash"):
+        return text[:fence.start()], [code_call("bash", fence[2])]
+    return text, []
 
 
 def without_json_calls(text):
     """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since its
     strings may hold the tags. What is not JSON stays.
     """
-    kept, calls, at = [], [], 0
-    while (start := text.find("<tool_call>", at)) >= 0:
-        begin = re.compile(r"\s*").match(text, start + len("<tool_call>")).end()
+    kept, calls, end = [], [], 0
+    for tag in re.finditer(r"<tool_call>\s*(?=[\[{\"])", text):
+        if tag.start() < end:  # in a string
+            continue
         try:
-            value, end = json.JSONDecoder().raw_decode(text, begin)
+            value, after = json.JSONDecoder().raw_decode(text, tag.end())
             calls += calls_in(value)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            kept.append(text[at:begin])
-            at = begin
             continue
-        kept.append(text[at:start])
-        at = re.compile(r"\s*(?:</tool_call>)?").match(text, end).end()
-    return "".join([*kept, text[at:]]), calls
-
-
-def plain_json(text):
-    """The number, list or other value that a text writes in JSON, or else the text."""
-    value = parse(text)
-    return text if isinstance(value, (ValueError, str)) else value
+        kept.append(text[end:tag.start()])
+        end = re.compile(r"\s*(?:</tool_call>)?").match(text, after).end()
+    return "".join([*kept, text[end:]]), calls
 
 
 def converse(turns, react=False, messages=None):
@@ -3427,7 +3461,7 @@ def converse(turns, react=False, messages=None):
     """
     messages = [] if messages is None else messages
     for role, text in turns:
-        role, last = ROLES.get(role.lower(), role.lower()), messages[-1] if messages else {}
+        role, last = role_of({"role": role}), messages[-1] if messages else {}
         called = "tool_calls" in last
         if role == "user" and (called and react or (called or last.get("role") == "tool") and RESULT.match(text)):
             role = "tool"
@@ -3437,26 +3471,23 @@ def converse(turns, react=False, messages=None):
         elif role == "function_call":
             messages.append(assistant("", *calls_in(text)))
         elif role == "tool":
-            results = re.findall(r"<tool_response>\s*(.*?)\s*</tool_response>", text, re.DOTALL)
+            results = re.findall(r"(?s)<tool_response>\s*(.*?)\s*</tool_response>", text)
             messages += [tool(result.strip()) for result in results or [RESULT.sub("", text)]]
         else:
             messages.append(chat_message(role, text))
     return messages
 
 
-def split_turns(text, labels, kept=()):
-    """(role, text) pairs of a text whose turns begin with a label and a colon; neighbours of one role become
-    one turn.
-
-    `labels` maps each label to its role; those in `kept` stay in the text. What precedes the first is the
-    user's.
+def split_turns(text, labels):
+    """(role, text) pairs of a text whose turns begin with one of the labels, as "User|AI", and a colon;
+    neighbours of one role become one turn. What precedes the first is the user's.
     """
-    parts, role, start = [], "user", 0
-    for match in re.finditer(rf"^({'|'.join(labels)})(?: \d+)?:[ \t]*", text, re.M):
-        parts.append((role, text[start:match.start()].strip()))
-        role, start = labels[match[1]], match.start() if match[1] in kept else match.end()
-    parts.append((role, text[start:].strip()))
-    by_role = itertools.groupby((part for part in parts if part[1]), lambda part: part[0])
+    before, *found = re.split(rf"(?m)^(({labels})(?: \d+)?:[ \t]*)", text)
+    turns = [("user", before.strip())]
+    for start, label, said in zip(found[::3], found[1::3], found[2::3]):
+        role = LABELS.get(label) or role_of({"role": label})
+        turns.append((role, ((start if label in KEPT else "") + said).strip()))
+    by_role = itertools.groupby((turn for turn in turns if turn[1]), lambda turn: turn[0])
     return [(role, "\n".join(text for _, text in group)) for role, group in by_role]
 
 
@@ -3464,36 +3495,27 @@ def tools_of(value):
     """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names
     for types.
     """
-    value = structured(value) if isinstance(value, str) and value.strip() else value or []
-    tools = []
+    value, tools = structured(value or []) if not isinstance(value, str) or value.strip() else [], []
     for given in value if isinstance(value, list) else [value]:
-        if isinstance(
-            given.get("functionDeclarations", given.get("function_declarations")), list
-        ):  # Gemini's
-            tools += tools_of(given.get("functionDeclarations", given.get("function_declarations")))
+        declared = given.get("functionDeclarations", given.get("function_declarations"))
+        if isinstance(declared, list):  # Gemini's
+            tools += tools_of(declared)
             continue
         function = given["function"] if isinstance(given.get("function"), dict) else given
-        if "type" in given and not field(
-            function, ("name", "api_name")
-        ):  # built in, such as code_interpreter
+        name, description = field(function, "name api_name"), field(function, "description api_description")
+        if "type" in given and not name:  # built in, such as code_interpreter
             continue
-        schema = (
-            field(function, ("parameters", "input_schema", "inputSchema", "input_parameters", "arguments"))
-            or {}
-        )
+        schema = field(function, "parameters input_schema inputSchema input_parameters arguments") or {}
         if isinstance(schema, list):  # of Docker's registry: a list of named arguments
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
             entries = {k: v for k, v in schema.items() if isinstance(v, dict)}
             required = [k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
-            schema = {"type": "object", "properties": entries, "required": function.get("required", required)}
+            schema = {"properties": entries, "required": function.get("required", required)}
         known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
-        schema = {"type": "object"} | schema | {"properties": known}
-        name, description = field(function, ("name", "api_name")), field(
-            function, ("description", "api_description")
-        )
-        tools.append({"type": "function", "function": {
-            "name": name, "description": description or "", "parameters": schema_types(schema)}})
+        schema = schema_types({"type": "object"} | schema | {"properties": known})
+        function = {"name": name, "description": description or "", "parameters": schema}
+        tools.append({"type": "function", "function": function})
     return tools
 
 
@@ -3509,8 +3531,11 @@ def schema_types(schema):
         return [schema_types(s) for s in schema]
     if not isinstance(schema, dict):
         return schema
-    words = {k: re.match(r"\w*", v.lower())[0] for k, v in schema.items() if k == "type" and isinstance(v, str)}
-    return {k: TYPE_NAMES.get(words[k], words[k]) if k in words else schema_types(v) for k, v in schema.items()}
+    schema = {key: schema_types(value) for key, value in schema.items()}
+    if isinstance(schema.get("type"), str):
+        word = re.match(r"\w*", schema["type"].lower())[0]
+        schema["type"] = TYPE_NAMES.get(word, word)
+    return schema
 
 
 def tools_in(text):
@@ -3518,52 +3543,45 @@ def tools_in(text):
     after a mark.
     """
     tools, end, text, broken = [], 0, text[:2**20], 0
-    for match in re.finditer(r"(?:^[ \t]*|<tools>\s*|APIs:\s*|-\s*)(?=[\[{])", text, re.M):
-        if match.end() < end or broken > 20:
+    for mark in re.finditer(r"(?m)(?:^[ \t]*|<tools>\s*|APIs:\s*|-\s*)(?=[\[{])", text):
+        start = mark.end()
+        if start < end or broken > 20:
             continue
         try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(text, match.end())
+            value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
         except ValueError:  # or Python's way to write it
-            after = closing_bracket(text, match.end())
-            value = attempt(structured, text[match.end():after])
-            broken += isinstance(value, str)
-            end = match.end() if isinstance(value, str) else after
-        found = attempt(tools_of, value) if isinstance(value, (dict, list)) else []
+            *_, (_, _, after) = brackets(text, start)
+            value = attempt(structured, text[start:after])
+            if isinstance(value, str):
+                broken += 1
+                continue
+            end = after
+        found = attempt(tools_of, value)
         tools += found if isinstance(found, list) else []
     return tools
 
 
-def closing_bracket(text, at):
-    """Where what begins with a bracket ends; at the end of the text where it is not closed."""
-    level = 0
-    while token := PIECE.match(text, at):
-        at = token.end()
-        level += (token[0] in "([{") - (token[0] in ")]}")
-        if not level:
-            break
-    return at
-
-
-def derive_tools(messages):
+def derive_tools(messages, described={}):
     """The least that the calls made say about their tools: names, and the arguments' names and types."""
     tools = {}
-    for function in (c["function"] for m in messages for c in m.get("tool_calls", ())):
+    for function in functions_called(messages):
         properties = tools.setdefault(function["name"], {})
         for name, value in json.loads(function["arguments"]).items():
             properties.setdefault(name, {"type": PYTHON_TYPES.get(type(value), "null")})
-    return [{"type": "function", "function": {"name": name, "description": "", "parameters": {
-        "type": "object", "properties": properties}}} for name, properties in tools.items()]
+    return tools_of([{"name": name, "description": described.get(name), "parameters": {"properties": properties}}
+                     for name, properties in tools.items()])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Formats. Each function converts a record to (messages, tools), or to several such pairs; no tools means: those called
+# Formats. Each function converts a record to messages, to (messages, tools), or to several such pairs; no tools
+# means: those called
 
 
 def listed(record):
     """The list of messages or turns of a record, by whichever name; of a mapping of several that name it."""
     if isinstance(record, list):
         return record
-    for name in MESSAGES:
+    for name in MESSAGES.split():
         value = record.get(name)
         if isinstance(value, str) and value.lstrip()[:2] in ("[{", '["') and name != "input":
             value = structured(value)
@@ -3573,6 +3591,7 @@ def listed(record):
 
 
 def groups(pattern, text):
+    """The groups of a pattern in a text. Raises ValueError where it is not found."""
     if not (match := re.search(pattern, text, re.DOTALL)):
         raise ValueError(f"not of the form expected: {text[:80]!r}")
     return match.groups()
@@ -3580,8 +3599,8 @@ def groups(pattern, text):
 
 def says(record, pattern, role="assistant"):
     """Whether a text of that role in a record of messages matches."""
-    turns = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in listed(record)]
-    return any(ROLES.get(r, r) == role and re.search(pattern, as_text(text)) for r, text in turns)
+    turns = [(field(m, "role from"), as_text(field(m, "content value"))) for m in listed(record)]
+    return any(ROLES.get(name, name) == role and re.search(pattern, text) for name, text in turns)
 
 
 def messages_record(record, react=False):
@@ -3589,11 +3608,10 @@ def messages_record(record, react=False):
     parts, or in the text.
     """
     record, messages = whole(record), []
-    turns = [unwrapped(message) for message in listed(record)]
+    turns = [unwrapped(message) for message in record["messages"]]
     names = {turn["author"] for turn in turns if turn.get("author") not in (None, "user")}
     for turn in turns:
-        role = field(turn, ("role", "from", "type"))
-        role = ROLES.get(role.lower(), role.lower())
+        role = role_of(turn)
         if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
             continue  # tau2-bench: what the user does with tools is not the agent's
         parts = list(parts_of(turn, role))
@@ -3604,35 +3622,35 @@ def messages_record(record, react=False):
             parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        raise ValueError(
-            f"nothing is left without {', '.join({*map(kind_of, turns[0].get('content') or ['text'])})}"
-        )
-    return messages, tools_of(field(record, TOOLS)) or (
-        tools_in(messages[0]["content"]) if messages[0]["role"] == "system" else [])
+        left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
+        raise ValueError(f"nothing is left without {', '.join(left_out)}")
+    tools = tools_of(field(record, TOOLS))
+    return messages, tools_in(messages[0]["content"]) if messages[0]["role"] == "system" and not tools else tools
 
 
 def whole(record):
     """A record whose `messages` hold all that was said: the system's prompt, the request and the answer."""
-    if isinstance(record, list):
-        return {"messages": record}
-    if isinstance(record.get("request"), dict) and isinstance(record.get("response"), dict):
-        record = record["request"] | record["response"]
-    if isinstance(record.get("prompt", record.get("input")), str) and not isinstance(
-        record.get("messages"), list
-    ):
-        asked = [user(record.get("prompt", record.get("input")))]
+    match record:
+        case list():
+            return {"messages": record}
+        case {"request": dict(request), "response": dict(response)}:
+            record = request | response
+    prompt = record.get("prompt", record.get("input"))
+    if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
+        asked = [user(prompt)]
     else:
         asked = record["prompt"] if isinstance(record.get("prompt"), list) else attempt(listed, record)
-    asked = asked if isinstance(asked, list) else []
-    answer = field(record, ("output", "chosen", "completion"))
-    if isinstance(record.get("choices"), list):
-        answer = [record["choices"][0]["message"]]
-    elif record.get("role") == "assistant" and isinstance(record.get("content"), list):
-        answer = [{"role": "assistant", "content": record["content"]}]
-    answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
+    answer = field(record, "output chosen completion")
+    match record:
+        case {"choices": list(choices)}:
+            answer = [choices[0]["message"]]
+        case {"role": "assistant", "content": list(content)}:
+            answer = [{"role": "assistant", "content": content}]
+    answer = [assistant(answer)] if isinstance(answer, str) else answer
+    asked, answer = (given if isinstance(given, list) else [] for given in (asked, answer))
     asked = answer if answer[:len(asked)] == asked else asked + answer
-    system = field(record, ("system", "instructions", "systemInstruction", "system_instruction"))
-    if system and field(unwrapped(asked[0]), ("role", "from", "type")) != "system":
+    system = field(record, "system instructions systemInstruction system_instruction")
+    if system and field(unwrapped(asked[0]), ROLE) != "system":
         system = system["parts"] if isinstance(system, dict) else system
         asked = [chat_message("system", as_text(system)), *asked]
     return record | {"messages": asked}
@@ -3640,21 +3658,17 @@ def whole(record):
 
 def unwrapped(message):
     """A message without what is around it: LangChain's ways to write one, and the events of Gemini's agents."""
-    if isinstance(message, str):
-        return user(message)
-    if isinstance(message.get("kwargs"), dict) and isinstance(message.get("id"), list):
-        kind = re.sub(r"Message(Chunk)?$", "", message["id"][-1])
-        message = message["kwargs"] | {"role": kind.lower()}
-    if isinstance(message.get("data"), dict):
-        message = message["data"] | {"role": message["type"]}
-    if isinstance(message.get("content"), dict) and "parts" in message["content"]:
-        message = message["content"] | {"author": message.get("author")}
-    more = message.get("additional_kwargs") or {}
-    return (
-        message
-        if message.get("tool_calls") or not more.get("tool_calls")
-        else message | {"tool_calls": more["tool_calls"]}
-    )
+    match message:
+        case str():
+            return user(message)
+        case {"kwargs": dict(inner), "id": [*_, name]}:
+            message = inner | {"role": re.sub(r"Message(Chunk)?$", "", name).lower()}
+        case {"data": dict(inner)}:
+            message = inner | {"role": message["type"]}
+        case {"content": {"parts": _} as inner}:
+            message = inner | {"author": message.get("author")}
+    calls = message.get("tool_calls") or (message.get("additional_kwargs") or {}).get("tool_calls")
+    return message | {"tool_calls": calls}
 
 
 def parts_of(message, role):
@@ -3664,29 +3678,29 @@ def parts_of(message, role):
     if is_item(message):
         yield from read_part(message)
         return
-    if thought := field(message, ("reasoning_content", "reasoning", "thinking")):
+    if thought := field(message, "reasoning_content reasoning thinking"):
         yield "thought", as_text(thought)
-    for api in message.get("apis") or ():  # ToolTalk
-        yield "call", calls_in(api["request"])[0]
-        yield "result", (None, as_text(field(api, ("exception", "response"))))
-    calls = [*(message.get("tool_calls") or []), *filter(None, [message.get("function_call")])]
-    command = not calls and isinstance(message.get("action"), str) and message["action"].strip()  # SWE-agent
-    content = message["thought"].strip() if command else field(message, ("content", "value", "parts", "text"))
-    typed = isinstance(content, list) and all(isinstance(part, (dict, str)) for part in content)
-    typed = typed and any(isinstance(part, dict) for part in content)
-    if role == "tool" and not (typed and any(PARTS.get(kind_of(part)) == "result" for part in content)):
-        ids = message.get("tool_call_ids") or [field(message, ID[:-1])]
+    apis = [message] if "param_dict" in message else message.get("apis") or ()  # API-Bank; ToolTalk
+    for api in apis:
+        yield "call", calls_in(api.get("request", api))[0]
+        yield "result", (None, as_text(field(api.get("result", api), "exception response output")))
+    calls = [*filter(None, map(message.get, ("tool_calls", "function_call")))]
+    content = field(message, "content value parts text")
+    if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
+        content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
+    kinds = {*map(type, content)} if isinstance(content, list) else set()
+    typed = content if dict in kinds and kinds <= {dict, str} else []
+    if role == "tool" and not any(PARTS.get(kind_of(part)) == "result" for part in typed):
+        ids = message.get("tool_call_ids") or [field(message, CALL_ID)]
         yield "result", (ids[0], as_text(content))
     elif typed:
-        for part in content:
+        for part in typed:
             yield from read_part(part)
     else:
         yield "text", as_text(content)
     if isinstance(message.get("refusal"), str):
         yield "text", message["refusal"]
     yield from (("call", made) for made in calls_in(calls))
-    if command:
-        yield "call", code_call("bash", message["action"])
 
 
 def is_item(message):
@@ -3696,25 +3710,21 @@ def is_item(message):
 
 def kind_of(part):
     """The type of a part of a message: as it says or, in Gemini's, by its key."""
-    return (
-        "text"
-        if isinstance(part, str)
-        else part.get("type") or next((key for key in part if key in PARTS), "")
-    )
+    if isinstance(part, str):
+        return "text"
+    return part.get("type") or next((key for key in part if key in PARTS), "")
 
 
 def read_part(part):
     """Yield what one part of a message is, as parts_of() does; nothing for an image and the like."""
+    part = {"text": part} if isinstance(part, str) else part
     kind = kind_of(part)
     what = PARTS.get(kind)
-    if what == "text" and not (isinstance(part, dict) and part.get("thought") is True):
-        yield "text", (
-            part if isinstance(part, str) else as_text(field(part, (kind, "text", "value", "content")))
-        )
-    elif what in ("thought", "text"):
-        yield "thought", as_text(field(part, (kind, "text", "value", "summary", "content")))
+    if what in ("text", "thought"):
+        said = as_text(field(part, kind + " text value summary content"))
+        yield "thought" if part.get("thought") is True else what, said
     elif what == "call":
-        yield from (("call", made) for made in calls_in(field(part, ("value",)) or part))
+        yield from (("call", made) for made in calls_in(part.get("value") or part))
         if part.get("output") is not None:  # of a server's tool: beside its call
             yield "result", (field(part, ID), as_text(part["output"]))
     elif what == "result":
@@ -3722,21 +3732,20 @@ def read_part(part):
         yield "result", (field(inner, ID), as_text(field(inner, OUTCOME)))
 
 
-def say(role, parts, messages, react):
+def say(role, parts, messages, react=False):
     """Append to messages what one turn says and does; a result ends the message that its call is in."""
-    held = {"text": [], "thought": [], "call": []}
+    held = defaultdict(list)
     for kind, value in [*parts, ("end", None)]:
-        if kind in held:
+        if kind not in ("result", "end"):
             held[kind].append(value)
             continue
-        text = "\n\n".join(filter(None, held["text"]))
-        thought = "\n\n".join(filter(None, held["thought"]))
-        said = (f"<think>{thought}</think>" if thought else "") + text
+        thought, text = (joined(held[what], "\n\n") for what in ("thought", "text"))
+        said = f"<think>{thought}</think>{text}" if thought else text
         if held["call"]:
             messages.append(assistant(said, *held["call"]))
         elif any(held.values()):
             converse([(role, said)], react, messages)
-        held = {"text": [], "thought": [], "call": []}
+        held.clear()
         if kind == "result":
             converse([("tool", value[1])], react, messages)
             messages[-1]["tool_call_id"] = value[0]
@@ -3744,53 +3753,57 @@ def say(role, parts, messages, react):
 
 # Messages with Thought / Action texts or commands, where whatever follows an action is its result.
 react_record = partial(messages_record, react=True)
-react_turns = partial(split_turns, kept=("Thought", "Action", "Answer"), labels={
-    "Question": "user", "Thought": "assistant", "Action": "assistant", "Answer": "assistant", "Observation": "tool"})
 
 
 def react_text(text):
     """Episodes of Question / Thought n / Action n / Observation n lines, without a log's headings and
     verdicts.
     """
-    for episode in re.split(r"^(?=Question:)", text, flags=re.M)[1:]:
-        episode = re.split(r"^(?:Correct answer:|-{5,} BEGIN)", episode, flags=re.M)[0]
-        yield converse(react_turns(episode), react=True), []
+    for episode in re.split(r"(?m)^(?=Question:)", text)[1:]:
+        episode = re.split(r"(?m)^(?:Correct answer:|-{5,} BEGIN)", episode)[0]
+        yield converse(split_turns(episode, REACT), react=True), []
 
 
 def alfworld_text(text):
     """An episode whose actions and thoughts are lines that begin with "> "."""
-    start, *steps = re.split(r"^> ?", text, flags=re.M)
+    start, *steps = re.split(r"(?m)^> ?", text)
     messages = [user(start.strip())]
     for action, _, result in (step.partition("\n") for step in steps):
-        thought = action.startswith("think:")
-        messages += [assistant(action[6:].strip())] if thought else [assistant("", action_call(action)), tool(result.strip())]
-    return messages, []
+        if action.startswith("think:"):
+            messages.append(assistant(action[6:].strip()))
+        else:
+            messages += [assistant("", action_call(action)), tool(result.strip())]
+    return messages
 
 
 def codeact_text(text):
-    labels = {"Task": "user", "Assistant": "assistant", "Observation": "tool", "Expert feedback": "user"}
-    return converse(split_turns(text, labels, kept=("Expert feedback",))), []
+    """Turns by the names of who speaks."""
+    return converse(split_turns(text, "Task|Assistant|Observation|Expert feedback"))
 
 
 def glaive_text(record):
+    """A system prompt with tools, and a dialogue as one text."""
     system = record["system"].removeprefix("SYSTEM:").strip()
-    turns = split_turns(record["chat"], {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"})
-    turns = [(role, text.removesuffix("<|endoftext|>").strip()) for role, text in turns]
-    return converse([("system", system), *turns]), tools_in(system)
+    turns = [("system", system)]
+    for role, text in split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE"):
+        turns.append((role, text.removesuffix("<|endoftext|>").strip()))
+    return converse(turns), tools_in(system)
 
 
 def alpaca(record):
     """An instruction and its output: an answer, or a ReAct episode (which may begin with the end of the
     question).
     """
-    turns = react_turns(record["output"])
-    asked = [record["instruction"], record.get("input"), turns.pop(0)[1] if len(turns) > 1 and turns[0][0] == "user" else ""]
+    asked, turns = [record["instruction"], record.get("input")], split_turns(record["output"], REACT)
+    if len(turns) > 1 and turns[0][0] == "user":
+        asked.append(turns.pop(0)[1])
     turns = [("assistant" if role == "user" else role, text) for role, text in turns]
-    return converse([("user", "\n".join(filter(None, asked))), *turns], react=True), []
+    return converse([("user", joined(asked)), *turns], react=True)
 
 
 def xlam(record):
-    asked = record["query"] if isinstance(record["query"], list) else [user(record["query"])]
+    """A request, or messages, and the calls that answer it."""
+    asked = record["query"] if isinstance(record["query"], list) else [record["query"]]
     return [*messages_record(asked)[0], assistant("", *calls_in(record["answers"]))], tools_of(record["tools"])
 
 
@@ -3800,7 +3813,8 @@ TOOLACE_CALL = re.compile(r"\s*\[[^\[\]\s(][^(\[\]]*\(")
 def toolace(record):
     """ShareGPT whose assistant writes [f(a=1), g(b="x")]; its other texts are answers."""
     messages = [chat_message("system", record["system"])]
-    for role, text in ((turn["from"], turn["value"]) for turn in record["conversations"]):
+    for turn in record["conversations"]:
+        role, text = turn["from"], turn["value"]
         if role == "assistant" and TOOLACE_CALL.match(text):
             messages.append(assistant("", *python_calls(text)))
         else:
@@ -3810,20 +3824,27 @@ def toolace(record):
 
 def toolbench_tree(record):
     """The path of a DFSDT tree that ends in the final answer, or else in any answer, or else the longest."""
-    answer, chosen, best, stack = record["answer_generation"], (), (), [(record["tree"]["tree"],)]
-    while stack:
-        path = stack.pop()
-        stack += [(*path, child) for child in reversed(path[-1]["children"])]
+    answer = record["answer_generation"]
+
+    def rank(path):
         end = path[-1]["description"]
-        rank = (bool(end) and end == answer["final_answer"], "give_answer" in end, len(path))
-        best, chosen = (rank, path) if rank > best else (best, chosen)
+        return bool(end) and end == answer["final_answer"], "give_answer" in end, len(path)
+
     messages = [user(answer["query"].strip())]
-    for node, following in zip(chosen[1:], [*chosen[2:], {}]):
+    for node, following in itertools.pairwise([*max(tree_paths(record["tree"]["tree"]), key=rank), {}][1:]):
         if node["node_type"] == "Thought":
             messages.append(assistant(node["description"]))
         elif node["node_type"] == "Action" and following:
-            messages += [assistant("", call(node["description"], following["description"])), tool(following["observation"])]
+            made = call(node["description"], following["description"])
+            messages += [assistant("", made), tool(following["observation"])]
     return messages, tools_of(answer["function"])
+
+
+def tree_paths(node, before=()):
+    """Yield the path to each node of a tree."""
+    yield (path := (*before, node))
+    for child in node["children"]:
+        yield from tree_paths(child, path)
 
 
 def tooleval(record):
@@ -3842,91 +3863,90 @@ def tooleval(record):
         elif node["role"] == "assistant":
             messages.append(assistant(node["message"]))
         node = next(iter(node["next"]), None)
-    messages += [assistant("Functions to call next, in order: " + ", ".join(names))] if names else []
+    if names:
+        messages.append(assistant("Functions to call next, in order: " + ", ".join(names)))
     return messages, tools_of(record["available_tools"])
 
 
 def toolbench_query(record):
     """A request and the APIs that serve it: no call is given, so the answer names them."""
-    tools = [{"name": f"{a['tool_name']}.{a['api_name']}", "description": a["api_description"].strip(), "parameters": {
-        "type": "object", "properties": {p["name"]: p for p in a["required_parameters"] + a["optional_parameters"]},
-        "required": [p["name"] for p in a["required_parameters"]]}} for a in record["api_list"]]
+    tools = []
+    for api in record["api_list"]:
+        required, optional = api["required_parameters"], api["optional_parameters"]
+        tools.append({
+            "name": f"{api['tool_name']}.{api['api_name']}", "description": api["api_description"].strip(),
+            "parameters": {"properties": {p["name"]: p for p in required + optional},
+                           "required": [p["name"] for p in required]}})
     relevant = "\n".join(map(".".join, record["relevant APIs"]))
     return [user(record["query"]), assistant(f"Relevant APIs:\n{relevant}")], tools_of(tools)
 
 
 def agent_data_protocol(record):
+    """Actions and observations in the Agent Data Protocol."""
     messages = []
     for step in record["content"]:
         kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
         if kind == "message_action":
-            messages.append(assistant("\n".join(filter(None, [thought, text]))))
+            messages.append(assistant(joined([thought, text])))
+        elif kind == "api_action":
+            messages.append(assistant(thought, call(step["function"], step.get("kwargs"))))
         elif kind.endswith("_action"):
-            made = call(step["function"], step.get("kwargs")) if kind == "api_action" else code_call(step["language"], text)
-            messages.append(assistant(thought, made))
+            messages.append(assistant(thought, code_call(step["language"], text)))
         else:
             text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
             result = step.get("source") != "user" and messages and "tool_calls" in messages[-1]
             messages.append(tool(text) if result else user(text))
-    return messages, []
+    return messages
 
 
 def api_bank(record):
     """Instruction, dialogue so far, and the call or answer expected."""
-    labels = {"User": "user", "AI": "assistant", "API-Request": "call", "Generate API Request": "", "Generate AI Response": ""}
     expected = record.get("expected_output", record.get("output"))
     expected = expected if re.match(r"\s*(API-Request|AI):", expected) else "API-Request:" + expected
     messages = [chat_message("system", record["instruction"].strip())]
+    labels = "User|AI|API-Request|Generate API Request|Generate AI Response"
     for role, text in split_turns(record["input"] + "\n" + expected, labels):
-        if role == "call":
+        if role == "api-request":
             for request, arrow, result in (line.partition("->") for line in text.splitlines() if line.strip()):
-                messages += [assistant("", *python_calls(request)), *([tool(result.strip())] if arrow else [])]
-        elif role:
+                messages += [assistant("", *python_calls(request)), *[tool(result.strip())] * bool(arrow)]
+        elif role in ("user", "assistant"):
             messages.append(chat_message(role, text))
     return messages, tools_in(record["instruction"])
-
-
-def api_bank_dialogue(record):
-    messages = []
-    for turn in record["turns"]:
-        if turn["role"] == "API":
-            result = turn["result"].get("exception") or turn["result"].get("output")
-            messages += [assistant("", call(turn["api_name"], turn["param_dict"])),
-                         tool(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))]
-        else:
-            messages += converse([(turn["role"], turn["text"])])
-    return messages, []
 
 
 def tau_display(record):
     """The display lacks the calls ("assistant: None"). None is made up: a result becomes a user message that
     begins "tool:".
     """
-    turns = split_turns(record["messages_display"], {r: r for r in ("user", "assistant", "tool")}, kept=("tool",))
-    return [chat_message("user" if role == "tool" else role, text) for role, text in turns if text != "None"], []
+    turns = split_turns(record["messages_display"], "user|assistant|tool")
+    return [chat_message("user" if role == "tool" else role, text) for role, text in turns if text != "None"]
 
 
 def intercode(record):
-    history = record.get("turn_history") or {k + "s": [step[k] for step in record["trajectory"]] for k in record["trajectory"][0]}
-    thoughts = history.get("thoughts") or history.get("steps") or [""] * len(history["actions"])
-    messages = [user(record["query"])]
-    for thought, action, observation in zip(thoughts, history["actions"], history["observations"], strict=True):
+    """A request and what was done in a shell, a database or Python, as lists or as steps."""
+    steps = record.get("trajectory")
+    history = record.get("turn_history") or {key + "s": [step[key] for step in steps] for key in steps[0]}
+    actions, messages = history["actions"], [user(record["query"])]
+    thoughts = history.get("thoughts") or history.get("steps") or [""] * len(actions)
+    for thought, action, observation in zip(thoughts, actions, history["observations"], strict=True):
         if action.startswith("submit"):
-            made = action_call(f"submit[{action[7:]}]" if action[7:] else "submit")
+            made = call("submit", positional("submit", filter(None, [action[7:]])))
         else:
-            wrapped = re.fullmatch(r"execute\[(.*)\]|cmd (.*)", action, re.DOTALL)
-            made = code_call(record["environment"].removeprefix("ic_"), (wrapped[1] or wrapped[2]) if wrapped else action)
+            wrapped = re.fullmatch(r"(?s)execute\[(.*)\]|cmd (.*)", action)
+            code = wrapped[1] or wrapped[2] if wrapped else action
+            made = code_call(record["environment"].removeprefix("ic_"), code)
         messages += [assistant(thought, made), tool(observation)]
-    return messages, []
+    return messages
 
 
 def toolverifier(record):
     """A request, tools by name and purpose, a thought, and the tool chosen (without arguments)."""
     asked, tools, choice = (part.strip() for part in record["text"].split("###\n"))
     thought, name = groups(r'^(.*)\nAct: CALLTOOL\["(.*)"\]$', choice)
-    pairs = [line.split(" = ", 1) for line in tools.removeprefix("Tool Choices:").strip().splitlines()]
-    return ([user(asked.removeprefix("User:").strip()), assistant(THOUGHT.sub("", thought), call(name, {}))],
-            tools_of([{"name": n, "description": d} for n, d in pairs]))
+    lines = tools.removeprefix("Tool Choices:").strip().splitlines()
+    tools = [{"name": name, "description": purpose} for name, purpose in (line.split(" = ", 1) for line in lines)]
+    messages = [user(asked.removeprefix("User:").strip()), assistant(THOUGHT.sub("", thought), call(name, {}))]
+    return messages, tools_of(tools)
 
 
 def gorilla(record):
@@ -3936,16 +3956,16 @@ def gorilla(record):
     parts = groups(r"'Instruction': (.*?), 'Output':.*'explanation': (.*?), 'code': (.*)\}\}\s*$", record["code"])
     asked, explanation, code = (part.strip("\"'") for part in parts)
     calls = attempt(python_calls, record["api_call"])
-    messages = [user(asked), assistant(explanation, *(calls if isinstance(calls, list) else [])), assistant(code)]
-    tools = derive_tools(messages)
-    for definition in tools:
-        definition["function"]["description"] = record["api_data"]["description"]
-    return messages, tools
+    calls = calls if isinstance(calls, list) else []
+    messages = [user(asked), assistant(explanation, *calls), assistant(code)]
+    described = {f["name"]: record["api_data"]["description"] for f in functions_called(messages)}
+    return messages, derive_tools(messages, described)
 
 
 def agentbench_os(record):
     """A task and the script that solves it; nobody recorded what it printed."""
-    return [user(record["description"]), assistant(record["explanation"], code_call("bash", record["evaluation"]["example"]))], []
+    script = code_call("bash", record["evaluation"]["example"])
+    return [user(record["description"]), assistant(record["explanation"], script)]
 
 
 def agentbench_kg(record):
@@ -3954,17 +3974,13 @@ def agentbench_kg(record):
     """
     asked = f"{record['question']}\nEntities: {json.dumps(record['entities'], ensure_ascii=False)}"
     answers = ", ".join(a.get("entity_name") or a["answer_argument"] for a in record["answer"])
-    return [user(asked), assistant("", *map(action_call, record["actions"])), assistant(answers)], []
+    return [user(asked), assistant("", *map(action_call, record["actions"])), assistant(answers)]
 
 
 def is_turn(message):
     """Whether an object looks like a message of a conversation."""
     message = unwrapped(message)
-    role = field(message, ("role", "from", "type"))
-    known = isinstance(role, str) and (
-        ROLES.get(role.lower(), role.lower()) in ("system", "user", "assistant", "tool")
-    )
-    return known or is_item(message)
+    return role_of(message) in ("system", "user", "assistant", "tool") or is_item(message)
 
 
 def samples(record):
@@ -3974,170 +3990,123 @@ def samples(record):
 
 def is_event(value):
     """Whether it is an event of OpenHands: an action or what was observed."""
-    return (
-        isinstance(value, dict)
-        and bool({"action", "observation"} & value.keys())
-        and not {"role", "from"} & value.keys()
-    )
+    keys = value.keys() if isinstance(value, dict) else set()
+    return bool({"action", "observation"} & keys) and not {"role", "from"} & keys
 
 
 def openhands(record):
     """A list of events: actions of the user and the agent, and observations."""
-    messages, record = [], {"history": record} if isinstance(record, list) else record
+    messages = []
     for event in listed(record):
-        given = event.get("args") or event
-        made = event.get("tool_call_metadata") or {}
-        text = field(given, ("content", "thought", "final_thought")) or event.get("message") or ""
-        action = event.get("action")
+        given, made = event.get("args") or event, event.get("tool_call_metadata") or {}
+        action, seen = event.get("action"), event.get("observation")
         if action in ("message", "finish"):
+            text = field(given, "content thought final_thought") or event.get("message") or ""
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
         elif action and action not in ("change_agent_state", "recall", "system", "null"):
-            answer = (made.get("model_response") or {}).get("choices") or [{}]
-            written = [
-                c
-                for c in answer[0].get("message", {}).get("tool_calls") or []
-                if c["id"] == made["tool_call_id"]
-            ]
-            arguments = {
-                k: given[k] for k in ("command", "code", "path", "content", "url", "query") if given.get(k)
-            }
-            try:
-                calls = calls_in(written) or [call(action, arguments)]
-            except ValueError:  # the model's JSON was broken
-                calls = [call(made["function_name"], arguments)]
-            messages.append(assistant(given.get("thought") or event.get("thought") or "", *calls))
-        elif (
-            event.get("observation")
-            and messages
-            and event["observation"] not in ("agent_state_changed", "null")
-        ):
+            thought = given.get("thought") or event.get("thought") or ""
+            messages.append(assistant(thought, *event_calls(action, given, made)))
+        elif seen and messages and seen not in ("agent_state_changed", "null"):
             messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
-    return messages, []
+    return messages
+
+
+def event_calls(action, given, made):
+    """The calls of an action of OpenHands: as the model wrote them, where its answer was kept."""
+    arguments = {k: given[k] for k in "command code path content url query".split() if given.get(k)}
+    written = attempt(at, made, "model_response.choices.0.message.tool_calls")
+    written = written if isinstance(written, list) else []
+    try:
+        return calls_in([c for c in written if c["id"] == made["tool_call_id"]]) or [call(action, arguments)]
+    except ValueError:  # the model's JSON was broken
+        return [call(made["function_name"], arguments)]
 
 
 def trajectory_interchange(record):
     """Steps in the Agent Trajectory Interchange Format (ATIF, of the Harbor framework)."""
-    messages = []
+    turns = []
     for step in record["steps"]:
-        role = {"agent": "assistant"}.get(step["source"], step["source"])
-        calls = [("call", made) for made in calls_in(step.get("tool_calls") or [])]
+        turns.append(step | {"role": step["source"], "content": step.get("message")})
         results = (step.get("observation") or {}).get("results") or []
-        say(
-            role,
-            [
-                ("thought", step.get("reasoning_content") or ""),
-                ("text", as_text(step.get("message"))),
-                *calls,
-                *(("result", (field(r, ID), as_text(r.get("content")))) for r in results),
-            ],
-            messages,
-            False,
-        )
-    return messages, tools_of((record.get("agent") or {}).get("tool_definitions"))
+        turns += [{"role": "tool", "tool_call_id": field(result, ID)} | result for result in results]
+    return messages_record(turns)[0], tools_of((record.get("agent") or {}).get("tool_definitions"))
 
 
 def spans_of(record):
-    """The spans of an OpenTelemetry trace, in the order of time."""
-    return sorted(
-        record["spans"] if isinstance(record, dict) else record, key=lambda span: span["start_time"]
-    )
+    """The attributes of the spans of an OpenTelemetry trace, in the order of time."""
+    spans = record["spans"] if isinstance(record, dict) else record
+    return [span["attributes"] for span in sorted(spans, key=lambda span: span["start_time"])]
 
 
 def trace(record):
     """The spans of an agent's run, by OpenTelemetry's conventions for generative models: the longest history that
     a call of the model was given, and what was done since.
     """
-    messages, tools = [], {}
-    for attributes in (span["attributes"] for span in spans_of(record)):
-        given = attributes.get("gen_ai.input.messages")
-        given = messages_record(structured(given) if isinstance(given, str) else given)[0] if given else []
+    messages, described = [], {}
+    for span in spans_of(record):
+        given = span.get("gen_ai.input.messages")
+        given = messages_record(structured(given))[0] if given else []
         messages = given if len(given) > len(messages) else messages
-        answer = field(attributes, ("gen_ai.output.messages", "gen_ai.output"))
-        if attributes.get("gen_ai.operation.name") == "execute_tool":
-            name = attributes["gen_ai.tool.name"]
-            tools[name] = {"name": name, "description": attributes.get("gen_ai.tool.description")}
+        answer = field(span, "gen_ai.output.messages gen_ai.output")
+        if span.get("gen_ai.operation.name") == "execute_tool":
+            described[span["gen_ai.tool.name"]] = span.get("gen_ai.tool.description")
             messages.append(tool(as_text(answer)))
         elif answer is not None and messages:
-            value = attempt(structured, answer) if isinstance(answer, str) else answer
-            if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+            value = attempt(structured, answer)
+            first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
+            if "role" in first:
                 messages += messages_record(value)[0]
-            elif isinstance(value, list) and value and isinstance(value[0], dict) and field(value[0], NAME):
-                messages.append(assistant("", *calls_in(value)))
             else:
-                messages.append(assistant(as_text(answer)))
-    known = {t["function"]["name"]: t for t in derive_tools(messages)}
-    for name in known.keys() & tools.keys():
-        known[name]["function"]["description"] = tools[name]["description"] or ""
-    return messages, list(known.values())
+                text, calls = ("", calls_in(value)) if field(first, NAME) else (as_text(answer), [])
+                messages.append(assistant(text, *calls))
+    return messages, derive_tools(messages, described)
 
 
 HARMONY = re.compile(
-    r"(?:<\|start\|>(?P<role>[^<]*))?(?:<\|channel\|>(?P<channel>[^<]*))?(?:<\|constrain\|>[^<]*)?"
-    r"<\|message\|>(?P<text>.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|<\|start\|>|\Z)",
-    re.DOTALL,
-)
+    r"(?s)(?:<\|start\|>([^<]*))?(?:<\|channel\|>([^<]*))?(?:<\|constrain\|>[^<]*)?"
+    r"<\|message\|>(.*?)(?=<\|end\|>|<\|call\|>|<\|return\|>|<\|start\|>|\Z)")
 
 
 def harmony(text):
     """OpenAI's harmony format, as its open models write it: channels for thoughts, calls and answers."""
     messages, tools = [], []
-    for found in HARMONY.finditer(text):
-        role, channel, said = (
-            (found["role"] or "assistant").split(),
-            found["channel"] or "",
-            found["text"].strip(),
-        )
-        to = re.search(r"\bto=([\w.-]+)", f"{found['role'] or ''} {channel}")
-        name = to and to[1].removeprefix("functions.")
-        if role[0] == "assistant" and name:
-            messages.append(assistant("", *calls_in({"name": name, "arguments": said})))
-        elif role[0] == "assistant":
-            said = f"<think>{said}</think>" if channel.startswith("analysis") else said
-            messages.append(assistant(said))
-        elif role[0] in ("system", "developer", "user"):
+    for head, channel, said in HARMONY.findall(text):
+        said, role = said.strip(), (head or "assistant").split()[0]
+        to = re.search(r"\bto=(?:functions\.)?([\w.-]+)", f"{head} {channel}")
+        if role == "assistant" and to:
+            messages.append(assistant("", *calls_in({"name": to[1], "arguments": said})))
+        elif role == "assistant":
+            messages.append(assistant(f"<think>{said}</think>" if channel.startswith("analysis") else said))
+        elif role in ("system", "developer", "user"):
             tools += harmony_tools(said)
-            messages.append(chat_message(ROLES.get(role[0], role[0]), said))
+            messages.append(chat_message(ROLES.get(role, role), said))
         else:  # a tool's name
             messages.append(tool(said))
     return messages, tools
 
 
+HARMONY_TYPES = by_word({"string": "string", "number": "number", "boolean": "boolean", "array": "string[] number[]"})
+
+
 def harmony_tools(text):
     """The tools in a prompt of harmony, which writes them as types of TypeScript; their parameters by name."""
     tools = []
-    for comment, name, body in re.findall(
-        r"((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text, re.M | re.DOTALL
-    ):
-        fields = re.findall(r"^(\w+)(\?)?: *([\w\[\]]*)", body, re.M)
-        kinds = {
-            "string": "string",
-            "number": "number",
-            "boolean": "boolean",
-            "string[]": "array",
-            "number[]": "array",
-        }
-        properties = {field: {"type": kinds[kind]} if kind in kinds else {} for field, _, kind in fields}
-        tools.append(
-            {
-                "name": name,
-                "description": comment.replace("// ", "").strip(),
-                "parameters": {
-                    "type": "object",
-                    "properties": properties,
-                    "required": [field for field, optional, _ in fields if not optional],
-                },
-            }
-        )
+    for comment, name, body in re.findall(r"(?ms)((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text):
+        fields = re.findall(r"(?m)^(\w+)(\?)?: *([\w\[\]]*)", body)
+        properties = {key: {"type": HARMONY_TYPES[kind]} if kind in HARMONY_TYPES else {} for key, _, kind in fields}
+        required = [key for key, optional, _ in fields if not optional]
+        tools.append({"name": name, "description": comment.replace("// ", "").strip(),
+                      "parameters": {"properties": properties, "required": required}})
     return tools_of(tools)
 
 
 LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
 
 
-def labelled_text(text):
+def labelled_text(record):
     """A conversation in one text, whose turns begin with SYSTEM:, USER: and ASSISTANT:."""
-    labels = {"SYSTEM": "system", "USER": "user", "ASSISTANT": "assistant", "TOOL": "tool"}
-    turns = split_turns(re.sub(r"^\s*```\w*\n|\n```\s*$", "", text), labels)
+    text = re.sub(r"^\s*```\w*\n|\n```\s*$", "", record["example"])
+    turns = split_turns(text, "SYSTEM|USER|ASSISTANT|TOOL")
     return converse(turns), tools_in(turns[0][1])
 
 
@@ -4145,80 +4114,53 @@ def seal_tools(record):
     """A prompt that lists the APIs, and the list of calls that answers it."""
     messages = []
     for turn in listed(record):
-        text = field(turn, ("value", "content"))
-        if ROLES.get(turn.get("from", turn.get("role"))) == "user":
-            listing, asked = groups(
-                r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$", text
-            )
+        text = field(turn, "value content")
+        if role_of(turn) == "user":
+            listing, asked = groups(r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$", text)
             messages.append(user(asked.strip().strip('"')))
         else:
             messages.append(assistant("", *calls_in(text)))
     return messages, tools_of(listing)
 
 
-def having(*names):
-    return lambda record: isinstance(record, dict) and record.keys() >= set(names)
-
-
-def matching(pattern):
-    return lambda record: isinstance(record, str) and re.search(pattern, record, re.M) is not None
-
-
-# name: (whether a record is of the format, its conversion). The first that fits is taken; an error means that it does not fit.
+# name: (what tells a record of the format, its conversion). It is told by paths that it has, by a pattern in a
+# text, or by a function. The first that fits is taken; an error means that it does not fit.
 FORMATS = {
-    "codeact_text": (matching(r"\ATask:\n(.*\n)*?Assistant:"), codeact_text),
-    "alfworld_text": (matching(r"^Your task is to:[^>]*^> ?\w"), alfworld_text),
-    "react_text": (matching(r"^Question:"), react_text),
-    "glaive": (having("system", "chat"), glaive_text),
-    "xlam": (having("query", "tools", "answers"), xlam),
-    "toolbench_tree": (having("tree", "answer_generation"), toolbench_tree),
-    "tooleval": (having("query", "available_tools", "answer"), tooleval),
-    "toolbench_query": (having("query", "api_list", "relevant APIs"), toolbench_query),
-    "agent_data_protocol": (lambda r: "class_" in r["content"][0], agent_data_protocol),
-    "api_bank": (
-        lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]),
-        api_bank,
-    ),
-    "api_bank_dialogue": (lambda r: "role" in r["turns"][0], api_bank_dialogue),
-    "tau_display": (having("messages_display"), tau_display),
-    "intercode": (
-        lambda r: "query" in r and ("turn_history" in r or "action" in r["trajectory"][0]),
-        intercode,
-    ),
+    "codeact_text": (re.compile(r"(?m)\ATask:\n(.*\n)*?Assistant:"), codeact_text),
+    "alfworld_text": (re.compile(r"(?m)^Your task is to:[^>]*^> ?\w"), alfworld_text),
+    "react_text": (re.compile(r"(?m)^Question:"), react_text),
+    "glaive": ("system, chat", glaive_text),
+    "xlam": ("query, tools, answers", xlam),
+    "toolbench_tree": ("tree, answer_generation", toolbench_tree),
+    "tooleval": ("query, available_tools, answer", tooleval),
+    "toolbench_query": ("query, api_list, relevant APIs", toolbench_query),
+    "agent_data_protocol": ("content.0.class_", agent_data_protocol),
+    "api_bank": (lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
+    "api_bank_dialogue": ("turns.0.role", lambda r: messages_record(r["turns"])),
+    "tau_display": ("messages_display", tau_display),
+    "intercode": (lambda r: "query" in r and ("turn_history" in r or "action" in r["trajectory"][0]), intercode),
     "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
-    "gorilla": (having("code", "api_call", "api_data"), gorilla),
-    "agentbench_os": (having("description", "explanation", "evaluation"), agentbench_os),
-    "agentbench_kg": (having("question", "actions", "s_expression"), agentbench_kg),
-    "alpaca": (having("instruction", "output"), alpaca),
+    "gorilla": ("code, api_call, api_data", gorilla),
+    "agentbench_os": ("description, explanation, evaluation", agentbench_os),
+    "agentbench_kg": ("question, actions, s_expression", agentbench_kg),
+    "alpaca": ("instruction, output", alpaca),
     "traces": (
-        lambda r: any(
-            "gen_ai.operation.name" in s["attributes"] or "gen_ai.input.messages" in s["attributes"]
-            for s in spans_of(r)
-        ),
-        trace,
-    ),
-    "atif": (lambda r: "source" in r["steps"][0], trajectory_interchange),
-    "samples": (
-        lambda r: "messages" in next(iter(samples(r))),
-        lambda r: [messages_record(sample) for sample in samples(r)],
-    ),
+        lambda r: any({"gen_ai.operation.name", "gen_ai.input.messages"} & span.keys() for span in spans_of(r)),
+        trace),
+    "atif": ("steps.0.source", trajectory_interchange),
+    "samples": (lambda r: "messages" in samples(r)[0], lambda r: map(messages_record, samples(r))),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
-    "harmony": (matching(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
-    "labelled_text": (
-        lambda r: re.search(LABELLED, r["example"]) is not None,
-        lambda r: labelled_text(r["example"]),
-    ),
+    "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
+    "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),
     "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
     "toolace": (
-        lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]),
-        toolace,
-    ),
+        lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
     "swe_agent": (lambda r: any(m.get("action") for m in listed(r)), react_record),
     "mini_swe_agent": (
-        lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", role="system"),
-        react_record,
-    ),
-    "react": (lambda r: says(r, ACTION) and (says(r, THOUGHT_LINE) or says(r, RESULT, "user")), react_record),
+        lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", "system"), react_record),
+    "react": (
+        lambda r: says(r, ACTION) and (
+            says(r, r"(?im)^\s*(?:Thought|Think)(?: \d+)?:") or says(r, RESULT, "user")), react_record),
     "codeact": (lambda r: says(r, r"(?ms)<execute\w*>.*</execute|^\s*<execute\w*>"), react_record),
     "messages": (lambda r: is_turn(whole(r)["messages"][0]), messages_record),
 }
