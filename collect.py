@@ -2847,7 +2847,8 @@ def read_values(path):
     dict, a text, or, for what cannot be read, a ValueError.
     """
     kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
-    readers = {"txt": read_whole, "md": read_whole, "csv": read_csv, "jsonl": read_lines, "ndjson": read_lines}
+    readers = {"txt": read_whole, "md": read_whole, "csv": read_csv,
+               "jsonl": read_lines, "ndjson": read_lines}
     try:
         yield from readers.get(kind, read_json)(path)
     except (OSError, EOFError, zlib.error, ValueError) as error:
@@ -2869,14 +2870,13 @@ def text_chunks(path):
 def text_lines(path):
     """Yield the lines of a file, and None for one that is too long, which is never held in memory."""
     line = ""
-    for chunk in text_chunks(path):
+    for chunk in itertools.chain(text_chunks(path), "\n"):  # the last line ends too
         for i, part in enumerate(chunk.split("\n")):
             if i:
                 yield line if len(line) <= MAX_RECORD else None
                 line = ""
             if len(line) <= MAX_RECORD:  # what is too long grows no further
                 line += part
-    yield line if len(line) <= MAX_RECORD else None
 
 
 def parse(text):
@@ -2938,7 +2938,8 @@ def read_json(path):
 
 def is_message(value):
     """Whether the list that begins with it is one record, and not a list of records."""
-    return isinstance(value, dict) and ({"role", "content"} <= value.keys() or is_item(value) or is_event(value))
+    return isinstance(value, dict) and (
+        {"role", "content"} <= value.keys() or is_item(value) or is_event(value))
 
 
 def read_list(path):
@@ -2976,7 +2977,7 @@ def records_in(where, value, depth=2):
         yield where, value
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Conversations: any format to messages and tools
 
 
@@ -2987,8 +2988,8 @@ def chat_records(path, name, license, args):
 
 
 def join_sessions(values):
-    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what its side
-    agents said is one of its own.
+    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what its
+    side agents said is one of its own.
     """
     sessions = {}  # {(session, side agent or False): (where it begins, its messages)}
     for where, value in values:
@@ -3018,7 +3019,8 @@ def value_records(values, source, license, domain="trajectory", form=None):
                 continue
             messages, tools = done
             apis = sorted({function["name"] for function in functions_called(messages)})
-            yield Record(f"{domain}:{source}:{line}", domain, source, license, apis, messages=messages, tools=tools)
+            id = f"{domain}:{source}:{line}"
+            yield Record(id, domain, source, license, apis, messages=messages, tools=tools)
 
 
 def attempt(function, *arguments):
@@ -3030,6 +3032,12 @@ def attempt(function, *arguments):
         return reason.encode("utf-8", "replace").decode()[:300]
 
 
+def list_or_none(function, *arguments):
+    """The function's list, or an empty one where the data makes it fail or there is no list."""
+    found = attempt(function, *arguments)
+    return found if isinstance(found, list) else []
+
+
 def convert(value, form):
     """A list of (messages, tools), one for most formats."""
     if isinstance(value, ValueError):
@@ -3038,15 +3046,30 @@ def convert(value, form):
     if not form:
         shown = ", ".join(map(str, value)) if isinstance(value, dict) else repr(value)
         raise ValueError(f"no known format: {type(value).__name__} {shown}")
-    found = FORMATS[form][1](value)
-    if isinstance(found, list):  # messages alone
-        found = found, []
-    return [found] if isinstance(found, tuple) else list(found)
+    _, conversion, *where = FORMATS[form]
+    found = conversion(value)
+    if isinstance(found, tuple):
+        return [found]
+    found = list(found)
+    if found and isinstance(found[0], tuple):
+        return found
+    return [with_tools(found, at(value, where[0]) if where else [])]
+
+
+def with_tools(messages, tools):
+    """(messages, their tools): those that are given, or else those in the system's prompt."""
+    tools = tools_of(tools)
+    if messages and messages[0]["role"] == "system" and not tools:
+        tools = tools_in(messages[0]["content"])
+    return messages, tools
 
 
 def recognise(value):
     """The name of the first format in FORMATS that fits, or None."""
-    return next((name for name, (test, _) in FORMATS.items() if attempt(passes, value, test) is True), None)
+    for name, (tests, *_) in FORMATS.items():
+        for test in tests.split(" | ") if isinstance(tests, str) else [tests]:
+            if attempt(passes, value, test) is True:
+                return name
 
 
 def passes(value, test):
@@ -3059,7 +3082,7 @@ def passes(value, test):
 
 
 def at(value, path):
-    """What stands at a path of keys and indices, such as "steps.0.source". Raises LookupError or TypeError."""
+    """What stands at a path, such as "steps.0.source". Raises LookupError or TypeError where nothing does."""
     for key in path.split("."):
         value = value[int(key) if key.isdigit() else key]
     return value
@@ -3069,7 +3092,7 @@ def finish(messages, tools):
     """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become
     question marks.
     """
-    messages = link([set_thought_apart(m) if m["role"] == "assistant" else m for m in one_system(messages)])
+    messages = link(map(set_thought_apart, one_system(messages)))
     known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
     for function in functions_called(messages):
         name, arguments = function["name"], function["arguments"]
@@ -3099,7 +3122,7 @@ def set_thought_apart(message):
     `reasoning_content`.
     """
     thought = re.match(r"(?s)\s*<think>(.*?)</think>\s*", message["content"])
-    if not thought:
+    if not thought or message["role"] != "assistant":
         return message
     thoughts = joined([message.get("reasoning_content"), thought[1].strip()])
     return message | {"content": message["content"][thought.end():]} | thinking(thoughts)
@@ -3128,7 +3151,8 @@ def link(messages):
             parts = [message]
             while linked and linked[-1]["role"] == "assistant" and "tool_calls" not in linked[-1]:
                 parts.insert(0, linked.pop())
-            content, thoughts = (joined(p.get(key) for p in parts) for key in ("content", "reasoning_content"))
+            content = joined(part["content"] for part in parts)
+            thoughts = joined(part.get("reasoning_content") for part in parts)
             linked.append(message | {"content": content, "tool_calls": calls} | thinking(thoughts))
             made = [c["id"] for c in calls]
             ids.update(made)
@@ -3164,7 +3188,7 @@ def check_conversation(messages, tools):
         raise ValueError("tools are not in the OpenAI form")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Parts that formats share: calls, tools, turns
 
 
@@ -3176,10 +3200,11 @@ def by_word(table):
 TYPE_NAMES = by_word({"object": "dict", "string": "str date enum", "integer": "int", "number": "float double",
                       "boolean": "bool", "array": "list tuple set"})
 # Names for arguments that are given by position, as the environments' papers name them.
-POSITIONAL = {"search": "query", "lookup": "keyword", "finish": "answer", "answer": "answer", "submit": "answer",
-              "click": "element", "get_relations": "variable", "get_neighbors": "variable relation",
-              "intersection": "variable1 variable2", "get_attributes": "variable", "argmax": "variable attribute",
-              "argmin": "variable attribute", "count": "variable", "torch.hub.load": "repo_or_dir model"}
+POSITIONAL = by_word({
+    "query": "search", "keyword": "lookup", "answer": "finish answer submit", "element": "click",
+    "variable": "get_relations get_attributes count", "variable relation": "get_neighbors",
+    "variable1 variable2": "intersection", "variable attribute": "argmax argmin",
+    "repo_or_dir model": "torch.hub.load"})
 # The tool that runs code, by its language (others: python), and the tool's parameter.
 LANGUAGES = by_word({"bash": "bash sh mswea_bash_command ctf", "sql": "sql"})
 CODE_PARAMETER = {"bash": "command", "sql": "query", "python": "code"}
@@ -3235,7 +3260,9 @@ def assistant(text, *calls):
 
 def field(value, names):
     """The first of several fields of an object, as "name api_name", that is there and not null, or None."""
-    return next((value[name] for name in names.split() if value.get(name) is not None), None)
+    for name in names.split():
+        if value.get(name) is not None:
+            return value[name]
 
 
 def role_of(message):
@@ -3254,21 +3281,20 @@ def as_text(value):
 
 
 def structured(text):
-    """The value of a text that holds JSON or a Python literal; what is no text as it is. Raises ValueError."""
-    try:
-        return json.loads(text, strict=False, parse_constant=lambda name: None) if isinstance(text, str) else text
-    except ValueError:
-        return literal(lambda: ast.literal_eval(text.strip()), text)
-
-
-def literal(evaluate, text):
-    """Run a literal parser on a text of reasonable length (ast takes hundreds of bytes a character), with one
-    kind of error.
+    """The value of a text that holds JSON or a Python literal; what is no text, as it is. Raises ValueError
+    where the text holds neither.
     """
+    if not isinstance(text, str):
+        return text
+    try:
+        return json.loads(text, strict=False, parse_constant=lambda name: None)
+    except ValueError:
+        pass
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as for "\d" in somebody's string
-            return evaluate() if len(text) < 2**20 else int("")
+            # ast takes hundreds of bytes a character
+            return ast.literal_eval(text.strip() if len(text) < 2**20 else "")
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         raise ValueError(f"neither JSON nor Python literals: {text[:80]!r}") from None
 
@@ -3301,7 +3327,8 @@ def calls_in(value):
         value = found.groupdict() if found else structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
-    inner = next((value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)), value)
+    wrapped = [value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)]
+    inner = [*wrapped, value][0]
     name, arguments, id = field(inner, NAME), field(inner, GIVEN), field(value, ID) or field(inner, ID)
     try:
         return [call(name, arguments, id)]
@@ -3345,8 +3372,8 @@ def python_calls(text):
 
 
 def brackets(text, at):
-    """Yield (piece, depth in brackets after it, where it ends) of a text, from a bracket to the one that closes
-    it. Strings are one piece.
+    """Yield (piece, depth in brackets after it, where it ends) of a text, from a bracket to the one that
+    closes it. A string is one piece.
     """
     depth = 0
     while found := PIECE.match(text, at):
@@ -3358,13 +3385,11 @@ def brackets(text, at):
 
 
 def argument_pieces(text, at):
-    """The arguments in the brackets that begin at a place in a text, as texts, and where the next call begins."""
-    cuts, piece, depth = [at], "", 1
-    for piece, depth, end in brackets(text, at):
-        if not depth or (piece, depth) == (",", 1):
-            cuts.append(end - 1)
+    """The arguments in the brackets that begin at a place in a text, as texts; where the next call begins."""
+    found = brackets(text, at)
+    cuts = [at, *(end - 1 for piece, depth, end in found if not depth or (piece, depth) == (",", 1))]
     after = re.compile(r"\)\s*(?:,|\Z)").match(text, cuts[-1])
-    if depth or not after:
+    if not after:
         raise ValueError(f"not calls: {text[:80]!r}")
     pieces = [text[start + 1:stop] for start, stop in itertools.pairwise(cuts)]
     return [piece for piece in pieces if piece.strip()], after.end()
@@ -3393,8 +3418,8 @@ def action_call(action):
         name, *values = [group for group in found.groups() if group is not None]
         return call(name, positional(name, values))
     if found := re.fullmatch(r"(?s)([\w.]+)\((.*)\)", action):
-        calls, values = attempt(python_calls, action), filter(None, map(str.strip, found[2].split(",")))
-        return calls[0] if isinstance(calls, list) else call(found[1], positional(found[1], values))
+        name, values = found[1], filter(None, map(str.strip, found[2].split(",")))
+        return next(iter(list_or_none(python_calls, action)), None) or call(name, positional(name, values))
     return call("act", {"command": action})
 
 
@@ -3437,8 +3462,8 @@ def split_action(text):
 
 
 def without_json_calls(text):
-    """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since its
-    strings may hold the tags. What is not JSON stays.
+    """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since
+    its strings may hold the tags. What is not JSON stays.
     """
     kept, calls, end = [], [], 0
     for tag in re.finditer(r"<tool_call>\s*(?=[\[{\"])", text):
@@ -3463,7 +3488,8 @@ def converse(turns, react=False, messages=None):
     for role, text in turns:
         role, last = role_of({"role": role}), messages[-1] if messages else {}
         called = "tool_calls" in last
-        if role == "user" and (called and react or (called or last.get("role") == "tool") and RESULT.match(text)):
+        marked = (called or last.get("role") == "tool") and RESULT.match(text)
+        if role == "user" and (called and react or marked):
             role = "tool"
         if role == "assistant":
             text, calls = lift(text, react)
@@ -3495,9 +3521,9 @@ def tools_of(value):
     """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names
     for types.
     """
-    value, tools = structured(value or []) if not isinstance(value, str) or value.strip() else [], []
+    value, tools = structured(value or []), []
     for given in value if isinstance(value, list) else [value]:
-        declared = given.get("functionDeclarations", given.get("function_declarations"))
+        declared = field(given, "functionDeclarations function_declarations")
         if isinstance(declared, list):  # Gemini's
             tools += tools_of(declared)
             continue
@@ -3510,7 +3536,8 @@ def tools_of(value):
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
             entries = {k: v for k, v in schema.items() if isinstance(v, dict)}
-            required = [k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
+            required = [
+                k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
             schema = {"properties": entries, "required": function.get("required", required)}
         known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
         schema = schema_types({"type": "object"} | schema | {"properties": known})
@@ -3556,8 +3583,7 @@ def tools_in(text):
                 broken += 1
                 continue
             end = after
-        found = attempt(tools_of, value)
-        tools += found if isinstance(found, list) else []
+        tools += list_or_none(tools_of, value)
     return tools
 
 
@@ -3568,13 +3594,13 @@ def derive_tools(messages, described={}):
         properties = tools.setdefault(function["name"], {})
         for name, value in json.loads(function["arguments"]).items():
             properties.setdefault(name, {"type": PYTHON_TYPES.get(type(value), "null")})
-    return tools_of([{"name": name, "description": described.get(name), "parameters": {"properties": properties}}
-                     for name, properties in tools.items()])
+    return tools_of([
+        {"name": name, "description": described.get(name), "parameters": {"properties": properties}}
+        for name, properties in tools.items()])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Formats. Each function converts a record to messages, to (messages, tools), or to several such pairs; no tools
-# means: those called
+# ------------------------------------------------------------------------------------------------------------
+# Formats. Each function converts a record to messages, to (messages, tools), or to several such pairs
 
 
 def listed(record):
@@ -3599,13 +3625,13 @@ def groups(pattern, text):
 
 def says(record, pattern, role="assistant"):
     """Whether a text of that role in a record of messages matches."""
-    turns = [(field(m, "role from"), as_text(field(m, "content value"))) for m in listed(record)]
-    return any(ROLES.get(name, name) == role and re.search(pattern, text) for name, text in turns)
+    turns = [(field(m, "role from"), field(m, "content value")) for m in listed(record)]
+    return any(ROLES.get(name, name) == role and re.search(pattern, as_text(text)) for name, text in turns)
 
 
 def messages_record(record, react=False):
-    """Messages of OpenAI, Anthropic, Gemini, LangChain, ShareGPT and their relatives, with calls in fields, in
-    parts, or in the text.
+    """Messages of OpenAI, Anthropic, Gemini, LangChain, ShareGPT and their relatives, with calls in fields,
+    in parts, or in the text.
     """
     record, messages = whole(record), []
     turns = [unwrapped(message) for message in record["messages"]]
@@ -3624,8 +3650,7 @@ def messages_record(record, react=False):
     if not messages:
         left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
         raise ValueError(f"nothing is left without {', '.join(left_out)}")
-    tools = tools_of(field(record, TOOLS))
-    return messages, tools_in(messages[0]["content"]) if messages[0]["role"] == "system" and not tools else tools
+    return with_tools(messages, field(record, TOOLS))
 
 
 def whole(record):
@@ -3639,15 +3664,14 @@ def whole(record):
     if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
         asked = [user(prompt)]
     else:
-        asked = record["prompt"] if isinstance(record.get("prompt"), list) else attempt(listed, record)
+        asked = record["prompt"] if isinstance(record.get("prompt"), list) else list_or_none(listed, record)
     answer = field(record, "output chosen completion")
     match record:
         case {"choices": list(choices)}:
             answer = [choices[0]["message"]]
         case {"role": "assistant", "content": list(content)}:
             answer = [{"role": "assistant", "content": content}]
-    answer = [assistant(answer)] if isinstance(answer, str) else answer
-    asked, answer = (given if isinstance(given, list) else [] for given in (asked, answer))
+    answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
     asked = answer if answer[:len(asked)] == asked else asked + answer
     system = field(record, "system instructions systemInstruction system_instruction")
     if system and field(unwrapped(asked[0]), ROLE) != "system":
@@ -3657,7 +3681,7 @@ def whole(record):
 
 
 def unwrapped(message):
-    """A message without what is around it: LangChain's ways to write one, and the events of Gemini's agents."""
+    """A message without what is around it: in LangChain's dumps, and in the events of Gemini's agents."""
     match message:
         case str():
             return user(message)
@@ -3767,13 +3791,13 @@ def react_text(text):
 def alfworld_text(text):
     """An episode whose actions and thoughts are lines that begin with "> "."""
     start, *steps = re.split(r"(?m)^> ?", text)
-    messages = [user(start.strip())]
+    yield user(start.strip())
     for action, _, result in (step.partition("\n") for step in steps):
         if action.startswith("think:"):
-            messages.append(assistant(action[6:].strip()))
+            yield assistant(action[6:].strip())
         else:
-            messages += [assistant("", action_call(action)), tool(result.strip())]
-    return messages
+            yield assistant("", action_call(action))
+            yield tool(result.strip())
 
 
 def codeact_text(text):
@@ -3783,11 +3807,10 @@ def codeact_text(text):
 
 def glaive_text(record):
     """A system prompt with tools, and a dialogue as one text."""
-    system = record["system"].removeprefix("SYSTEM:").strip()
-    turns = [("system", system)]
+    turns = [("system", record["system"].removeprefix("SYSTEM:").strip())]
     for role, text in split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE"):
         turns.append((role, text.removesuffix("<|endoftext|>").strip()))
-    return converse(turns), tools_in(system)
+    return converse(turns)
 
 
 def alpaca(record):
@@ -3804,7 +3827,7 @@ def alpaca(record):
 def xlam(record):
     """A request, or messages, and the calls that answer it."""
     asked = record["query"] if isinstance(record["query"], list) else [record["query"]]
-    return [*messages_record(asked)[0], assistant("", *calls_in(record["answers"]))], tools_of(record["tools"])
+    return [*messages_record(asked)[0], assistant("", *calls_in(record["answers"]))]
 
 
 TOOLACE_CALL = re.compile(r"\s*\[[^\[\]\s(][^(\[\]]*\(")
@@ -3819,7 +3842,7 @@ def toolace(record):
             messages.append(assistant("", *python_calls(text)))
         else:
             converse([(role, text)], messages=messages)
-    return messages, tools_in(record["system"])
+    return messages
 
 
 def toolbench_tree(record):
@@ -3830,14 +3853,13 @@ def toolbench_tree(record):
         end = path[-1]["description"]
         return bool(end) and end == answer["final_answer"], "give_answer" in end, len(path)
 
-    messages = [user(answer["query"].strip())]
+    yield user(answer["query"].strip())
     for node, following in itertools.pairwise([*max(tree_paths(record["tree"]["tree"]), key=rank), {}][1:]):
         if node["node_type"] == "Thought":
-            messages.append(assistant(node["description"]))
+            yield assistant(node["description"])
         elif node["node_type"] == "Action" and following:
-            made = call(node["description"], following["description"])
-            messages += [assistant("", made), tool(following["observation"])]
-    return messages, tools_of(answer["function"])
+            yield assistant("", call(node["description"], following["description"]))
+            yield tool(following["observation"])
 
 
 def tree_paths(node, before=()):
@@ -3851,7 +3873,8 @@ def tooleval(record):
     """The file holds 100 characters of each step: the calls up to the first one that this cuts, then the
     names alone.
     """
-    messages, names, (node,) = [user(record["query"])], [], record["answer"]["answer_details"]
+    names, (node,) = [], record["answer"]["answer_details"]
+    yield user(record["query"])
     step = r"^\{'name': '([^']*)', 'arguments': (?:'(.*?)', 'response': '?(.*))?"
     while node:
         if node["role"] == "tool":
@@ -3859,13 +3882,13 @@ def tooleval(record):
             if arguments is None or names:
                 names.append(name)
             else:
-                messages += [assistant("", call(name, arguments.replace("\\n", "\n"))), tool(result)]
+                yield assistant("", call(name, arguments.replace("\\n", "\n")))
+                yield tool(result)
         elif node["role"] == "assistant":
-            messages.append(assistant(node["message"]))
+            yield assistant(node["message"])
         node = next(iter(node["next"]), None)
     if names:
-        messages.append(assistant("Functions to call next, in order: " + ", ".join(names)))
-    return messages, tools_of(record["available_tools"])
+        yield assistant("Functions to call next, in order: " + ", ".join(names))
 
 
 def toolbench_query(record):
@@ -3883,35 +3906,36 @@ def toolbench_query(record):
 
 def agent_data_protocol(record):
     """Actions and observations in the Agent Data Protocol."""
-    messages = []
+    called = False
     for step in record["content"]:
         kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
         if kind == "message_action":
-            messages.append(assistant(joined([thought, text])))
+            yield assistant(joined([thought, text]))
         elif kind == "api_action":
-            messages.append(assistant(thought, call(step["function"], step.get("kwargs"))))
+            yield assistant(thought, call(step["function"], step.get("kwargs")))
         elif kind.endswith("_action"):
-            messages.append(assistant(thought, code_call(step["language"], text)))
+            yield assistant(thought, code_call(step["language"], text))
         else:
             text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
-            result = step.get("source") != "user" and messages and "tool_calls" in messages[-1]
-            messages.append(tool(text) if result else user(text))
-    return messages
+            yield chat_message("tool" if called and step.get("source") != "user" else "user", text)
+        called = kind.endswith("_action") and kind != "message_action"
 
 
 def api_bank(record):
     """Instruction, dialogue so far, and the call or answer expected."""
     expected = record.get("expected_output", record.get("output"))
     expected = expected if re.match(r"\s*(API-Request|AI):", expected) else "API-Request:" + expected
-    messages = [chat_message("system", record["instruction"].strip())]
+    yield chat_message("system", record["instruction"].strip())
     labels = "User|AI|API-Request|Generate API Request|Generate AI Response"
     for role, text in split_turns(record["input"] + "\n" + expected, labels):
         if role == "api-request":
-            for request, arrow, result in (line.partition("->") for line in text.splitlines() if line.strip()):
-                messages += [assistant("", *python_calls(request)), *[tool(result.strip())] * bool(arrow)]
+            for line in filter(str.strip, text.splitlines()):
+                request, arrow, result = line.partition("->")
+                yield assistant("", *python_calls(request))
+                if arrow:
+                    yield tool(result.strip())
         elif role in ("user", "assistant"):
-            messages.append(chat_message(role, text))
-    return messages, tools_in(record["instruction"])
+            yield chat_message(role, text)
 
 
 def tau_display(record):
@@ -3926,8 +3950,9 @@ def intercode(record):
     """A request and what was done in a shell, a database or Python, as lists or as steps."""
     steps = record.get("trajectory")
     history = record.get("turn_history") or {key + "s": [step[key] for step in steps] for key in steps[0]}
-    actions, messages = history["actions"], [user(record["query"])]
-    thoughts = history.get("thoughts") or history.get("steps") or [""] * len(actions)
+    actions = history["actions"]
+    thoughts = field(history, "thoughts steps") or [""] * len(actions)
+    yield user(record["query"])
     for thought, action, observation in zip(thoughts, actions, history["observations"], strict=True):
         if action.startswith("submit"):
             made = call("submit", positional("submit", filter(None, [action[7:]])))
@@ -3935,28 +3960,27 @@ def intercode(record):
             wrapped = re.fullmatch(r"(?s)execute\[(.*)\]|cmd (.*)", action)
             code = wrapped[1] or wrapped[2] if wrapped else action
             made = code_call(record["environment"].removeprefix("ic_"), code)
-        messages += [assistant(thought, made), tool(observation)]
-    return messages
+        yield assistant(thought, made)
+        yield tool(observation)
 
 
 def toolverifier(record):
     """A request, tools by name and purpose, a thought, and the tool chosen (without arguments)."""
-    asked, tools, choice = (part.strip() for part in record["text"].split("###\n"))
-    thought, name = groups(r'^(.*)\nAct: CALLTOOL\["(.*)"\]$', choice)
-    lines = tools.removeprefix("Tool Choices:").strip().splitlines()
-    tools = [{"name": name, "description": purpose} for name, purpose in (line.split(" = ", 1) for line in lines)]
-    messages = [user(asked.removeprefix("User:").strip()), assistant(THOUGHT.sub("", thought), call(name, {}))]
-    return messages, tools_of(tools)
+    form = (r"\s*(?:User:)?\s*(.*?)\s*###\n\s*Tool Choices:\s*(.*?)\s*###\n"
+            r'(.*)\nAct: CALLTOOL\["(.*)"\]\s*$')
+    asked, tools, thought, chosen = groups(form, record["text"])
+    lines = [line.split(" = ", 1) for line in tools.splitlines()]
+    tools = [{"name": name, "description": purpose} for name, purpose in lines]
+    return [user(asked), assistant(THOUGHT.sub("", thought), call(chosen, {}))], tools_of(tools)
 
 
 def gorilla(record):
     """An instruction, and the explanation, call and code that answer it (no call where the source's is not
     valid Python).
     """
-    parts = groups(r"'Instruction': (.*?), 'Output':.*'explanation': (.*?), 'code': (.*)\}\}\s*$", record["code"])
-    asked, explanation, code = (part.strip("\"'") for part in parts)
-    calls = attempt(python_calls, record["api_call"])
-    calls = calls if isinstance(calls, list) else []
+    form = r"'Instruction': (.*?), 'Output':.*'explanation': (.*?), 'code': (.*)\}\}\s*$"
+    asked, explanation, code = (part.strip("\"'") for part in groups(form, record["code"]))
+    calls = list_or_none(python_calls, record["api_call"])
     messages = [user(asked), assistant(explanation, *calls), assistant(code)]
     described = {f["name"]: record["api_data"]["description"] for f in functions_called(messages)}
     return messages, derive_tools(messages, described)
@@ -3985,13 +4009,15 @@ def is_turn(message):
 
 def samples(record):
     """The conversations of a log that holds several: Inspect's samples, tau2-bench's simulations."""
-    return record["samples"] if "samples" in record else record["simulations"]
+    return map(messages_record, field(record, "samples simulations"))
 
 
 def is_event(value):
     """Whether it is an event of OpenHands: an action or what was observed."""
-    keys = value.keys() if isinstance(value, dict) else set()
-    return bool({"action", "observation"} & keys) and not {"role", "from"} & keys
+    match value:
+        case {"action": _} | {"observation": _}:
+            return not {"role", "from"} & value.keys()
+    return False
 
 
 def openhands(record):
@@ -4014,8 +4040,7 @@ def openhands(record):
 def event_calls(action, given, made):
     """The calls of an action of OpenHands: as the model wrote them, where its answer was kept."""
     arguments = {k: given[k] for k in "command code path content url query".split() if given.get(k)}
-    written = attempt(at, made, "model_response.choices.0.message.tool_calls")
-    written = written if isinstance(written, list) else []
+    written = list_or_none(at, made, "model_response.choices.0.message.tool_calls")
     try:
         return calls_in([c for c in written if c["id"] == made["tool_call_id"]]) or [call(action, arguments)]
     except ValueError:  # the model's JSON was broken
@@ -4033,17 +4058,17 @@ def trajectory_interchange(record):
 
 
 def spans_of(record):
-    """The attributes of the spans of an OpenTelemetry trace, in the order of time."""
+    """The spans of an OpenTelemetry trace, in the order of time."""
     spans = record["spans"] if isinstance(record, dict) else record
-    return [span["attributes"] for span in sorted(spans, key=lambda span: span["start_time"])]
+    return sorted(spans, key=lambda span: span["start_time"])
 
 
 def trace(record):
-    """The spans of an agent's run, by OpenTelemetry's conventions for generative models: the longest history that
-    a call of the model was given, and what was done since.
+    """The spans of an agent's run, by OpenTelemetry's conventions for generative models: the longest history
+    that a call of the model was given, and what was done since.
     """
     messages, described = [], {}
-    for span in spans_of(record):
+    for span in (span["attributes"] for span in spans_of(record)):
         given = span.get("gen_ai.input.messages")
         given = messages_record(structured(given))[0] if given else []
         messages = given if len(given) > len(messages) else messages
@@ -4052,13 +4077,13 @@ def trace(record):
             described[span["gen_ai.tool.name"]] = span.get("gen_ai.tool.description")
             messages.append(tool(as_text(answer)))
         elif answer is not None and messages:
-            value = attempt(structured, answer)
-            first = value[0] if isinstance(value, list) and value and isinstance(value[0], dict) else {}
-            if "role" in first:
-                messages += messages_record(value)[0]
-            else:
-                text, calls = ("", calls_in(value)) if field(first, NAME) else (as_text(answer), [])
-                messages.append(assistant(text, *calls))
+            match list_or_none(structured, answer):
+                case [{"role": _}, *_] as value:
+                    messages += messages_record(value)[0]
+                case [dict(first), *_] as value if field(first, NAME):
+                    messages.append(assistant("", *calls_in(value)))
+                case _:
+                    messages.append(assistant(as_text(answer)))
     return messages, derive_tools(messages, described)
 
 
@@ -4085,15 +4110,15 @@ def harmony(text):
     return messages, tools
 
 
-HARMONY_TYPES = by_word({"string": "string", "number": "number", "boolean": "boolean", "array": "string[] number[]"})
-
-
 def harmony_tools(text):
-    """The tools in a prompt of harmony, which writes them as types of TypeScript; their parameters by name."""
+    """The tools in a prompt of harmony, which writes them as types of TypeScript; parameters by name."""
     tools = []
     for comment, name, body in re.findall(r"(?ms)((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text):
         fields = re.findall(r"(?m)^(\w+)(\?)?: *([\w\[\]]*)", body)
-        properties = {key: {"type": HARMONY_TYPES[kind]} if kind in HARMONY_TYPES else {} for key, _, kind in fields}
+        properties = {}
+        for key, _, kind in fields:
+            known = re.fullmatch(r"(string|number)(\[\])?|boolean", kind)
+            properties[key] = {"type": "array" if "[" in kind else kind} if known else {}
         required = [key for key, optional, _ in fields if not optional]
         tools.append({"name": name, "description": comment.replace("// ", "").strip(),
                       "parameters": {"properties": properties, "required": required}})
@@ -4116,39 +4141,44 @@ def seal_tools(record):
     for turn in listed(record):
         text = field(turn, "value content")
         if role_of(turn) == "user":
-            listing, asked = groups(r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$", text)
+            form = r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$"
+            listing, asked = groups(form, text)
             messages.append(user(asked.strip().strip('"')))
         else:
             messages.append(assistant("", *calls_in(text)))
     return messages, tools_of(listing)
 
 
-# name: (what tells a record of the format, its conversion). It is told by paths that it has, by a pattern in a
-# text, or by a function. The first that fits is taken; an error means that it does not fit.
+# name: (what tells a record of the format, its conversion, where its tools are if not in the system's
+# prompt). It is told by the paths that it has ("a, b | c" is a and b, or c), by a pattern in a text, or by a
+# function. The first that fits is taken; an error means that it does not fit. No tools means: those called.
 FORMATS = {
     "codeact_text": (re.compile(r"(?m)\ATask:\n(.*\n)*?Assistant:"), codeact_text),
     "alfworld_text": (re.compile(r"(?m)^Your task is to:[^>]*^> ?\w"), alfworld_text),
     "react_text": (re.compile(r"(?m)^Question:"), react_text),
     "glaive": ("system, chat", glaive_text),
-    "xlam": ("query, tools, answers", xlam),
-    "toolbench_tree": ("tree, answer_generation", toolbench_tree),
-    "tooleval": ("query, available_tools, answer", tooleval),
+    "xlam": ("query, tools, answers", xlam, "tools"),
+    "toolbench_tree": ("tree, answer_generation", toolbench_tree, "answer_generation.function"),
+    "tooleval": ("query, available_tools, answer", tooleval, "available_tools"),
     "toolbench_query": ("query, api_list, relevant APIs", toolbench_query),
     "agent_data_protocol": ("content.0.class_", agent_data_protocol),
-    "api_bank": (lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
+    "api_bank": (
+        lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
     "api_bank_dialogue": ("turns.0.role", lambda r: messages_record(r["turns"])),
     "tau_display": ("messages_display", tau_display),
-    "intercode": (lambda r: "query" in r and ("turn_history" in r or "action" in r["trajectory"][0]), intercode),
+    "intercode": ("query, turn_history | query, trajectory.0.action", intercode),
     "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
     "gorilla": ("code, api_call, api_data", gorilla),
     "agentbench_os": ("description, explanation, evaluation", agentbench_os),
     "agentbench_kg": ("question, actions, s_expression", agentbench_kg),
     "alpaca": ("instruction, output", alpaca),
     "traces": (
-        lambda r: any({"gen_ai.operation.name", "gen_ai.input.messages"} & span.keys() for span in spans_of(r)),
+        lambda r: any(
+            {"gen_ai.operation.name", "gen_ai.input.messages"} & span["attributes"].keys()
+            for span in spans_of(r)),
         trace),
     "atif": ("steps.0.source", trajectory_interchange),
-    "samples": (lambda r: "messages" in samples(r)[0], lambda r: map(messages_record, samples(r))),
+    "samples": ("samples.0.messages | simulations.0.messages", samples),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
     "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
     "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),
