@@ -3220,7 +3220,7 @@ PARTS = by_word({
 # Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
 # messages and tools; where a message has its role. See field().
 NAME = "name tool_name toolName function_name api_name api tool.name function"
-GIVEN = "arguments args input parameters kwargs tool.args param_dict"
+GIVEN = "arguments args input parameters kwargs tool.args"
 CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
@@ -3432,14 +3432,14 @@ def lift(text, react):
         inside = "".join(others) + llama
         if tag.startswith("execute"):
             calls.append(code_call("bash" if tag == "execute_bash" else "python", inside))
+        elif llama and not llama.lstrip().startswith("{"):
+            calls.append(code_call("python", llama))
         elif inside.lstrip().startswith("<function="):
             for name, body in re.findall(XML_CALL, inside):
                 given = re.findall(XML_PARAMETER, body)
                 calls.append(call(name, {key: plain_json(value) for key, value in given}))
         elif mistral := re.fullmatch(r"(?s)([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)", inside):
             calls.append(call(*mistral.groups()))
-        elif llama and not llama.lstrip().startswith("{"):
-            calls.append(code_call("python", llama))
         else:
             calls += calls_in(inside)
     if calls or not react:
@@ -3704,10 +3704,9 @@ def parts_of(message, role):
         return
     if thought := field(message, "reasoning_content reasoning thinking"):
         yield "thought", as_text(thought)
-    apis = [message] if "param_dict" in message else message.get("apis") or ()  # API-Bank; ToolTalk
-    for api in apis:
-        yield "call", calls_in(api.get("request", api))[0]
-        yield "result", (None, as_text(field(api.get("result", api), "exception response output")))
+    for api in message.get("apis") or ():  # ToolTalk
+        yield "call", calls_in(api["request"])[0]
+        yield "result", (None, as_text(field(api, "exception response")))
     calls = [*filter(None, map(message.get, ("tool_calls", "function_call")))]
     content = field(message, "content value parts text")
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
@@ -3743,17 +3742,17 @@ def read_part(part):
     """Yield what one part of a message is, as parts_of() does; nothing for an image and the like."""
     part = {"text": part} if isinstance(part, str) else part
     kind = kind_of(part)
-    what = PARTS.get(kind)
-    if what in ("text", "thought"):
-        said = as_text(field(part, kind + " text value summary content"))
-        yield "thought" if part.get("thought") is True else what, said
-    elif what == "call":
-        yield from (("call", made) for made in calls_in(part.get("value") or part))
-        if part.get("output") is not None:  # of a server's tool: beside its call
-            yield "result", (field(part, ID), as_text(part["output"]))
-    elif what == "result":
-        inner = part[kind] if isinstance(part.get(kind), dict) else part
-        yield "result", (field(inner, ID), as_text(field(inner, OUTCOME)))
+    match PARTS.get(kind):
+        case "text" | "thought" as what:
+            said = as_text(field(part, kind + " text value summary content"))
+            yield "thought" if part.get("thought") is True else what, said
+        case "call":
+            yield from (("call", made) for made in calls_in(part.get("value") or part))
+            if part.get("output") is not None:  # of a server's tool: beside its call
+                yield "result", (field(part, ID), as_text(part["output"]))
+        case "result":
+            inner = part[kind] if isinstance(part.get(kind), dict) else part
+            yield "result", (field(inner, ID), as_text(field(inner, OUTCOME)))
 
 
 def say(role, parts, messages, react=False):
@@ -3835,14 +3834,11 @@ TOOLACE_CALL = re.compile(r"\s*\[[^\[\]\s(][^(\[\]]*\(")
 
 def toolace(record):
     """ShareGPT whose assistant writes [f(a=1), g(b="x")]; its other texts are answers."""
-    messages = [chat_message("system", record["system"])]
+    turns = [chat_message("system", record["system"])]
     for turn in record["conversations"]:
-        role, text = turn["from"], turn["value"]
-        if role == "assistant" and TOOLACE_CALL.match(text):
-            messages.append(assistant("", *python_calls(text)))
-        else:
-            converse([(role, text)], messages=messages)
-    return messages
+        calls = turn["from"] == "assistant" and TOOLACE_CALL.match(turn["value"])
+        turns.append(assistant("", *python_calls(turn["value"])) if calls else turn)
+    return messages_record(turns)
 
 
 def toolbench_tree(record):
@@ -3936,6 +3932,17 @@ def api_bank(record):
                     yield tool(result.strip())
         elif role in ("user", "assistant"):
             yield chat_message(role, text)
+
+
+def api_bank_dialogue(record):
+    """Turns of the user, the assistant, and the API: a call with its result."""
+    for turn in record["turns"]:
+        if turn["role"] == "API":
+            result = turn["result"].get("exception") or turn["result"].get("output")
+            yield assistant("", call(turn["api_name"], turn["param_dict"]))
+            yield tool(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
+        else:
+            yield from converse([(turn["role"], turn["text"])])
 
 
 def tau_display(record):
@@ -4051,9 +4058,10 @@ def trajectory_interchange(record):
     """Steps in the Agent Trajectory Interchange Format (ATIF, of the Harbor framework)."""
     turns = []
     for step in record["steps"]:
-        turns.append(step | {"role": step["source"], "content": step.get("message")})
-        results = (step.get("observation") or {}).get("results") or []
-        turns += [{"role": "tool", "tool_call_id": field(result, ID)} | result for result in results]
+        said = {key: step.get(key) for key in ("reasoning_content", "tool_calls")}
+        turns.append(said | {"role": step["source"], "content": as_text(step.get("message"))})
+        for result in (step.get("observation") or {}).get("results") or []:
+            turns.append(tool(as_text(result.get("content"))) | {"tool_call_id": field(result, ID)})
     return messages_record(turns)[0], tools_of((record.get("agent") or {}).get("tool_definitions"))
 
 
@@ -4140,7 +4148,7 @@ def seal_tools(record):
     messages = []
     for turn in listed(record):
         text = field(turn, "value content")
-        if role_of(turn) == "user":
+        if field(turn, "from role") in ("human", "user"):
             form = r"api_list = (\[.*?\])\n+task_instruction = (.*?)(?:\nOutput:)?\s*$"
             listing, asked = groups(form, text)
             messages.append(user(asked.strip().strip('"')))
@@ -4164,7 +4172,7 @@ FORMATS = {
     "agent_data_protocol": ("content.0.class_", agent_data_protocol),
     "api_bank": (
         lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
-    "api_bank_dialogue": ("turns.0.role", lambda r: messages_record(r["turns"])),
+    "api_bank_dialogue": ("turns.0.role", api_bank_dialogue),
     "tau_display": ("messages_display", tau_display),
     "intercode": ("query, turn_history | query, trajectory.0.action", intercode),
     "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
