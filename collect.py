@@ -3836,8 +3836,9 @@ def toolace(record):
     """ShareGPT whose assistant writes [f(a=1), g(b="x")]; its other texts are answers."""
     turns = [chat_message("system", record["system"])]
     for turn in record["conversations"]:
-        calls = turn["from"] == "assistant" and TOOLACE_CALL.match(turn["value"])
-        turns.append(assistant("", *python_calls(turn["value"])) if calls else turn)
+        role, text = turn["from"], turn["value"]
+        calls = python_calls(text) if role == "assistant" and TOOLACE_CALL.match(text) else []
+        turns.append(assistant("", *calls) if calls else chat_message(role, text))
     return messages_record(turns)
 
 
