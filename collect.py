@@ -1206,7 +1206,8 @@ def class_schema(stated):
     held = re.sub(r"\b(?!Union|Optional)\w+\[[^\[\]]*\]", "", stated)
     if re.search(r"(?i)callable|function|\btype\b", stated) or re.search(r"\bAny\b", held):
         return {}
-    if any(re.fullmatch(r"(?!optional|instance|object)[a-z][a-z-]+", part) for part in type_parts(stated)):
+    parts = type_parts(stated)
+    if len(parts) > 1 and any(re.fullmatch(r"(?!optional|graph)[a-z][a-z-]+", part) for part in parts):
         return {}  # "Medium or sympifiable"
     found = re.search(rf"\b{CLASS_NAME}\b", stated)
     described = found or re.search(
@@ -2165,7 +2166,7 @@ def first_sentence(doc):
     paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
     ends = r"(?<=[a-z)`'\"\]][.!?])(?<!i\.e\.)(?<!e\.g\.) (?=[A-Z`])"
     first = re.split(ends, paragraphs[0])[0] if paragraphs else ""
-    return "" if "---" in first else first  # a drawing
+    return "" if "-----" in first else first  # a drawing
 
 
 def document(name, signature, doc, tool, package, license):

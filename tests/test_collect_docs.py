@@ -1117,6 +1117,24 @@ def test_what_the_documentation_lists_comes_before_an_alias():
     assert collect.type_schema("instance of FreeGroupElement or string")["anyOf"][0]["title"] == "FreeGroupElement"
 
 
+@pytest.mark.parametrize("doc, said", [
+    ("Returns a field, i.e. `Q`. More.", "Returns a field, i.e. Q."),
+    ("r.index(value) -> integer -- return index of value.\nRaise ValueError if absent.", "return index of value."),
+    ("Multiplies a :ref:`COO matrix <sparse-docs>` by 2.", "Multiplies a COO matrix by 2."),
+    ("We have:\nx(float) ------------- conv1d ---", "")])
+def test_what_a_first_sentence_is(doc, said):
+    assert collect.summarise(doc) == said
+
+
+def test_joint_entries_and_prose_of_several_types():
+    doc = "Args:\n    stdin, stdout and stderr: Handles of files.\n"
+    assert {*collect.documented_parameters(doc)} == {"stdin", "stdout", "stderr"}
+    said = collect.Documented("", "A string, or a sequence of program arguments.")
+    assert collect.parameter_schema("p", "", said)["type"] == ["string", "array"]
+    assert "type" not in collect.parameter_schema("p", "", collect.Documented("Medium or sympifiable", "What is left."))
+    assert "type" not in collect.parameter_schema("p", "", collect.Documented("", "Alias of text."))
+
+
 def test_a_list_in_a_summary_is_whole_or_left_out():
     doc = "Check the following conditions:\n\n- Size is 3\n- The last dimensions\n  are w and h\n- It is{}\n"
     assert collect.summarise(doc.format(" so")).endswith("Size is 3 - The last dimensions are w and h - It is so")
