@@ -2406,32 +2406,16 @@ def prose(package):
 
 MAX_SPEC = 100_000_000         # bytes of one specification
 MAX_DEPTH, MAX_NODES = 4, 300  # of a schema once its references are resolved: some services' would fill gigabytes
-BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob": "string", "timestamp": "string",
-                  "long": "integer", "float": "number", "double": "number"}
-KEPT_KEYS = ("type", "format", "enum", "default", "minimum", "maximum", "minLength", "maxLength", "pattern", "nullable", "const")
-
-
-def web_api(name, head, doc, parameters, body, returns, resolve, service, source, license, url, body_required=True, outcomes=""):
-    """The api_doc record of one operation of a web service. `parameters` is {name: (what is stated of it, its
-    schema)}; the properties of the request body stand beside them or, where they would clash, the body as one
-    parameter.
-    """
-    properties = {key: json_schema_of(schema, resolve, "readOnly") for key, (_, schema) in parameters.items()}
-    for key, (stated, _) in parameters.items():
-        properties[key] |= {"description": shorten(stated["description"])} if stated.get("description") else {}
-    required = [key for key, (stated, _) in parameters.items() if stated.get("required") is True]
-    body, returns = json_schema_of(body, resolve, "readOnly"), json_schema_of(returns, resolve, "writeOnly")
-    if body and (
-        "properties" not in body or "anyOf" in body or body["properties"].keys() & properties.keys()
-    ):
-        body = {"properties": {"body": body}, "required": ["body"]}
-    properties |= body.get("properties", {})
-    required += body.get("required", []) * body_required
-    doc, license = plain_text(doc), str(license)
-    schema = {"type": "object", "properties": properties, "required": sorted(set(required))}
-    tool = {"description": summarise(doc) or head, "name": name, "parameters": schema} | ({"returns": returns} if returns else {})
-    text = document(name, f": {head}", "\n\n".join(filter(None, (doc, plain_text(outcomes)))), tool, service, license)
-    return Record(f"api_doc:{source}:{name}", "api_doc", source, license, [name], text, url=url if isinstance(url, str) else None)
+MAX_PIECES = 10_000            # of the JSON of a default, an enum and the like
+METHODS = "get put post delete options head patch trace query".split()
+BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob": "string",
+                  "timestamp": "string", "long": "integer", "float": "number", "double": "number"}
+KEPT_KEYS = "type format enum default minimum maximum minLength maxLength pattern nullable const".split()
+YAML_TYPES = [  # (name, how such a value begins, what it is): of YAML 1.2, as OpenAPI means it
+    ("null", ["", *"~nN"], r"~|null|Null|NULL|"),
+    ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
+    ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
+    ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")]
 
 
 def openapi_records(path, name, license, args):
@@ -2439,52 +2423,29 @@ def openapi_records(path, name, license, args):
     spec = read_spec(path)
     if not {"swagger", "openapi"} & spec.keys() and next(mcp_tools(spec, ""), None):
         return (yield from mcp_records(path, name, license, args))
-    if not re.match(r"[23]\.", str(spec.get("swagger") or spec.get("openapi"))) or not isinstance(spec.get("paths"), dict):
+    version = str(spec.get("swagger") or spec.get("openapi"))
+    if not re.match(r"[23]\.", version) or not isinstance(spec.get("paths"), dict):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
     info, taken = mapping(spec.get("info")), Counter()
+    title, license = info.get("title", name), mapping(info.get("license")).get("name") or license
     others = {}  # files that it refers to
-    service, resolve = f"{info.get('title', name)} {info.get('version', '')}", partial(
-        follow, spec, others, path.parent
-    )
-    license = mapping(info.get("license")).get("name") or license
+    resolve = partial(follow, spec, others, path.parent)
+    about = resolve, f"{title} {info.get('version', '')}", f"openapi:{name}", license
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
-        for method in ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query"):
-            if not (operation := resolved(item.get(method), resolve)):
-                continue
-            called = f"{identifier(info.get('title') or name)}.{identifier(operation.get('operationId') or f'{method} {place}')}"
-            taken[called] += 1
-            called += f"_{taken[called]}" * (taken[called] > 1)
-            stated = [resolved(p, resolve) for p in [*listing(item.get("parameters")), *listing(operation.get("parameters"))]]
-            stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values()  # an operation's own count more
-            parameters = {}
-            for p in sorted(stated, key=lambda p: p.get("in") != "path"):
-                ignored = p.get("in") == "header" and str(p.get("name")).lower() in (
-                    "accept",
-                    "content-type",
-                    "authorization",
-                )
-                if isinstance(p.get("name"), str) and p.get("in") != "body" and not ignored:
-                    key = f"{p['name']}_{p.get('in')}" if p["name"] in parameters else p["name"]
-                    parameters[key] = (
-                        p | {"required": True} if p.get("in") == "path" else p,
-                        schema_of(p) or p,
-                    )
-            request = resolved(operation.get("requestBody"), resolve)
-            body = next((p.get("schema") for p in stated if p.get("in") == "body"), None) or schema_of(request)
-            answers = {str(k): resolved(v, resolve) for k, v in mapping(operation.get("responses")).items()}
-            good = next((answers[k] for k in sorted(answers) if k[:1] == "2"), answers.get("default") or {})
-            outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
-            doc = "\n\n".join(str(d) for d in (operation.get("summary"), operation.get("description")) if d)
-            yield web_api(called, f"{method.upper()} {place}", doc, parameters, body, schema_of(good), resolve, service,
-                          f"openapi:{name}", license, mapping(operation.get("externalDocs")).get("url"),
-                          request.get("required") is True, outcomes)
-    for file in (file for file, content in others.items() if content is None):
-        yield rejection(
-            name,
-            file,
-            "a reference to a file that cannot be read beneath the specification's: what it holds is missing",
-        )
+        for method in METHODS:
+            if operation := resolved(item.get(method), resolve):
+                stated = operation.get("operationId") or f"{method} {place}"
+                called = f"{identifier(title or name)}.{identifier(stated)}"
+                taken[called] += 1
+                called += f"_{taken[called]}" * (taken[called] > 1)
+                shared = listing(item.get("parameters"))
+                operation = operation | {"parameters": shared + listing(operation.get("parameters"))}
+                yield operation_record(called, f"{method.upper()} {place}", operation, *about)
+    for file, content in others.items():
+        if content is None:
+            yield rejection(name, file, "a reference to a file that cannot be read beneath the specification's: "
+                                        "what it holds is missing")
 
 
 def discovery_records(path, name, license, args):
@@ -2492,17 +2453,22 @@ def discovery_records(path, name, license, args):
     spec = read_spec(path)
     if not str(spec.get("kind")).startswith("discovery#rest"):
         raise ValueError("not a discovery document: `kind` is not discovery#restDescription")
+    service = f"{spec.get('title')} {spec.get('version')}"
+    about = mapping(spec.get("schemas")).get, service, f"discovery:{name}", license
     places = [spec]  # it and its resources, which hold resources in turn
     for place in places:
-        places += map(mapping, mapping(place.get("resources")).values())
-        for key, method in ((k, mapping(m)) for k, m in mapping(place.get("methods")).items()):
-            called = ".".join(map(identifier, str(method.get("id") or f"{spec.get('name')}.{key}").split(".")))
-            stated = {k: mapping(p) for k, p in mapping(method.get("parameters")).items()}
-            parameters = {k: (p, {"type": "array", "items": p} if p.get("repeated") else p) for k, p in stated.items()}
+        places += mappings(place.get("resources")).values()
+        for key, method in mappings(place.get("methods")).items():
+            called = str(method.get("id") or f"{spec.get('name')}.{key}")
+            called = ".".join(map(identifier, called.split(".")))
             head = f"{method.get('httpMethod')} {spec.get('baseUrl', '')}{method.get('path')}"
-            yield web_api(called, head, method.get("description"), parameters, method.get("request"), method.get("response"),
-                          mapping(spec.get("schemas")).get, f"{spec.get('title')} {spec.get('version')}", f"discovery:{name}",
-                          license, spec.get("documentationLink"))
+            parameters = []
+            for parameter, p in mappings(method.get("parameters")).items():
+                schema = {"type": "array", "items": p} if p.get("repeated") else p
+                parameters.append(p | {"name": parameter, "schema": schema})
+            yield operation_record(called, head, openapi_operation(
+                method.get("description"), parameters, method.get("request"), method.get("response"),
+                spec.get("documentationLink")), *about)
 
 
 def botocore_records(path, name, license, args):
@@ -2510,129 +2476,169 @@ def botocore_records(path, name, license, args):
     spec = read_spec(path)
     if not isinstance(spec.get("operations"), dict) or not isinstance(spec.get("shapes"), dict):
         raise ValueError("not a service model: no `operations` and `shapes`")
-    about = mapping(spec.get("metadata"))
-    service = identifier(str(about.get("serviceId") or about.get("endpointPrefix"))).lower()
-    reference = lambda node: node and {"$ref": str(mapping(node).get("shape")), "description": mapping(node).get("documentation")}
-    schemas = {}
-    for key, shape in ((k, mapping(s)) for k, s in spec["shapes"].items()):
-        schemas[key] = {
-            "type": BOTOCORE_TYPES.get(str(shape.get("type")), shape.get("type")), "description": shape.get("documentation"),
-            "enum": shape.get("enum"), "required": shape.get("required"), "items": reference(shape.get("member")),
-            "properties": {k: reference(m) for k, m in mapping(shape.get("members")).items()},
-            "additionalProperties": reference(shape.get("value"))}
-    for key, operation in ((k, mapping(o)) for k, o in spec["operations"].items()):
-        http, takes = mapping(operation.get("http")), reference(operation.get("input"))
+    service = mapping(spec.get("metadata"))
+    schemas = {key: botocore_schema(shape) for key, shape in mappings(spec["shapes"]).items()}
+    about = schemas.get, str(service.get("serviceFullName")), f"botocore:{name}", license
+    prefix = identifier(str(service.get("serviceId") or service.get("endpointPrefix"))).lower()
+    for key, operation in mappings(spec["operations"]).items():
+        http, takes = mapping(operation.get("http")), botocore_reference(operation.get("input"))
         takes = takes if resolved(takes, schemas.get).get("properties") else None  # many need nothing
         head = f"{http.get('method')} {http.get('requestUri')}"
-        yield web_api(f"{service}.{identifier(key)}", head, operation.get("documentation"), {}, takes,
-                      reference(operation.get("output")), schemas.get, str(about.get("serviceFullName")), f"botocore:{name}",
-                      license, operation.get("documentationUrl"))
+        yield operation_record(f"{prefix}.{identifier(key)}", head, openapi_operation(
+            operation.get("documentation"), [], takes, botocore_reference(operation.get("output")),
+            operation.get("documentationUrl")), *about)
+
+
+def botocore_schema(shape):
+    """The JSON Schema of a shape."""
+    kind, members = shape.get("type"), mapping(shape.get("members"))
+    return {"type": BOTOCORE_TYPES.get(str(kind), kind), "description": shape.get("documentation"),
+            "enum": shape.get("enum"), "required": shape.get("required"),
+            "properties": {key: botocore_reference(member) for key, member in members.items()},
+            "items": botocore_reference(shape.get("member")),
+            "additionalProperties": botocore_reference(shape.get("value"))}
+
+
+def botocore_reference(node):
+    """A member of a shape, or what an operation takes or gives, as JSON Schema refers to it."""
+    about = mapping(node)
+    return node and {"$ref": str(about.get("shape")), "description": about.get("documentation")}
+
+
+def openapi_operation(description, parameters, takes, gives, url):
+    """The operation of another kind of specification as an OpenAPI operation; takes and gives are schemas."""
+    return {"description": description, "parameters": parameters, "externalDocs": {"url": url},
+            "requestBody": {"required": True, "schema": takes}, "responses": {"200": {"schema": gives}}}
+
+
+def operation_record(name, head, operation, resolve, service, source, license):
+    """The api_doc record of an OpenAPI operation. The properties of the request body stand beside its
+    parameters or, where they would clash, the body as one parameter.
+    """
+    stated = [resolved(p, resolve) for p in listing(operation.get("parameters"))]
+    stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values()  # the last of a name counts
+    properties, required = {}, set()
+    for p in sorted(stated, key=lambda p: p.get("in") != "path"):
+        key, place = p.get("name"), p.get("in")
+        ignored = place == "header" and str(key).lower() in ("accept", "content-type", "authorization")
+        if not isinstance(key, str) or place == "body" or ignored:
+            continue
+        key = f"{key}_{place}" if key in properties else key
+        properties[key] = json_schema_of(schema_of(p) or p, resolve, "readOnly")
+        if p.get("description"):
+            properties[key]["description"] = shorten(p["description"])
+        if place == "path" or p.get("required") is True:
+            required.add(key)
+    request = resolved(operation.get("requestBody"), resolve)
+    body = next((p.get("schema") for p in stated if p.get("in") == "body"), None) or schema_of(request)
+    body = json_schema_of(body, resolve, "readOnly")
+    inner = body.get("properties", {})
+    if body and (not inner or "anyOf" in body or inner.keys() & properties.keys()):
+        body = {"properties": {"body": body}, "required": ["body"]}
+    properties |= body.get("properties", {})
+    if request.get("required") is True:
+        required.update(body.get("required", []))
+    answers = {str(k): resolved(v, resolve) for k, v in mapping(operation.get("responses")).items()}
+    good = next((answers[k] for k in sorted(answers) if k[:1] == "2"), answers.get("default") or {})
+    outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
+    said = "\n\n".join(str(operation[k]) for k in ("summary", "description") if operation.get(k))
+    schema = {"type": "object", "properties": properties, "required": sorted(required)}
+    return service_record(name, head, plain_text(said), schema, service, source, str(license), outcomes=outcomes,
+                      returns=json_schema_of(schema_of(good), resolve, "writeOnly"),
+                      url=mapping(operation.get("externalDocs")).get("url"))
+
+
+def service_record(name, head, doc, schema, service, source, license, outcomes="", returns=None, url=None):
+    """The api_doc record of an API that is not of Python; `doc` says what it does, `outcomes` how it ends."""
+    tool = {"description": summarise(doc) or head, "name": name, "parameters": schema}
+    tool |= {"returns": returns} if returns else {}
+    doc = "\n\n".join(filter(None, (doc, plain_text(outcomes))))
+    text = document(name, f": {head}", doc, tool, service, license)
+    url = url if isinstance(url, str) else None
+    return Record(f"api_doc:{source}:{name}", "api_doc", source, license, [name], text, url=url)
 
 
 def command_records(path, name, license, args):
     """One record a tldr page (tldr-pages.github.io): a .md file, or the `text` of JSON lines whose `source`
     is its path.
     """
-    pages = [(name, {"text": path.read_text(encoding="utf-8", errors="replace")})] if path.suffix == ".md" else read_values(path)
+    pages = read_values(path)
+    if path.suffix == ".md":
+        pages = [(name, {"text": path.read_text(encoding="utf-8", errors="replace")})]
     for place, page in pages:
         place, page = str(mapping(page).get("source") or place), str(mapping(page).get("text"))
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
         examples = re.findall(r"^- (.+):\n\n`(.+)`", page, re.M)
         if not title or not about or not examples:
-            yield rejection(
-                name, place, "not a tldr page: no `# command` line, no `> description` line, or no example"
-            )
+            yield rejection(name, place, "not a tldr page: no `# command` line, no `> description` line, or no "
+                                         "example")
             continue
-        called = f"commands.{identifier(place.split('/')[-2] if '/' in place else 'common')}.{identifier(title[1])}"
+        system = place.split("/")[-2] if "/" in place else "common"
+        called = f"commands.{identifier(system)}.{identifier(title[1])}"
         doc = "\n\n".join(["\n".join(about), *map(":\n".join, examples)])
-        tool = {"description": summarise(about[0]) or about[0], "name": called, "parameters": {"type": "object", "properties": {
-            "arguments": {"type": "array", "items": {"type": "string"}}}, "required": ["arguments"]}}
-        yield Record(f"api_doc:commands:{place}", "api_doc", f"commands:{name}", license, [called],
-                     document(called, f": {title[1]}", doc, tool, "command line", license))
+        properties = {"arguments": {"type": "array", "items": {"type": "string"}}}
+        tool = {"description": summarise(about[0]) or about[0], "name": called,
+                "parameters": {"type": "object", "properties": properties, "required": ["arguments"]}}
+        text = document(called, f": {title[1]}", doc, tool, "command line", license)
+        yield Record(f"api_doc:commands:{place}", "api_doc", f"commands:{name}", license, [called], text)
 
 
 def mcp_records(path, name, license, args):
     """A record and a Tool for each tool in a file that lists what a server of the Model Context Protocol offers.
     Nothing is launched. Raises ValueError if it lists none.
     """
-    stem = Path(name).name.split(".")[0]
-    server, taken = Path(name).parent.name if stem in ("tools", "server") else stem, set()
+    server, taken = Path(name).name.split(".")[0], set()
+    if server in ("tools", "server"):
+        server = Path(name).parent.name
     for server, given in mcp_tools(read_json_file(path), server):
         [tool] = tools_of([given])
         function = tool["function"]
-        called, schema, doc = (
-            f"{identifier(server)}.{function['name']}",
-            function["parameters"],
-            plain_text(function["description"]),
-        )
+        called, schema = f"{identifier(server)}.{function['name']}", function["parameters"]
         if called in taken:
             continue
         taken.add(called)
-        title = (
-            mapping(given.get("annotations")).get("title") or given.get("title") or "a tool of an MCP server"
-        )
+        doc, title = plain_text(function["description"]), mapping(given.get("annotations")).get("title")
+        title = str(title or given.get("title") or "a tool of an MCP server")
         schema["required"] = [key for key in listing(schema.get("required")) if key in schema["properties"]]
-        stated = {"description": summarise(doc) or str(title), "name": called, "parameters": schema}
-        text = document(called, f": {title}", doc, stated, f"MCP server {server}", license)
-        yield Record(f"api_doc:mcp:{name}:{called}", "api_doc", f"mcp:{name}", license, [called], text)
-        yield Tool(called, stated["description"], schema, doc, f"mcp:{name}", license)
+        yield service_record(called, title, doc, schema, f"MCP server {server}", f"mcp:{name}", license)
+        yield Tool(called, summarise(doc) or title, schema, doc, f"mcp:{name}", license)
     if not taken:
         raise ValueError("no list of tools, each with a name and a description or a schema")
 
 
 def mcp_tools(value, server, depth=6):
     """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
-    if isinstance(value, dict):
-        about = mapping(value.get("serverInfo")) | value
-        server = next(
-            (
-                about[k]
-                for k in ("server_name", "serverName", "name", "title")
-                if isinstance(about.get(k), str)
-            ),
-            server,
-        )
+    about = mapping(mapping(value).get("serverInfo")) | mapping(value)
+    names = [about.get(key) for key in ("server_name", "serverName", "name", "title")]
+    server = next((name for name in names if isinstance(name, str)), server)
     tools = value if isinstance(value, list) and depth == 6 else listing(mapping(value).get("tools"))
-    if tools and all(
-        isinstance(mapping(t).get("name"), str)
-        and (
-            {"inputSchema", "input_schema", "arguments", "annotations"} & t.keys()
-            or isinstance(t.get("description"), str)
-            and "version" not in t
-        )
-        for t in tools
-    ):
+    if tools and all(map(is_mcp_tool, tools)):
         yield from ((server, tool) for tool in tools)
     elif depth:
-        for member in (value.values() if isinstance(value, dict) else listing(value)):
+        for member in value.values() if isinstance(value, dict) else listing(value):
             yield from mcp_tools(member, server, depth - 1)
+
+
+def is_mcp_tool(value):
+    """Whether a JSON value describes a tool, and not a package, which has a version."""
+    if not isinstance(mapping(value).get("name"), str):
+        return False
+    described = isinstance(value.get("description"), str) and "version" not in value
+    return described or bool({"inputSchema", "input_schema", "arguments", "annotations"} & value.keys())
 
 
 def skill_records(path, name, license, args):
     """The record of an agent skill: the front matter and instructions of its SKILL.md, and its scripts."""
-    text = read_text(path)
-    front, body = groups(r"\A---\n(.*?)\n---\n(.*)", text)
+    front, body = groups(r"\A---\n(.*?)\n---\n(.*)", read_text(path))
     stated = dict(re.findall(r"^(name|description|license): *[\"'>|-]*\n? *(.+?)[\"']?$", front, re.M))
     if not {"name", "description"} <= stated.keys():
         raise ValueError("not a skill: its front matter has no `name` and `description`")
-    scripts = sorted(
-        p
-        for p in path.parent.rglob("*")
-        if re.search(CODE_FILES, p.name) and p.is_file() and not p.is_symlink()
-    )
-    parts = [
-        f"{script.relative_to(path.parent)}:\n\n```\n{read_text(script)[:20_000]}\n```"
-        for script in scripts[:20]
-    ]
-    text = "\n\n".join([f"{stated['name']}: {stated['description']}", body.strip(), *parts])
-    yield Record(
-        f"api_doc:skills:{name}",
-        "api_doc",
-        f"skills:{name}",
-        license,
-        [f"skills.{identifier(stated['name'])}"],
-        text,
-    )
+    parts = [f"{stated['name']}: {stated['description']}", body.strip()]
+    scripts = (p for p in path.parent.rglob("*") if re.search(CODE_FILES, p.name))
+    for script in sorted(p for p in scripts if p.is_file() and not p.is_symlink())[:20]:
+        parts.append(f"{script.relative_to(path.parent)}:\n\n```\n{read_text(script)[:20_000]}\n```")
+    called = f"skills.{identifier(stated['name'])}"
+    yield Record(f"api_doc:skills:{name}", "api_doc", f"skills:{name}", license, [called], "\n\n".join(parts))
 
 
 def read_spec(path):
@@ -2652,16 +2658,15 @@ def read_json_file(path):
         if len(content) > MAX_SPEC:
             raise ValueError(f"over {MAX_SPEC // 10**6} MB")
         text = content.decode("utf-8-sig", errors="replace")
-        spec = (
-            parse_yaml(text)
-            if path.suffix in (".yaml", ".yml")
-            else json.loads(text, parse_constant=lambda name: None)
-        )
+        if path.suffix in (".yaml", ".yml"):
+            return parse_yaml(text)
+        return json.loads(text, parse_constant=lambda name: None)
     except ModuleNotFoundError:
         raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
+    except RecursionError:
+        raise ValueError("cannot be parsed: nested too deep") from None
     except Exception as error:  # PyYAML's and zlib's errors have no common public ancestor
-        raise ValueError(f"cannot be parsed: {'nested too deep' if isinstance(error, RecursionError) else error}") from None
-    return spec
+        raise ValueError(f"cannot be parsed: {error}") from None
 
 
 def parse_yaml(text):
@@ -2671,21 +2676,19 @@ def parse_yaml(text):
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         yaml_implicit_resolvers = {}
 
-    for tag, first, pattern in (
-        ("null", "~nN", r"~|null|Null|NULL|"),
-        ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
-        ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-        ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?"),
-    ):
-        Loader.add_implicit_resolver(
-            f"tag:yaml.org,2002:{tag}", re.compile(rf"^(?:{pattern})$"), list(first) + [""] * (tag == "null")
-        )
+    for kind, first, pattern in YAML_TYPES:
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), first)
     return yaml.load(text, Loader)
 
 
 def mapping(value):
     """The value if it is a dict, else {}: specifications in the wild hold anything anywhere."""
     return value if isinstance(value, dict) else {}
+
+
+def mappings(value):
+    """{key: dict} of a dict that should hold dicts."""
+    return {key: mapping(member) for key, member in mapping(value).items()}
 
 
 def listing(value):
@@ -2701,7 +2704,8 @@ def identifier(text):
 def plain_text(text):
     """Without HTML tags and runs of blank lines."""
     text = re.sub(r"</(p|li|h\d|ul|note)>|<br ?/?>", "\n\n", str(text or ""))
-    return re.sub(r"\s*\n\s*\n\s*", "\n\n", html.unescape(re.sub(r"</?[a-zA-Z][\w-]*(\s[^<>]*)?/?>", "", text))).strip()
+    text = html.unescape(re.sub(r"</?[a-zA-Z][\w-]*(\s[^<>]*)?/?>", "", text))
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip()
 
 
 def shorten(text, longest=200):
@@ -2718,8 +2722,8 @@ def follow(spec, others, root, ref):
     if file and file not in others:
         others[file], path = None, (root / urllib.parse.unquote(file)).resolve()
         if path.is_relative_to(root.resolve()) and path.is_file() and len(others) < 10_000:
-            with contextlib.suppress(ValueError, RecursionError):
-                others[file] = relative_to(read_spec(path), file, {})
+            with contextlib.suppress(ValueError):
+                others[file] = relative_to(read_spec(path), file)
     value = others.get(file) if file else spec
     for key in pointer.strip("/").split("/") if pointer.strip("/") else []:
         key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
@@ -2730,21 +2734,20 @@ def follow(spec, others, root, ref):
     return value
 
 
-def relative_to(value, file, done):
-    """A specification's value whose references are relative to the root, not to the `file` that they stand in.
-    `done` holds what was made of each part: aliases of YAML stay shared.
-    """
-    if isinstance(value, (list, dict)) and id(value) not in done:
-        if isinstance(value, list):
-            done[id(value)] = [relative_to(member, file, done) for member in value]
-        else:
-            copy = {key: relative_to(member, file, done) for key, member in value.items()}
-            if isinstance(ref := copy.get("$ref"), str) and "://" not in ref:
-                place, _, pointer = ref.partition("#")
-                place = posixpath.normpath(posixpath.join(posixpath.dirname(file), place)) if place else file
-                copy["$ref"] = f"{place}#{pointer}"
-            done[id(value)] = copy
-    return done.get(id(value), value)
+def relative_to(value, file):
+    """A specification's value whose references are relative to the root, not to the `file` that they stand in."""
+    todo, done = [value], set()  # aliases of YAML are shared
+    while todo:
+        node = todo.pop()
+        if id(node) in done:
+            continue
+        done.add(id(node))
+        if isinstance(ref := mapping(node).get("$ref"), str) and "://" not in ref:
+            place, _, pointer = ref.partition("#")
+            place = posixpath.normpath(posixpath.join(posixpath.dirname(file), place)) if place else file
+            node["$ref"] = f"{place}#{pointer}"
+        todo += node.values() if isinstance(node, dict) else listing(node)
+    return value
 
 
 def resolved(node, resolve):
@@ -2760,15 +2763,9 @@ def schema_of(node):
     """The schema of a parameter, body or response: in place, or of one of its content types, JSON
     preferred.
     """
-    types = mapping(node.get("content"))
-    written = sorted(
-        types,
-        key=lambda kind: (
-            kind != "application/json",
-            not re.match(r"application/([\w.-]+\+)?json\b", str(kind)),
-        ),
-    )
-    return node.get("schema") or mapping(types[written[0]] if written else None).get("schema")
+    types, json_like = mapping(node.get("content")), re.compile(r"application/([\w.-]+\+)?json\b")
+    best = min(types, key=lambda kind: (kind != "application/json", not json_like.match(str(kind))), default=None)
+    return node.get("schema") or mapping(types.get(best)).get("schema")
 
 
 def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
@@ -2785,47 +2782,42 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if not isinstance(node, dict) or "$ref" in node:
         return {}
     budget[0] -= 1
-    schema = {k: v for k in KEPT_KEYS if node.get(k) is not None and (v := plain(node[k])) is not None}
+    schema = {key: value for key in KEPT_KEYS if (value := plain(node.get(key))) is not None}
     if about := about or node.get("description"):
         schema["description"] = shorten(about)
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
-    kept = {
-        str(k): p
-        for k, p in mapping(node.get("properties")).items()
-        if resolved(p, resolve).get(hidden) is not True
-    }
-    properties, required, choices = {k: deeper(p) for k, p in kept.items()}, listing(node.get("required")), []
+    shown = {key: part for key, part in mapping(node.get("properties")).items()
+             if resolved(part, resolve).get(hidden) is not True}
+    properties = {str(key): deeper(part) for key, part in shown.items()}
+    required, choices = [*listing(node.get("required"))], []
     for part in map(deeper, listing(node.get("allOf"))):
         properties |= part.pop("properties", {})
-        required = required + part.pop("required", [])
+        required += part.pop("required", [])
         choices += part.pop("anyOf", [])
         schema = part | schema
     if properties:
-        schema |= {"type": "object", "properties": properties, "required": sorted(p for p in properties if p in required)}
-    if choices := choices + [
-        deeper(choice) for choice in listing(node.get("oneOf")) + listing(node.get("anyOf"))
-    ]:
+        required = sorted(key for key in properties if key in required)
+        schema |= {"type": "object", "properties": properties, "required": required}
+    choices += map(deeper, listing(node.get("oneOf")) + listing(node.get("anyOf")))
+    if choices:
         schema["anyOf"] = choices
-    return schema | {key: deeper(node[key]) for key in ("items", "additionalProperties") if isinstance(node.get(key), dict)}
+    inner = ("items", "additionalProperties")
+    return schema | {key: deeper(node[key]) for key in inner if isinstance(node.get(key), dict)}
 
 
-def plain(value, budget=None):
-    """A default, an enum and the like as JSON can hold it; None for infinity, NaN, and what has over 10,000
-    members, which a few lines of YAML can.
+def plain(value):
+    """A default, an enum and the like as JSON can hold it; None for infinity and NaN, and for what takes over
+    MAX_PIECES pieces to write, which a few lines of YAML can.
     """
-    whole, budget = not budget, budget or [10_000]
-    budget[0] -= 1
-    if budget[0] < 0 or isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (str, int, type(None))):  # most are
+        return value
+    try:
+        pieces = itertools.islice(json.JSONEncoder(default=str).iterencode(value), MAX_PIECES)
+        return json.loads("".join(pieces), parse_constant=lambda name: None)
+    except (ValueError, TypeError, RecursionError):  # cut, endless, with keys that are no texts, or nested too deep
         return None
-    if isinstance(value, dict):
-        value = {str(k): plain(v, budget) for k, v in itertools.islice(value.items(), budget[0] + 1)}
-    elif isinstance(value, list):
-        value = [plain(v, budget) for v in value[:budget[0] + 1]]
-    elif not isinstance(value, (str, int, float, type(None))):
-        value = str(value)
-    return None if whole and budget[0] < 0 else value
 
 
 # ----------------------------------------------------------------------------------------------------------------------
