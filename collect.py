@@ -74,12 +74,11 @@ import tokenize
 import types
 import typing
 import urllib.parse
-import urllib.request
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -2426,8 +2425,8 @@ def openapi_records(path, name, license, args):
     version = str(spec.get("swagger") or spec.get("openapi"))
     if not re.match(r"[23]\.", version) or not isinstance(spec.get("paths"), dict):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
-    info, taken = mapping(spec.get("info")), Counter()
-    title, license = info.get("title", name), mapping(info.get("license")).get("name") or license
+    info, taken = mapping(spec, "info"), Counter()
+    title, license = info.get("title", name), mapping(info, "license").get("name") or license
     others = {}  # files that it refers to
     resolve = partial(follow, spec, others, path.parent)
     about = resolve, f"{title} {info.get('version', '')}", f"openapi:{name}", license
@@ -2439,8 +2438,8 @@ def openapi_records(path, name, license, args):
                 called = f"{identifier(title or name)}.{identifier(stated)}"
                 taken[called] += 1
                 called += f"_{taken[called]}" * (taken[called] > 1)
-                shared = listing(item.get("parameters"))
-                operation = operation | {"parameters": shared + listing(operation.get("parameters"))}
+                shared = listing(item, "parameters")
+                operation = operation | {"parameters": shared + listing(operation, "parameters")}
                 yield operation_record(called, f"{method.upper()} {place}", operation, *about)
     for file, content in others.items():
         if content is None:
@@ -2454,16 +2453,16 @@ def discovery_records(path, name, license, args):
     if not str(spec.get("kind")).startswith("discovery#rest"):
         raise ValueError("not a discovery document: `kind` is not discovery#restDescription")
     service = f"{spec.get('title')} {spec.get('version')}"
-    about = mapping(spec.get("schemas")).get, service, f"discovery:{name}", license
+    about = mapping(spec, "schemas").get, service, f"discovery:{name}", license
     places = [spec]  # it and its resources, which hold resources in turn
     for place in places:
-        places += mappings(place.get("resources")).values()
-        for key, method in mappings(place.get("methods")).items():
+        places += [resource for _, resource in mappings(place, "resources")]
+        for key, method in mappings(place, "methods"):
             called = str(method.get("id") or f"{spec.get('name')}.{key}")
             called = ".".join(map(identifier, called.split(".")))
             head = f"{method.get('httpMethod')} {spec.get('baseUrl', '')}{method.get('path')}"
             parameters = []
-            for parameter, p in mappings(method.get("parameters")).items():
+            for parameter, p in mappings(method, "parameters"):
                 schema = {"type": "array", "items": p} if p.get("repeated") else p
                 parameters.append(p | {"name": parameter, "schema": schema})
             yield operation_record(called, head, openapi_operation(
@@ -2476,12 +2475,12 @@ def botocore_records(path, name, license, args):
     spec = read_spec(path)
     if not isinstance(spec.get("operations"), dict) or not isinstance(spec.get("shapes"), dict):
         raise ValueError("not a service model: no `operations` and `shapes`")
-    service = mapping(spec.get("metadata"))
-    schemas = {key: botocore_schema(shape) for key, shape in mappings(spec["shapes"]).items()}
+    service = mapping(spec, "metadata")
+    schemas = {key: botocore_schema(shape) for key, shape in mappings(spec, "shapes")}
     about = schemas.get, str(service.get("serviceFullName")), f"botocore:{name}", license
     prefix = identifier(str(service.get("serviceId") or service.get("endpointPrefix"))).lower()
-    for key, operation in mappings(spec["operations"]).items():
-        http, takes = mapping(operation.get("http")), botocore_reference(operation.get("input"))
+    for key, operation in mappings(spec, "operations"):
+        http, takes = mapping(operation, "http"), botocore_reference(operation.get("input"))
         takes = takes if resolved(takes, schemas.get).get("properties") else None  # many need nothing
         head = f"{http.get('method')} {http.get('requestUri')}"
         yield operation_record(f"{prefix}.{identifier(key)}", head, openapi_operation(
@@ -2491,7 +2490,7 @@ def botocore_records(path, name, license, args):
 
 def botocore_schema(shape):
     """The JSON Schema of a shape."""
-    kind, members = shape.get("type"), mapping(shape.get("members"))
+    kind, members = shape.get("type"), mapping(shape, "members")
     return {"type": BOTOCORE_TYPES.get(str(kind), kind), "description": shape.get("documentation"),
             "enum": shape.get("enum"), "required": shape.get("required"),
             "properties": {key: botocore_reference(member) for key, member in members.items()},
@@ -2515,7 +2514,7 @@ def operation_record(name, head, operation, resolve, service, source, license):
     """The api_doc record of an OpenAPI operation. The properties of the request body stand beside its
     parameters or, where they would clash, the body as one parameter.
     """
-    stated = [resolved(p, resolve) for p in listing(operation.get("parameters"))]
+    stated = [resolved(p, resolve) for p in listing(operation, "parameters")]
     stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values()  # the last of a name counts
     properties, required = {}, set()
     for p in sorted(stated, key=lambda p: p.get("in") != "path"):
@@ -2538,14 +2537,14 @@ def operation_record(name, head, operation, resolve, service, source, license):
     properties |= body.get("properties", {})
     if request.get("required") is True:
         required.update(body.get("required", []))
-    answers = {str(k): resolved(v, resolve) for k, v in mapping(operation.get("responses")).items()}
+    answers = {str(k): resolved(v, resolve) for k, v in mapping(operation, "responses").items()}
     good = next((answers[k] for k in sorted(answers) if k[:1] == "2"), answers.get("default") or {})
     outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
     said = "\n\n".join(str(operation[k]) for k in ("summary", "description") if operation.get(k))
     schema = {"type": "object", "properties": properties, "required": sorted(required)}
     return service_record(name, head, plain_text(said), schema, service, source, str(license), outcomes=outcomes,
                       returns=json_schema_of(schema_of(good), resolve, "writeOnly"),
-                      url=mapping(operation.get("externalDocs")).get("url"))
+                      url=mapping(operation, "externalDocs").get("url"))
 
 
 def service_record(name, head, doc, schema, service, source, license, outcomes="", returns=None, url=None):
@@ -2597,9 +2596,9 @@ def mcp_records(path, name, license, args):
         if called in taken:
             continue
         taken.add(called)
-        doc, title = plain_text(function["description"]), mapping(given.get("annotations")).get("title")
+        doc, title = plain_text(function["description"]), mapping(given, "annotations").get("title")
         title = str(title or given.get("title") or "a tool of an MCP server")
-        schema["required"] = [key for key in listing(schema.get("required")) if key in schema["properties"]]
+        schema["required"] = [key for key in listing(schema, "required") if key in schema["properties"]]
         yield service_record(called, title, doc, schema, f"MCP server {server}", f"mcp:{name}", license)
         yield Tool(called, summarise(doc) or title, schema, doc, f"mcp:{name}", license)
     if not taken:
@@ -2681,19 +2680,21 @@ def parse_yaml(text):
     return yaml.load(text, Loader)
 
 
-def mapping(value):
-    """The value if it is a dict, else {}: specifications in the wild hold anything anywhere."""
+def mapping(value, *keys):
+    """The dict that stands at the keys of a value, else {}: specifications in the wild hold anything anywhere."""
+    for key in keys:
+        value = mapping(value).get(key)
     return value if isinstance(value, dict) else {}
 
 
-def mappings(value):
-    """{key: dict} of a dict that should hold dicts."""
-    return {key: mapping(member) for key, member in mapping(value).items()}
+def mappings(value, key):
+    """(key, dict) of each member of the dict that stands at a key of another."""
+    return [(name, mapping(member)) for name, member in mapping(value, key).items()]
 
 
-def listing(value):
-    """The value if it is a list, else []."""
-    return value if isinstance(value, list) else []
+def listing(value, key):
+    """The list that stands at a key of a dict, else []."""
+    return found if isinstance(found := mapping(value).get(key), list) else []
 
 
 def identifier(text):
@@ -2763,7 +2764,7 @@ def schema_of(node):
     """The schema of a parameter, body or response: in place, or of one of its content types, JSON
     preferred.
     """
-    types, json_like = mapping(node.get("content")), re.compile(r"application/([\w.-]+\+)?json\b")
+    types, json_like = mapping(node, "content"), re.compile(r"application/([\w.-]+\+)?json\b")
     best = min(types, key=lambda kind: (kind != "application/json", not json_like.match(str(kind))), default=None)
     return node.get("schema") or mapping(types.get(best)).get("schema")
 
@@ -2788,11 +2789,11 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
-    shown = {key: part for key, part in mapping(node.get("properties")).items()
+    shown = {key: part for key, part in mapping(node, "properties").items()
              if resolved(part, resolve).get(hidden) is not True}
     properties = {str(key): deeper(part) for key, part in shown.items()}
-    required, choices = [*listing(node.get("required"))], []
-    for part in map(deeper, listing(node.get("allOf"))):
+    required, choices = [*listing(node, "required")], []
+    for part in map(deeper, listing(node, "allOf")):
         properties |= part.pop("properties", {})
         required += part.pop("required", [])
         choices += part.pop("anyOf", [])
@@ -2800,7 +2801,7 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if properties:
         required = sorted(key for key in properties if key in required)
         schema |= {"type": "object", "properties": properties, "required": required}
-    choices += map(deeper, listing(node.get("oneOf")) + listing(node.get("anyOf")))
+    choices += map(deeper, listing(node, "oneOf") + listing(node, "anyOf"))
     if choices:
         schema["anyOf"] = choices
     inner = ("items", "additionalProperties")
@@ -4205,7 +4206,8 @@ AGENT = "hephaestus-collect"
 HF_HOST = "https://datasets-server.huggingface.co"
 RETRIED = (0, 408, 425, 429, 500, 502, 503, 504)  # 0 stands for no complete answer
 # Python calls some of these global, but they lead to IPv4 in disguise or to the network's own machines.
-NOT_PUBLIC = [*map(ipaddress.ip_network, "192.0.0.0/24 192.88.99.0/24 ::/3 2001::/23 2002::/16 3fff::/20 4000::/2 8000::/1".split())]
+NOT_PUBLIC = [ipaddress.ip_network(network) for network in (
+    "192.0.0.0/24 192.88.99.0/24 ::/3 2001::/23 2002::/16 3fff::/20 4000::/2 8000::/1").split()]
 
 
 class WebError(ValueError):
@@ -4234,12 +4236,10 @@ class Page:
         stated = email.message.Message()
         stated["Content-Type"] = self.headers.get("content-type", "")
         try:
-            return self.body.decode(
-                codecs.lookup(stated.get_content_charset() or "utf-8").name.replace("utf-8", "utf-8-sig"),
-                "replace",
-            )
+            text = self.body.decode(stated.get_content_charset("utf-8"), "replace")
         except (LookupError, ValueError):  # no such charset, or none of text
-            return self.body.decode("utf-8-sig", "replace")
+            text = self.body.decode("utf-8", "replace")
+        return text.removeprefix("\ufeff")
 
 
 def is_public(address):
@@ -4258,16 +4258,14 @@ def canonical(url, base=""):
     except (ValueError, LookupError, AttributeError):  # broken, of another scheme, without a host
         return ""
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
-    path = (
-        urllib.parse.urljoin("/", re.sub("%2e", ".", parts.path, flags=re.I)) or "/"
-    )  # without dot segments
+    path = urllib.parse.urljoin("/", re.sub("%2e", ".", parts.path, flags=re.I)) or "/"  # without dot segments
     rest = path + (f"?{parts.query}" if parts.query else "")
     return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
 
 
 @dataclasses.dataclass
 class Web:
-    """A client with a cache on disk."""
+    """A client with a cache on disk. It keeps no cookies."""
     cache: Path
     allow_private: bool = False
     rate: float = 2.0             # requests a second to one host
@@ -4277,25 +4275,24 @@ class Web:
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
     max_age: float = 86400.0      # seconds for which an answer is used without asking whether it has changed
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
-    local: threading.local = dataclasses.field(
-        default_factory=threading.local
-    )  # of a thread: its try, its socket
 
-    def get(self, url, headers=None, refuse=lambda url: ""):
+    def get(self, url, headers={}, refuse=lambda url: ""):
         """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
         why not to visit an address, or "", and is asked at every step. Raises WebError, also for a status
         other than 200.
         """
         target = canonical(url)
         for hop in itertools.count():
-            if reason := "more than 5 redirects" if hop > 5 else refuse(target) if target else "only http and https are fetched":
+            reason = refuse(target) if target else "only http and https are fetched"
+            if reason := "more than 5 redirects" if hop > 5 else reason:
                 raise WebError(f"{target or url}: {reason}")
-            page = self.remember(target, headers if headers and not hop else {})
+            page = self.remember(target, {} if hop else headers)
             if page.status // 100 != 3 or "location" not in page.headers:
                 break
+            place = page.headers["location"]
             with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
-                page.headers["location"] = page.headers["location"].encode("latin-1").decode()
-            target = canonical(page.headers["location"], target)
+                place = place.encode("latin-1").decode()
+            target = canonical(place, target)
         if page.status != 200:
             said = page.body[:300].decode("utf-8", "replace") if page.body[:1] == b"{" else ""
             raise WebError(f"{url}: status {page.status} {said}".strip(), page.status)
@@ -4339,139 +4336,81 @@ class Web:
                 return page
             pause = max(self.backoff * 2 ** attempt, retry_after(page.headers.get("retry-after", "")))
             if attempt >= self.retries or time.monotonic() + pause > give_up:
-                raise WebError(f"{url}: {page.status or 'no complete answer'}{problem}, {attempt + 1} times", page.status)
+                said = f"{page.status or 'no complete answer'}{problem}, {attempt + 1} times"
+                raise WebError(f"{url}: {said}", page.status)
             time.sleep(pause)
 
     def request(self, url, headers, attempt, sent):
         """One request. Raises OSError where there is no complete answer in time."""
-        from urllib3.exceptions import HTTPError
-        self.local.attempt, self.local.sock, started = attempt, None, time.monotonic()
-        timer = threading.Timer(
-            self.timeout, self.hang_up, [self.local.__dict__]
-        )  # a slow drip meets no other limit
+        import requests  # here, lest every child process that describes modules import it too
+        import urllib3
+        sockets, body, started = [], bytearray(), time.monotonic()
+
+        def connect(connection):
+            """A socket to an address that has been checked: the name is looked up once, so that no second answer
+            can differ. The user's proxy may be anywhere, but what it would connect to for us is checked.
+            """
+            if connection.proxy:
+                with contextlib.suppress(socket.gaierror):  # often the proxy alone knows names
+                    addresses(urllib.parse.urlsplit(url).hostname, self.allow_private)
+            found = addresses(connection.host, self.allow_private or connection.proxy)
+            address = found[attempt % len(found)]
+            sock = socket.create_connection((address, connection.port), self.timeout)
+            sockets.append(sock.dup())  # TLS takes over the socket itself
+            return sock
+
+        def hang_up():
+            with contextlib.suppress(OSError):
+                for sock in sockets:
+                    sock.shutdown(socket.SHUT_RDWR)
+
+        class Adapter(requests.adapters.HTTPAdapter):
+            def get_connection_with_tls_context(self, *args, **options):
+                pool = super().get_connection_with_tls_context(*args, **options)
+                checked = {"_new_conn": connect, "response_class": Response}
+                pool.ConnectionCls = type("Checked", (pool.ConnectionCls,), checked)
+                return pool
+
+        headers = {"User-Agent": AGENT, "Accept": "*/*", "Accept-Encoding": "gzip, deflate",
+                   "Connection": "close"} | headers
+        no_password = lambda request: request
+        asked = requests.Request("POST" if sent else "GET", url, headers, data=sent, auth=no_password)
+        theirs = requests.Session().merge_environment_settings(url, {}, True, None, None)  # proxies, certificates
+        timer = threading.Timer(self.timeout, hang_up)  # a slow drip meets no other limit
         timer.start()
         try:
-            headers = {
-                "User-Agent": AGENT,
-                "Accept-Encoding": "gzip, deflate",
-                "Connection": "close",
-            } | headers
-            self.check(url)
-            with self.session.request(
-                "POST" if sent else "GET",
-                url,
-                data=sent,
-                headers=headers,
-                timeout=self.timeout,
-                stream=True,
-                allow_redirects=False,
-            ) as answer:
+            with Adapter().send(asked.prepare(), timeout=self.timeout, **theirs) as answer:
                 moved = answer.status_code // 100 == 3  # what else a redirect says is not read
-                body = bytearray()
-                while (
-                    not moved
-                    and len(body) <= self.max_bytes
-                    and (piece := answer.raw.read(2**16, decode_content=False))
-                ):
+                while not moved and len(body) <= self.max_bytes:
+                    if not (piece := answer.raw.read(2**16, decode_content=False)):
+                        break
                     body += piece
-        except HTTPError as error:
+        except urllib3.exceptions.HTTPError as error:
             raise OSError(str(error)) from error
         finally:
             timer.cancel()
+            for sock in sockets:
+                sock.close()
         if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
             raise TimeoutError
-        page = Page(
-            url,
-            answer.status_code,
-            {name.lower(): value for name, value in answer.headers.items()},
-            bytes(body),
-        )
-        for encoding in re.findall(r"[\w-]+", page.headers.get("content-encoding", "") if body else "")[::-1]:
-            if encoding.lower() not in ("gzip", "x-gzip", "deflate", "identity"):
+        given = {name.lower(): value for name, value in answer.headers.items()}
+        page = Page(url, answer.status_code, given, bytes(body))
+        for encoding in re.findall(r"[\w-]+", given.get("content-encoding", "").lower() if body else "")[::-1]:
+            if encoding not in ("gzip", "x-gzip", "deflate", "identity"):
                 raise WebError(f"{url}: packed as {encoding}, which was not asked for")
-            page.body = unpacked(page.body, self.max_bytes) if encoding != "identity" else page.body
+            if encoding != "identity":
+                page.body = unpacked(page.body, self.max_bytes)
         if len(page.body) > self.max_bytes:
             raise WebError(f"{url}: over {self.max_bytes:,} bytes")
         return page
 
-    @staticmethod
-    def hang_up(local):
-        """End a request that takes too long."""
-        if local["sock"]:
-            with contextlib.suppress(OSError):
-                local["sock"].shutdown(socket.SHUT_RDWR)
 
-    @cached_property
-    def session(self):
-        """A requests.Session, with the user's proxies and certificates, that connects through connect()."""
-        import requests  # here, lest every child process that describes modules import it too
-        import urllib3
-        web = self
-
-        class Connection(urllib3.connection.HTTPConnection):
-            response_class = Response
-
-            def _new_conn(self):
-                return web.connect(self)
-
-        class SecureConnection(urllib3.connection.HTTPSConnection):
-            response_class = Response
-
-            def _new_conn(self):
-                return web.connect(self)
-
-        class Adapter(requests.adapters.HTTPAdapter):
-            def init_poolmanager(self, *args, **options):
-                super().init_poolmanager(*args, **options)
-                self.poolmanager.pool_classes_by_scheme = pools
-
-            def proxy_manager_for(self, *args, **options):
-                manager = super().proxy_manager_for(*args, **options)
-                manager.pool_classes_by_scheme = pools
-                return manager
-
-        pools = {
-            "http": type("Pool", (urllib3.HTTPConnectionPool,), {"ConnectionCls": Connection}),
-            "https": type("SecurePool", (urllib3.HTTPSConnectionPool,), {"ConnectionCls": SecureConnection}),
-        }
-        session = requests.Session()
-        session.auth = lambda request: request  # no passwords from ~/.netrc
-        session.resolve_redirects = lambda *args, **options: iter(
-            ()
-        )  # it would read the whole body of a redirect
-        for scheme in ("http://", "https://"):
-            session.mount(scheme, Adapter())
-        return session
-
-    def connect(self, connection):
-        """A socket to an address that has been checked: the name is looked up once, so that no second answer can
-        differ. The user's proxy may be anywhere.
-        """
-        found = self.addresses(connection.host, connection.port)
-        if not connection.proxy:
-            self.refuse_private(connection.host, found)
-        self.local.sock = socket.create_connection(
-            (found[self.local.attempt % len(found)], connection.port), self.timeout
-        )
-        return self.local.sock
-
-    def check(self, url):
-        """Refuse a private address that a proxy would connect to for us."""
-        parts = urllib.parse.urlsplit(url)
-        if urllib.request.getproxies().get(parts.scheme) and not urllib.request.proxy_bypass(parts.hostname):
-            with contextlib.suppress(socket.gaierror):  # often the proxy alone knows names
-                self.refuse_private(parts.hostname, self.addresses(parts.hostname, parts.port))
-
-    def addresses(self, host, port):
-        """The addresses of a host, by its name."""
-        return [entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)]
-
-    def refuse_private(self, host, found):
-        """Raise WebError unless all addresses are public, or private ones are allowed."""
-        if not self.allow_private and not all(map(is_public, found)):
-            raise WebError(
-                f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)"
-            )
+def addresses(host, private):
+    """The addresses of a host, by its name. Raises WebError unless all are public, or `private` ones allowed."""
+    found = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    if not private and not all(map(is_public, found)):
+        raise WebError(f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)")
+    return found
 
 
 class Response(http.client.HTTPResponse):
@@ -4508,10 +4447,11 @@ def root_cause(error):
 def retry_after(value):
     """Seconds to wait by a Retry-After header, a number or a date: at most 60, and 0 if it makes no sense."""
     try:
-        seconds = int(value) if value.isdecimal() else email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        if not value.isdecimal():
+            value = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        return min(60, max(0, float(value)))
     except (ValueError, TypeError, OverflowError):
         return 0
-    return min(60, max(0, seconds))
 
 
 def web_client(args, **options):
@@ -4525,7 +4465,8 @@ def web_client(args, **options):
 # Each of these patterns takes linear time: what is left open runs to the end, and tags do not run over another "<".
 # (html.parser needs minutes for 40,000 characters of tags that are opened and never closed.)
 NO_TEXT = re.compile(r"<!--.*?(?:-->|\Z)|<[!?][^<>]*>|<(script|style)\b.*?(?:</\1[^<>]*>?|\Z)", re.S | re.I)
-HIDDEN = re.compile(r"<(title|nav|header|footer|noscript|template|svg|iframe|button|select)\b.*?(?:</\1\b[^<>]*>|\Z)", re.S | re.I)
+HIDDEN = re.compile(r"<(title|nav|header|footer|noscript|template|svg|iframe|button|select)\b"
+                    r".*?(?:</\1\b[^<>]*>|\Z)", re.S | re.I)
 CODE = re.compile(r"<pre\b[^<>]*>(.*?)(?:</pre\b[^<>]*>|\Z)", re.S | re.I)
 TAG = re.compile(r"""<(/?)([a-z][^\s/<>]*)((?:[^<>"']|"[^"<]*"|'[^'<]*')*+|[^<>]*)>""", re.I)
 ATTRIBUTE = re.compile(r"""([^\s=<>"'/]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s>]*))?""")
@@ -4541,25 +4482,30 @@ def html_to_text(source):
     """
     source, found, blocks = NO_TEXT.sub(" ", source), defaultdict(list), []
     for _, tag, attributes in TAG.findall(source):
-        values = {name.lower(): html.unescape(value.strip("\"'")) for name, value in ATTRIBUTE.findall(attributes)}
-        for name in f"{tag} {values.get('rel', '')}".lower().split() if values.get("href") else ():
+        tag, values = tag.lower(), defaultdict(str)
+        for name, value in ATTRIBUTE.findall(attributes):
+            values[name.lower()] = html.unescape(value.strip("\"'"))
+        for name in f"{tag} {values['rel']}".lower().split() if values["href"] else ():
             found[name].append(values["href"])
-        if tag.lower() == "meta" and values.get("name", "").lower() in ("robots", AGENT):
-            found["robots"].append(values.get("content", ""))
-        if tag.lower() == "dt" and "sig" in values.get("class", "").split() and re.fullmatch(r"\w+(\.\w+)+", values.get("id", "")):
+        if tag == "meta" and values["name"].lower() in ("robots", AGENT):
+            found["robots"].append(values["content"])
+        if tag == "dt" and "sig" in values["class"].split() and re.fullmatch(r"\w+(\.\w+)+", values["id"]):
             found["api"].append(values["id"])
-    title = re.search(r"<title\b[^<>]*>([^<]*)", source, re.I)
-    for i, part in enumerate(CODE.split(HIDDEN.sub(" ", source))):
-        if i % 2:  # prose and code take turns
-            code = html.unescape(TAG.sub("", part)).strip("\n")
-            blocks.append(f"```\n{code}\n```" if code.strip() else "")
-        else:  # an end tag writes the line breaks alone
-            prose = TAG.sub(lambda m: MARKS.get(m[2].lower(), "").rstrip(" #-|" if m[1] else ""), " ".join(part.split()))
-            lines = html.unescape(prose).replace("¶", "").split("\n")  # with it Sphinx links to a heading
-            prose = "\n".join(" ".join(line.split()).strip("| ") for line in lines)
-            prose = re.sub(r"^(-|#+)\s+", r"\1 ", prose, flags=re.M)  # the text of an item may be a paragraph of its own
-            blocks.append(re.sub(r"\n{3,}", "\n\n", prose).replace("\n\n- ", "\n- ").strip())
-    return " ".join(html.unescape(title[1] if title else "").split()), "\n\n".join(filter(None, blocks)), found
+    for i, part in enumerate(CODE.split(HIDDEN.sub(" ", source))):  # prose and code take turns
+        code = html.unescape(TAG.sub("", part)).strip("\n") if i % 2 else ""
+        blocks.append(f"```\n{code}\n```" if code.strip() else "" if i % 2 else html_prose(part))
+    title = re.search(r"<title\b[^<>]*>([^<]*)|\Z", source, re.I)[1] or ""
+    return " ".join(html.unescape(title).split()), "\n\n".join(filter(None, blocks)), found
+
+
+def html_prose(source):
+    """The text of a part of a page without code."""
+    mark = lambda tag: MARKS.get(tag[2].lower(), "").rstrip(" #-|" if tag[1] else "")  # an end tag breaks lines alone
+    marked = html.unescape(TAG.sub(mark, " ".join(source.split())))
+    lines = marked.replace("¶", "").split("\n")  # with it Sphinx links to a heading
+    prose = "\n".join(" ".join(line.split()).strip("| ") for line in lines)
+    prose = re.sub(r"^(-|#+)\s+", r"\1 ", prose, flags=re.M)  # the text of an item may be a paragraph of its own
+    return re.sub(r"\n{3,}", "\n\n", prose).replace("\n\n- ", "\n- ").strip()
 
 
 def robot_rules(text):
@@ -4585,29 +4531,42 @@ def robot_rules(text):
     return rules[ours], delays.get(ours, 0)
 
 
+def host_of(address):
+    """The host of an address, with its port where it has one."""
+    return urllib.parse.urlsplit(address).netloc
+
+
+def site_rules(start, web):
+    """What robot_rules() finds in the robots.txt of a site. Raises WebError where a site in trouble may have one
+    that forbids all; a site without the file allows all.
+    """
+    try:
+        return robot_rules(web.get(canonical("/robots.txt", start)).text[:2**20])
+    except WebError as error:
+        if error.status in RETRIED or not 400 <= (error.status or 0) < 500:
+            raise WebError(f"no robots.txt: {error}") from None
+        return [], 0
+
+
 def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
     """Read a site, on one host, `depth` levels of links deep. Yields a Record a page, `api_doc` if it defines
     APIs as Sphinx does, else `text`, or why there is none; `license` is for pages that state none. Raises
     WebError if the first cannot be read.
     """
     start = canonical(url)
-    host = urllib.parse.urlsplit(start).netloc
-    try:
-        rules, delay = robot_rules(web.get(canonical("/robots.txt", start)).text[:2**20])
-    except WebError as error:  # a site without the file allows all; one in trouble may have a file that forbids all
-        if error.status in RETRIED or not 400 <= (error.status or 0) < 500:
-            raise WebError(f"no robots.txt: {error}") from None
-        rules, delay = [], 0
+    host, (rules, delay) = host_of(start), site_rules(start, web)
     if delay > 60:
         raise WebError(f"{start}: robots.txt asks for {delay:.0f} s between pages")
     web.rate = min(web.rate, 1 / max(delay, 1e-9))
 
     def refuse(address):
-        if urllib.parse.urlsplit(address).netloc != host:
+        if host_of(address) != host:
             return "leads to another host"
         path = "/" + address.split("/", 3)[3] + "$"  # as a rule may end
-        allowed = max(((size, allow) for size, allow, pattern in rules if pattern.match(path)), default=(0, True))[1]
-        return "robots.txt forbids it" if not allowed else "longer than 1,000 characters" if len(address) > 1000 else ""
+        stated = [(size, allow) for size, allow, pattern in rules if pattern.match(path)]
+        if not max(stated, default=(0, True))[1]:
+            return "robots.txt forbids it"
+        return "longer than 1,000 characters" if len(address) > 1000 else ""
 
     queue, seen, visits, troubles = deque([(start, 0)]), {start: False}, 0, 0  # seen: whether it has been read
     while queue and visits < max_pages and troubles < 5:
@@ -4615,8 +4574,9 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
         visits += not refuse(address)
         try:
             page, troubles = web.get(address, refuse=refuse), 0
-            if "html" not in page.headers.get("content-type", "").lower():
-                raise WebError(f"{address}: not HTML but {page.headers.get('content-type') or 'of no stated type'}")
+            kind = page.headers.get("content-type") or "of no stated type"
+            if "html" not in kind.lower():
+                raise WebError(f"{address}: not HTML but {kind}")
         except WebError as error:
             if address == start:
                 raise
@@ -4625,26 +4585,28 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             continue
         title, text, found = html_to_text(page.text.replace("\0", ""))
         base = canonical([*found["base"], ""][0], page.url) or page.url
-        robots = " ".join([*found["robots"], page.headers.get("x-robots-tag", "")]).lower()
         name = canonical([*found["canonical"], page.url][0], base)
-        name = name if urllib.parse.urlsplit(name).netloc == host else page.url
+        name = name if host_of(name) == host else page.url
+        robots = " ".join([*found["robots"], page.headers.get("x-robots-tag", "")]).lower()
         if re.search(r"\b(noindex|none)\b", robots):
             yield rejection(address, "", "it asks robots not to index it")
         elif seen.get(name) or not text:
             yield rejection(address, "", f"the same page as {name}" if text else "holds no text")
         else:
-            stated = canonical([*found["license"], "none:"][0], base)
-            yield Record(f"crawl:{name}", "api_doc" if found["api"] else "text", f"crawl:{host}", stated or license,
-                         sorted(set(found["api"])), f"{title}\n\n{text}".strip(), url=name)
+            stated = canonical([*found["license"], "none:"][0], base) or license
+            domain, apis = "api_doc" if found["api"] else "text", sorted(set(found["api"]))
+            text = f"{title}\n\n{text}".strip()
+            yield Record(f"crawl:{name}", domain, f"crawl:{host}", stated, apis, text, url=name)
         seen[name] = True
         follows = level < depth and not re.search(r"\b(nofollow|none)\b", robots)
         for link in found["a"] if follows else ():
             link = canonical(link, base)
-            if urllib.parse.urlsplit(link).netloc == host and link not in seen and len(seen) < 10 * max_pages:
+            if host_of(link) == host and link not in seen and len(seen) < 10 * max_pages:
                 seen[link] = False
                 queue.append((link, level + 1))
     if queue:
-        yield rejection(start, "", f"{visits} pages read, {troubles} failures in a row; {len(queue)} known addresses not read")
+        said = f"{visits} pages read, {troubles} failures in a row; {len(queue)} known addresses not read"
+        yield rejection(start, "", said)
 
 
 def crawl_records(url, args):
@@ -4671,27 +4633,34 @@ def hf_rows(name, web, host=HF_HOST, token=None):
     on where it was. Raises ValueError.
     """
     dataset, wanted = "/".join(name.split("/")[:2]), name.split("/")[2:]
-    headers = {"Authorization": f"Bearer {token.strip()}"} if token else None
+    headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
+
+    def ask(path, **query):
+        query = urllib.parse.urlencode({"dataset": dataset} | query)
+        return json.loads(web.get(f"{host}/{path}?{query}", headers).body)
+
     try:
-        answer = json.loads(web.get(f"{host}/splits?{urllib.parse.urlencode({'dataset': dataset})}", headers).body)
-        splits = [[s["config"], s["split"]] for s in answer["splits"]]
-        if wanted not in [split[:len(wanted)] for split in splits]:
+        splits = [[s["config"], s["split"]] for s in ask("splits")["splits"]]
+        chosen = [split for split in splits if split[:len(wanted)] == wanted]
+        if not chosen:
             raise ValueError(f"hf:{name}: no such rows; there are {', '.join(map('/'.join, splits))[:500]}")
-        for config, split in (s for s in splits if s[:len(wanted)] == wanted):
+        for config, split in chosen:
             offset, total, where = 0, 1, f"{dataset}/{config}/{split}"
             while offset < total:
-                query = {"dataset": dataset, "config": config, "split": split, "offset": offset, "length": 100}
-                page = json.loads(web.get(f"{host}/rows?{urllib.parse.urlencode(query)}", headers).body)
-                rows, total = page["rows"], total if offset else page["num_rows_total"]  # one that grows would never end
-                if [r["row_idx"] for r in rows] != list(range(offset, offset + len(rows))) or not rows and offset < total:
+                page = ask("rows", config=config, split=split, offset=offset, length=100)
+                rows, total = page["rows"], total if offset else page["num_rows_total"]  # one that grows never ends
+                expected = list(range(offset, offset + len(rows)))
+                if [row["row_idx"] for row in rows] != expected or not rows and offset < total:
                     raise ValueError(f"hf:{where}: the server does not give row {offset} of {total}")
                 for row in rows:
-                    cut = ", ".join(row["truncated_cells"])
-                    yield (rejection(where, row["row_idx"], f"cut by the server: {cut}") if cut else
-                           (f"{where}:{row['row_idx']}", row["row"]))
+                    if cut := ", ".join(row["truncated_cells"]):
+                        yield rejection(where, row["row_idx"], f"cut by the server: {cut}")
+                    else:
+                        yield f"{where}:{row['row_idx']}", row["row"]
                 offset += len(rows)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"hf:{name}: not the answer of a datasets server ({type(error).__name__})") from None
+        reason = f"not the answer of a datasets server ({type(error).__name__})"
+        raise ValueError(f"hf:{name}: {reason}") from None
 
 
 def hf_license(name, web, hub="https://huggingface.co"):
@@ -4702,7 +4671,8 @@ def hf_license(name, web, hub="https://huggingface.co"):
         tags = json.loads(web.get(f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").body)["tags"]
     except (ValueError, LookupError, TypeError):
         return "unknown"
-    return " AND ".join(sorted(tag.removeprefix("license:") for tag in tags if tag.startswith("license:"))) or "unknown"
+    stated = [tag.removeprefix("license:") for tag in tags if tag.startswith("license:")]
+    return " AND ".join(sorted(stated)) or "unknown"
 
 
 def hf_records(name, args):
@@ -4718,9 +4688,11 @@ def hf_records(name, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # General data: source code and prose from the disk
 
-CODE_FILES = r"\.(py|js|mjs|ts|tsx|jsx|go|rs|java|c|h|cc|cpp|hpp|cs|rb|php|sh|sql|scala|kt|swift|r|R|jl|lua|pl|hs|ml|ex|erl|clj|proto)$"
+CODE_FILES = (r"\.(py|js|mjs|ts|tsx|jsx|go|rs|java|c|h|cc|cpp|hpp|cs|rb|php|sh|sql|scala|kt|swift|r|R|jl|lua|pl|hs"
+              r"|ml|ex|erl|clj|proto)$")
 TEXT_FILES = r"\.(txt|md|rst|html?|jsonl|json)(\.gz)?$"
 MAX_TEXT = 50_000_000  # bytes of one file that is read whole
+MIN_TEXT = 200         # characters of a text that is worth keeping
 
 
 def code_records(path, name, license, args):
@@ -4728,23 +4700,26 @@ def code_records(path, name, license, args):
     text = read_text(path)
     if re.search(r"auto-?generated|@generated|generated by|do not (edit|modify)", text[:1000], re.I):
         raise ValueError("generated")
-    if len(text) < 200 or minified(text):
-        raise ValueError("under 200 characters" if len(text) < 200 else "a line of over 1,000 characters: minified, or data")
+    if len(text) < MIN_TEXT:
+        raise ValueError(f"under {MIN_TEXT} characters")
+    if minified(text):
+        raise ValueError("a line of over 1,000 characters: minified, or data")
     stated = re.search(r"SPDX-License-Identifier:\s*([\w.+-]+( (AND|OR|WITH) [\w.+-]+)*)", text[:3000])
     yield Record(f"code:{name}", "code", f"code:{name}", stated[1] if stated else license, [], text)
 
 
 def text_records(path, name, license, args):
     """Prose: a file, or the `text` or `content` of each record of a JSON or JSON lines file."""
-    if not re.search(r"\.jsonl?(\.gz)?$", name):
-        text = read_text(path)
-        text = html_to_text(text)[1] if re.search(r"\.html?$", name) else text
-        if len(text) < 200:
-            raise ValueError("under 200 characters")
-        yield Record(f"text:{name}", "text", f"text:{name}", license, [], text)
+    source = f"text:{name}"
+    if re.search(r"\.jsonl?(\.gz)?$", name):
+        yield from (text_row(where, value, source, license) for where, value in read_values(path))
         return
-    for where, value in read_values(path):
-        yield text_row(where, value, f"text:{name}", license)
+    text = read_text(path)
+    if re.search(r"\.html?$", name):
+        text = html_to_text(text)[1]
+    if len(text) < MIN_TEXT:
+        raise ValueError(f"under {MIN_TEXT} characters")
+    yield Record(source, "text", source, license, [], text)
 
 
 def row_records(where, value, source, license, args):
@@ -4756,12 +4731,16 @@ def row_records(where, value, source, license, args):
 
 def text_row(where, value, source, license):
     """The Record of an object with a `text` or `content`, else a rejection."""
-    text = mapping(value).get("text") or mapping(value).get("content")
-    if isinstance(text, str) and len(text) >= 200:
-        stated = value.get("license")
-        return Record(f"{source}:{where}", "text", source, stated if isinstance(stated, str) else license, [], text)
+    row = mapping(value)
+    text = row.get("text") or row.get("content")
+    if isinstance(text, str) and len(text) >= MIN_TEXT:
+        stated = row.get("license")
+        license = stated if isinstance(stated, str) else license
+        return Record(f"{source}:{where}", "text", source, license, [], text)
+    if isinstance(value, ValueError):
+        return rejection(source, where, str(value))
     keys = f"; its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else ""
-    return rejection(source, where, str(value) if isinstance(value, ValueError) else f"no text of 200 characters or more{keys}")
+    return rejection(source, where, f"no text of {MIN_TEXT} characters or more{keys}")
 
 
 def read_text(path):
@@ -4775,6 +4754,7 @@ def read_text(path):
 
 
 def minified(text):
+    """Whether a line is too long to be written by hand."""
     return max(map(len, text.split("\n"))) > 1000
 
 
