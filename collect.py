@@ -298,68 +298,71 @@ def synthesise(tools, seed, shares, chosen=lambda tool: True):
 
 
 # ============================================================================================================
-# Below: options; sources and units; packages; docstrings and schemas; examples; web specifications; conversations;
-# the web; general data; conversations from documentation; what a language model writes; the report.
+# Below: options; sources and units; packages; docstrings and schemas; examples; web specifications;
+# conversations; the web; general data; conversations from documentation; what a language model writes; the report.
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Options
+
+
+def option_groups():
+    """{heading: [(flag and what its value is called, type or choices, default, help), ...]}."""
+    return {
+        "options": [
+            ("--out", str, "data/raw", "directory for the records"),
+            ("--workers", positive(int), os.cpu_count(),
+             "processes at a time; the records are the same for any number"),
+            ("--license NAME", str, None,
+             "of records whose source states none; without it, that of the nearest licence file"),
+            ("--only-license REGEX", regex, None, "keep only records whose licence matches"),
+            ("--exclude-license REGEX", regex, None, "drop records whose licence matches"),
+            ("--seed", int, 0, "of the conversations made by templates"),
+            ("--kinds KIND=SHARE,...", shares(KINDS), ",".join(f"{k}={v}" for k, v in KINDS.items()),
+             "shares of their kinds")],
+        "python": [
+            ("--code-mb", float, 4.0, "source code kept from each package, in MB, chosen by a hash"),
+            ("--timeout", positive(float), 20.0, "seconds one module may take to import and describe")],
+        "chat and hf": [
+            ("--chat-format FORMAT", FORMATS, None,
+             "of all records, by its name in FORMATS; without it each is recognised by itself"),
+            ("--chat-domain", ["trajectory", "instruction"], "trajectory", "pre-train on them, or tune"),
+            ("--hf-host", str, HF_HOST, "datasets server; HF_TOKEN is sent there if set")],
+        "crawl, and openapi from a URL": [
+            ("--depth", int, 3, "levels of links"),
+            ("--max-pages", positive(int), 1000, "pages of one site"),
+            ("--rate", positive(float), 2.0,
+             "requests a second to one host, unless its robots.txt asks for fewer"),
+            ("--allow-private", bool, False, "fetch from private and loopback addresses too")],
+        "synthesize": [
+            ("--llm-url URL", str, None,
+             "OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is taken from OPENAI_API_KEY"),
+            ("--llm-model", str, "default", "model to ask for"),
+            ("--llm-parallel", positive(int), 8, "requests at once"),
+            ("--llm-budget", float, 1e6, "tokens to spend, those of prompts included"),
+            ("--llm-timeout", positive(float), 120.0, "seconds an answer may take")]}
 
 
 def parse_args():
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("sources", nargs="*", metavar="SOURCE", default=["python", "synthesize:python"], help="see above")
-    parser.add_argument("--out", default="data/raw", help="directory for the records")
-    parser.add_argument(
-        "--workers",
-        type=positive(int),
-        default=os.cpu_count(),
-        help="processes at a time; the records are the same for any number",
-    )
-    parser.add_argument("--license", metavar="NAME", help="of records whose source states none; without it, that of the nearest licence file")
-    parser.add_argument("--only-license", metavar="REGEX", type=regex, help="keep only records whose licence matches")
-    parser.add_argument("--exclude-license", metavar="REGEX", type=regex, help="drop records whose licence matches")
-    parser.add_argument("--seed", type=int, default=0, help="of the conversations made by templates")
-    parser.add_argument("--kinds", type=shares(KINDS), metavar="KIND=SHARE,...", default=",".join(f"{k}={v}" for k, v in KINDS.items()),
-                        help="shares of their kinds")
-    group = parser.add_argument_group("python")
-    group.add_argument("--code-mb", type=float, default=4.0, help="source code kept from each package, in MB, chosen by a hash")
-    group.add_argument(
-        "--timeout",
-        type=positive(float),
-        default=20.0,
-        help="seconds one module may take to import and describe",
-    )
-    group = parser.add_argument_group("chat and hf")
-    group.add_argument("--chat-format", choices=FORMATS, metavar="FORMAT", help="of all records, by its name in FORMATS; "
-                       "without it each is recognised by itself")
-    group.add_argument("--chat-domain", choices=("trajectory", "instruction"), default="trajectory", help="pre-train on them, or tune")
-    group.add_argument("--hf-host", default=HF_HOST, help="datasets server; HF_TOKEN is sent there if set")
-    group = parser.add_argument_group("crawl, and openapi from a URL")
-    group.add_argument("--depth", type=int, default=3, help="levels of links")
-    group.add_argument("--max-pages", type=positive(int), default=1000, help="pages of one site")
-    group.add_argument(
-        "--rate",
-        type=positive(float),
-        default=2.0,
-        help="requests a second to one host, unless its robots.txt asks for fewer",
-    )
-    group.add_argument("--allow-private", action="store_true", help="fetch from private and loopback addresses too")
-    group = parser.add_argument_group("synthesize")
-    group.add_argument("--llm-url", metavar="URL", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is "
-                       "taken from OPENAI_API_KEY")
-    group.add_argument("--llm-model", default="default", help="model to ask for")
-    group.add_argument("--llm-parallel", type=positive(int), default=8, help="requests at once")
-    group.add_argument("--llm-budget", type=float, default=1e6, help="tokens to spend, those of prompts included")
-    group.add_argument(
-        "--llm-timeout", type=positive(float), default=120.0, help="seconds an answer may take"
-    )
+    sources = ["python", "synthesize:python"]
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", default=sources, help="see above")
+    for heading, rows in option_groups().items():
+        group = parser if heading == "options" else parser.add_argument_group(heading)
+        for flag, kind, default, meaning in rows:
+            flag, *called = flag.split()
+            how = {"metavar": called[0] if called else None, "type": kind}
+            if kind is bool:
+                how = {"action": "store_true"}
+            elif not callable(kind):
+                how |= {"type": str, "choices": kind}
+            group.add_argument(flag, default=default, help=meaning, **how)
     return parser.parse_args()
 
 
 def claim(out):
-    """Make the directories of the output, and return a lock that one run at a time can hold. Exits with a line
-    where it cannot.
+    """Make the directories of the output, and return a lock that one run at a time can hold. Exits with a
+    line where it cannot.
     """
     try:
         for folder in ("rejected", "tools"):
@@ -423,7 +426,7 @@ def visible(text):
     return re.sub(odd, lambda match: repr(match[0])[1:-1], text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sources: each is divided into units, a unit fills one file
 
 
@@ -440,34 +443,36 @@ def find_units(kind, value="", *, args):
     if kind == "synthesize" and value == "python":
         if not args.llm_url:
             return [], []  # by templates, from the records of the other sources: main() does it last
-        files = [(path, f"{module.replace('.', '/')}.py", p.license) for p in find_packages() for path, module, public in p.files if public]
+        files = [(path, f"{module.replace('.', '/')}.py", package.license) for package in find_packages()
+                 for path, module, public in package.files if public]
         return file_units(kind, "synthesize.packages", files, args)
     root, license = (Path(value).resolve(), None) if value else installed_data(kind)
     if not root.exists():
         fail(f"{kind}:{value}: no such file or directory")
-    pattern = re.compile(sources()[kind][1])
+    pattern, files = sources()[kind][1], []
     folder = root if root.is_dir() else root.parent
-    inside = lambda path: path.is_file() and path.resolve().is_relative_to(root)  # a link may lead out
-    paths = (
-        [root]
-        if root.is_file()
-        else sorted(p for p in root.rglob("*") if pattern.search(p.name) and inside(p))
-    )
-    named = [(p, p.relative_to(folder.parent).as_posix() if root.is_dir() else p.name) for p in paths]
-    files = [(p, name, license or nearby_license(p.parent, folder)) for p, name in named if "/." not in name]  # none that is hidden
+    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
+        chosen = path == root or re.search(pattern, path.name) and path.is_file()
+        if chosen and path.resolve().is_relative_to(root):  # a link may lead out
+            name = path.relative_to(folder.parent).as_posix() if root.is_dir() else path.name
+            if "/." not in name:  # none that is hidden
+                files.append((path, name, license or nearby_license(path.parent, folder)))
     if not files:
-        fail(f"{kind}:{value}: no files of this kind in it ({pattern.pattern})")
+        fail(f"{kind}:{value}: no files of this kind in it ({pattern})")
     return file_units(kind, f"{kind}.{identifier(root.name)}-{fingerprint(None, str(root))}", files, args)
 
 
 def python_units(value, args):
     """A unit for each installed package, or for those that are named."""
-    packages = find_packages()
-    wanted = value.split(",") if value else [p.name for p in packages]
-    if missing := sorted(set(wanted) - {p.name for p in packages}):
-        fail(f"python: {', '.join(missing)}: not installed here (known: {', '.join(p.name for p in packages)})")
-    units = [Unit(f"python.{p.name}-{fingerprint(args, p.version, args.code_mb, args.timeout)}.jsonl", p.size, package_records, (p, args))
-             for p in packages if p.name in wanted]
+    packages = {package.name: package for package in find_packages()}
+    wanted = value.split(",") if value else [*packages]
+    if missing := sorted(set(wanted) - packages.keys()):
+        fail(f"python: {', '.join(missing)}: not installed here (known: {', '.join(packages)})")
+    units = []
+    for name, package in packages.items():
+        if name in wanted:
+            state = fingerprint(args, package.version, args.code_mb, args.timeout)
+            units.append(Unit(f"python.{name}-{state}.jsonl", package.size, package_records, (package, args)))
     return units, [f"python.{name}-" for name in wanted] if value else ["python."]
 
 
@@ -487,24 +492,28 @@ def file_units(kind, prefix, files, args):
     """Units for a list of files (path, name, licence), put into groups by a hash of their names: what changes
     redoes its group.
     """
-    grouped = defaultdict(list)
-    for file in files:  # a language model is asked by one unit alone, which keeps to the budget
-        grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % (1 if kind == "synthesize" and args.llm_url else 64)].append(file)
-    units, options = [], [getattr(args, name) for name in sources()[kind][2]]
+    grouped, units = defaultdict(list), []
+    groups = 1 if kind == "synthesize" and args.llm_url else 64  # one unit alone keeps to the model's budget
+    for file in files:
+        grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % groups].append(file)
+    options = [getattr(args, name) for name in sources()[kind][2]]
     for number, group in grouped.items():
-        stats = [(name, license, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path, name, license in group]
-        size = sum(entry[2] for entry in stats)
-        units.append(Unit(f"{prefix}.{number:02}-{fingerprint(args, stats, options)}.jsonl", size, file_records, (kind, group, args)))
+        found = [(name, license, os.stat(path)) for path, name, license in group]
+        stats = [(name, license, stat.st_size, stat.st_mtime_ns) for name, license, stat in found]
+        filename = f"{prefix}.{number:02}-{fingerprint(args, stats, options)}.jsonl"
+        units.append(Unit(filename, sum(entry[2] for entry in stats), file_records, (kind, group, args)))
     return units, [prefix + "."]
 
 
 def installed_data(kind):
     """Where an installed package keeps the documents of a kind, and their licence."""
-    package, module, folder = {"botocore": ("botocore", "botocore", "data"), "discovery": (
-        "google-api-python-client", "googleapiclient", "discovery_cache/documents")}.get(kind) or fail(f"{kind}: needs a path, {kind}:PATH")
+    known = {"botocore": ("botocore", "botocore", "data"),
+             "discovery": ("google-api-python-client", "googleapiclient", "discovery_cache/documents")}
+    package, module, folder = known.get(kind) or fail(f"{kind}: needs a path, {kind}:PATH")
     if not (found := importlib.util.find_spec(module)):
         fail(f"{kind}: the package {package} is not installed; install it or name a directory, {kind}:PATH")
-    return Path(found.submodule_search_locations[0]) / folder, license_of(importlib.metadata.metadata(package))
+    license = license_of(importlib.metadata.metadata(package))
+    return Path(found.submodule_search_locations[0]) / folder, license
 
 
 def file_records(kind, files, args):
@@ -514,8 +523,10 @@ def file_records(kind, files, args):
     for path, name, license in files:
         try:
             yield from sources()[kind][0](path, name, args.license or license, args)
-        except (ValueError, TypeError, AttributeError, LookupError, OSError) as error:  # files in the wild hold anything
-            yield rejection(name, "", str(error) if isinstance(error, (ValueError, OSError)) else repr(error))
+        except (ValueError, OSError) as error:
+            yield rejection(name, "", str(error))
+        except (TypeError, AttributeError, LookupError) as error:  # files in the wild hold anything
+            yield rejection(name, "", repr(error))
 
 
 def rejection(file, line, reason):
@@ -569,13 +580,15 @@ def nearby_license(directory, root):
     """The licence of the nearest LICENSE or COPYING file, in the directory or above it up to root; "unknown"
     where there is none.
     """
-    for path in sorted(p for p in directory.iterdir() if re.match(r"(?i)(un)?licen[cs]e|copying", p.name) and p.is_file()):
-        text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
-        return next((name for name, pattern in LICENSES.items() if re.search(pattern, text, re.I)), f"see {path.name}")
+    for path in sorted(directory.iterdir()):
+        if re.match(r"(?i)(un)?licen[cs]e|copying", path.name) and path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
+            known = (name for name, pattern in LICENSES.items() if re.search(pattern, text, re.I))
+            return next(known, f"see {path.name}")
     return nearby_license(directory.parent, root) if directory != root else "unknown"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Records
 
 
@@ -592,9 +605,10 @@ def unit_hash(name):
 def chat_message(role, content="", calls=None):
     """An OpenAI chat message; `calls` is a list of (function name, arguments)."""
     message = {"role": role, "content": content}
-    if calls:
-        message["tool_calls"] = [{"id": f"call_{i}", "type": "function", "function": {
-            "name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}} for i, (name, arguments) in enumerate(calls)]
+    for name, arguments in calls or []:
+        made = message.setdefault("tool_calls", [])
+        function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
+        made.append({"id": f"call_{len(made)}", "type": "function", "function": function})
     return message
 
 
@@ -2400,7 +2414,7 @@ def prose(package):
             yield Record(name, "text", f"python:{package.name}", package.license, [], text)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Documentation of web services: OpenAPI, Google's discovery documents, the service models of botocore
 
 MAX_SPEC = 100_000_000         # bytes of one specification
@@ -2443,8 +2457,8 @@ def openapi_records(path, name, license, args):
                 yield operation_record(called, f"{method.upper()} {place}", operation, *about)
     for file, content in others.items():
         if content is None:
-            yield rejection(name, file, "a reference to a file that cannot be read beneath the specification's: "
-                                        "what it holds is missing")
+            yield rejection(name, file, "a reference to a file that cannot be read beneath the "
+                                        "specification's: what it holds is missing")
 
 
 def discovery_records(path, name, license, args):
@@ -2542,9 +2556,9 @@ def operation_record(name, head, operation, resolve, service, source, license):
     outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
     said = "\n\n".join(str(operation[k]) for k in ("summary", "description") if operation.get(k))
     schema = {"type": "object", "properties": properties, "required": sorted(required)}
-    return service_record(name, head, plain_text(said), schema, service, source, str(license), outcomes=outcomes,
-                      returns=json_schema_of(schema_of(good), resolve, "writeOnly"),
-                      url=mapping(operation, "externalDocs").get("url"))
+    return service_record(name, head, plain_text(said), schema, service, source, str(license), outcomes,
+                          json_schema_of(schema_of(good), resolve, "writeOnly"),
+                          mapping(operation, "externalDocs").get("url"))
 
 
 def service_record(name, head, doc, schema, service, source, license, outcomes="", returns=None, url=None):
@@ -2561,18 +2575,16 @@ def command_records(path, name, license, args):
     """One record a tldr page (tldr-pages.github.io): a .md file, or the `text` of JSON lines whose `source`
     is its path.
     """
-    pages = read_values(path)
-    if path.suffix == ".md":
-        pages = [(name, {"text": path.read_text(encoding="utf-8", errors="replace")})]
-    for place, page in pages:
-        place, page = str(mapping(page).get("source") or place), str(mapping(page).get("text"))
+    for line, page in read_values(path):
+        place = str(mapping(page).get("source") or line)
+        place, page = (name, page) if isinstance(page, str) else (place, str(mapping(page).get("text")))
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
         examples = re.findall(r"^- (.+):\n\n`(.+)`", page, re.M)
         if not title or not about or not examples:
-            yield rejection(name, place, "not a tldr page: no `# command` line, no `> description` line, or no "
-                                         "example")
+            yield rejection(name, place, "not a tldr page: no `# command` line, no `> description` line, "
+                                         "or no example")
             continue
-        system = place.split("/")[-2] if "/" in place else "common"
+        system = ["common", *place.split("/")][-2]
         called = f"commands.{identifier(system)}.{identifier(title[1])}"
         doc = "\n\n".join(["\n".join(about), *map(":\n".join, examples)])
         properties = {"arguments": {"type": "array", "items": {"type": "string"}}}
@@ -2583,8 +2595,8 @@ def command_records(path, name, license, args):
 
 
 def mcp_records(path, name, license, args):
-    """A record and a Tool for each tool in a file that lists what a server of the Model Context Protocol offers.
-    Nothing is launched. Raises ValueError if it lists none.
+    """A record and a Tool for each tool in a file that lists what a server of the Model Context Protocol
+    offers. Nothing is launched. Raises ValueError if it lists none.
     """
     server, taken = Path(name).name.split(".")[0], set()
     if server in ("tools", "server"):
@@ -2607,14 +2619,14 @@ def mcp_records(path, name, license, args):
 
 def mcp_tools(value, server, depth=6):
     """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
-    about = mapping(mapping(value).get("serverInfo")) | mapping(value)
+    about = mapping(value, "serverInfo") | mapping(value)
     names = [about.get(key) for key in ("server_name", "serverName", "name", "title")]
     server = next((name for name in names if isinstance(name, str)), server)
-    tools = value if isinstance(value, list) and depth == 6 else listing(mapping(value).get("tools"))
+    tools = value if isinstance(value, list) and depth == 6 else listing(value, "tools")
     if tools and all(map(is_mcp_tool, tools)):
         yield from ((server, tool) for tool in tools)
     elif depth:
-        for member in value.values() if isinstance(value, dict) else listing(value):
+        for member in children(value):
             yield from mcp_tools(member, server, depth - 1)
 
 
@@ -2681,7 +2693,11 @@ def parse_yaml(text):
 
 
 def mapping(value, *keys):
-    """The dict that stands at the keys of a value, else {}: specifications in the wild hold anything anywhere."""
+    """The dict that stands at the keys of a value, else {}: files in the wild hold anything anywhere.
+
+    >>> mapping({"a": {"b": {}}}, "a", "b", "c"), mapping([1])
+    ({}, {})
+    """
     for key in keys:
         value = mapping(value).get(key)
     return value if isinstance(value, dict) else {}
@@ -2694,7 +2710,14 @@ def mappings(value, key):
 
 def listing(value, key):
     """The list that stands at a key of a dict, else []."""
-    return found if isinstance(found := mapping(value).get(key), list) else []
+    found = mapping(value).get(key)
+    return found if isinstance(found, list) else []
+
+
+def children(value):
+    """The members of a dict or list; of anything else there are none."""
+    value = [*value.values()] if isinstance(value, dict) else value
+    return value if isinstance(value, list) else []
 
 
 def identifier(text):
@@ -2716,8 +2739,8 @@ def shorten(text, longest=200):
 
 
 def follow(spec, others, root, ref):
-    """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None. Other files are
-    read beneath `root` alone, once each; the references in them are made relative to it.
+    """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None. Other files
+    are read beneath `root` alone, once each; the references in them are made relative to it.
     """
     file, _, pointer = ref.partition("#")
     if file and file not in others:
@@ -2725,18 +2748,16 @@ def follow(spec, others, root, ref):
         if path.is_relative_to(root.resolve()) and path.is_file() and len(others) < 10_000:
             with contextlib.suppress(ValueError):
                 others[file] = relative_to(read_spec(path), file)
-    value = others.get(file) if file else spec
-    for key in pointer.strip("/").split("/") if pointer.strip("/") else []:
-        key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
-        if isinstance(value, list):
-            value = value[int(key)] if key.isdigit() and int(key) < len(value) else None
-        else:
-            value = mapping(value).get(key)
-    return value
+    value, pointer = others.get(file) if file else spec, pointer.strip("/")
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # what is not there
+        for key in pointer.split("/") if pointer else []:
+            key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+            value = value[int(key) if isinstance(value, list) else key]
+        return value
 
 
 def relative_to(value, file):
-    """A specification's value whose references are relative to the root, not to the `file` that they stand in."""
+    """A specification's value, its references made relative to the root, not to the `file` they stand in."""
     todo, done = [value], set()  # aliases of YAML are shared
     while todo:
         node = todo.pop()
@@ -2747,7 +2768,7 @@ def relative_to(value, file):
             place, _, pointer = ref.partition("#")
             place = posixpath.normpath(posixpath.join(posixpath.dirname(file), place)) if place else file
             node["$ref"] = f"{place}#{pointer}"
-        todo += node.values() if isinstance(node, dict) else listing(node)
+        todo += children(node)
     return value
 
 
@@ -2765,8 +2786,9 @@ def schema_of(node):
     preferred.
     """
     types, json_like = mapping(node, "content"), re.compile(r"application/([\w.-]+\+)?json\b")
-    best = min(types, key=lambda kind: (kind != "application/json", not json_like.match(str(kind))), default=None)
-    return node.get("schema") or mapping(types.get(best)).get("schema")
+    rank = lambda kind: (kind != "application/json", not json_like.match(str(kind)))
+    best = min(types, key=rank, default=None)
+    return node.get("schema") or mapping(types, best).get("schema")
 
 
 def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
@@ -2789,9 +2811,8 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
-    shown = {key: part for key, part in mapping(node, "properties").items()
-             if resolved(part, resolve).get(hidden) is not True}
-    properties = {str(key): deeper(part) for key, part in shown.items()}
+    properties = {str(key): deeper(part) for key, part in mapping(node, "properties").items()
+                  if resolved(part, resolve).get(hidden) is not True}
     required, choices = [*listing(node, "required")], []
     for part in map(deeper, listing(node, "allOf")):
         properties |= part.pop("properties", {})
@@ -2817,7 +2838,7 @@ def plain(value):
     try:
         pieces = itertools.islice(json.JSONEncoder(default=str).iterencode(value), MAX_PIECES)
         return json.loads("".join(pieces), parse_constant=lambda name: None)
-    except (ValueError, TypeError, RecursionError):  # cut, endless, with keys that are no texts, or nested too deep
+    except (ValueError, TypeError, RecursionError):  # cut, in a circle, odd keys, or nested too deep
         return None
 
 
@@ -4199,7 +4220,7 @@ FORMATS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The web: one polite client that cannot be led to private addresses
 
 AGENT = "hephaestus-collect"
@@ -4254,11 +4275,13 @@ def canonical(url, base=""):
     """
     try:
         parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
-        host, port, usual = parts.hostname.encode("idna").decode(), parts.port, {"http": 80, "https": 443}[parts.scheme]
+        host, port = parts.hostname.encode("idna").decode(), parts.port
+        usual = {"http": 80, "https": 443}[parts.scheme]
     except (ValueError, LookupError, AttributeError):  # broken, of another scheme, without a host
         return ""
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
-    path = urllib.parse.urljoin("/", re.sub("%2e", ".", parts.path, flags=re.I)) or "/"  # without dot segments
+    path = re.sub("%2e", ".", parts.path, flags=re.I)
+    path = urllib.parse.urljoin("/", path) or "/"  # without dot segments
     rest = path + (f"?{parts.query}" if parts.query else "")
     return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
 
@@ -4269,7 +4292,7 @@ class Web:
     cache: Path
     allow_private: bool = False
     rate: float = 2.0             # requests a second to one host
-    timeout: float = 20.0         # seconds that one answer may take in all, and a tenth of those that all tries may
+    timeout: float = 20.0         # seconds that one answer may take in all; all tries may take ten times as long
     max_bytes: int = 10_000_000   # of one answer, packed or not
     retries: int = 5
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
@@ -4309,7 +4332,8 @@ class Web:
             page.body = page.body.encode("latin-1")
             if time.time() - path.stat().st_mtime <= self.max_age:
                 return page
-        known = {"If-None-Match": page.headers.get("etag"), "If-Modified-Since": page.headers.get("last-modified")}
+        known = {"If-None-Match": page.headers.get("etag"),
+                 "If-Modified-Since": page.headers.get("last-modified")}
         fresh = self.persist(url, headers | {name: value for name, value in known.items() if value})
         if fresh.status == 304 and page.status:
             path.touch()
@@ -4347,8 +4371,8 @@ class Web:
         sockets, body, started = [], bytearray(), time.monotonic()
 
         def connect(connection):
-            """A socket to an address that has been checked: the name is looked up once, so that no second answer
-            can differ. The user's proxy may be anywhere, but what it would connect to for us is checked.
+            """A socket to an address that has been checked: the name is looked up once, so that no second
+            answer can differ. The user's proxy may be anywhere; what it would connect to is checked.
             """
             if connection.proxy:
                 with contextlib.suppress(socket.gaierror):  # often the proxy alone knows names
@@ -4375,7 +4399,8 @@ class Web:
                    "Connection": "close"} | headers
         no_password = lambda request: request
         asked = requests.Request("POST" if sent else "GET", url, headers, data=sent, auth=no_password)
-        theirs = requests.Session().merge_environment_settings(url, {}, True, None, None)  # proxies, certificates
+        # The user's proxies and certificates.
+        theirs = requests.Session().merge_environment_settings(url, {}, True, None, None)
         timer = threading.Timer(self.timeout, hang_up)  # a slow drip meets no other limit
         timer.start()
         try:
@@ -4395,7 +4420,8 @@ class Web:
             raise TimeoutError
         given = {name.lower(): value for name, value in answer.headers.items()}
         page = Page(url, answer.status_code, given, bytes(body))
-        for encoding in re.findall(r"[\w-]+", given.get("content-encoding", "").lower() if body else "")[::-1]:
+        packed = given.get("content-encoding", "").lower() if body else ""
+        for encoding in re.findall(r"[\w-]+", packed)[::-1]:
             if encoding not in ("gzip", "x-gzip", "deflate", "identity"):
                 raise WebError(f"{url}: packed as {encoding}, which was not asked for")
             if encoding != "identity":
@@ -4406,7 +4432,7 @@ class Web:
 
 
 def addresses(host, private):
-    """The addresses of a host, by its name. Raises WebError unless all are public, or `private` ones allowed."""
+    """The addresses of a host, by its name. Raises WebError unless all are public or `private` ones may be."""
     found = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     if not private and not all(map(is_public, found)):
         raise WebError(f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)")
@@ -4459,11 +4485,11 @@ def web_client(args, **options):
     return Web(Path(args.out) / "cache" / "web", args.allow_private, args.rate, **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # crawl:URL, a documentation site by levels
 
-# Each of these patterns takes linear time: what is left open runs to the end, and tags do not run over another "<".
-# (html.parser needs minutes for 40,000 characters of tags that are opened and never closed.)
+# Each of these patterns takes linear time: what is left open runs to the end, and tags do not run over another
+# "<". (html.parser needs minutes for 40,000 characters of tags that are opened and never closed.)
 NO_TEXT = re.compile(r"<!--.*?(?:-->|\Z)|<[!?][^<>]*>|<(script|style)\b.*?(?:</\1[^<>]*>?|\Z)", re.S | re.I)
 HIDDEN = re.compile(r"<(title|nav|header|footer|noscript|template|svg|iframe|button|select)\b"
                     r".*?(?:</\1\b[^<>]*>|\Z)", re.S | re.I)
@@ -4500,11 +4526,11 @@ def html_to_text(source):
 
 def html_prose(source):
     """The text of a part of a page without code."""
-    mark = lambda tag: MARKS.get(tag[2].lower(), "").rstrip(" #-|" if tag[1] else "")  # an end tag breaks lines alone
+    mark = lambda tag: MARKS.get(tag[2].lower(), "").rstrip(" #-|" if tag[1] else "")  # an end tag: "\n" alone
     marked = html.unescape(TAG.sub(mark, " ".join(source.split())))
     lines = marked.replace("¶", "").split("\n")  # with it Sphinx links to a heading
     prose = "\n".join(" ".join(line.split()).strip("| ") for line in lines)
-    prose = re.sub(r"^(-|#+)\s+", r"\1 ", prose, flags=re.M)  # the text of an item may be a paragraph of its own
+    prose = re.sub(r"^(-|#+)\s+", r"\1 ", prose, flags=re.M)  # an item's text may be a paragraph of its own
     return re.sub(r"\n{3,}", "\n\n", prose).replace("\n\n- ", "\n- ").strip()
 
 
@@ -4537,8 +4563,8 @@ def host_of(address):
 
 
 def site_rules(start, web):
-    """What robot_rules() finds in the robots.txt of a site. Raises WebError where a site in trouble may have one
-    that forbids all; a site without the file allows all.
+    """What robot_rules() finds in the robots.txt of a site. Raises WebError where a site in trouble may have
+    one that forbids all; a site without the file allows all.
     """
     try:
         return robot_rules(web.get(canonical("/robots.txt", start)).text[:2**20])
@@ -4568,7 +4594,8 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             return "robots.txt forbids it"
         return "longer than 1,000 characters" if len(address) > 1000 else ""
 
-    queue, seen, visits, troubles = deque([(start, 0)]), {start: False}, 0, 0  # seen: whether it has been read
+    queue, visits, troubles = deque([(start, 0)]), 0, 0
+    seen = {start: False}  # whether it has been read
     while queue and visits < max_pages and troubles < 5:
         address, level = queue.popleft()
         visits += not refuse(address)
@@ -4623,7 +4650,7 @@ def url_records(url, args):
         yield from openapi_records(path, url, args.license or "unknown", args)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # hf:NAME[/CONFIG], rows of a Hugging Face dataset
 
 
@@ -4648,7 +4675,8 @@ def hf_rows(name, web, host=HF_HOST, token=None):
             offset, total, where = 0, 1, f"{dataset}/{config}/{split}"
             while offset < total:
                 page = ask("rows", config=config, split=split, offset=offset, length=100)
-                rows, total = page["rows"], total if offset else page["num_rows_total"]  # one that grows never ends
+                rows = page["rows"]
+                total = total if offset else page["num_rows_total"]  # one that grows would never end
                 expected = list(range(offset, offset + len(rows)))
                 if [row["row_idx"] for row in rows] != expected or not rows and offset < total:
                     raise ValueError(f"hf:{where}: the server does not give row {offset} of {total}")
@@ -4685,11 +4713,11 @@ def hf_records(name, args):
         yield from [found] if isinstance(found, dict) else row_records(*found, f"hf:{name}", license, args)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # General data: source code and prose from the disk
 
-CODE_FILES = (r"\.(py|js|mjs|ts|tsx|jsx|go|rs|java|c|h|cc|cpp|hpp|cs|rb|php|sh|sql|scala|kt|swift|r|R|jl|lua|pl|hs"
-              r"|ml|ex|erl|clj|proto)$")
+CODE_FILES = (r"\.(py|js|mjs|ts|tsx|jsx|go|rs|java|c|h|cc|cpp|hpp|cs|rb|php|sh|sql|scala|kt|swift|r|R|jl|lua"
+              r"|pl|hs|ml|ex|erl|clj|proto)$")
 TEXT_FILES = r"\.(txt|md|rst|html?|jsonl|json)(\.gz)?$"
 MAX_TEXT = 50_000_000  # bytes of one file that is read whole
 MIN_TEXT = 200         # characters of a text that is worth keeping
