@@ -299,7 +299,8 @@ def synthesise(tools, seed, shares, chosen=lambda tool: True):
 
 # ============================================================================================================
 # Below: options; sources and units; packages; docstrings and schemas; examples; web specifications;
-# conversations; the web; general data; conversations from documentation; what a language model writes; the report.
+# conversations; the web; general data; conversations from documentation; what a language model writes;
+# the report.
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
@@ -335,7 +336,8 @@ def option_groups():
             ("--allow-private", bool, False, "fetch from private and loopback addresses too")],
         "synthesize": [
             ("--llm-url URL", str, None,
-             "OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is taken from OPENAI_API_KEY"),
+             "OpenAI-compatible endpoint, such as http://localhost:8000/v1; its key is taken from "
+             "OPENAI_API_KEY"),
             ("--llm-model", str, "default", "model to ask for"),
             ("--llm-parallel", positive(int), 8, "requests at once"),
             ("--llm-budget", float, 1e6, "tokens to spend, those of prompts included"),
@@ -2418,8 +2420,9 @@ def prose(package):
 # Documentation of web services: OpenAPI, Google's discovery documents, the service models of botocore
 
 MAX_SPEC = 100_000_000         # bytes of one specification
-MAX_DEPTH, MAX_NODES = 4, 300  # of a schema once its references are resolved: some services' would fill gigabytes
+MAX_DEPTH, MAX_NODES = 4, 300  # of a schema, its references resolved: some services' would fill gigabytes
 MAX_PIECES = 10_000            # of the JSON of a default, an enum and the like
+IGNORED = [("header", name) for name in ("accept", "content-type", "authorization")]  # as OpenAPI says
 METHODS = "get put post delete options head patch trace query".split()
 BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob": "string",
                   "timestamp": "string", "long": "integer", "float": "number", "double": "number"}
@@ -2529,22 +2532,20 @@ def operation_record(name, head, operation, resolve, service, source, license):
     parameters or, where they would clash, the body as one parameter.
     """
     stated = [resolved(p, resolve) for p in listing(operation, "parameters")]
-    stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}.values()  # the last of a name counts
-    properties, required = {}, set()
-    for p in sorted(stated, key=lambda p: p.get("in") != "path"):
-        key, place = p.get("name"), p.get("in")
-        ignored = place == "header" and str(key).lower() in ("accept", "content-type", "authorization")
-        if not isinstance(key, str) or place == "body" or ignored:
-            continue
-        key = f"{key}_{place}" if key in properties else key
-        properties[key] = json_schema_of(schema_of(p) or p, resolve, "readOnly")
-        if p.get("description"):
-            properties[key]["description"] = shorten(p["description"])
-        if place == "path" or p.get("required") is True:
-            required.add(key)
+    stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}  # the last of a name counts
+    properties, required, body = {}, set(), None
+    for (key, place), p in sorted(stated.items(), key=lambda entry: entry[0][1] != "path"):
+        if place == "body":
+            body = body or p.get("schema")
+        elif key == p.get("name") and (place, key.lower()) not in IGNORED:
+            key = f"{key}_{place}" if key in properties else key
+            properties[key] = json_schema_of(schema_of(p) or p, resolve, "readOnly")
+            if p.get("description"):
+                properties[key]["description"] = shorten(p["description"])
+            if place == "path" or p.get("required") is True:
+                required.add(key)
     request = resolved(operation.get("requestBody"), resolve)
-    body = next((p.get("schema") for p in stated if p.get("in") == "body"), None) or schema_of(request)
-    body = json_schema_of(body, resolve, "readOnly")
+    body = json_schema_of(body or schema_of(request), resolve, "readOnly")
     inner = body.get("properties", {})
     if body and (not inner or "anyOf" in body or inner.keys() & properties.keys()):
         body = {"properties": {"body": body}, "required": ["body"]}
@@ -4292,7 +4293,7 @@ class Web:
     cache: Path
     allow_private: bool = False
     rate: float = 2.0             # requests a second to one host
-    timeout: float = 20.0         # seconds that one answer may take in all; all tries may take ten times as long
+    timeout: float = 20.0         # seconds that one answer may take in all; all tries may take ten times that
     max_bytes: int = 10_000_000   # of one answer, packed or not
     retries: int = 5
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
@@ -4432,7 +4433,7 @@ class Web:
 
 
 def addresses(host, private):
-    """The addresses of a host, by its name. Raises WebError unless all are public or `private` ones may be."""
+    """The addresses of a host, by its name. Raises WebError unless all are public, or may be `private`."""
     found = [entry[4][0] for entry in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     if not private and not all(map(is_public, found)):
         raise WebError(f"{host} is at {', '.join(found)}, not a public address (--allow-private permits it)")
@@ -4488,8 +4489,8 @@ def web_client(args, **options):
 # ------------------------------------------------------------------------------------------------------------
 # crawl:URL, a documentation site by levels
 
-# Each of these patterns takes linear time: what is left open runs to the end, and tags do not run over another
-# "<". (html.parser needs minutes for 40,000 characters of tags that are opened and never closed.)
+# Each of these patterns takes linear time: what is left open runs to the end, and tags do not run over
+# another "<". (html.parser needs minutes for 40,000 characters of tags that are opened and never closed.)
 NO_TEXT = re.compile(r"<!--.*?(?:-->|\Z)|<[!?][^<>]*>|<(script|style)\b.*?(?:</\1[^<>]*>?|\Z)", re.S | re.I)
 HIDDEN = re.compile(r"<(title|nav|header|footer|noscript|template|svg|iframe|button|select)\b"
                     r".*?(?:</\1\b[^<>]*>|\Z)", re.S | re.I)
@@ -4518,15 +4519,18 @@ def html_to_text(source):
         if tag == "dt" and "sig" in values["class"].split() and re.fullmatch(r"\w+(\.\w+)+", values["id"]):
             found["api"].append(values["id"])
     for i, part in enumerate(CODE.split(HIDDEN.sub(" ", source))):  # prose and code take turns
-        code = html.unescape(TAG.sub("", part)).strip("\n") if i % 2 else ""
-        blocks.append(f"```\n{code}\n```" if code.strip() else "" if i % 2 else html_prose(part))
+        if i % 2 == 0:
+            blocks.append(html_prose(part))
+        elif (code := html.unescape(TAG.sub("", part)).strip("\n")).strip():
+            blocks.append(f"```\n{code}\n```")
     title = re.search(r"<title\b[^<>]*>([^<]*)|\Z", source, re.I)[1] or ""
     return " ".join(html.unescape(title).split()), "\n\n".join(filter(None, blocks)), found
 
 
 def html_prose(source):
     """The text of a part of a page without code."""
-    mark = lambda tag: MARKS.get(tag[2].lower(), "").rstrip(" #-|" if tag[1] else "")  # an end tag: "\n" alone
+    # An end tag writes the line breaks alone.
+    mark = lambda tag: MARKS.get(tag[2].lower(), "").rstrip(" #-|" if tag[1] else "")
     marked = html.unescape(TAG.sub(mark, " ".join(source.split())))
     lines = marked.replace("¶", "").split("\n")  # with it Sphinx links to a heading
     prose = "\n".join(" ".join(line.split()).strip("| ") for line in lines)
@@ -4539,22 +4543,23 @@ def robot_rules(text):
     returns ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us,
     or else for all.
     """
-    rules, delays, agents, begun = defaultdict(list), {}, [], False
+    groups, current, begun = {}, [], False  # {agent: [rules, delay]}; those that a line is for
     for line in text.splitlines():
         key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         key = key.lower()
         if key == "user-agent":
-            agents, begun = ([] if begun else agents) + [value.lower()], False
-            rules[value.lower()]
+            group = groups.setdefault(value.lower(), [[], 0])
+            current, begun = ([] if begun else current) + [group], False
         elif key in ("allow", "disallow"):
             begun = True
             glob = re.sub(r"[?[]", r"[\g<0>]", value) + "*"
-            for agent in agents if value else ():
-                rules[agent].append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
+            for rules, _ in current if value else ():
+                rules.append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
         elif key == "crawl-delay" and re.fullmatch(r"\d+(\.\d+)?", value):
-            delays |= {agent: max(float(value), delays.get(agent, 0)) for agent in agents}
-    ours = AGENT if AGENT in rules else "*"
-    return rules[ours], delays.get(ours, 0)
+            for group in current:
+                group[1] = max(group[1], float(value))
+    rules, delay = groups.get(AGENT) or groups.get("*") or ([], 0)
+    return rules, delay
 
 
 def host_of(address):
