@@ -4420,15 +4420,18 @@ class Web:
         if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
             raise TimeoutError
         given = {name.lower(): value for name, value in answer.headers.items()}
-        page = Page(url, answer.status_code, given, bytes(body))
-        packed = given.get("content-encoding", "").lower() if body else ""
+        return self.unpack(Page(url, answer.status_code, given, bytes(body)))
+
+    def unpack(self, page):
+        """The page with its body as it was before it was packed. Raises WebError, zlib.error or TimeoutError."""
+        packed = page.headers.get("content-encoding", "").lower() if page.body else ""
         for encoding in re.findall(r"[\w-]+", packed)[::-1]:
             if encoding not in ("gzip", "x-gzip", "deflate", "identity"):
-                raise WebError(f"{url}: packed as {encoding}, which was not asked for")
+                raise WebError(f"{page.url}: packed as {encoding}, which was not asked for")
             if encoding != "identity":
                 page.body = unpacked(page.body, self.max_bytes)
         if len(page.body) > self.max_bytes:
-            raise WebError(f"{url}: over {self.max_bytes:,} bytes")
+            raise WebError(f"{page.url}: over {self.max_bytes:,} bytes")
         return page
 
 
