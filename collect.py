@@ -4423,7 +4423,7 @@ class Web:
         return self.unpack(Page(url, answer.status_code, given, bytes(body)))
 
     def unpack(self, page):
-        """The page with its body as it was before it was packed. Raises WebError, zlib.error or TimeoutError."""
+        """The page, its body as it was before it was packed. Raises WebError, zlib.error or TimeoutError."""
         packed = page.headers.get("content-encoding", "").lower() if page.body else ""
         for encoding in re.findall(r"[\w-]+", packed)[::-1]:
             if encoding not in ("gzip", "x-gzip", "deflate", "identity"):
