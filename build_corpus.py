@@ -1,14 +1,15 @@
 """Step 2 of 6: build the corpus that is trained on.
 
-In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form), and --pool, more of general text and code
+In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form), and --pool, more of general
+      text and code
 Out:  data/corpus/
         tokenizer.tiktoken, tokenizer.json, tokenizer_config.json   one byte-level BPE tokenizer, for tiktoken and Hugging Face
         <domain>.<split>.bin, .idx                                  token ids and document starts; split is train or heldout
-        instruction.<split>.mask                                    1 where a token is learned in tuning
+        instruction.<split>.mask                                    the loss mask of tuning: 1 on target tokens
         retrieved.<split>.score                                     of the pool's documents: how likely they are of the seed's kind
         heldout_apis.json, heldout.jsonl                            APIs no training document mentions; their conversations
         manifest.json, rejected.jsonl                               counts and hashes of all this; a sample of what was dropped
-        work/                                                       what the steps left, by hash; may be deleted at any time
+        work/                                                       what the steps wrote, by hash; may be deleted at any time
 
 Laptop:         python build_corpus.py                              and then, to look at it: python build_corpus.py --show 5
 One node:       python build_corpus.py --vocab-size 32768 --pool data/web --benchmarks tests/bfcl
@@ -16,10 +17,10 @@ Many nodes:     torchrun --nnodes=4 --nproc_per_node=1 ... build_corpus.py ...  
 A base's own:   python build_corpus.py --tokenizer path/to/Qwen3-8B-Base
 Own data:       python build_corpus.py --raw my/records --out my/corpus
 
-The steps: clean, drop duplicates and near duplicates, drop what is in test data, retrieve from the pool what is like the seed,
-hold APIs out by a hash of their name, tokenize. Shards are worked on in pieces, and what a step leaves of a piece is named by a
-hash of all that it depends on: after a kill, a new shard or a changed option only what is missing is done. The result is the same
-for any number of processes and any order of the input.
+The steps: clean, drop duplicates and near duplicates, drop what is in test data, retrieve from the pool what is like
+the seed, hold APIs out by a hash of their name, tokenize. Shards are worked on in pieces, and what a step writes of a
+piece is named by a hash of all that it depends on: after a kill, a new shard or a changed option only what is missing
+is done. The result is the same for any number of processes and any order of the input.
 """
 import argparse
 import base64
@@ -33,11 +34,11 @@ import multiprocessing
 import os
 import re
 import sys
-import threading
 import time
 import unicodedata
 from collections import Counter, defaultdict
 from functools import lru_cache
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,134 +58,145 @@ MAX_REJECTED = 100   # examples kept of each reason
 PIECE = 4 * 2**20    # bytes of a shard that are worked on together
 
 
-
 def main():
     args = parse_args()
     if args.show is not None:
         return show(args)
-    started, out, work = time.time(), Path(args.out), Path(args.out) / "work"
+    started, out = time.time(), Path(args.out)
     shards = find_shards(args.raw, "Run `python collect.py` first, or name the directory with --raw")
     pool = find_shards(args.pool, "name another with --pool") if args.pool else []
     tokenizer = Tokenizer.find(args.tokenizer) if args.tokenizer else None
-    with multiprocessing.get_context("fork").Pool(args.workers) as processes:
-        hashes = dict(zip(shards + pool, processes.map(sha256, shards + pool)))
-    options = {"tokenizer": tokenizer and tokenizer.fingerprint(), "benchmarks": [sha256(f) for f in benchmark_files(args.benchmarks)],
-               "inputs": {s.name: hashes[s] for s in shards}, "pool": {s.name: hashes[s] for s in pool},
-               "encoder": encoder_hashes(args.encoder),
-               **{k: getattr(args, k) for k in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above")}}
+    with ThreadPool(args.workers) as threads:
+        hashes = dict(zip(shards + pool, threads.map(sha256, shards + pool)))
+    options = {
+        "tokenizer": tokenizer and tokenizer.fingerprint(),
+        "benchmarks": [sha256(file) for file in benchmark_files(args.benchmarks)],
+        "inputs": {shard.name: hashes[shard] for shard in shards},
+        "pool": {shard.name: hashes[shard] for shard in pool},
+        "encoder": encoder_hashes(args.encoder)}
+    for name in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above"):
+        options[name] = getattr(args, name)
     manifest = read_manifest(out)
     if manifest and manifest["options"] == options:
         print(f"{out} is up to date")
         return report(manifest, time.time() - started)
-    work.mkdir(parents=True, exist_ok=True)
+    (out / "work").mkdir(parents=True, exist_ok=True)
     if is_main():
         (out / "manifest.json").unlink(missing_ok=True)  # until it is written again the corpus is not valid
 
-    pieces = sorted(find_pieces(shards, hashes, False) + find_pieces(pool, hashes, True))  # by content
-    each(clean_piece, [(work / f"{p.key}.npy", p) for p in pieces], args.workers, "clean")
-    documents = Documents(pieces, work)
+    pieces = find_pieces(shards, hashes, False) + find_pieces(pool, hashes, True)
+    documents = clean_all(sorted(pieces), out / "work", args.workers)  # sorted by content
     if not len(documents):
         fail(f"{args.raw}: no document is left after cleaning")
-    dropped = drop_duplicates(documents, args)
-    drop_contaminated(documents, dropped, args)
-    retrieval = retrieve(documents, dropped, args) if pool else None
-    heldout_apis = sorted({a for name in documents.names for a in read_json(work / f"{name}.json")["apis"] if in_fold(a, args.heldout, args.fold)})
-    divide = Split(heldout_apis, args.fold, dropped.apis)
-    tokenizer = tokenizer or train_tokenizer(documents, dropped, divide, args)
-    tokenized = tokenize(documents, dropped, divide, tokenizer, args)
+    drop_duplicates(documents, args)
+    drop_contaminated(documents, args)
+    retrieval = retrieve(documents, args) if pool else None
+    apis = {api for part in documents.reports for api in part["apis"]}
+    heldout_apis = sorted(api for api in apis if in_fold(api, args.heldout, args.fold))
+    split = Split(heldout_apis, args.fold, documents.copies_apis)
+    tokenizer = tokenizer or train_tokenizer(documents, split, args)
+    tokenized = tokenize(documents, split, tokenizer, args)
     if is_main():
-        manifest = assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer) | {"options": options, "retrieval": retrieval}
+        manifest = assemble(out, documents, tokenized, heldout_apis, tokenizer)
+        manifest |= {"options": options, "retrieval": retrieval}
         write(out / "manifest.json", json.dumps(manifest, indent=1))
         report(manifest, time.time() - started)
 
 
+def clean_all(pieces, work, workers):
+    """Clean the records of all pieces. Returns the Documents that are left."""
+    run_jobs(clean_piece, [(work / f"{piece.key}.npy", piece) for piece in pieces], workers, "clean")
+    return Documents(pieces, work)
+
+
 def clean(record, masked):
     """The record with its texts scrubbed; what is masked is counted."""
-    if record.text is not None:
-        record.text = scrub(record.text, masked)
-        if record.domain == "text":
-            for hint, pattern in BOILERPLATE.items():
-                if hint in record.text.lower():
-                    record.text, count = pattern.subn("", record.text)
-                    masked["lines of boilerplate"] += count
-    else:
-        record.messages, record.tools = (scrub_strings(part, masked) for part in (record.messages, record.tools))
+    if record.text is None:
+        record.messages = scrub_strings(record.messages, masked)
+        record.tools = scrub_strings(record.tools, masked)
+        return record
+    record.text = scrub(record.text, masked)
+    for hint, pattern in BOILERPLATE.items():
+        if record.domain == "text" and hint in record.text.lower():
+            record.text, count = pattern.subn("", record.text)
+            masked["lines of boilerplate"] += count
     return record
 
 
 def minhash(hashes, starts):
-    """Signatures (len(starts) - 1, BANDS * ROWS) uint32 of texts, from their shingle_hashes(): two agree at a place with a
-    probability that is the Jaccard similarity of their sets of shingles. The functions are of the form (a·x + b mod 2^64) / 2^32
-    with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider numbers.
+    """Signatures (N, BANDS * ROWS) uint32 of N texts, from their shingle_hashes(): two agree at a place with a
+    probability that is the Jaccard similarity of their sets of shingles. The functions are of the form
+    (a·x + b mod 2^64) / 2^32 with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider numbers.
     """
-    x = hashes >> np.uint64(32)
+    x = hashes >> 32
     a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
     signatures = np.empty((BANDS * ROWS, len(starts) - 1), np.uint32)
     for i in range(BANDS * ROWS):
-        signatures[i] = np.minimum.reduceat((x * (a[i] | np.uint64(1)) + b[i]) >> np.uint64(32), starts[:-1])
+        signatures[i] = np.minimum.reduceat((x * (a[i] | 1) + b[i]) >> 32, starts[:-1])
     return signatures.T
 
 
 def drop_duplicates(documents, args):
-    """The Dropped that keeps of equal and of nearly equal documents the best: one of the seed before one of the pool, the longest, the
-    lowest id. Copies are sought by bands and compared in full, a part by each process; neither needs the texts in memory.
+    """Keep of equal and of nearly equal documents the best: one of the seed before one of the pool, the longest, the
+    lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their bands and compared in
+    full, a part by each process; neither needs the texts in memory.
     """
-    work, threshold = documents.work, args.near_duplicates
-    key = hash_of(documents.names, threshold)
-    pairs, path = work / f"{key}.pairs.npz", work / f"{key}.dropped.npz"
-    each(find_pairs, [(pairs, documents, threshold)], 0, "look for near duplicates")
-    count = len(np.load(pairs)["similar"])
-    parts = [(work / f"{key}.{a}.similar.npy", pairs, a, a + 20_000) for a in range(0, count, 20_000)]
-    each(compare_pairs, parts, args.workers, "compare near duplicates", (documents, threshold))
-    each(choose_copies, [(path, documents, pairs, [p for p, *_ in parts])], 0, "drop copies")
+    pairs = documents.file("pairs.npz", args.near_duplicates)
+    run_jobs(find_pairs, [(pairs, documents, args.near_duplicates)], 0, "look for near duplicates")
+    starts = range(0, len(np.load(pairs)["similar"]), PAIRS)
+    parts = [(pairs.with_name(f"{key_of(pairs)}.{start}.similar.npy"), start) for start in starts]
+    run_jobs(compare_pairs, parts, args.workers, "compare near duplicates", (documents, pairs, args.near_duplicates))
+    path = documents.file("dropped.npz", args.near_duplicates)
+    run_jobs(choose_copies, [(path, documents, pairs, [part for part, _ in parts])], 0, "drop copies")
     found = np.load(path)
-    apis = {int(i): json.loads(names) for i, names in zip(found["kept"], found["apis"])}
-    return Dropped(found["reason"], found["copy_of"], apis)
+    documents.reason, documents.copy_of = found["reason"], found["copy_of"]
+    documents.copies_apis = {i: json.loads(apis) for i, apis in zip(found["kept"].tolist(), found["apis"])}
 
 
-def drop_contaminated(documents, dropped, args):
-    """Drop the documents that share something with the test data, and keep what it is for the report."""
+def drop_contaminated(documents, args):
+    """Drop the documents that share something with the test data. Sets documents.match, what it is."""
     files = benchmark_files(args.benchmarks)
     if not files:
         return
-    key = [sha256(file) for file in files]
-    jobs = [(documents.work / f"{hash_of(name, key)}.matches.json", n) for n, name in enumerate(documents.names)]
+    jobs = documents.jobs("matches.json", [sha256(file) for file in files])
     benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
-    each(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
-    kept = dropped.kept
+    run_jobs(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
     for path, n in jobs:
-        found = {documents.first[n] + row: match for row, *match in read_json(path)}
-        dropped.match |= {i: match for i, match in found.items() if kept[i]}
-    dropped.drop(list(dropped.match), "shares words or a call with a benchmark")
+        for row, *match in read_json(path):
+            i = int(documents.first[n]) + row
+            if not documents.reason[i]:
+                documents.match[i] = match
+    documents.drop(list(documents.match), "shares words or a call with a benchmark")
 
 
-def retrieve(documents, dropped, args):
-    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets documents.score (N,), the probability
-    of each document of the pool, calibrated on as many of the seed as of the pool. Returns the figures for the manifest.
+def retrieve(documents, args):
+    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets documents.score (N,), the
+    probability of each document of the pool, calibrated on as many of the seed as of the pool. Returns the figures for
+    the manifest.
 
-    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words, and a logistic loss. With two
-    classes a vector and the output layer make one number for each n-gram, so that number is what is learned.
+    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words, and a
+    logistic loss. With two classes a vector and the output layer make one number for each n-gram, so that number is
+    what is learned.
     """
-    pool = dropped.kept & documents.is_in("retrieved")
-    key = hash_of(documents.names, hashlib.sha256(dropped.reason.tobytes()).hexdigest(), encoder_hashes(args.encoder))
-    path = documents.work / f"{key}.scorer.npz"
-    each(train_scorer, [(path, documents, np.flatnonzero(dropped.kept & documents.is_in("api_doc", "trajectory")), np.flatnonzero(pool), args.encoder)],
-         0, "train the classifier")
+    pool = documents.kept & documents.is_in("retrieved")
+    seed = documents.kept & documents.is_in("api_doc", "trajectory")
+    depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
+    path = documents.file("scorer.npz", depends)
+    run_jobs(train_scorer, [(path, documents, seed, pool, args.encoder)], 0, "train the classifier")
     scorer = dict(np.load(path))
-    jobs = [(documents.work / f"{hash_of(name, key)}.scores.npy", n) for n, name in enumerate(documents.names) if documents.pieces[n].pool]
-    each(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, make_scorer(scorer, args.encoder)))
+    jobs = [job for job in documents.jobs("scores.npy", depends) if documents.pieces[job[1]].pool]
+    run_jobs(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
-        documents.score[documents.first[n]:documents.first[n + 1]] = 1 / (1 + np.exp(-np.load(path)))
-    if args.retrieve_above is not None:
-        taken = pool & (documents.score >= args.retrieve_above)
-    else:
+        documents.score[documents.first[n]:documents.first[n + 1]] = sigmoid(np.load(path))
+    taken = pool & (documents.score >= (args.retrieve_above or 0))
+    if args.retrieve_above is None:
         candidates = np.flatnonzero(pool)
         best = np.lexsort((documents.index["id"][candidates], -documents.score[candidates]))
-        taken = np.zeros(len(documents), bool)
-        taken[candidates[best[:round(args.retrieve * len(candidates))]]] = True
-    dropped.drop(pool & ~taken, "not of the seed's kind")
-    return {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")} | {
-        "pool": int(pool.sum()), "taken": int(taken.sum()), "least": float(documents.score[taken].min(initial=1.0))}
+        taken[candidates[best[round(args.retrieve * len(candidates)):]]] = False
+    documents.drop(pool & ~taken, "not of the seed's kind")
+    figures = {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")}
+    least = float(documents.score[taken].min(initial=1.0))
+    return figures | {"pool": int(pool.sum()), "taken": int(taken.sum()), "least": least}
 
 
 def in_fold(name, share, fold):
@@ -195,62 +207,63 @@ def in_fold(name, share, fold):
 class Split:
     """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out API.
 
-    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one for which
-    such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only mentions a held-out API by
-    its qualified name, in the text or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
-    split by a hash of their id; they have fewer documents, so a larger share is held out.
+    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one
+    for which such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only
+    mentions a held-out API by its qualified name, in the text or inside one of its `apis`, is dropped, also of what is
+    retrieved. Code and text, which every compared model learns alike, are split by a hash of their id; they have fewer
+    documents, so a larger share is held out.
     """
 
-    def __init__(self, heldout_apis, fold, copies):
-        self.heldout, self.mentions, self.fold, self.copies = set(heldout_apis), mention_finder(heldout_apis), fold, copies
+    def __init__(self, heldout_apis, fold, copies_apis):
+        self.heldout, self.fold, self.copies_apis = set(heldout_apis), fold, copies_apis
+        self.mentions = mention_finder(heldout_apis)
 
     def __call__(self, i, record, bin):
         if bin in ("code", "text"):
             return "heldout" if in_fold(record.id, FILES_HELDOUT, self.fold) else "train"
-        if self.heldout.intersection(record.apis) or self.heldout.intersection(self.copies.get(i, ())):
+        if self.heldout & {*record.apis, *self.copies_apis.get(i, ())}:
             return "heldout"
         return None if self.mentions(" ".join([content_of(record), *record.apis])) else "train"
 
 
-def tokenize(documents, dropped, divide, tokenizer, args):
-    """Tokenize the kept documents of each piece. Returns for each piece the path of what is left of it."""
-    jobs, depends = [], [tokenizer.fingerprint(), sorted(divide.heldout), args.fold]
-    depends = hashlib.sha256(json.dumps([*depends, TOKENS.descr]).encode()).hexdigest()
-    copies = np.array(sorted(divide.copies), np.int64)
+def tokenize(documents, split, tokenizer, args):
+    """Tokenize the kept documents of each piece. Returns for each piece the path of what tokenize_piece() wrote."""
+    jobs, depends = [], hash_of(tokenizer.fingerprint(), sorted(split.heldout), args.fold)
     for n, name in enumerate(documents.names):
-        first, end = documents.first[n], documents.first[n + 1]
-        kept = hashlib.sha256((dropped.reason[first:end] == 0).tobytes()).hexdigest()
-        own = [[int(i - first), divide.copies[i]] for i in copies[np.searchsorted(copies, first):np.searchsorted(copies, end)].tolist()]
-        jobs.append((documents.work / f"{hash_of(name, kept, own, depends)}.tokens.npy", n))
-    each(tokenize_piece, jobs, args.workers, "tokenize", (documents, dropped, divide, tokenizer))
+        rows = range(documents.first[n], documents.first[n + 1])
+        copies = [(row, split.copies_apis[i]) for row, i in enumerate(rows) if i in split.copies_apis]
+        key = hash_of(name, documents.reason[rows.start:rows.stop], copies, depends)
+        jobs.append((documents.work / f"{key}.tokens.npy", n))
+    run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
     return [path for path, _ in jobs]
 
 
-def tokenize_piece(path, n):
-    """Leaves the ids of a piece's kept documents, each with an end of text (.ids.npy), the mask of its instructions (.mask.npy), and what they are."""
-    documents, dropped, divide, tokenizer = each.shared
-    first, end = documents.first[n:n + 2]
-    kept, bins = (dropped.reason[first:end] == 0).tolist(), documents.index["bin"][first:end].tolist()
-    entries, ids, masks, end_of_text = [], [], [], np.array([tokenizer.end_of_text], np.uint32)
-    for row, (i, record) in enumerate(documents.of_piece(n)):
-        if not kept[row]:
+def tokenize_piece(path, n, documents, split, tokenizer):
+    """Write the ids of a piece's kept documents, each with an end of text (.bin.npy), their loss mask if conversations
+    for tuning are among them (.mask.npy), and for each document of the piece what became of it.
+    """
+    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
+    entries = np.zeros(documents.first[n + 1] - documents.first[n], TOKENS)
+    ids, masks, has_mask = [], [], False
+    for entry, (i, record) in zip(entries, documents.of_piece(n)):
+        bin = BINS[documents.index["bin"][i]]
+        name = None if documents.reason[i] else split(i, record, bin)
+        if name is None:
             continue
-        side = divide(i, record, BINS[bins[row]])
-        if side is None:
-            entries.append((row, 0, bins[row], MENTIONS, 0))
-            continue
-        lost_before = tokenizer.lost
+        lost = tokenizer.lost
         if record.text is not None:
             encoded = tokenizer.encode_to_numpy(record.text)
+            mask = np.zeros(len(encoded), np.uint8)
         else:
             encoded, mask = tokenizer.render(record.messages, record.tools)
-            masks += [[*mask, 0]] if record.domain == "instruction" else []
-        lost = tokenizer.lost - lost_before
-        entries.append((row, len(encoded) + 1, bins[row], SPLITS.index(side), lost))
         ids += [encoded, end_of_text]
-    write_array(path.with_suffix(".ids.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
-    write_array(path.with_suffix(".mask.npy"), np.concatenate([np.zeros(0, np.uint8), *(np.array(m, np.uint8) for m in masks)]))
-    write_array(path, np.array(entries, TOKENS))
+        masks += [mask, [0]]
+        has_mask |= record.domain == "instruction"
+        entry["length"], entry["split"], entry["lost"] = len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
+    write(path.with_suffix(".bin.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
+    if has_mask:
+        write(path.with_suffix(".mask.npy"), np.concatenate(masks).astype(np.uint8))
+    write(path, entries)
 
 
 # ============================================================================================================
@@ -265,35 +278,38 @@ def parse_args():
     add = parser.add_argument
     add("--raw", default="data/raw", help="directory of records")
     add("--out", default="data/corpus", help="directory for the corpus")
-    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two shades, what is learned in colour, and their measures")
-    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's directory or its tokenizer.json (byte-level BPE: "
-        "Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name that tiktoken knows")
+    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two shades, target "
+        "tokens in colour, and their measures")
+    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's directory "
+        "or its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name that "
+        "tiktoken knows")
     add("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
-    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word runs have at least this Jaccard "
-        "similarity to those of a longer one; 0 keeps them. Below 0.75 not all are found")
-    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with its arguments, with "
-        "this file or directory of test data (JSON, JSON lines, CSV, text)")
-    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like the documentation and trajectories is "
-        "taken for stage 1, by a classifier trained on the one against the other")
+    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word runs have at "
+        "least this Jaccard similarity to those of a longer one; 0 keeps them. Below 0.75 not all are found")
+    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with its arguments, "
+        "with this file or directory of test data (JSON, JSON lines, CSV, text)")
+    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like the "
+        "documentation and trajectories is taken for stage 1, by a classifier trained on the one against the other")
     add("--retrieve", type=float, default=0.1, metavar="SHARE", help="share of the pool's documents to take")
     add("--retrieve-above", type=float, metavar="P", help="take instead all of at least this probability")
-    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden states to those of the seed")
+    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden states to "
+        "those of the seed")
     add("--heldout", type=float, default=0.08, help="share of APIs kept from training")
-    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on one "
-        "fold and report another (our defaults were chosen on fold 0)")
+    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on "
+        "one fold and report another (our defaults were chosen on fold 0)")
     add("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same for any number")
     args = parser.parse_args()
-    for flag, value in ("--near-duplicates", args.near_duplicates), ("--retrieve", args.retrieve), ("--retrieve-above", args.retrieve_above or 0):
-        if not 0 <= value <= 1:
-            fail(f"{flag} {value}: must be between 0 and 1")
+    for flag in ("near_duplicates", "retrieve", "retrieve_above", "heldout"):
+        value = getattr(args, flag)
+        if value is not None and not 0 <= value <= 1 or flag == "heldout" and value in (0, 1):
+            fail(f"--{flag.replace('_', '-')} {value}: must be between 0 and 1")
     if args.workers < 1:
         fail(f"--workers {args.workers}: at least one is needed")
-    if not 0 < args.heldout < 1:
-        fail(f"--heldout {args.heldout}: must be between 0 and 1")
     if args.benchmarks and not benchmark_files(args.benchmarks):
         fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
-    if args.vocab_size < 256 + len(SPECIAL_TOKENS):
-        fail(f"--vocab-size {args.vocab_size}: must be at least {256 + len(SPECIAL_TOKENS)}, the bytes and the special tokens")
+    least = 256 + len(SPECIAL_TOKENS)
+    if args.vocab_size < least:
+        fail(f"--vocab-size {args.vocab_size}: must be at least {least}, the bytes and the special tokens")
     return args
 
 
@@ -302,7 +318,7 @@ def parse_args():
 
 
 class Piece(NamedTuple):
-    """Whole lines of a shard, from a byte to another. The key tells their content."""
+    """The lines of a shard that begin from one byte on and before another. The key tells their content."""
     key: str
     shard: Path
     start: int
@@ -319,23 +335,24 @@ def find_shards(directory, mend):
 
 def find_pieces(shards, hashes, pool):
     """The Pieces of some shards."""
-    pieces = []
-    for shard in shards:
-        size = shard.stat().st_size
-        with open(shard, "rb") as file:
-            bounds = {0, size}
-            for at in range(PIECE, size, PIECE):
-                file.seek(at)
-                file.readline()
-                bounds.add(file.tell())
-        bounds = sorted(bounds)
-        pieces += [Piece(hash_of(hashes[shard], a, pool), shard, a, b, pool) for a, b in zip(bounds, bounds[1:])]
-    return pieces
+    return [Piece(hash_of(hashes[shard], start, pool), shard, start, start + PIECE, pool)
+            for shard in shards for start in range(0, shard.stat().st_size, PIECE)]
+
+
+def read_piece(piece):
+    """Yields the lines of a piece, each with the byte at which it begins."""
+    with open(piece.shard, "rb") as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline()  # the rest of a line that begins in the piece before
+        while (at := file.tell()) < piece.end and (line := file.readline()):
+            yield at, line.decode("utf-8", "replace").removesuffix("\n")
 
 
 def hash_of(*parts):
-    """A name for what depends on these parts, and on this program."""
-    return hashlib.sha256(json.dumps([program_hash(), *parts]).encode()).hexdigest()[:20]
+    """A name for what depends on these parts (JSON and arrays), and on this program."""
+    content = json.dumps([program_hash(), *parts], default=lambda array: hashlib.sha256(array).hexdigest())
+    return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
 @functools.cache
@@ -349,53 +366,55 @@ def is_main():
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def each(function, jobs, workers, name, shared=None):
-    """Call function(path, *arguments) for every job (path, *arguments) whose file is not there yet, and return when all files are.
+USED = set()  # the keys of all files that this build needs
 
-    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes its file last,
-    whole or not at all, so that an end at any time loses no more than the jobs under way. It finds `shared` in each.shared.
+
+def run_jobs(function, jobs, workers, name, shared=()):
+    """Call function(path, *arguments, *shared) for every job (path, *arguments) whose file is not there yet, and return
+    when all files are.
+
+    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes its file
+    last, whole or not at all, so that an end at any time loses no more than the jobs under way.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     jobs = [*{job[0]: job for job in jobs}.values()]  # equal shards make equal jobs
-    todo = [(function, job) for job in jobs[rank::world] if not job[0].exists()]
-    each.shared = shared
-    each.used.update(path.name.partition(".")[0] for path, *_ in jobs)
-    bar = tqdm(total=len(todo), desc=name, disable=None if is_main() and len(todo) > 1 else True)
-    if workers and todo:
-        with multiprocessing.get_context("fork").Pool(min(workers, len(todo))) as processes:
-            for _ in processes.imap_unordered(call, todo):
-                bar.update()
-    else:
-        for job in todo:
-            call(job)
-            bar.update()
-    bar.close()
-    for path, *_ in jobs:
-        while not path.exists():
-            time.sleep(0.05)  # for another rank
+    USED.update(key_of(path) for path, *_ in jobs)
+    todo = [job for job in jobs[rank::world] if not job[0].exists()]
+
+    def run(part):
+        for job in part:
+            function(*job, *shared)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run, args=(todo[k::workers],), daemon=True)
+                 for k in range(min(workers, len(todo)))]
+    for process in processes:
+        process.start()
+    if not workers:
+        run(todo)
+    for path, *_ in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
+        while not path.exists():  # also those of other ranks
+            if any(process.exitcode for process in processes):
+                fail(f"{name}: a process failed, perhaps for lack of memory (fewer --workers need less)")
+            time.sleep(0.01)
 
 
-each.used = set()  # the keys of all files that this build needs
-
-
-def call(job):
-    """Do one of the jobs of each(), in a worker process."""
-    function, arguments = job
-    function(*arguments)
+def key_of(path):
+    """The hash in the name of a file in work/."""
+    return path.name.partition(".")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Clean
 
-# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation, which repeat
-# themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so that of the default records what goes
-# deserves it. Conversations have a length alone.
+# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation, which
+# repeat themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so that of the
+# default records what goes deserves it. Conversations have a length alone.
 LIMITS = {
     #                   prose             code, api_doc     what lies outside
     "characters":     ((50, 2_000_000), (20, 2_000_000)),  # nothing to learn from; no document but data
-    "repeated lines": ((0, 0.3),        (0, 0.8)),         # share of the characters, in lines that occurred before: menus, logs
-    "repeated runs":  ((0, 0.3),        (0, 0.8)),         # share of the runs of five words that occurred before: spam, tables
-    "symbols":        ((0, 0.4),        (0, 0.6)),         # share of characters other than letters, digits, white space: dumps
+    "repeated lines": ((0, 0.3),        (0, 0.8)),   # share of the characters, in lines that occurred before: menus, logs
+    "repeated runs":  ((0, 0.3),        (0, 0.8)),   # share of the runs of five words that occurred before: spam, tables
+    "symbols":        ((0, 0.4),        (0, 0.6)),   # share of characters but letters, digits, white space: dumps
     "line length":    ((0, 5_000),      (0, 5_000)),       # mean characters of a line: minified code, encoded data
 }
 # What is replaced by its name wherever it stands. A text is searched only if it holds the hint.
@@ -403,9 +422,11 @@ SECRETS = {
     "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
     # The ending is one of domains, lest `x@self.weight` and `img@2x.png` count; git@host:path is no address.
     "EMAIL": ("@", r"\b(?!git@)[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+"
-              r"(?:com|org|net|edu|gov|mil|int|info|biz|name|io|dev|app|ai|xyz|site|online|tech|cloud|email|me|pro|museum|"
-              r"academy|agency|company|digital|systems|software|(?!py|rs|sh|js|ts|cc|md|so)[a-z]{2})\b(?![.\w]|:[\w/~])"),
-    "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?-----END [A-Z ]*PRIVATE KEY-----"),
+              r"(?:com|org|net|edu|gov|mil|int|info|biz|name|io|dev|app|ai|xyz|site|online|tech|cloud|email|me|pro|"
+              r"museum|academy|agency|company|digital|systems|software|(?!py|rs|sh|js|ts|cc|md|so)[a-z]{2})\b"
+              r"(?![.\w]|:[\w/~])"),
+    "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?"
+                    r"-----END [A-Z ]*PRIVATE KEY-----"),
     "AWS_KEY": ("AKIA", r"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
     "GITHUB_TOKEN": ("gh", r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{50,})\b"),
     "GOOGLE_KEY": ("AIza", r"\bAIza[\w-]{35}\b"),
@@ -414,69 +435,82 @@ SECRETS = {
     "HF_TOKEN": ("hf_", r"\bhf_(?=\w*\d)[A-Za-z0-9]{30,}\b"),
     "JWT": ("eyJ", r"\beyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{20,}"),
 }
-SECRETS = {kind: (hint, re.compile(pattern)) for kind, (hint, pattern) in SECRETS.items()}
 # Lines of web pages that say nothing, dropped from prose, by what is looked for first.
-BOILERPLATE = {hint: re.compile(rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)", re.I | re.M) for hint, line in {
-    "skip to": "skip to (?:main )?content", "cookies": "(?:accept|manage|reject) (?:all )?cookies.*|we use cookies.*",
-    "javascript": r".{0,80}(?:enable javascript|javascript is (?:disabled|required)).*", "share": r"share (?:this )?on (?:twitter|facebook|linkedin|x)\b.*",
-    "all rights reserved": r"(?:(?:copyright )?(?:©|\(c\)).{0,80})?all rights reserved\.?", "newsletter": "subscribe to (?:our|the) newsletter.*",
-    "github": "edit (?:this page )?on github", "back to top": "back to top", "lorem ipsum": "lorem ipsum.*"}.items()}
+BOILERPLATE = {
+    "skip to": "skip to (?:main )?content",
+    "cookies": "(?:accept|manage|reject) (?:all )?cookies.*|we use cookies.*",
+    "javascript": r".{0,80}(?:enable javascript|javascript is (?:disabled|required)).*",
+    "share": r"share (?:this )?on (?:twitter|facebook|linkedin|x)\b.*",
+    "all rights reserved": r"(?:(?:copyright )?(?:©|\(c\)).{0,80})?all rights reserved\.?",
+    "newsletter": "subscribe to (?:our|the) newsletter.*",
+    "github": "edit (?:this page )?on github",
+    "back to top": "back to top",
+    "lorem ipsum": "lorem ipsum.*"}
+BOILERPLATE = {hint: re.compile(rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)", re.I | re.M)
+               for hint, line in BOILERPLATE.items()}
 SYMBOL = re.compile(r"[^\w\s]+")
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f"
+                     "\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
 # UTF-8 that was read as Windows-1252: Ã, Â, â or ð, and then what the bytes from 80 to BF look like in it.
 WINDOWS = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}
-MOJIBAKE = re.compile("(?:[ÃÂ][%s]|â[%s]{2}|ð[%s]{3})+" % (("".join(re.escape(c) for c, b in WINDOWS.items() if b < 192),) * 3))
+CONTINUED = "".join(re.escape(c) for c, b in WINDOWS.items() if b < 192)
+MOJIBAKE = re.compile(f"(?:[ÃÂ][{CONTINUED}]|â[{CONTINUED}]{{2}}|ð[{CONTINUED}]{{3}})+")
 
-
-INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "<u8", 2), ("start", "<u8"), ("size", "<u4"), ("length", "<u4"), ("bin", "u1")])
+INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "S16"), ("start", "<u8"), ("size", "<u4"),
+                  ("length", "<u4"), ("bin", "u1")])
 
 
 def clean_piece(path, piece):
-    """Clean the records of a piece. Leaves them (.jsonl), the hashes of their bands (.bands.npy), a report (.json) and their index (.npy)."""
-    rejected, masked, records = Rejected(), Counter(), []
-    with open(piece.shard, "rb") as file:
-        file.seek(piece.start)
-        lines = file.read(piece.end - piece.start).decode("utf-8", "replace").split("\n")
-    for number, line in enumerate(lines[:-1] if not lines[-1] else lines):
+    """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a report (.json) and
+    their index (.npy)."""
+    rejected, masked, lines, index, apis, size = [], Counter(), [], [], set(), 0
+    bands = [np.zeros((BANDS, 0), np.uint64)]
+    records = ((record, content_of(record)) for record in cleaned_records(piece, rejected, masked))
+    for batch in batches(records, lambda pair: len(pair[1]), 500_000):
+        hashes, starts = shingle_hashes([text for _, text in batch])
+        good = np.ones(len(batch), bool)
+        for i, (record, text) in enumerate(batch):
+            measured = measure(text, hashes[starts[i]:starts[i + 1]])
+            if fault := outside_limits(record, measured):
+                good[i] = False
+                rejected.append({"reason": fault, "id": record.id, "value": round(float(measured[fault]), 3)})
+                continue
+            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
+            bin = BINS.index("retrieved" if piece.pool else record.domain)
+            index.append((*index_key(record.id), digest_of(text), size, len(lines[-1]), len(text), bin))
+            size += len(lines[-1])
+            if record.domain == "api_doc" and not piece.pool:
+                apis.update(record.apis)
+        bands.append(band_keys(minhash(hashes, starts))[:, good])
+    reasons = Counter(example["reason"] for example in rejected)
+    write(path.with_suffix(".jsonl"), b"".join(lines))
+    write(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
+    write(path.with_suffix(".json"), json.dumps(
+        {"reasons": reasons, "sample": sample_of(rejected), "masked": masked, "apis": sorted(apis)}))
+    write(path, np.array(index, INDEX))
+
+
+def cleaned_records(piece, rejected, masked):
+    """Yields the records of a piece, cleaned. A line that holds none is named, and joins the rejected."""
+    for at, line in read_piece(piece):
         try:
             record = Record.from_json(line)
             if piece.pool and record.text is None:
                 raise ValueError("a conversation has no place in a pool")
         except ValueError as error:
             with open(piece.shard, "rb") as file:
-                number += file.read(piece.start).count(b"\n") + 1
+                number = file.read(at).count(b"\n") + 1
             print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
-            rejected.add("not a record", f"{piece.shard.name}:{number}")
+            rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
         else:
-            records.append(clean(record, masked))
-    kept, bands = [], [np.zeros((BANDS, 0), np.uint64)]
-    for batch in batches(records, lambda r: len(content_of(r)), 500_000):
-        texts = [content_of(r) for r in batch]
-        hashes, starts = shingle_hashes(texts)
-        good = []
-        for i, (record, measured) in enumerate(zip(batch, measure(texts, hashes, starts))):
-            if fault := outside_limits(record, measured):
-                rejected.add(fault, record.id, value=round(float(measured[fault]), 3))
-            else:
-                good.append(i)
-                kept.append(record)
-        bands.append(band_keys(minhash(hashes, starts))[:, good])
-    index, at, apis = np.zeros(len(kept), INDEX), 0, set()
-    lines = [r.to_json().encode("utf-8", "replace") + b"\n" for r in kept]
-    for row, record, line in zip(index, kept, lines):
-        text, code = content_of(record), hashlib.sha256(record.id.encode("utf-8", "replace")).digest()
-        name = record.id.encode("utf-8", "replace")
-        row["id"] = name if len(name) <= 64 else name[:48] + code.hex()[:16].encode()
-        row["order"], row["digest"] = int.from_bytes(code[:8], "big"), np.frombuffer(digest_of(text), "<u8")
-        row["start"], row["size"], row["length"], row["bin"] = at, len(line), len(text), BINS.index("retrieved" if piece.pool else record.domain)
-        at += len(line)
-        if record.domain == "api_doc" and not piece.pool:
-            apis.update(record.apis)
-    rejected.shrink()
-    write(path.with_suffix(".jsonl"), b"".join(lines))
-    write_array(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
-    write(path.with_suffix(".json"), json.dumps({"records": len(records), "masked": masked, "apis": sorted(apis), **vars(rejected)}))
-    write_array(path, index)
+            yield clean(record, masked)
+
+
+def index_key(name):
+    """A record's id in at most 64 bytes, and the number by which documents are ordered."""
+    name = name.encode("utf-8", "replace")
+    code = hashlib.sha256(name)
+    return name if len(name) <= 64 else name[:48] + code.hexdigest()[:16].encode(), int(code.hexdigest()[:16], 16)
 
 
 def batches(items, size, most):
@@ -492,33 +526,20 @@ def batches(items, size, most):
         yield batch
 
 
-class Rejected:
-    """Counts what is dropped by reason, and keeps some examples of each: those whose ids have the lowest hashes, so that it does
-    not matter in which pieces they were found."""
-
-    def __init__(self):
-        self.reasons, self.sample = Counter(), []
-
-    def add(self, reason, record_id, **more):
-        self.reasons[reason] += 1
-        self.sample.append({"reason": reason, "id": record_id, **more})
-        if len(self.sample) > 2 * MAX_REJECTED * len(self.reasons):
-            self.shrink()
-
-    def merge(self, reasons, sample):
-        self.reasons.update(reasons)
-        self.sample += sample
-
-    def shrink(self):
-        examples = defaultdict(list)
-        for example in sorted(self.sample, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
-            examples[example["reason"]].append(example)
-        self.sample = [e for group in examples.values() for e in group[:MAX_REJECTED]]
+def sample_of(rejected):
+    """Of the examples {"reason", "id", ...} of each reason those whose ids have the lowest hashes, so that it does not
+    matter in which pieces they were found."""
+    by_reason = defaultdict(list)
+    for example in sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
+        by_reason[example["reason"]].append(example)
+    return [example for group in by_reason.values() for example in group[:MAX_REJECTED]]
 
 
 def content_of(record):
     """What a record says, as one text."""
-    return record.text if record.text is not None else json.dumps([record.messages, record.tools], ensure_ascii=False)
+    if record.text is not None:
+        return record.text
+    return json.dumps([record.messages, record.tools], ensure_ascii=False)
 
 
 def digest_of(text):
@@ -526,25 +547,24 @@ def digest_of(text):
     return hashlib.sha256(" ".join(text.lower().split()).encode("utf-8", "replace")).digest()[:16]
 
 
-def scrub_strings(value, masked):
+def scrub_strings(value, masked, key=None):
     """A JSON value with its strings scrubbed, and those in the JSON that a call has for arguments."""
+    if isinstance(value, str) and key == "arguments":
+        given = attempt(json.loads, value)
+        after = scrub_strings(given, masked)
+        return value if after == given else json.dumps(after, ensure_ascii=False)
     if isinstance(value, str):
         return scrub(value, masked)
     if isinstance(value, list):
-        return [scrub_strings(v, masked) for v in value]
+        return [scrub_strings(member, masked) for member in value]
     if isinstance(value, dict):
-        scrubbed = {k: scrub_strings(v, masked) for k, v in value.items() if k != "arguments" or not isinstance(v, str)}
-        if isinstance(text := value.get("arguments"), str):
-            given = attempt(json.loads, text)
-            after = scrub_strings(given, masked)
-            scrubbed["arguments"] = text if after == given else json.dumps(after, ensure_ascii=False)
-        return {k: scrubbed[k] for k in value}
+        return {k: scrub_strings(v, masked, k) for k, v in value.items()}
     return value
 
 
 def scrub(text, masked):
-    """A text in Unicode's NFC, mojibake mended, without control and zero-width characters (save those that join letters, as in
-    Persian, and emoji), secrets and e-mail addresses replaced by their kind.
+    """A text in Unicode's NFC, mojibake mended, without control and zero-width characters (save those that join letters,
+    as in Persian, and emoji), secrets and e-mail addresses replaced by their kind.
 
     >>> scrub("cafe\\u0301 cafÃ© zero\\u200bwidth me@host.org", Counter())
     'café café zerowidth <EMAIL>'
@@ -555,7 +575,7 @@ def scrub(text, masked):
     text = CONTROL.sub("", text.replace("\r\n", "\n"))
     for kind, (hint, pattern) in SECRETS.items():
         if hint in text:
-            text, count = pattern.subn(f"<{kind}>", text)
+            text, count = re.subn(pattern, f"<{kind}>", text)
             if count:
                 masked[kind] += count
     return text
@@ -567,50 +587,58 @@ def mend_mojibake(match):
     return match[0] if CONTROL.search(mended) or "\ufffd" in mended else mended
 
 
-def measure(texts, hashes, starts):
-    """The measures that LIMITS names, of each text. hashes and starts are those of shingle_hashes()."""
-    owner = np.repeat(np.arange(len(texts)), np.diff(starts))
-    order = np.lexsort((hashes, owner))
-    again = (hashes[order][1:] == hashes[order][:-1]) & (owner[1:] == owner[:-1])
-    repeated = np.bincount(owner[1:][again], minlength=len(texts)) / np.diff(starts)
-    for text, runs in zip(texts, repeated):
-        seen, lines = set(), [line for line in map(str.strip, text.split("\n")) if line]
-        characters = sum(map(len, lines))
-        first = sum(len(line) for line in lines if line not in seen and not seen.add(line))
-        yield {"characters": characters, "repeated lines": 1 - first / max(1, characters), "repeated runs": runs,
-               "symbols": 1 - len(SYMBOL.sub("", text)) / max(1, len(text)), "line length": characters / max(1, len(lines))}
+def measure(text, shingles):
+    """The measures that LIMITS names, of a text and its shingle_hashes()."""
+    lines = [line for line in map(str.strip, text.split("\n")) if line]
+    characters = sum(map(len, lines))
+    return {
+        "characters": characters,
+        "repeated lines": 1 - sum(map(len, set(lines))) / max(1, characters),
+        "repeated runs": (len(shingles) - len(np.unique(shingles))) / len(shingles),
+        "symbols": 1 - len(SYMBOL.sub("", text)) / max(1, len(text)),
+        "line length": characters / max(1, len(lines))}
 
 
 def outside_limits(record, measured):
     """The name of the first measure of a record that is outside its limits, or None."""
-    chat = record.text is None
-    for name, limits in LIMITS.items():
-        lowest, highest = limits[record.domain != "text"]
-        if not lowest <= measured[name] <= highest and (name == "characters" or not chat):
+    for name in LIMITS if record.text is not None else ["characters"]:
+        lowest, highest = LIMITS[name][record.domain != "text"]
+        if not lowest <= measured[name] <= highest:
             return name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Duplicates and near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive Datasets, chapter 3)
+# Duplicates and near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive
+# Datasets, chapter 3)
 
 SHINGLE = 5          # words that are hashed together
 BANDS, ROWS = 18, 7  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5
+PAIRS = 20_000       # are compared by one job
 # What divides words outside ASCII, and what are words by themselves, in scripts that write no spaces.
 DIVIDER = regex.compile(r"[^\p{L}\p{M}\p{N}\x00-\x7f]")
 UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\p{M}*")
-WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 for b in range(256)])
+WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 or b == 0 for b in range(256)])  # 0: an empty word
 
 
 class Documents:
-    """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each, their texts on disk."""
+    """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each, their texts on
+    disk. The steps set why each is dropped, as an index into REASONS; 0: it is kept.
+    """
+    REASONS = ("", "duplicate", "near duplicate", "shares words or a call with a benchmark", "not of the seed's kind",
+               "mentions a held-out API")
 
     def __init__(self, pieces, work):
         self.pieces, self.work = pieces, work
-        self.names = [p.key for p in pieces]
+        self.names = [piece.key for piece in pieces]
+        self.reports = [read_json(work / f"{name}.json") for name in self.names]
         parts = [np.load(work / f"{name}.npy") for name in self.names]
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
-        self.index = np.concatenate([np.zeros(0, INDEX), *parts])
-        self.score = np.zeros(len(self.index), np.float32)  # set by retrieve()
+        self.index = np.concatenate([np.zeros(0, INDEX), *parts])  # (N,)
+        self.reason = None       # (N,) set by drop_duplicates(), as the next two
+        self.copy_of = None      # (N,) the document that is kept instead, -1 for none
+        self.copies_apis = None  # {kept document: the APIs of the copies dropped for it}
+        self.match = {}          # {document: (words or call, benchmark file)}
+        self.score = np.zeros(len(self.index), np.float32)  # (N,) set by retrieve()
         self.open = lru_cache(500)(lambda n: open(work / f"{self.names[n]}.jsonl", "rb"))
 
     def __len__(self):
@@ -619,31 +647,27 @@ class Documents:
     def __getitem__(self, i):
         """The Record of a document."""
         file, entry = self.open(int(np.searchsorted(self.first, i, side="right")) - 1), self.index[i]
-        return Record.from_json(os.pread(file.fileno(), int(entry["size"]), int(entry["start"])))  # seeking would move it for all processes
+        # Seeking would move the file's position for all processes.
+        return Record.from_json(os.pread(file.fileno(), int(entry["size"]), int(entry["start"])))
 
     def of_piece(self, n):
         """Yields the number and the Record of each document of a piece."""
         lines = (self.work / f"{self.names[n]}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
         return ((i, Record(**json.loads(line))) for i, line in enumerate(lines, int(self.first[n])))
 
+    def bands(self, band):
+        """(N,) uint64: the hashes of a band."""
+        parts = [np.load(self.work / f"{name}.bands.npy", mmap_mode="r")[band] for name in self.names]
+        return np.concatenate(parts)
+
     def is_in(self, *bins):
         """(N,) Whether each belongs to one of these bins."""
         return np.isin(self.index["bin"], [BINS.index(b) for b in bins])
 
-    def bands(self, band):
-        """(N,) uint64: the hashes of a band."""
-        return np.concatenate([np.zeros(0, np.uint64), *(np.load(self.work / f"{name}.bands.npy", mmap_mode="r")[band] for name in self.names)])
-
-
-class Dropped:
-    """Why each document is dropped, as an index into REASONS; 0: it is kept."""
-    REASONS = ("", "duplicate", "near duplicate", "shares words or a call with a benchmark", "not of the seed's kind")
-
-    def __init__(self, reason, copy_of, apis):
-        self.reason = reason    # (N,)
-        self.copy_of = copy_of  # (N,) the document that is kept instead, -1 for none
-        self.apis = apis        # {kept document: the APIs of the copies dropped for it}
-        self.match = {}         # {document: (words or call, benchmark file)}
+    def ordered(self, chosen):
+        """The numbers of those chosen, in the order of a hash of their ids."""
+        chosen = np.flatnonzero(chosen)
+        return chosen[np.lexsort((self.index["id"][chosen], self.index["order"][chosen]))]
 
     @property
     def kept(self):
@@ -651,6 +675,14 @@ class Dropped:
 
     def drop(self, documents, reason):
         self.reason[documents] = self.REASONS.index(reason)
+
+    def file(self, suffix, *depends):
+        """The path in work/ of what depends on all documents."""
+        return self.work / f"{hash_of(self.names, depends)}.{suffix}"
+
+    def jobs(self, suffix, *depends):
+        """[(path, n)] of what depends on piece n."""
+        return [(self.work / f"{hash_of(name, depends)}.{suffix}", n) for n, name in enumerate(self.names)]
 
 
 def divided(text):
@@ -660,38 +692,37 @@ def divided(text):
 
 
 def mix(x):
-    """Scramble uint64s, so that every bit depends on every other (the finaliser of splitmix64). Arithmetic is modulo 2^64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Scramble uint64s, so that every bit depends on every other (the finaliser of splitmix64). 0 stays 0. Arithmetic is
+    modulo 2^64."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def shingle_hashes(texts, size=SHINGLE):
-    """Hashes (N,) uint64 of the runs of `size` words that begin at each word of the texts, and where each text's begin.
+    """Hashes (M,) uint64 of the runs of `size` words that begin at each word of the texts, and where each text's begin.
 
     All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b has the hash
-    (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo 2^64.
+    (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo 2^64. Behind each text
+    stand as many empty words, of hash 0: its last runs are shorter, and none reaches into the next text.
     """
-    encoded = [divided(text).encode("utf-8", "replace") + b" " for text in texts]
+    padding = b" \0" * size + b" "
+    encoded = [divided(text).replace("\0", " ").encode("utf-8", "replace") + padding for text in texts]
     content = np.frombuffer(b" " + b"".join(encoded), np.uint8)
     is_word = WORD_BYTES[content]
-    begin, end = (np.flatnonzero(edge) + 1 for edge in (is_word[1:] & ~is_word[:-1], is_word[:-1] & ~is_word[1:]))
-    p = np.uint64(0x9E3779B97F4A7C15)
-    powers, inverse = (np.multiply.accumulate(np.full(len(content) + 1, q, np.uint64)) for q in (p, np.uint64(pow(int(p), -1, 2**64))))
-    prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(content * powers[:-1], dtype=np.uint64)])
+    begin = np.flatnonzero(is_word[1:] & ~is_word[:-1]) + 1
+    end = np.flatnonzero(is_word[:-1] & ~is_word[1:]) + 1
+    p = 0x9E3779B97F4A7C15
+    powers, inverse = (np.multiply.accumulate(np.full(len(content), q, np.uint64)) for q in (p, pow(p, -1, 2**64)))
+    prefix = np.append(np.uint64(0), np.cumsum(content * powers, dtype=np.uint64))
     words = mix((prefix[end] - prefix[begin]) * inverse[begin])
-    text_of_word = np.searchsorted(np.cumsum([len(e) for e in encoded]), begin, side="left")
-    # Behind each text as many empty words: its last runs are shorter, and none reaches into the next text.
-    counts = np.bincount(text_of_word, minlength=len(texts))
-    padded = np.zeros(len(words) + size * len(texts), np.uint64)
-    padded[np.arange(len(words)) + size * text_of_word] = words
-    runs = np.zeros(len(padded) - size + 1, np.uint64)
+    first = np.searchsorted(begin, np.cumsum([0, *map(len, encoded)]) + 1)  # of each text, and the end
+    runs = np.zeros(max(0, len(words) - size + 1), np.uint64)
     for i in range(size):
-        runs = runs * p + padded[i:len(padded) - size + 1 + i]
-    taken = np.maximum(counts, 1)  # a text without a word has one empty run
-    starts = np.concatenate([[0], np.cumsum(taken)])
-    first = np.concatenate([[0], np.cumsum(counts + size)[:-1]])
-    return mix(runs[np.repeat(first - starts[:-1], taken) + np.arange(starts[-1])]), starts
+        runs = runs * p + words[i:i + len(runs)]
+    counts = np.maximum(np.diff(first) - size, 1)  # a text without a word has one empty run
+    starts = np.cumsum([0, *counts])
+    return mix(runs[np.repeat(first[:-1] - starts[:-1], counts) + np.arange(starts[-1])]), starts
 
 
 def band_keys(signatures):
@@ -701,30 +732,26 @@ def band_keys(signatures):
 
 
 def find_pairs(path, documents, threshold):
-    """Leaves pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and `similar` ones to be compared."""
+    """Write pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and `similar` ones to
+    be compared."""
     index, n = documents.index, len(documents)
     order = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
-    equal = runs_of_equal(np.lexsort((index["digest"][order, 1], index["digest"][order, 0])), index["digest"][order])
-    codes = np.zeros(0, np.uint64)
+    _, first, value = np.unique(index["digest"][order], return_index=True, return_inverse=True)
+    earlier = first[value]
+    copies = np.flatnonzero(earlier < np.arange(n))
+    codes = np.zeros(0, np.int64)
     if threshold:
-        alive = np.delete(np.arange(n), equal[:, 0])
+        others = np.delete(np.arange(n), copies)
         for band in tqdm(range(BANDS), desc="bands", disable=None):
-            pairs = alive[band_pairs(documents.bands(band)[order[alive]])]
-            codes = np.union1d(codes, pairs[:, 0].astype(np.uint64) * np.uint64(n) + pairs[:, 1].astype(np.uint64))
-    similar = np.stack([codes // np.uint64(max(1, n)), codes % np.uint64(max(1, n))], 1).astype(np.int64)
-    write_arrays(path, equal=order[equal], similar=order[similar])
-
-
-def runs_of_equal(order, values):
-    """(M, 2) each item with the first of those that have its values, given an order that brings equal ones together."""
-    fresh = np.append(True, (values[order][1:] != values[order][:-1]).any(1))[:len(order)]
-    head = order[np.flatnonzero(fresh)[np.cumsum(fresh) - 1]]
-    pairs = np.stack([order, head], 1)[~fresh]
-    return pairs[np.argsort(pairs[:, 0])]
+            later, same = others[band_pairs(documents.bands(band)[order[others]])].T
+            codes = np.union1d(codes, later * n + same)
+    similar = np.stack(np.divmod(codes, n), 1)
+    write(path, equal=order[np.stack([copies, earlier[copies]], 1)], similar=order[similar])
 
 
 def band_pairs(keys, near=16):
-    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with the `near` before it."""
+    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with the `near`
+    before it."""
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
@@ -735,31 +762,33 @@ def band_pairs(keys, near=16):
     return np.concatenate(found)
 
 
-def compare_pairs(path, pairs, start, end):
-    """Leaves for pairs start to end whether the Jaccard similarity of their shingles reaches the threshold."""
-    documents, threshold = each.shared
+def compare_pairs(path, start, documents, pairs, threshold):
+    """Write for PAIRS pairs whether the Jaccard similarity of their shingles reaches the threshold."""
     sets = lru_cache(20_000)(lambda i: np.unique(shingle_hashes([content_of(documents[i])])[0]))
     similar = []
-    for j, i in np.load(pairs)["similar"][start:end].tolist():
+    for j, i in np.load(pairs)["similar"][start:start + PAIRS].tolist():
         common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
         similar.append(common >= threshold * (len(sets(i)) + len(sets(j)) - common))
-    write_array(path, np.array(similar, bool))
+    write(path, np.array(similar, bool))
 
 
 def choose_copies(path, documents, pairs, parts):
-    """Leaves which documents are dropped, and for what: a document is, if it equals or resembles one before it that is not."""
+    """Write which documents are dropped, and for what: a document is, if it equals or resembles one before it that is
+    not."""
     found = np.load(pairs)
     reason, copy_of = np.zeros(len(documents), np.uint8), np.full(len(documents), -1)
-    reason[found["equal"][:, 0]], copy_of[found["equal"][:, 0]] = 1, found["equal"][:, 1]
+    copies, earlier = found["equal"].T
+    reason[copies], copy_of[copies] = 1, earlier
     similar = np.concatenate([np.zeros(0, bool), *map(np.load, parts)])
-    for j, i in found["similar"][similar].tolist():  # in the order of j: whether i, which is before it, is kept is known then
+    for j, i in found["similar"][similar].tolist():  # in the order of j: whether i, before it, is kept is known then
         if not reason[i] and not reason[j]:
             reason[j], copy_of[j] = 2, i
     apis = defaultdict(set)
     for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
         kept = copy_of[j] if not reason[copy_of[j]] else copy_of[copy_of[j]]
         apis[int(kept)].update(documents[j].apis)
-    write_arrays(path, reason=reason, copy_of=copy_of, kept=np.array([*apis], np.int64), apis=np.array([json.dumps(sorted(a)) for a in apis.values()], str))
+    write(path, reason=reason, copy_of=copy_of, kept=np.array([*apis], np.int64),
+          apis=np.array([json.dumps(sorted(names)) for names in apis.values()], str))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -772,25 +801,23 @@ class Benchmarks:
     """What test data holds: hashes of all runs of OVERLAP words with the file each is from, and the calls by name."""
 
     def __init__(self, files):
-        self.files, hashes, owners, self.calls = files, [], [], defaultdict(list)
-        for number, file in enumerate(tqdm(files, desc="benchmarks", disable=None)):
+        self.runs, self.calls = {}, defaultdict(list)
+        for file in tqdm(files, desc="benchmarks", disable=None):
             parts = [part for _, value in read_values(file) for part in parts_of(value)]
             for name, accepted in (call for part in parts for call in gold_calls(part)):
                 self.calls[name].append(accepted)
             texts = [part for part in parts if isinstance(part, str)]
-            hashes += [runs[telling(text)] for runs, text in zip(whole_runs(texts), texts)]
-            owners += [number] * (len(hashes) - len(owners))
-        sizes = [len(h) for h in hashes]
-        self.hashes, first = np.unique(np.concatenate([np.zeros(1, np.uint64), *hashes]), return_index=True)
-        self.owners = np.repeat([0, *owners], [1, *sizes])[first]
+            for text, runs in zip(texts, whole_runs(texts)):
+                for run in runs[telling(text)].tolist():
+                    self.runs.setdefault(run, file.name)
 
     def match(self, text, messages):
         """What a document has in common with a file, as (words or call, file's name), or None."""
         [runs] = whole_runs([text])
-        place = np.minimum(np.searchsorted(self.hashes, runs), len(self.hashes) - 1)
-        for at in np.flatnonzero(self.hashes[place] == runs)[:1]:
-            return " ".join(words_of(text)[at:at + OVERLAP]), self.files[self.owners[place[at]]].name
-        for function in (c["function"] for m in messages or [] for c in m.get("tool_calls") or []):
+        for at, run in enumerate(runs.tolist()):
+            if run in self.runs:
+                return " ".join(words_of(text)[at:at + OVERLAP]), self.runs[run]
+        for function in (call["function"] for m in messages or [] for call in m.get("tool_calls") or []):
             given = {k: json.dumps(v, sort_keys=True) for k, v in json.loads(function["arguments"]).items()}
             for accepted in self.calls.get(function["name"], []):
                 if given and all(given.get(k, '""') in accepted.get(k, ()) for k in given | accepted):
@@ -808,15 +835,23 @@ def parts_of(value):
 
 
 def gold_calls(part):
-    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"}, Python's f(a=1), or BFCL's
-    {name: {argument: [acceptable values, "" if it may be left out]}}."""
-    (name, given), *others = part.items() if isinstance(part, dict) and part else [("", None)]
-    if isinstance(given, dict) and not others and all(isinstance(values, list) for values in given.values()):
-        return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})]
-    is_call = isinstance(part, str) and re.match(r"\[?[\w.]+\(", part) or isinstance(part, dict) and {"name", "arguments"} <= part.keys()
-    calls = attempt(python_calls if isinstance(part, str) else calls_in, part) if is_call else []
-    functions = [c["function"] for c in calls] if isinstance(calls, list) else []
-    return [(f["name"], {k: [json.dumps(v, sort_keys=True)] for k, v in json.loads(f["arguments"]).items()}) for f in functions]
+    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"}, Python's f(a=1), or
+    BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}."""
+    accepted, reader = [], None
+    if isinstance(part, str) and re.match(r"\[?[\w.]+\(", part):
+        reader = python_calls
+    elif isinstance(part, dict) and {"name", "arguments"} <= part.keys():
+        reader = calls_in
+    elif isinstance(part, dict) and len(part) == 1:
+        [(name, given)] = part.items()
+        if isinstance(given, dict) and all(isinstance(values, list) for values in given.values()):
+            accepted = [(name, given)]
+    calls = attempt(reader, part) if reader else []
+    for function in (call["function"] for call in calls if isinstance(calls, list)):
+        given = json.loads(function["arguments"])
+        accepted.append((function["name"], {k: [v] for k, v in given.items()}))
+    return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})
+            for name, given in accepted]
 
 
 def words_of(text):
@@ -825,7 +860,8 @@ def words_of(text):
 
 
 def telling(text):
-    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting and JSON have not."""
+    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting and JSON have
+    not."""
     words = [w if (len(w) > 1 or not w.isascii()) and not w.isdigit() else "" for w in words_of(text)]
     return np.array([len({*words[i:i + OVERLAP]} - {""}) >= 8 for i in range(len(words) - OVERLAP + 1)], bool)
 
@@ -836,10 +872,10 @@ def whole_runs(texts):
     return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
 
 
-def find_matches(path, n):
-    """Leaves [row, words or call, file] of the documents of a piece that share something with the benchmarks."""
-    documents, benchmarks = each.shared
-    matches = ((row, benchmarks.match(content_of(r), r.messages)) for row, (_, r) in enumerate(documents.of_piece(n)))
+def find_matches(path, n, documents, benchmarks):
+    """Write [row, words or call, file] of the documents of a piece that share something with the benchmarks."""
+    matches = [(row, benchmarks.match(content_of(record), record.messages))
+               for row, (_, record) in enumerate(documents.of_piece(n))]
     write(path, json.dumps([[row, *match] for row, match in matches if match]))
 
 
@@ -854,7 +890,7 @@ def benchmark_files(path):
 # Retrieval: what of a pool is like the seed
 
 BUCKETS = 2**20  # places for the hashed n-grams
-SAMPLE = 100_000  # documents of each side, at most, that the classifier learns from
+SAMPLE = 100_000  # documents of each kind, at most, that the classifier learns from
 LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
 
 
@@ -862,72 +898,83 @@ def plain_text(record):
     """The words of a record without the form that collect.py gives them, which would tell it at once."""
     if record.text is not None:
         return re.sub(r"^(?:\{.*\}|Package: .*)$", "", record.text[:LONGEST_SCORED], flags=re.M)
-    return "\n".join(part for m in record.messages for part in
-                     [m.get("reasoning_content") or "", m.get("content") or "",
-                      *(f"{c['function']['name']} {c['function']['arguments']}" for c in m.get("tool_calls") or [])])
+    parts = []
+    for message in record.messages:
+        parts += [message.get("reasoning_content") or "", message.get("content") or ""]
+        for function in (call["function"] for call in message.get("tool_calls") or []):
+            parts.append(f"{function['name']} {function['arguments']}")
+    return "\n".join(parts)
 
 
 def train_scorer(path, documents, seed, pool, encoder):
-    """Leaves what make_scorer() needs, with its figures on documents it did not see: as many of the seed as of the pool."""
+    """Write what log_odds() needs, with its figures on documents it did not see: as many of the seed as of the pool."""
+    seed, pool = documents.ordered(seed), documents.ordered(pool)
     count = min(SAMPLE, len(seed), len(pool))
     if count < 50:
-        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a classifier needs 50 of each")
-    chosen = [side[np.argsort(documents.index["order"][side])[:count]] for side in (seed, pool)]
-    train, tune, test = np.split(np.arange(count), [int(0.8 * count), int(0.9 * count)])
-    texts = [[plain_text(documents[i]) for i in side] for side in chosen]
-    part = lambda rows: ([texts[side][i] for side in (0, 1) for i in rows], np.repeat([1.0, 0.0], len(rows)))
+        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a classifier needs "
+             "50 of each")
+    texts = np.array([[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)], object)  # (2, count)
+    parts = np.split(np.arange(count), [int(0.8 * count), int(0.9 * count)])
+    train, tune, test = (texts[:, rows].ravel() for rows in parts)
+    train_labels, tune_labels, test_labels = (np.repeat([1.0, 0.0], len(rows)) for rows in parts)
     if encoder:
-        learned = {"seeds": encode_texts(encoder, [texts[0][i] for i in train[:4096]])}
+        learned = {"seeds": encode_texts(encoder, train[:len(parts[0])][:4096])}
     else:
-        learned = {"weights": fit_ngrams(*part(train))}
-        # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which may well be of its kind.
-        score = make_scorer(learned | {"slope": 1.0, "offset": 0.0}, None)([texts[1][i] for i in train])
-        hard = train[np.argsort(score)[len(train) // 2:len(train) * 9 // 10]]
-        more, labels = part(train)
-        learned = {"weights": fit_ngrams(more + [texts[1][i] for i in hard], np.append(labels, np.zeros(len(hard))))}
-    raw = make_scorer(learned | {"slope": 1.0, "offset": 0.0}, encoder)
-    learned["slope"], learned["offset"] = calibrate(raw(part(tune)[0]), part(tune)[1])
-    (texts_tested, labels), score = part(test), make_scorer(learned, encoder)
-    p = 1 / (1 + np.exp(-score(texts_tested)))
-    hits = ((p >= 0.5) & (labels == 1)).sum()
+        learned = {"weights": fit_ngrams(train, train_labels)}
+        # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which may well be
+        # of its kind.
+        negatives = train[len(parts[0]):]
+        order = np.argsort(raw_scores(negatives, learned, None))
+        hard = negatives[order[len(order) // 2:len(order) * 9 // 10]]
+        labels = np.append(train_labels, np.zeros(len(hard)))
+        learned = {"weights": fit_ngrams(np.append(train, hard), labels)}
+    learned["slope"], learned["offset"] = calibrate(raw_scores(tune, learned, encoder), tune_labels)
+    p = sigmoid(log_odds(test, learned, encoder))
+    found = p >= 0.5
+    hits = (found & (test_labels == 1)).sum()
     bins = np.minimum((p * 10).astype(int), 9)
-    error = sum(abs(p[bins == b].sum() - labels[bins == b].sum()) for b in range(10)) / len(p)
-    precision, recall = hits / max(1, (p >= 0.5).sum()), hits / labels.sum()
-    write_arrays(path, **learned, precision=precision, recall=recall, f1=2 * precision * recall / max(1e-9, precision + recall), calibration_error=error,
-                 tested=len(p))
+    error = sum(abs(p[bins == b].sum() - test_labels[bins == b].sum()) for b in range(10)) / len(p)
+    precision, recall = hits / max(1, found.sum()), hits / test_labels.sum()
+    f1 = 2 * precision * recall / max(1e-9, precision + recall)
+    write(path, **learned, precision=precision, recall=recall, f1=f1, calibration_error=error, tested=len(p))
 
 
-def make_scorer(learned, encoder):
-    """A function from texts to the logarithm of their odds, (N,)."""
-    def score(texts):
-        if encoder:
-            nearest = np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:]
-            raw = nearest.mean(1)
-        else:
-            buckets, starts = ngrams(texts)
-            raw = np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
-        return learned["slope"] * raw + learned["offset"]
-    return score
+def log_odds(texts, learned, encoder):
+    """(N,) The logarithm of the odds that each text is of the seed's kind."""
+    return learned["slope"] * raw_scores(texts, learned, encoder) + learned["offset"]
 
 
-def score_piece(path, n):
-    """Leaves the logarithm of the odds of each document of a piece of the pool."""
-    documents, score = each.shared
+def raw_scores(texts, learned, encoder):
+    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of the seed."""
+    if encoder:
+        return np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
+    buckets, starts = ngrams(texts)
+    return np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def score_piece(path, n, documents, learned, encoder):
+    """Write the logarithm of the odds of each document of a piece of the pool."""
+    scores = [np.zeros(0)]
     records = (record for _, record in documents.of_piece(n))
-    scores = [score([plain_text(r) for r in batch]) for batch in batches(records, lambda r: len(r.text), 500_000)]
-    write_array(path, np.concatenate([np.zeros(0), *scores]))
+    for batch in batches(records, lambda record: len(record.text), 500_000):
+        scores.append(log_odds([plain_text(record) for record in batch], learned, encoder))
+    write(path, np.concatenate(scores))
 
 
 def ngrams(texts):
     """Places (M,) int32 of the texts' words and pairs of words, hashed, and where each text's begin."""
-    places, counts = [], []
+    places, counts = [], [0]
     for batch in batches(texts, len, 500_000):
-        (words, first), (pairs, _) = (shingle_hashes(batch, size) for size in (1, 2))  # as many pairs as words: the last is one word
-        rows = np.repeat(np.arange(len(batch)), np.diff(first))
-        order = np.argsort(np.concatenate([rows, rows]), kind="stable")
-        places.append((np.concatenate([words, pairs])[order] % np.uint64(BUCKETS)).astype(np.int32))
-        counts.append(2 * np.diff(first))
-    return np.concatenate(places), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        words, starts = shingle_hashes(batch, 1)
+        pairs, _ = shingle_hashes(batch, 2)  # as many as words: the last is one word
+        for a, b in zip(starts, starts[1:]):
+            places += [(hashes[a:b] % BUCKETS).astype(np.int32) for hashes in (words, pairs)]
+            counts.append(2 * (b - a))
+    return np.concatenate(places), np.cumsum(counts)
 
 
 def fit_ngrams(texts, labels, epochs=3, batch_size=64):
@@ -935,17 +982,16 @@ def fit_ngrams(texts, labels, epochs=3, batch_size=64):
     import torch  # here, since only --pool needs it
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums under torchrun, which sets their number
-    places, starts = map(torch.from_numpy, ngrams(texts))
+    places, starts = ngrams(texts)
+    grams = torch.from_numpy(places).tensor_split(torch.from_numpy(starts[1:-1]))
     bag = torch.nn.EmbeddingBag(BUCKETS, 1, mode="mean", sparse=True)
     torch.nn.init.zeros_(bag.weight)
     optimizer = torch.optim.SparseAdam(bag.parameters(), lr=0.1)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(np.tile(np.arange(len(texts)), epochs)))
-    for batch in tqdm(order.split(batch_size), desc="classifier", disable=None):
-        lengths = starts[batch + 1] - starts[batch]
-        offsets = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-        at = torch.repeat_interleave(starts[batch] - offsets[:-1], lengths) + torch.arange(int(offsets[-1]))
-        score = bag(places[at].long(), offsets[:-1])[:, 0]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, torch.from_numpy(labels)[batch].float())
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(texts)), epochs))
+    for batch in tqdm(np.split(order, range(batch_size, len(order), batch_size)), desc="classifier", disable=None):
+        offsets = torch.tensor([0, *(len(grams[i]) for i in batch[:-1])]).cumsum(0)
+        score = bag(torch.cat([grams[i] for i in batch]).long(), offsets)[:, 0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, torch.from_numpy(labels[batch]).float())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -974,21 +1020,21 @@ def encode_texts(directory, texts, longest=512):
     encoder, tokenizer = load_encoder(directory)
     vectors = np.zeros((len(texts), encoder.config.dim), np.float32)
     ids = [tokenizer.encode(text[:10 * longest])[:longest] or [tokenizer.end_of_text] for text in texts]
-    for rows in batches(tqdm(sorted(range(len(ids)), key=lambda i: len(ids[i])), desc="encode", disable=None), lambda i: len(ids[i]), 4096):
-        padded = torch.zeros(len(rows), len(ids[rows[-1]]), dtype=torch.long)  # behind a text: what is causal does not see it
-        for row, i in zip(padded, rows):
-            row[:len(ids[i])] = torch.tensor(ids[i])
+    order = tqdm(sorted(range(len(ids)), key=lambda i: len(ids[i])), desc="encode", disable=None)
+    for rows in batches(order, lambda i: len(ids[i]), 4096):
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)  # (B, T)
         with torch.inference_mode():
             for i, states in zip(rows, encoder.hidden(padded)):
-                vectors[i] = states[:len(ids[i])].mean(0)
+                vectors[i] = states[:len(ids[i])].mean(0)  # attention is causal: it saw nothing of the padding
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def calibrate(scores, labels):
-    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a weak prior keeps them finite."""
+    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a weak prior keeps
+    them finite."""
     x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
     for _ in range(50):
-        p = 1 / (1 + np.exp(-x @ w))
+        p = sigmoid(x @ w)
         w -= np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2), x.T @ (p - labels) + 0.01 * w)
     return w[0] / scores.std(), w[1]
 
@@ -1007,13 +1053,14 @@ def mention_finder(names):
     names = set(names)
     lengths = sorted({len(n) for n in names})
     # A name can only start where its first component does, and ends before the next character that is no word or dot.
-    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(sorted({re.escape(n.split(".")[0]) for n in names}))) if names else None
+    components = sorted({re.escape(n.split(".")[0]) for n in names})
+    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(components) if names else "(?!)")
 
     @lru_cache(1_000_000)
     def in_run(run):
         return any(run[m.start():m.start() + n] in names for m in starts.finditer(run) for n in lengths)
 
-    return lambda text: bool(names) and any(in_run(run) for run in set(re.findall(r"[\w.]*\w\.[\w.]+", text)))
+    return lambda text: any(in_run(run) for run in set(re.findall(r"[\w.]*\w\.[\w.]+", text)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1021,15 +1068,16 @@ def mention_finder(names):
 
 TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
-# What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore before them; numbers
-# of up to three digits; punctuation; white space. A qualified name so follows one token that nothing else follows, and is cut
-# alike wherever it stands: to copy it a model need only look for what came after the same token before.
+# What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore before them;
+# numbers of up to three digits; punctuation; white space. A qualified name so follows one token that nothing else
+# follows, and is cut alike wherever it stands: to copy it a model need only look for what came after the same token.
 PATTERN = r'[ {](?="name": ")|"name": "|[ ._]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
-# How others cut, where their tokenizer.json only names it: GPT-2, and the same between single digits (SmolLM).
+# How others cut, where their tokenizer.json only names it: GPT-2, the same between single digits (SmolLM), and Llama 3.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-LONGEST_RUN = 20_000  # characters
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+LONGEST_RUN = 20_000  # characters
 
 
 class Tokenizer:
@@ -1046,12 +1094,11 @@ class Tokenizer:
         self.pattern, self.normal_form = pattern, normal_form
         self.base = base  # the tokenizer.json that it was read from, if it is another's
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
-        model = base["model"] if base else {}
+        model, tokens = (base["model"], base["added_tokens"]) if base else ({}, [])
         self.unknown = model["vocab"][model["unk_token"]] if model.get("unk_token") else None
         self.fuse_unknown = bool(model.get("fuse_unk"))  # several missing bytes in a row are one unknown token
         self.lost = 0  # bytes that it was given and has no token for
-        found = [t for t in base["added_tokens"] if not t.get("special")] if base else []
-        self.added = {t["content"]: t for t in found if t["content"] not in SPECIAL_TOKENS}
+        self.added = {t["content"]: t for t in tokens if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
         by_length = sorted(self.added.values(), key=lambda token: -len(token["content"]))
         self.find_added = re.compile("|".join(map(added_pattern, by_length)) or "(?!)")
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
@@ -1066,30 +1113,25 @@ class Tokenizer:
         path = Path(name)
         if name in tiktoken.list_encoding_names() and not path.exists():
             return cls.from_tiktoken(name)
-        if path.is_dir() and not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
+        if not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
             path = path / "tokenizer.model"
         return cls.load(path) if path.suffix != ".model" else cls.from_llama(path)
 
     @classmethod
     def from_tiktoken(cls, name):
-        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may hang, so it gets ten seconds."""
-        found = {}
-
-        def get():
-            try:
-                found["encoding"] = tiktoken.get_encoding(name)
-            except Exception as error:
-                found["error"] = error
-
-        thread = threading.Thread(target=get, daemon=True)
-        thread.start()
-        thread.join(10)
-        if "encoding" not in found:
-            url = getattr(getattr(found.get("error"), "request", None), "url", None)
-            place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url}," if url else "its file, named by the SHA-1 of its URL,"
-            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name that in TIKTOKEN_CACHE_DIR")
-        encoding = found["encoding"]
-        return cls(dict(encoding._mergeable_ranks), with_chat_tokens(dict(encoding._special_tokens), encoding.n_vocab), encoding._pat_str)
+        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may hang, so it gets
+        ten seconds."""
+        try:
+            encoding = ThreadPool(1).apply_async(tiktoken.get_encoding, [name]).get(10)
+        except Exception as error:
+            url = getattr(getattr(error, "request", None), "url", None)
+            place = "its file, named by the SHA-1 of its URL,"
+            if url:
+                place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url},"
+            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name that in "
+                 "TIKTOKEN_CACHE_DIR")
+        special = with_chat_tokens(dict(encoding._special_tokens), encoding.n_vocab)
+        return cls(dict(encoding._mergeable_ranks), special, encoding._pat_str)
 
     @classmethod
     def from_llama(cls, path):
@@ -1099,56 +1141,47 @@ class Tokenizer:
         except FileNotFoundError:
             fail(f"{path}: no such file")
         except ValueError:
-            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level BPE, and cannot be read here)")
-        reserved = iter(range(256))
-        named = {0: "<|begin_of_text|>", 1: "<|end_of_text|>", 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: "<|eot_id|>"}
-        special = {named.get(i) or f"<|reserved_special_token_{next(reserved)}|>": len(ranks) + i for i in range(256)}
+            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level BPE, and "
+                 "cannot be read here)")
+        names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+        for at, name in ((0, "<|begin_of_text|>"), (1, "<|end_of_text|>"), (6, "<|start_header_id|>"),
+                         (7, "<|end_header_id|>"), (9, "<|eot_id|>")):
+            names.insert(at, name)
+        special = {name: len(ranks) + i for i, name in enumerate(names)}
         return cls(ranks, with_chat_tokens(special, len(ranks) + 256), LLAMA_PATTERN)
 
     @classmethod
     def load(cls, directory):
-        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as GPT-2, Llama 3 and Qwen."""
+        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as GPT-2, Llama 3 and
+        Qwen."""
         path = Path(directory) / "tokenizer.json" if Path(directory).suffix != ".json" else Path(directory)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            model, added = content["model"], {t["content"]: t["id"] for t in content["added_tokens"]}
             pattern, normal_form = read_pattern(content["pre_tokenizer"]), read_normal_form(content["normalizer"])
-            byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
-            ranks = {bytes(byte[c] for c in token): i for token, i in model["vocab"].items() if token not in added}
-            merged = [model["vocab"]["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
-            if model["type"] != "BPE" or merged != sorted(merged):
-                raise ValueError("not a BPE whose ids follow the order of its merges")
-            if any(map(model.get, ("continuing_subword_prefix", "end_of_word_suffix"))):
-                raise ValueError("a BPE with prefixes or suffixes")
-            if model.get("unk_token") and model["unk_token"] not in model["vocab"]:
-                raise ValueError("an unknown token that is not in the vocabulary")
-            if model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", t) for t in model["vocab"]):
-                raise ValueError("a BPE with bytes for what is unknown")
-            if any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127))):  # rare bytes may be missing
-                raise ValueError("a vocabulary without all of ASCII")
-            kept = [t for t in content["added_tokens"] if not t.get("special")]
-            takes_space = any(t.get("lstrip") or t.get("rstrip") for t in kept)
-            if takes_space and any(t["content"][:1].isspace() for t in kept):
+            special = {token["content"]: token["id"] for token in content["added_tokens"]}
+            ranks = read_vocabulary(content["model"], special)
+            ordinary = [token for token in content["added_tokens"] if not token.get("special")]
+            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in ordinary)
+            if takes_space and any(token["content"][:1].isspace() for token in ordinary):
                 raise ValueError("added tokens of white space, and others that take white space along")
-            ours = not any(t["content"] not in SPECIAL_TOKENS for t in content["added_tokens"])
+            is_ours = special.keys() <= {*SPECIAL_TOKENS}
         except FileNotFoundError:
             fail(f"{path}: no such file; a directory with a tokenizer has one")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r})")
-        special = with_chat_tokens(added, max(*ranks.values(), *added.values(), -1) + 1)
-        return cls(ranks, special, pattern, normal_form, base=None if ours else content)
+        special = with_chat_tokens(special, max(*ranks.values(), *special.values(), -1) + 1)
+        return cls(ranks, special, pattern, normal_form, base=None if is_ours else content)
 
     @classmethod
     def train(cls, texts, vocab_size):
         """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) until there are vocab_size tokens."""
-        splitter = re.compile(python_pattern(PATTERN))
-        words = Counter(word for text in texts for word in splitter.findall(text))
-        return cls(train_bpe({w.encode("utf-8", "replace"): n for w, n in words.items()}, vocab_size - len(SPECIAL_TOKENS)))
+        words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+        words = {word.encode("utf-8", "replace"): count for word, count in words.items()}
+        return cls(train_bpe(words, vocab_size - len(SPECIAL_TOKENS)))
 
     def same_as(self, other):
         """Whether both give every text and every special token the same ids."""
-        parts = ("ranks", "special", "pattern", "normal_form", "added", "unknown", "fuse_unknown")
-        return all(getattr(self, part) == getattr(other, part) for part in parts)
+        return self.fingerprint() == other.fingerprint()
 
     def encode(self, text):
         """Ids of a text. What looks like a special token in it is ordinary text."""
@@ -1160,31 +1193,28 @@ class Tokenizer:
 
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32."""
-        arrays = []
+        arrays = [np.zeros(0, np.uint32)]
         for part in self.parts(text):
             at = 0
             for match in self.find_added.finditer(part):  # added tokens that are not special count in text
-                arrays += [self.encode_part(part[at:match.start()])] * (match.start() > at)
                 token = match[0] if match[0] in self.added else match[0].strip()  # flags take white space along
-                arrays.append(np.array([self.added[token]["id"]], np.uint32))
+                arrays += [self.encode_part(part[at:match.start()]), [self.added[token]["id"]]]
                 at = match.end()
-            arrays += [self.encode_part(part[at:])] * (at < len(part) or not arrays)
-        return np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+            arrays.append(self.encode_part(part[at:]))
+        return np.concatenate(arrays, dtype=np.uint32, casting="unsafe")
 
     def encode_part(self, text):
-        """The ids of a text without added tokens. A byte that has no token is the unknown one or, if there is
-        none, left out of its piece.
+        """The ids of a text without added tokens. A byte that has no token is the unknown one or, if there is none, left
+        out of its piece.
         """
         if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        pieces = [piece.encode("utf-8", "replace") for piece in regex.findall(self.pattern, text)]
         ids = []
-        for piece in pieces:
-            self.lost += len(piece) - len(piece.translate(None, self.missing))
-            if self.unknown is None:
-                runs = [piece.translate(None, self.missing)]
-            else:
-                runs = re.split(b"([" + re.escape(self.missing) + b"]+)", piece)
+        for piece in regex.findall(self.pattern, text):
+            piece = piece.encode("utf-8", "replace")
+            known = piece.translate(None, self.missing)
+            self.lost += len(piece) - len(known)
+            runs = [known] if self.unknown is None else re.split(b"([" + re.escape(self.missing) + b"]+)", piece)
             for i, run in enumerate(runs):
                 if i % 2:  # what has no token
                     ids += [self.unknown] * (1 if self.fuse_unknown else len(run))
@@ -1196,19 +1226,21 @@ class Tokenizer:
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def parts(self, text):
-        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that tiktoken's expressions would run
-        out of stack on. These are cut, where possible after a letter and before a sign, where every tokenizer here cuts as well.
+        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that tiktoken's
+        expressions would run out of stack on. These are cut, where possible after a letter and before a sign, where
+        every tokenizer here cuts as well.
         """
         text = self.normalised(text)
         if len(text) <= LONGEST_RUN:
             return [text]
         bounds = [0]
         for run in re.finditer(r"\s+|\S+", text):
-            at = run.start()
-            while (at := at + LONGEST_RUN) < run.end():
+            at = run.start() + LONGEST_RUN
+            while at < run.end():
                 safe = [m.end() for m in re.finditer(r"[^\W\d_](?=[^\w\s])", text[at - 1000:at])]
                 at = at - 1000 + safe[-1] if safe else at
                 bounds.append(at)
+                at += LONGEST_RUN
         return [text[a:b] for a, b in zip(bounds, [*bounds[1:], len(text)])]
 
     def token_bytes(self, id):
@@ -1227,95 +1259,113 @@ class Tokenizer:
         ChatML with Hermes tool calls, put together piece by piece, so that no text in the data can pass for a special
         token. With answer=True it ends where the assistant's next answer begins.
         """
-        ids, mask = [], []
+        ids, mask, special = [], [], self.special
+        start, end = special["<|im_start|>"], special["<|im_end|>"]
 
-        def add(text, learned=0):
-            pieces = [self.special[text]] if text in self.special else self.encode(text)
-            ids.extend(pieces)
-            mask.extend([learned] * len(pieces))
-
-        def add_text(text, learned=0):  # text from data, which may be equal to a special token
-            ids.extend(pieces := self.encode(text))
-            mask.extend([learned] * len(pieces))
+        def add(*parts, target=0):
+            """Append special ids and texts."""
+            for part in parts:
+                piece = self.encode(part) if isinstance(part, str) else [part]
+                ids.extend(piece)
+                mask.extend([target] * len(piece))
 
         if tools:
-            first = messages and messages[0]["role"] == "system"
-            system = messages[0]["content"] + "\n" if first else ""
-            add("<|im_start|>"), add("system\n"), add_text(system), add("<tools>"), add("\n")
+            system = ""
+            if messages and messages[0]["role"] == "system":
+                system, messages = messages[0]["content"] + "\n", messages[1:]
+            add(start, "system\n", system, special["<tools>"], "\n")
             for f in (tool["function"] for tool in tools):
-                definition = {"description": f.get("description") or "", "name": f["name"], "parameters": f.get("parameters") or {}}
-                add_text(json.dumps(definition, ensure_ascii=False) + "\n")
-            add("</tools>"), add("<|im_end|>"), add("\n")
-        for message in messages[bool(tools and first):]:
+                definition = {"description": f.get("description") or "", "name": f["name"],
+                              "parameters": f.get("parameters") or {}}
+                add(json.dumps(definition, ensure_ascii=False) + "\n")
+            add(special["</tools>"], end, "\n")
+        for message in messages:
             role, content, thought = message["role"], message.get("content") or "", message.get("reasoning_content")
-            learned = int(role == "assistant")
-            add("<|im_start|>")
-            # What no special token divides is encoded at once, as who reads the text as a whole does, but for where an answer begins.
+            target = int(role == "assistant")
+            # What no special token divides is encoded at once, as who reads the text as a whole does, but for where an
+            # answer begins.
             if role in ("system", "user"):
-                add_text(f"{role}\n{content}")
+                add(start, f"{role}\n{content}")
             elif role == "tool":
-                add("tool\n"), add("<tool_response>"), add_text(f"\n{content}\n"), add("</tool_response>")
+                add(start, "tool\n", special["<tool_response>"], f"\n{content}\n", special["</tool_response>"])
             else:
-                add("assistant\n")
+                add(start, "assistant\n")
                 if thought:
-                    add("<think>", 1), add_text(f"\n{thought}\n", 1), add("</think>", 1)
-                add_text("\n\n" * bool(thought) + content, 1)
+                    add(special["<think>"], f"\n{thought}\n", special["</think>"], target=1)
+                    content = "\n\n" + content
+                add(content, target=1)
             for i, call in enumerate(message.get("tool_calls") or []):
-                name, arguments = json.dumps(call["function"]["name"], ensure_ascii=False), call["function"]["arguments"]
-                if i or content:
-                    add("\n", learned)
-                text = f'\n{{"name": {name}, "arguments": {arguments}}}\n'
-                add("<tool_call>", learned)
+                if i or message.get("content"):
+                    add("\n", target=target)
+                name = json.dumps(call["function"]["name"], ensure_ascii=False)
+                text = f'\n{{"name": {name}, "arguments": {call["function"]["arguments"]}}}\n'
                 # A tag within a string would end the call for who reads it; JSON has another way to write it.
-                add_text(text.replace("<tool_call>", r"\u003ctool_call>").replace("</tool_call>", r"\u003c/tool_call>"), learned)
-                add("</tool_call>", learned)
-            add("<|im_end|>", learned), add("\n")
+                text = re.sub("<(/?tool_call>)", r"\\u003c\1", text)
+                add(special["<tool_call>"], text, special["</tool_call>"], target=target)
+            add(end, target=target)
+            add("\n")
         if answer:
-            add("<|im_start|>"), add("assistant\n")
+            add(start, "assistant\n")
         return ids, mask
 
     def fingerprint(self):
         """A hash of all that decides which ids a text gets."""
-        parts = [sorted((i, t.hex()) for t, i in self.ranks.items()), sorted(self.special.items()), self.pattern, self.normal_form]
+        ranks = sorted((i, token.hex()) for token, i in self.ranks.items())
+        parts = [ranks, sorted(self.special.items()), self.pattern, self.normal_form]
         parts += [self.added] if self.added else []
         parts += [self.unknown, self.fuse_unknown] if self.unknown is not None else []
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tiktoken_file(self):
         """The ranks in tiktoken's format."""
-        return "".join(f"{base64.b64encode(t).decode()} {i}\n" for t, i in sorted(self.ranks.items(), key=lambda entry: entry[1]))
+        ranks = sorted(self.ranks.items(), key=lambda entry: entry[1])
+        return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks)
 
     def save(self, directory):
-        """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop tokens."""
+        """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop
+        tokens."""
         directory = Path(directory)
-        by_rank = sorted(self.ranks, key=self.ranks.get)
         write(directory / "tokenizer.tiktoken", self.tiktoken_file())
-        symbol = byte_symbols()
-        written = {token: "".join(symbol[b] for b in token) for token in by_rank}
-        merges = [[written[half] for half in halves(token, self.ranks)] for token in by_rank if len(token) > 1]
-        kept = {t["id"]: t for t in self.base["added_tokens"]} if self.base else {}
-        specials = []
+        write(directory / "tokenizer.json", json.dumps(self.hugging_face(), ensure_ascii=False))
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+            "pad_token": self.decode([self.end_of_text]), "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE}
+        write(directory / "tokenizer_config.json", json.dumps(config, indent=1))
+        stops = {"eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}
+        write(directory / "generation_config.json", json.dumps(stops))
+
+    def hugging_face(self):
+        """What tokenizer.json holds: a base's own, to which the chat format's tokens are added, or one of ours."""
+        kept = {(t["id"], t["content"]): t for t in self.base["added_tokens"]} if self.base else {}
+        added = []
         for token, i in sorted(self.special.items(), key=lambda entry: entry[1]):
-            new = {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False,
-                   "normalized": False, "special": token not in TAGS}
-            specials.append(kept[i] if i in kept and kept[i]["content"] == token else new)
-        # A base's own file is kept, and the chat format's tokens are added to it.
-        content = self.base and self.base | {"added_tokens": specials}
-        write(directory / "tokenizer.json", json.dumps(content or {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": specials,
-            "normalizer": {"type": self.normal_form} if self.normal_form else None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-                {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False},
-                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}]},
-            "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-                      "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-                      "vocab": {written[t]: self.ranks[t] for t in by_rank}, "merges": merges}}, ensure_ascii=False))
-        write(directory / "tokenizer_config.json", json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": self.decode([self.end_of_text]),
-            "clean_up_tokenization_spaces": False, "chat_template": CHAT_TEMPLATE}, indent=1))
-        write(directory / "generation_config.json", json.dumps({
-            "eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}))
+            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+            new = {"id": i, "content": token, **flags, "special": token not in TAGS}
+            added.append(kept.get((i, token), new))
+        if self.base:
+            return self.base | {"added_tokens": added}
+        content, symbol = json.loads(TOKENIZER_JSON), byte_symbols()
+        content["added_tokens"] = added
+        content["normalizer"] = {"type": self.normal_form} if self.normal_form else None
+        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = self.pattern
+        written = {token: "".join(symbol[b] for b in token) for token in sorted(self.ranks, key=self.ranks.get)}
+        content["model"]["vocab"] = {text: self.ranks[token] for token, text in written.items()}
+        content["model"]["merges"] = [
+            [written[half] for half in halves(token, self.ranks)] for token in written if len(token) > 1]
+        return content
+
+
+TOKENIZER_JSON = """{
+"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated", "invert": false},
+    {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]},
+"post_processor": null,
+"decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
+"model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+    "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
+    "vocab": {}, "merges": []}}"""
 
 
 def added_pattern(token):
@@ -1326,14 +1376,15 @@ def added_pattern(token):
 
 
 def with_chat_tokens(special, end):
-    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved ones, or new ones from `end`."""
-    missing = [t for t in SPECIAL_TOKENS if t not in special and not (t == "<|endoftext|>" and "<|end_of_text|>" in special)]
+    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved ones, or new
+    ones from `end`."""
     reserved = sorted((t for t in special if re.search(r"reserved|unused|extra", t)), key=special.get)
-    for token in missing:
+    for token in SPECIAL_TOKENS:
+        if token in special or token == "<|endoftext|>" and "<|end_of_text|>" in special:
+            continue
         special[token] = special.pop(reserved.pop(0)) if reserved else end
         end = max(end, special[token] + 1)
     return special
-
 
 # What Tokenizer.render writes, as a template for servers.
 CHAT_TEMPLATE = """\
@@ -1359,18 +1410,6 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 
-def python_pattern(pattern):
-    r"""The pattern for Python's `re`, which knows no \p{L}: the classes written out as ranges of characters."""
-    for category in "LN":
-        members = [c for c in range(sys.maxunicode + 1) if unicodedata.category(chr(c))[0] == category]
-        breaks = [i for i in range(1, len(members)) if members[i] != members[i - 1] + 1]
-        ranges = "".join(f"\\U{members[a]:08x}-\\U{members[b - 1]:08x}" for a, b in zip([0, *breaks], [*breaks, len(members)]))
-        # inside brackets the ranges stand as they are, elsewhere they need brackets of their own
-        pattern = re.sub(r"(\[[^\]]*)\\p\{%s\}" % category, lambda m: m[1] + ranges, pattern)
-        pattern = pattern.replace(rf"\p{{{category}}}", f"[{ranges}]")
-    return pattern
-
-
 def train_bpe(words, vocab_size):
     """Ranks {token: id} after merging the most frequent pair of neighbouring tokens again and again.
 
@@ -1378,26 +1417,24 @@ def train_bpe(words, vocab_size):
     heap holds the pairs; its entries may be stale, so the count is checked when one comes up.
     """
     tokens = [bytes([b]) for b in range(256)]
-    pieces, counts = [list(w) for w in words], list(words.values())
+    pieces, counts = [list(word) for word in words], list(words.values())
     pair_counts, pair_words = Counter(), defaultdict(set)
     for i, word in enumerate(pieces):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += counts[i]
             pair_words[pair].add(i)
-    heap = [(-n, pair) for pair, n in pair_counts.items()]
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapq.heapify(heap)
     while len(tokens) < vocab_size and heap:
         count, pair = heapq.heappop(heap)
         if -count != pair_counts[pair]:
             continue
-        new = len(tokens)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
         changed = set()
         for i in pair_words.pop(pair):
             word, merged, j = pieces[i], [], 0
             while j < len(word):
                 hit = tuple(word[j:j + 2]) == pair
-                merged.append(new if hit else word[j])
+                merged.append(len(tokens) if hit else word[j])
                 j += 1 + hit
             for p in zip(word, word[1:]):
                 pair_counts[p] -= counts[i]
@@ -1407,6 +1444,7 @@ def train_bpe(words, vocab_size):
                 pair_words[p].add(i)
                 changed.add(p)
             pieces[i] = merged
+        tokens.append(tokens[pair[0]] + tokens[pair[1]])
         for p in changed:
             if pair_counts[p] > 0:
                 heapq.heappush(heap, (-pair_counts[p], p))
@@ -1422,59 +1460,81 @@ def halves(token, ranks):
     return parts
 
 
+def read_vocabulary(model, special):
+    """Ranks {bytes: id} of the model in a tokenizer.json. Raises ValueError for another than a byte-level BPE."""
+    byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
+    vocab = model["vocab"]
+    ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
+    merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
+    rejected = {
+        "not a BPE whose ids follow the order of its merges": model["type"] != "BPE" or merged != sorted(merged),
+        "a BPE with prefixes or suffixes": model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
+        "an unknown token that is not in the vocabulary": model.get("unk_token") and model["unk_token"] not in vocab,
+        "a BPE with bytes for what is unknown":
+            model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
+        "a vocabulary without all of ASCII":  # rare bytes may be missing
+            any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127)))}
+    for reason, holds in rejected.items():
+        if holds:
+            raise ValueError(reason)
+    return ranks
+
+
 def read_pattern(pre_tokenizer):
-    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for others than byte-level ones."""
+    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for others than
+    byte-level ones."""
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *cuts, last = steps
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise ValueError(f"pre_tokenizer {last}")
-    match [cut["type"] for cut in cuts], last.get("use_regex", True):
+    match cuts, last.get("use_regex", True):
         case [], True:
             return GPT2_PATTERN
-        case ["Digits"], True if cuts[0]["individual_digits"]:
+        case [{"type": "Digits", "individual_digits": True}], True:
             return DIGITS_PATTERN
-        case ["Split"], False if cuts[0]["behavior"] == "Isolated" and not cuts[0]["invert"]:
-            return cuts[0]["pattern"]["Regex"]
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}], False:
+            return pattern
     raise ValueError(f"pre_tokenizer {steps}")
 
 
 def read_normal_form(normalizer):
-    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other changes to the text."""
-    if normalizer and normalizer["type"] == "Sequence" and len(normalizer["normalizers"]) < 2:
-        normalizer = next(iter(normalizer["normalizers"]), None)
-    if normalizer and normalizer["type"] not in ("NFC", "NFD", "NFKC", "NFKD"):
-        raise ValueError(f"normalizer {normalizer}")
-    return normalizer and normalizer["type"]
+    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other changes to the
+    text."""
+    match normalizer:
+        case None | {"type": "Sequence", "normalizers": []}:
+            return None
+        case {"type": "Sequence", "normalizers": [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]}:
+            return form
+        case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
+            return form
+    raise ValueError(f"normalizer {normalizer}")
 
 
 def byte_symbols():
     """GPT-2's printable character for every byte, in which Hugging Face writes byte-level vocabularies."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = iter(range(256, 512))
-    return [chr(b if b in printable else next(others)) for b in range(256)]
+    others = map(chr, range(256, 512))
+    return [c if c.isprintable() and c != " " else next(others) for c in map(chr, range(256))]
 
 
-def train_tokenizer(documents, dropped, divide, args):
-    """The Tokenizer trained on a fair share of each domain's training text, or the one that was left when it was."""
-    kept = hashlib.sha256(dropped.reason.tobytes()).hexdigest()
-    path = documents.work / f"{hash_of(documents.names, kept, sorted(divide.heldout), args.fold, args.vocab_size)}.tiktoken"
-    each(leave_ranks, [(path, documents, dropped, divide, args.vocab_size)], 0, "train the tokenizer")
+def train_tokenizer(documents, split, args):
+    """The Tokenizer trained on a fair share of each domain's training text, or the one that was written when it was."""
+    path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
+    run_jobs(write_ranks, [(path, documents, split, args.vocab_size)], 0, "train the tokenizer")
     return Tokenizer(read_ranks(path))
 
 
-def leave_ranks(path, documents, dropped, divide, vocab_size):
-    """Leaves the ranks of a tokenizer trained on what is kept for training."""
-    write(path, Tokenizer.train(training_texts(documents, dropped, divide), vocab_size).tiktoken_file())
+def write_ranks(path, documents, split, vocab_size):
+    """Write the ranks of a tokenizer trained on what is kept for training."""
+    write(path, Tokenizer.train(training_texts(documents, split), vocab_size).tiktoken_file())
 
 
-def training_texts(documents, dropped, divide, limit=12_000_000):
+def training_texts(documents, split, limit=12_000_000):
     """A fair share of each domain's training text, in the order of a hash; conversations as their messages and tools."""
     for domain in DOMAINS:
         budget = limit // len(DOMAINS)
-        chosen = np.flatnonzero(dropped.kept & documents.is_in(domain))
-        for i in chosen[np.lexsort((documents.index["id"][chosen], documents.index["order"][chosen]))]:
+        for i in documents.ordered(documents.kept & documents.is_in(domain)):
             record = documents[i]
-            if divide(i, record, domain) == "train":
+            if split(i, record, domain) == "train":
                 budget -= len(text := content_of(record))
                 if budget < 0:
                     break
@@ -1483,109 +1543,114 @@ def training_texts(documents, dropped, divide, limit=12_000_000):
 
 def read_ranks(path):
     """{bytes: id} of a file in tiktoken's format: a token in base64 and its id in each line."""
-    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in Path(path).read_bytes().splitlines() if line)}
+    lines = filter(None, Path(path).read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Bins
 
+# What became of a document: its tokens, 1 + the place of its split in SPLITS or 0 for none, bytes that have no token.
+TOKENS = np.dtype([("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
 
-TOKENS = np.dtype([("row", "<u4"), ("length", "<u4"), ("bin", "u1"), ("side", "u1"), ("lost", "<u4")])
-MENTIONS = len(SPLITS)  # in place of a side
 
-
-def assemble(out, documents, dropped, tokenized, heldout_apis, tokenizer):
-    """Write the corpus from what the steps left, and remove of that what this corpus does not need. Returns the manifest."""
-    tokens = [np.load(path) for path in tokenized]
-    number = np.concatenate([documents.first[n] + t["row"] for n, t in enumerate(tokens)]).astype(np.int64)  # of each entry's document
+def assemble(out, documents, tokenized, heldout_apis, tokenizer):
+    """Write the corpus from what the steps wrote, and remove of that what this corpus does not need. Returns the
+    manifest."""
+    tokens = np.concatenate([np.load(path) for path in tokenized])  # (N,)
+    documents.drop(documents.kept & (tokens["split"] == 0), "mentions a held-out API")
     tokenizer.save(out)
-    files = {}
-    for code, domain in enumerate(BINS):
-        for side, split in enumerate(SPLITS):
-            chosen = [(t["bin"] == code) & (t["side"] == side) for t in tokens]
-            files |= write_bin(out, f"{domain}.{split}", chosen, tokens, tokenized, number, documents, tokenizer)
-    sides = np.concatenate([t["side"] for t in tokens])
-    conversations = [i for i in number[sides == SPLITS.index("heldout")] if BINS[documents.index["bin"][i]] == "instruction"]
-    lines = [r.to_json() for r in sorted((documents[i] for i in conversations), key=lambda r: (unit_hash(r.id), r.id))]
-    rejected, masked = account(documents, dropped, number[sides == MENTIONS])
+    files, chats = {}, []
+    for bin in BINS:
+        for number, split in enumerate(SPLITS, 1):
+            chosen = documents.ordered(documents.is_in(bin) & (tokens["split"] == number))
+            files |= write_bin(out, bin, split, chosen, tokens["length"], documents, tokenized, tokenizer.dtype)
+            if (bin, split) == ("instruction", "heldout"):
+                chats = [documents[i].to_json() for i in chosen]
+    reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
-    write(out / "heldout.jsonl", "".join(line + "\n" for line in lines))
-    write(out / "rejected.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rejected.sample))
+    write(out / "heldout.jsonl", "".join(chat + "\n" for chat in chats))
+    write(out / "rejected.jsonl", "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
     for path in documents.work.iterdir():  # of other inputs and options
-        if path.name.partition(".")[0] not in each.used:
+        if key_of(path) not in USED:
             path.unlink()
-    shares = {d: files[f"{d}.train.bin"]["tokens"] for d in BINS}
-    total = max(1, sum(shares.values()))
-    lost = sum(int(t["lost"].sum()) for t in tokens)
-    return {"vocab_size": tokenizer.vocab_size, "lost_bytes": lost,
-            "tokenizer_sha256": sha256(out / "tokenizer.json"),
-            "files": files, "heldout_apis": len(heldout_apis),
-            "dropped": dict(sorted(rejected.reasons.items())), "masked": dict(sorted(masked.items())), "shares": {d: n / total for d, n in shares.items()},
-            "stages": {stage: [f"{d}.train.bin" for d in bins if shares[d]] for stage, bins in STAGES.items()}}
+    counts = {bin: files[f"{bin}.train.bin"]["tokens"] for bin in BINS}
+    total = max(1, sum(counts.values()))
+    return {
+        "vocab_size": tokenizer.vocab_size, "lost_bytes": int(tokens["lost"].sum()),
+        "tokenizer_sha256": sha256(out / "tokenizer.json"),
+        "files": files, "heldout_apis": len(heldout_apis),
+        "dropped": dict(sorted(reasons.items())), "masked": dict(sorted(masked.items())),
+        "shares": {bin: count / total for bin, count in counts.items()},
+        "stages": {stage: [f"{bin}.train.bin" for bin in bins if counts[bin]] for stage, bins in STAGES.items()}}
 
 
-def account(documents, dropped, mentioning):
-    """What was dropped, by reason with examples, and what was masked, by kind: in cleaning, and since."""
-    rejected, masked = Rejected(), Counter()
-    for name in documents.names:
-        left = read_json(documents.work / f"{name}.json")
-        rejected.merge(left["reasons"], left["sample"])
-        masked.update(left["masked"])
-    ids = documents.index["id"]
-    for i in np.flatnonzero(dropped.reason).tolist():
-        more = {"of": ids[dropped.copy_of[i]].decode("utf-8", "replace")} if dropped.copy_of[i] >= 0 else {}
-        if i in dropped.match:
-            more = dict(zip(("match", "file"), dropped.match[i]))
-        elif documents.score[i]:
-            more |= {"probability": round(float(documents.score[i]), 4)}
-        rejected.add(Dropped.REASONS[dropped.reason[i]], ids[i].decode("utf-8", "replace"), **more)
-    for i in mentioning:
-        rejected.add(f"{BINS[documents.index['bin'][i]]} mentions a held-out API", ids[i].decode("utf-8", "replace"))
-    rejected.shrink()
-    return rejected, masked
+def account(documents):
+    """What was dropped, by reason and with examples, and what was masked, by kind."""
+    reasons, rejected, masked = Counter(), [], Counter()
+    for report in documents.reports:
+        reasons.update(report["reasons"])
+        masked.update(report["masked"])
+        rejected += report["sample"]
+    name = lambda i: documents.index["id"][i].decode("utf-8", "replace")
+    dropped = np.flatnonzero(documents.reason).tolist()
+    for i in sorted(dropped, key=lambda i: (unit_hash(name(i)), name(i))):  # those whose hashes are lowest are kept
+        reason, copy_of = documents.REASONS[documents.reason[i]], documents.copy_of[i]
+        mentions = reason == "mentions a held-out API"
+        if mentions:
+            reason = f"{BINS[documents.index['bin'][i]]} {reason}"
+        reasons[reason] += 1
+        if reasons[reason] > MAX_REJECTED:
+            continue
+        example = {"reason": reason, "id": name(i)}
+        if copy_of >= 0:
+            example["of"] = name(copy_of)
+        if i in documents.match:
+            example["match"], example["file"] = documents.match[i]
+        elif documents.score[i] and not mentions:
+            example["probability"] = round(float(documents.score[i]), 4)
+        rejected.append(example)
+    return reasons, sample_of(rejected), masked
 
 
-def write_bin(out, name, chosen, tokens, tokenized, number, documents, tokenizer):
-    """Write <name>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen documents in the order of a hash of
-    their ids, copied piece by piece to where they belong. Returns the manifest entries."""
-    which = number[np.concatenate(chosen)]
-    lengths = np.concatenate([t["length"][c] for t, c in zip(tokens, chosen)]).astype(np.int64)
-    order = np.lexsort((documents.index["id"][which], documents.index["order"][which]))
-    starts = np.concatenate([[0], np.cumsum(lengths[order])])
-    place = np.empty(len(order), np.int64)
-    place[order] = starts[:-1]
-    contents = {"bin": ("ids", tokenizer.dtype)} | ({"mask": ("mask", np.dtype(np.uint8))} if name.startswith("instruction") else {})
+def write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype):
+    """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen documents, in
+    their order. Returns the manifest entries."""
+    starts = np.append(0, np.cumsum(lengths[chosen], dtype=np.int64))
+    arrays = {"bin": None, "mask": None, "idx": starts.astype(np.uint64), "score": documents.score[chosen]}
+    if bin != "instruction":
+        del arrays["mask"]
+    if bin != "retrieved":
+        del arrays["score"]
     entries = {}
-    for suffix, (left, dtype) in contents.items():
-        with writing_array(out / f"{name}.{suffix}", dtype, starts[-1]) as array:
-            done = 0
-            for path, entry, rows in zip(tokenized, tokens, chosen):
-                counted = entry["length"] * (entry["bin"] == BINS.index("instruction") if left == "mask" else 1)
-                first, counts = (np.cumsum(counted) - counted)[rows].astype(np.int64), counted[rows].astype(np.int64)
-                source = np.repeat(first - (np.cumsum(counts) - counts), counts) + np.arange(counts.sum())
-                array[source + np.repeat(place[done:done + len(first)] - first, counts)] = np.load(path.with_suffix(f".{left}.npy"))[source]
-                done += len(first)
-        entries[f"{name}.{suffix}"] = {"dtype": str(dtype), "count": int(starts[-1])}
-    small = {"idx": starts.astype(np.uint64)} | ({"score": documents.score[which[order]]} if name.startswith("retrieved") else {})
-    for suffix, array in small.items():
-        write(out / f"{name}.{suffix}", array.tobytes())
-        entries[f"{name}.{suffix}"] = {"dtype": str(array.dtype), "count": len(array)}
-    for file, entry in entries.items():
-        entry["sha256"] = sha256(out / file)
-    entries[f"{name}.bin"] |= {"tokens": int(starts[-1]), "documents": len(order)}
+    for suffix, array in arrays.items():
+        path = out / f"{bin}.{split}.{suffix}"
+        if array is None:
+            copy_tokens(path, chosen, starts, lengths, documents, tokenized)
+        else:
+            write(path, array.tobytes())
+        stored = array.dtype if array is not None else dtype if suffix == "bin" else np.dtype(np.uint8)
+        count = path.stat().st_size // stored.itemsize
+        entries[path.name] = {"dtype": str(stored), "count": count, "sha256": sha256(path)}
+    entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
     return entries
 
 
-@contextlib.contextmanager
-def writing_array(path, dtype, count):
-    """An array on disk to be filled, without holding it in memory; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(b"")
-    array = np.memmap(temporary, dtype, "w+", shape=count) if count else np.zeros(0, dtype)
-    yield array
-    if count:
-        array.flush()
-    temporary.replace(path)
+def copy_tokens(path, chosen, starts, lengths, documents, tokenized):
+    """Fill a bin or a mask from what tokenize_piece() wrote, piece by piece: a document's tokens lie in its piece behind
+    those of the documents before it, and go to where the document starts in the bin."""
+    order = np.argsort(chosen)
+    bounds = np.searchsorted(chosen[order], documents.first)
+    with replacing(path) as file:
+        for n, part in enumerate(tokenized):
+            places = order[bounds[n]:bounds[n + 1]]
+            if not len(places):
+                continue
+            tokens = np.load(part.with_suffix(f"{path.suffix}.npy"))
+            ends = np.cumsum(lengths[documents.first[n]:documents.first[n + 1]], dtype=np.int64)
+            for place, row in zip(places, chosen[places] - documents.first[n]):
+                file.seek(starts[place] * tokens.itemsize)
+                file.write(tokens[ends[row] - lengths[chosen[place]]:ends[row]])
 
 
 class Corpus:
@@ -1596,19 +1661,19 @@ class Corpus:
 
     def __init__(self, directory):
         self.directory = Path(directory)
-        if not (self.directory / "manifest.json").exists():
+        path = self.directory / "manifest.json"
+        if not path.exists():
             raise ValueError(f"{self.directory}: no manifest.json. Run `python build_corpus.py` to its end first")
-        self.manifest = json.loads((self.directory / "manifest.json").read_text())
-        self.sha256 = sha256(self.directory / "manifest.json")
-        for name, entry in self.manifest["files"].items():
-            if not (self.directory / name).exists() or sha256(self.directory / name) != entry["sha256"]:
-                raise ValueError(f"{self.directory / name}: missing or not what the manifest says. Run `python build_corpus.py` again")
-        if sha256(self.directory / "tokenizer.json") != self.manifest["tokenizer_sha256"]:
-            raise ValueError(f"{self.directory / 'tokenizer.json'}: not the tokenizer this corpus was made with")
+        self.manifest, self.sha256 = read_json(path), sha256(path)
+        hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
+        for name, expected in (hashes | {"tokenizer.json": self.manifest["tokenizer_sha256"]}).items():
+            path = self.directory / name
+            if not path.exists() or sha256(path) != expected:
+                raise ValueError(f"{path}: missing or not what the manifest says. Run `python build_corpus.py` again")
         self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):
-        """Token ids ("bin"), document starts and the end ("idx") or learned-token mask ("mask"), as a memory map."""
+        """Token ids ("bin"), document starts and the end ("idx") or loss mask ("mask"), as a memory map."""
         name = f"{domain}.{split}.{suffix}"
         entry = self.manifest["files"][name]
         if not entry["count"]:
@@ -1621,16 +1686,26 @@ class Corpus:
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
-def write_array(path, array):
-    """Write an array in numpy's format, whole or not at all."""
-    np.save(content := io.BytesIO(), array)
-    write(path, content.getvalue())
+@contextlib.contextmanager
+def replacing(path):
+    """A file to write to, which appears at the path whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
-def write_arrays(path, **arrays):
-    """The same for several, by name."""
-    np.savez(content := io.BytesIO(), **arrays)
-    write(path, content.getvalue())
+def write(path, content=b"", **arrays):
+    """Write text, bytes, an array or, by name, several (in numpy's formats); the file appears whole or not at all."""
+    with replacing(path) as file:
+        if arrays:
+            np.savez(file, **arrays)
+        elif isinstance(content, np.ndarray):
+            np.save(file, content)
+        else:
+            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
 
 
 def read_json(path):
@@ -1646,16 +1721,6 @@ def read_manifest(directory):
         return None
 
 
-def write(path, content):
-    """Write text or bytes; the file appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def sha256(path):
     """A file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
@@ -1664,55 +1729,65 @@ def sha256(path):
 
 def report(manifest, seconds):
     """Print what a corpus holds, and what was dropped and masked on the way to it."""
-    print(f"{'domain':<12} {'documents':>20} {'tokens':>22} {'share':>7}\n{'':<12} {'train':>10} {'held out':>9} {'train':>12} {'held out':>9}")
+    print(f"{'domain':<12} {'documents':>20} {'tokens':>22} {'share':>7}")
+    print(f"{'':<12} {'train':>10} {'held out':>9} {'train':>12} {'held out':>9}")
     for domain in BINS:
-        train, heldout = (manifest["files"][f"{domain}.{s}.bin"] for s in SPLITS)
+        train, heldout = (manifest["files"][f"{domain}.{split}.bin"] for split in SPLITS)
         if train["documents"] or domain != "retrieved":
-            print(f"{domain:<12} {train['documents']:>10,} {heldout['documents']:>9,} {train['tokens']:>12,} {heldout['tokens']:>9,} "
-                  f"{manifest['shares'][domain]:>7.1%}")
+            print(f"{domain:<12} {train['documents']:>10,} {heldout['documents']:>9,} {train['tokens']:>12,} "
+                  f"{heldout['tokens']:>9,} {manifest['shares'][domain]:>7.1%}")
     for what in ("dropped", "masked"):
         for kind, count in manifest[what].items():
             print(f"{what} {count:,}: {kind}")
     if lost := manifest.get("lost_bytes"):
         print(f"lost {lost:,} bytes: the tokenizer has no token for them")
-    if figures := manifest["retrieval"]:
-        print(f"retrieved {figures['taken']:,} of the pool's {figures['pool']:,} documents, of probability {figures['least']:.3f} and more. "
-              f"Of {figures['tested']:,.0f} documents not learned from: precision {figures['precision']:.3f}, recall {figures['recall']:.3f}, "
-              f"F1 {figures['f1']:.3f}, calibration error {figures['calibration_error']:.3f}")
-    kept, tokens = (sum(entry.get(what, 0) for entry in manifest["files"].values()) for what in ("documents", "tokens"))
-    print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, {manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, "
-          f"{seconds:.0f} s" + f", {tokens / max(1, seconds):,.0f} tokens/s" * (seconds >= 1))
+    if manifest["retrieval"]:
+        print("retrieved {taken:,} of the pool's {pool:,} documents, of probability {least:.3f} and more. Of {tested:,.0f} "
+              "documents not learned from: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}, calibration error "
+              "{calibration_error:.3f}".format(**manifest["retrieval"]))
+    files = manifest["files"].values()
+    kept, tokens = (sum(entry.get(what, 0) for entry in files) for what in ("documents", "tokens"))
+    print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, {manifest['heldout_apis']:,} APIs held "
+          f"out, vocabulary {manifest['vocab_size']:,}, {seconds:.0f} s"
+          + f", {tokens / max(1, seconds):,.0f} tokens/s" * (seconds >= 1))
 
 
 def show(args):
-    """Print documents of one bin after another, token by token in two shades; what is learned in tuning in green."""
+    """Print documents of one bin after another, token by token in two shades; target tokens of tuning in green."""
     try:
         corpus = Corpus(args.out)
     except ValueError as error:
         fail(error)
-    present = [(d, s) for s in SPLITS for d in BINS if corpus.manifest["files"][f"{d}.{s}.bin"]["documents"]]
+    files = corpus.manifest["files"]
+    present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):
-        (domain, split), turn = present[k % len(present)], k // len(present)
-        starts = corpus.read(domain, split, "idx").astype(np.int64)
-        number = turn * 7919 % (len(starts) - 1)  # a prime, to come around
-        start, end = starts[number:number + 2]
-        ids = corpus.read(domain, split)[start:end]
-        mask = corpus.read(domain, split, "mask")[start:end] if domain == "instruction" else np.zeros(len(ids), np.uint8)
+        bin, split = present[k % len(present)]
+        starts = corpus.read(bin, split, "idx").astype(np.int64)
+        number = k // len(present) * 7919 % (len(starts) - 1)  # a prime, to come around
+        span = slice(*starts[number:number + 2])
+        ids, mask = corpus.read(bin, split)[span], np.zeros(span.stop - span.start)
         text = corpus.tokenizer.decode(ids[:-1])
-        [measured] = measure([text], *shingle_hashes([text]))
-        scores = [f"{name} {value:,.2f}" for name, value in measured.items()] + [f"learned {mask.mean():.0%}"] * (domain == "instruction")
-        if domain == "retrieved":
-            scores.append(f"probability {corpus.read(domain, split, 'score')[number]:.3f}")
-        print(f"--- {domain}.{split}, document {number:,}: {len(ids):,} tokens, {len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
-        print("".join(coloured(corpus.tokenizer.decode([i]), n, learned) for n, (i, learned) in enumerate(zip(ids.tolist(), mask))) + "\n")
+        measured = measure(text, shingle_hashes([text])[0])
+        scores = [f"{name} {value:,.2f}" for name, value in measured.items()]
+        if bin == "instruction":
+            mask = corpus.read(bin, split, "mask")[span]
+            scores.append(f"learned {mask.mean():.0%}")
+        if bin == "retrieved":
+            scores.append(f"probability {corpus.read(bin, split, 'score')[number]:.3f}")
+        print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, {len(text) / len(ids):.1f} characters each; "
+              + ", ".join(scores))
+        tokens = [corpus.tokenizer.decode([i]) for i in ids.tolist()]
+        print("".join(coloured(token, n, target) for n, (token, target) in enumerate(zip(tokens, mask))) + "\n")
 
 
-def coloured(token, n, learned):
-    """A token for a terminal; without one, or with NO_COLOR, tokens have a bar between them, and two where they are learned."""
+def coloured(token, n, target):
+    """A token for a terminal; without one, or with NO_COLOR, tokens have a bar between them, and two after target
+    tokens."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return token + ("‖" if learned else "|")
+        return token + ("‖" if target else "|")
+    style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
     lines = token.split("\n")  # a background that goes over a line's end would fill the screen
-    return "\n".join(f"\033[{'32' if learned else '39'};48;5;{(236, 239)[n % 2]}m{line}\033[0m" if line else "" for line in lines)
+    return "\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in lines)
 
 
 if __name__ == "__main__":

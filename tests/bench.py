@@ -272,8 +272,7 @@ def cleaned(directory, near_duplicates=0.8):
     shards = sorted((directory / "raw").glob("*.jsonl"))
     pieces = build_corpus.find_pieces(shards, {shard: build_corpus.sha256(shard) for shard in shards}, False)
     (directory / "work").mkdir(exist_ok=True)
-    build_corpus.each(build_corpus.clean_piece, [(directory / "work" / f"{p.key}.npy", p) for p in pieces], 2, "clean")
-    return build_corpus.Documents(pieces, directory / "work"), args
+    return build_corpus.clean_all(pieces, directory / "work", 2), args
 
 
 def minhash(rounds):
@@ -322,13 +321,13 @@ def tokenize(rounds):
         directory = Path(directory)
         write_records(directory / "raw", sources(20))
         documents, args = cleaned(directory, 0)
-        dropped = build_corpus.drop_duplicates(documents, args)
-        texts = [documents[i].text for i in range(len(documents)) if dropped.kept[i]]
+        build_corpus.drop_duplicates(documents, args)
+        texts = [documents[i].text for i in np.flatnonzero(documents.kept)]
         tokenizer = build_corpus.Tokenizer.train(texts[::10], 8192)
-        divide, size = build_corpus.Split([], 1, {}), sum(len(t.encode()) for t in texts) / 1e6
+        split, size = build_corpus.Split([], 1, {}), sum(len(t.encode()) for t in texts) / 1e6
 
         def ours():
-            for path in build_corpus.tokenize(documents, dropped, divide, tokenizer, args):
+            for path in build_corpus.tokenize(documents, split, tokenizer, args):
                 path.unlink()
 
         seconds = interleaved(rounds, ours=ours, tiktoken=lambda: tokenizer.encoding.encode_ordinary_batch(texts, num_threads=2))

@@ -87,10 +87,10 @@ def test_bpe_against_the_reference_trainer():
     assert ours == theirs
 
 
-def test_python_pattern_splits_as_tiktoken_does():
+def test_the_trainer_splits_as_tiktoken_does():
     """The trainer's words are the encoder's: with every whole word in the vocabulary each word is one token."""
-    import re
-    splitter = re.compile(build_corpus.python_pattern(build_corpus.PATTERN))
+    import regex
+    splitter = regex.compile(build_corpus.PATTERN)
     for text in TEXTS:
         words = splitter.findall(text)
         assert "".join(words) == text
@@ -508,16 +508,17 @@ def edited(text, rng, share):
 
 
 def through_files(directory, texts, threshold=0.8, workers=1, name=lambda i, text: f"{i:06}"):
-    """(documents, dropped): texts as the script works on them, their positions as ids or those that `name` gives."""
+    """The documents that hold the texts as the script works on them, duplicates dropped; their positions as ids or those
+    that `name` gives."""
     directory.mkdir(exist_ok=True)
     write_raw(directory / "raw", [record(name(i, text), "api_doc", text) for i, text in enumerate(texts)])
     args = argparse.Namespace(workers=workers, near_duplicates=threshold)
     shard = directory / "raw" / "records.jsonl"
     pieces = build_corpus.find_pieces([shard], {shard: build_corpus.sha256(shard)}, False)
     (directory / "work").mkdir()
-    build_corpus.each(build_corpus.clean_piece, [(directory / "work" / f"{p.key}.npy", p) for p in pieces], workers, "clean")
-    documents = build_corpus.Documents(pieces, directory / "work")
-    return documents, build_corpus.drop_duplicates(documents, args)
+    documents = build_corpus.clean_all(pieces, directory / "work", workers)
+    build_corpus.drop_duplicates(documents, args)
+    return documents
 
 
 @pytest.fixture(scope="module")
@@ -574,23 +575,23 @@ def similar_pairs(texts, threshold):
 
 def test_near_duplicates_against_brute_force(real):
     """Of the pairs of similarity 0.8 and more 95% lose a member, no text is dropped for one less similar, and a copy is always kept."""
-    documents, dropped = real
+    documents = real
     assert len(documents) > 19_500
     texts = [documents[i].text for i in range(len(documents))]
-    for j in np.flatnonzero(dropped.reason):
-        i = dropped.copy_of[j]
+    for j in np.flatnonzero(documents.reason):
+        i = documents.copy_of[j]
         assert words_jaccard(texts[i], texts[j]) >= 0.8
-        assert dropped.reason[j] == 1 or not dropped.reason[i] and (-len(texts[i]), documents[i].id) < (-len(texts[j]), documents[j].id)
+        assert documents.reason[j] == 1 or not documents.reason[i] and (-len(texts[i]), documents[i].id) < (-len(texts[j]), documents[j].id)
     pairs = similar_pairs(texts, 0.8)
-    found = sum(bool(dropped.reason[i] or dropped.reason[j]) for i, j in pairs)
+    found = sum(bool(documents.reason[i] or documents.reason[j]) for i, j in pairs)
     assert len(pairs) > 1500 and found >= 0.95 * len(pairs)
 
 
 def test_near_duplicates_do_not_depend_on_order_pieces_or_workers(real_texts, tmp_path, monkeypatch):
     def kept(name, texts, **options):
         by_text = lambda i, text: hashlib.sha256(text.encode()).hexdigest()  # of two of one length the id decides
-        documents, dropped = through_files(tmp_path / name, texts, name=by_text, **options)
-        return {documents[i].text for i in np.flatnonzero(dropped.kept)}, len(documents.pieces)
+        documents = through_files(tmp_path / name, texts, name=by_text, **options)
+        return {documents[i].text for i in np.flatnonzero(documents.kept)}, len(documents.pieces)
     texts = real_texts[:3000]
     first, _ = kept("a", texts)
     monkeypatch.setattr(build_corpus, "PIECE", 100_000)
@@ -661,7 +662,7 @@ WORDS = [f"word{i}" for i in range(400)]
     ("code", "    value = function(other, value)\n" * 9 + "\n".join(WORDS), None), ("text", "buy this now at once " * 30, "repeated runs"), ("text", "+-" * 100 + " ".join(WORDS[:20]), "symbols"),
     ("code", "x=1;" * 2000 + "\n" + " ".join(WORDS), "repeated runs"), ("code", ";".join(f"v{i}=f(v{i + 1})" for i in range(2000)), "line length"), ("text", "\n".join(["— — —", *WORDS]), None)])
 def test_limits(domain, text, reason):
-    [measured] = build_corpus.measure([text], *build_corpus.shingle_hashes([text]))
+    measured = build_corpus.measure(text, build_corpus.shingle_hashes([text])[0])
     assert set(measured) == set(build_corpus.LIMITS)
     assert build_corpus.outside_limits(record("x", domain, text), measured) == reason
 
