@@ -25,10 +25,8 @@ is done. The result is the same for any number of processes and any order of the
 import argparse
 import base64
 import contextlib
-import functools
 import hashlib
 import heapq
-import io
 import json
 import multiprocessing
 import os
@@ -37,7 +35,7 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from functools import lru_cache
+from functools import cache, lru_cache
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -76,8 +74,8 @@ def main():
         "encoder": encoder_hashes(args.encoder)}
     for name in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above"):
         options[name] = getattr(args, name)
-    manifest = read_manifest(out)
-    if manifest and manifest["options"] == options:
+    manifest = attempt(read_json, out / "manifest.json")  # a text if there is none
+    if isinstance(manifest, dict) and manifest["options"] == options:
         print(f"{out} is up to date")
         return report(manifest, time.time() - started)
     (out / "work").mkdir(parents=True, exist_ok=True)
@@ -116,9 +114,10 @@ def clean(record, masked):
         record.tools = scrub_strings(record.tools, masked)
         return record
     record.text = scrub(record.text, masked)
-    for hint, pattern in BOILERPLATE.items():
+    for hint, line in BOILERPLATE.items():
         if record.domain == "text" and hint in record.text.lower():
-            record.text, count = pattern.subn("", record.text)
+            line = rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)"
+            record.text, count = re.subn(line, "", record.text, flags=re.I | re.M)
             masked["lines of boilerplate"] += count
     return record
 
@@ -188,11 +187,11 @@ def retrieve(documents, args):
     run_jobs(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
         documents.score[documents.first[n]:documents.first[n + 1]] = sigmoid(np.load(path))
-    taken = pool & (documents.score >= (args.retrieve_above or 0))
-    if args.retrieve_above is None:
-        candidates = np.flatnonzero(pool)
-        best = np.lexsort((documents.index["id"][candidates], -documents.score[candidates]))
-        taken[candidates[best[round(args.retrieve * len(candidates)):]]] = False
+    if args.retrieve_above is not None:
+        taken = pool & (documents.score >= args.retrieve_above)
+    else:
+        best = np.lexsort((documents.index["id"], -documents.score, ~pool))
+        taken = np.isin(np.arange(len(documents)), best[:round(args.retrieve * pool.sum())])
     documents.drop(pool & ~taken, "not of the seed's kind")
     figures = {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")}
     least = float(documents.score[taken].min(initial=1.0))
@@ -245,9 +244,8 @@ def tokenize_piece(path, n, documents, split, tokenizer):
     end_of_text = np.array([tokenizer.end_of_text], np.uint32)
     entries = np.zeros(documents.first[n + 1] - documents.first[n], TOKENS)
     ids, masks, has_mask = [], [], False
-    for entry, (i, record) in zip(entries, documents.of_piece(n)):
-        bin = BINS[documents.index["bin"][i]]
-        name = None if documents.reason[i] else split(i, record, bin)
+    for row, (i, record) in enumerate(documents.of_piece(n)):
+        name = None if documents.reason[i] else split(i, record, BINS[documents.index["bin"][i]])
         if name is None:
             continue
         lost = tokenizer.lost
@@ -259,7 +257,7 @@ def tokenize_piece(path, n, documents, split, tokenizer):
         ids += [encoded, end_of_text]
         masks += [mask, [0]]
         has_mask |= record.domain == "instruction"
-        entry["length"], entry["split"], entry["lost"] = len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
+        entries[row] = len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
     write(path.with_suffix(".bin.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
     if has_mask:
         write(path.with_suffix(".mask.npy"), np.concatenate(masks).astype(np.uint8))
@@ -355,7 +353,7 @@ def hash_of(*parts):
     return hashlib.sha256(content.encode()).hexdigest()[:20]
 
 
-@functools.cache
+@cache
 def program_hash():
     """The SHA-256 of this file: another version of it does its work anew."""
     return sha256(__file__)
@@ -377,9 +375,9 @@ def run_jobs(function, jobs, workers, name, shared=()):
     last, whole or not at all, so that an end at any time loses no more than the jobs under way.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    jobs = [*{job[0]: job for job in jobs}.values()]  # equal shards make equal jobs
-    USED.update(key_of(path) for path, *_ in jobs)
-    todo = [job for job in jobs[rank::world] if not job[0].exists()]
+    jobs = {job[0]: job for job in jobs}  # equal shards make equal jobs
+    USED.update(map(key_of, jobs))
+    todo = [jobs[path] for path in [*jobs][rank::world] if not path.exists()]
 
     def run(part):
         for job in part:
@@ -391,7 +389,7 @@ def run_jobs(function, jobs, workers, name, shared=()):
         process.start()
     if not workers:
         run(todo)
-    for path, *_ in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
+    for path in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
         while not path.exists():  # also those of other ranks
             if any(process.exitcode for process in processes):
                 fail(f"{name}: a process failed, perhaps for lack of memory (fewer --workers need less)")
@@ -446,8 +444,6 @@ BOILERPLATE = {
     "github": "edit (?:this page )?on github",
     "back to top": "back to top",
     "lorem ipsum": "lorem ipsum.*"}
-BOILERPLATE = {hint: re.compile(rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)", re.I | re.M)
-               for hint, line in BOILERPLATE.items()}
 SYMBOL = re.compile(r"[^\w\s]+")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f"
                      "\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
@@ -624,8 +620,8 @@ class Documents:
     """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each, their texts on
     disk. The steps set why each is dropped, as an index into REASONS; 0: it is kept.
     """
-    REASONS = ("", "duplicate", "near duplicate", "shares words or a call with a benchmark", "not of the seed's kind",
-               "mentions a held-out API")
+    REASONS = ["", "duplicate", "near duplicate", "shares words or a call with a benchmark", "not of the seed's kind",
+               *(f"{bin} mentions a held-out API" for bin in BINS)]
 
     def __init__(self, pieces, work):
         self.pieces, self.work = pieces, work
@@ -646,9 +642,9 @@ class Documents:
 
     def __getitem__(self, i):
         """The Record of a document."""
-        file, entry = self.open(int(np.searchsorted(self.first, i, side="right")) - 1), self.index[i]
+        file = self.open(np.searchsorted(self.first, i, side="right") - 1)
         # Seeking would move the file's position for all processes.
-        return Record.from_json(os.pread(file.fileno(), int(entry["size"]), int(entry["start"])))
+        return Record.from_json(os.pread(file.fileno(), self.index["size"][i], self.index["start"][i]))
 
     def of_piece(self, n):
         """Yields the number and the Record of each document of a piece."""
@@ -657,8 +653,7 @@ class Documents:
 
     def bands(self, band):
         """(N,) uint64: the hashes of a band."""
-        parts = [np.load(self.work / f"{name}.bands.npy", mmap_mode="r")[band] for name in self.names]
-        return np.concatenate(parts)
+        return np.concatenate([np.load(self.work / f"{name}.bands.npy", mmap_mode="r")[band] for name in self.names])
 
     def is_in(self, *bins):
         """(N,) Whether each belongs to one of these bins."""
@@ -709,9 +704,8 @@ def shingle_hashes(texts, size=SHINGLE):
     padding = b" \0" * size + b" "
     encoded = [divided(text).replace("\0", " ").encode("utf-8", "replace") + padding for text in texts]
     content = np.frombuffer(b" " + b"".join(encoded), np.uint8)
-    is_word = WORD_BYTES[content]
-    begin = np.flatnonzero(is_word[1:] & ~is_word[:-1]) + 1
-    end = np.flatnonzero(is_word[:-1] & ~is_word[1:]) + 1
+    edges = np.flatnonzero(np.diff(WORD_BYTES[content])) + 1  # where words begin and end, by turns
+    begin, end = edges[::2], edges[1::2]
     p = 0x9E3779B97F4A7C15
     powers, inverse = (np.multiply.accumulate(np.full(len(content), q, np.uint64)) for q in (p, pow(p, -1, 2**64)))
     prefix = np.append(np.uint64(0), np.cumsum(content * powers, dtype=np.uint64))
@@ -881,9 +875,10 @@ def find_matches(path, n, documents, benchmarks):
 
 def benchmark_files(path):
     """The files of --benchmarks: none, one, or those in a directory."""
-    if not path or not Path(path).is_dir():
-        return [Path(path)] if path and Path(path).is_file() else []
-    return sorted(p for p in Path(path).rglob("*") if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", p.name))
+    if path and Path(path).is_file():
+        return [Path(path)]
+    files = Path(path).rglob("*") if path else []
+    return sorted(file for file in files if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", file.name))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1004,7 +999,7 @@ def encoder_hashes(directory):
     return directory and [sha256(file) for file in sorted(Path(directory).glob("*.safetensors"))]
 
 
-@functools.cache
+@cache
 def load_encoder(directory):
     """The (Transformer, Tokenizer) in a checkpoint directory."""
     import model as transformer  # the next stage, which imports none of the project, for --encoder alone
@@ -1089,7 +1084,7 @@ class Tokenizer:
     """
 
     def __init__(self, ranks, special=None, pattern=PATTERN, normal_form=None, base=None):
-        self.ranks = ranks  # {bytes: id}
+        self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))  # {bytes: id}
         self.special = special or {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         self.pattern, self.normal_form = pattern, normal_form
         self.base = base  # the tokenizer.json that it was read from, if it is another's
@@ -1100,7 +1095,7 @@ class Tokenizer:
         self.lost = 0  # bytes that it was given and has no token for
         self.added = {t["content"]: t for t in tokens if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
         by_length = sorted(self.added.values(), key=lambda token: -len(token["content"]))
-        self.find_added = re.compile("|".join(map(added_pattern, by_length)) or "(?!)")
+        self.find_added = re.compile("(%s)" % ("|".join(map(added_pattern, by_length)) or "(?!)"))
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = next(self.special[t] for t in ("<|endoftext|>", "<|end_of_text|>") if t in self.special)
         self.im_end = self.special["<|im_end|>"]
@@ -1144,9 +1139,9 @@ class Tokenizer:
             fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level BPE, and "
                  "cannot be read here)")
         names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-        for at, name in ((0, "<|begin_of_text|>"), (1, "<|end_of_text|>"), (6, "<|start_header_id|>"),
-                         (7, "<|end_header_id|>"), (9, "<|eot_id|>")):
-            names.insert(at, name)
+        names[0:0] = ["<|begin_of_text|>", "<|end_of_text|>"]
+        names[6:6] = ["<|start_header_id|>", "<|end_header_id|>"]
+        names[9:9] = ["<|eot_id|>"]
         special = {name: len(ranks) + i for i, name in enumerate(names)}
         return cls(ranks, with_chat_tokens(special, len(ranks) + 256), LLAMA_PATTERN)
 
@@ -1195,12 +1190,12 @@ class Tokenizer:
         """The same as an array (N,) uint32."""
         arrays = [np.zeros(0, np.uint32)]
         for part in self.parts(text):
-            at = 0
-            for match in self.find_added.finditer(part):  # added tokens that are not special count in text
-                token = match[0] if match[0] in self.added else match[0].strip()  # flags take white space along
-                arrays += [self.encode_part(part[at:match.start()]), [self.added[token]["id"]]]
-                at = match.end()
-            arrays.append(self.encode_part(part[at:]))
+            for i, run in enumerate(self.find_added.split(part)):
+                if i % 2:  # added tokens that are not special count in text; flags take white space along
+                    token = self.added.get(run) or self.added[run.strip()]
+                    arrays.append([token["id"]])
+                else:
+                    arrays.append(self.encode_part(run))
         return np.concatenate(arrays, dtype=np.uint32, casting="unsafe")
 
     def encode_part(self, text):
@@ -1310,7 +1305,7 @@ class Tokenizer:
 
     def fingerprint(self):
         """A hash of all that decides which ids a text gets."""
-        ranks = sorted((i, token.hex()) for token, i in self.ranks.items())
+        ranks = [(i, token.hex()) for token, i in self.ranks.items()]
         parts = [ranks, sorted(self.special.items()), self.pattern, self.normal_form]
         parts += [self.added] if self.added else []
         parts += [self.unknown, self.fuse_unknown] if self.unknown is not None else []
@@ -1318,8 +1313,7 @@ class Tokenizer:
 
     def tiktoken_file(self):
         """The ranks in tiktoken's format."""
-        ranks = sorted(self.ranks.items(), key=lambda entry: entry[1])
-        return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in ranks)
+        return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
 
     def save(self, directory):
         """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop
@@ -1349,8 +1343,8 @@ class Tokenizer:
         content["added_tokens"] = added
         content["normalizer"] = {"type": self.normal_form} if self.normal_form else None
         content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = self.pattern
-        written = {token: "".join(symbol[b] for b in token) for token in sorted(self.ranks, key=self.ranks.get)}
-        content["model"]["vocab"] = {text: self.ranks[token] for token, text in written.items()}
+        written = {token: "".join(symbol[b] for b in token) for token in self.ranks}
+        content["model"]["vocab"] = dict(zip(written.values(), self.ranks.values()))
         content["model"]["merges"] = [
             [written[half] for half in halves(token, self.ranks)] for token in written if len(token) > 1]
         return content
@@ -1419,36 +1413,42 @@ def train_bpe(words, vocab_size):
     tokens = [bytes([b]) for b in range(256)]
     pieces, counts = [list(word) for word in words], list(words.values())
     pair_counts, pair_words = Counter(), defaultdict(set)
-    for i, word in enumerate(pieces):
-        for pair in zip(word, word[1:]):
-            pair_counts[pair] += counts[i]
+    heap, changed = [], set()
+
+    def count_pairs(i, sign):
+        for pair in zip(pieces[i], pieces[i][1:]):
+            pair_counts[pair] += sign * counts[i]
             pair_words[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-    while len(tokens) < vocab_size and heap:
-        count, pair = heapq.heappop(heap)
-        if -count != pair_counts[pair]:
-            continue
-        changed = set()
+            changed.add(pair)
+
+    for i in range(len(pieces)):
+        count_pairs(i, 1)
+    while len(tokens) < vocab_size:
+        for pair in changed:
+            if pair_counts[pair] > 0:
+                heapq.heappush(heap, (-pair_counts[pair], pair))
+        changed.clear()
+        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
+            heapq.heappop(heap)
+        if not heap:
+            break
+        _, pair = heapq.heappop(heap)
         for i in pair_words.pop(pair):
-            word, merged, j = pieces[i], [], 0
-            while j < len(word):
-                hit = tuple(word[j:j + 2]) == pair
-                merged.append(len(tokens) if hit else word[j])
-                j += 1 + hit
-            for p in zip(word, word[1:]):
-                pair_counts[p] -= counts[i]
-                changed.add(p)
-            for p in zip(merged, merged[1:]):
-                pair_counts[p] += counts[i]
-                pair_words[p].add(i)
-                changed.add(p)
-            pieces[i] = merged
+            count_pairs(i, -1)
+            pieces[i] = merge(pieces[i], pair, len(tokens))
+            count_pairs(i, 1)
         tokens.append(tokens[pair[0]] + tokens[pair[1]])
-        for p in changed:
-            if pair_counts[p] > 0:
-                heapq.heappush(heap, (-pair_counts[p], p))
     return {token: i for i, token in enumerate(tokens)}
+
+
+def merge(word, pair, new):
+    """The ids of a word with each occurrence of the pair replaced by the new id."""
+    merged, at = [], 0
+    while at < len(word):
+        hit = tuple(word[at:at + 2]) == pair
+        merged.append(new if hit else word[at])
+        at += 1 + hit
+    return merged
 
 
 def halves(token, ranks):
@@ -1550,6 +1550,8 @@ def read_ranks(path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Bins
 
+# A bin's files, the bins that have them, and the type of their values; that of ids is the tokenizer's.
+FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"), "score": (["retrieved"], "<f4")}
 # What became of a document: its tokens, 1 + the place of its split in SPLITS or 0 for none, bytes that have no token.
 TOKENS = np.dtype([("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
 
@@ -1558,10 +1560,11 @@ def assemble(out, documents, tokenized, heldout_apis, tokenizer):
     """Write the corpus from what the steps wrote, and remove of that what this corpus does not need. Returns the
     manifest."""
     tokens = np.concatenate([np.load(path) for path in tokenized])  # (N,)
-    documents.drop(documents.kept & (tokens["split"] == 0), "mentions a held-out API")
     tokenizer.save(out)
     files, chats = {}, []
     for bin in BINS:
+        mention = documents.kept & documents.is_in(bin) & (tokens["split"] == 0)
+        documents.drop(mention, f"{bin} mentions a held-out API")
         for number, split in enumerate(SPLITS, 1):
             chosen = documents.ordered(documents.is_in(bin) & (tokens["split"] == number))
             files |= write_bin(out, bin, split, chosen, tokens["length"], documents, tokenized, tokenizer.dtype)
@@ -1596,9 +1599,6 @@ def account(documents):
     dropped = np.flatnonzero(documents.reason).tolist()
     for i in sorted(dropped, key=lambda i: (unit_hash(name(i)), name(i))):  # those whose hashes are lowest are kept
         reason, copy_of = documents.REASONS[documents.reason[i]], documents.copy_of[i]
-        mentions = reason == "mentions a held-out API"
-        if mentions:
-            reason = f"{BINS[documents.index['bin'][i]]} {reason}"
         reasons[reason] += 1
         if reasons[reason] > MAX_REJECTED:
             continue
@@ -1607,7 +1607,7 @@ def account(documents):
             example["of"] = name(copy_of)
         if i in documents.match:
             example["match"], example["file"] = documents.match[i]
-        elif documents.score[i] and not mentions:
+        elif documents.score[i] and "mentions" not in reason:
             example["probability"] = round(float(documents.score[i]), 4)
         rejected.append(example)
     return reasons, sample_of(rejected), masked
@@ -1617,21 +1617,18 @@ def write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype):
     """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen documents, in
     their order. Returns the manifest entries."""
     starts = np.append(0, np.cumsum(lengths[chosen], dtype=np.int64))
-    arrays = {"bin": None, "mask": None, "idx": starts.astype(np.uint64), "score": documents.score[chosen]}
-    if bin != "instruction":
-        del arrays["mask"]
-    if bin != "retrieved":
-        del arrays["score"]
     entries = {}
-    for suffix, array in arrays.items():
-        path = out / f"{bin}.{split}.{suffix}"
-        if array is None:
+    for suffix, (bins, stored) in FILES.items():
+        if bin not in bins:
+            continue
+        path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
+        if suffix in ("bin", "mask"):
             copy_tokens(path, chosen, starts, lengths, documents, tokenized)
         else:
-            write(path, array.tobytes())
-        stored = array.dtype if array is not None else dtype if suffix == "bin" else np.dtype(np.uint8)
+            array = starts if suffix == "idx" else documents.score[chosen]
+            write(path, array.astype(stored).tobytes())
         count = path.stat().st_size // stored.itemsize
-        entries[path.name] = {"dtype": str(stored), "count": count, "sha256": sha256(path)}
+        entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
     entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
     return entries
 
@@ -1711,14 +1708,6 @@ def write(path, content=b"", **arrays):
 def read_json(path):
     """The JSON value in a file."""
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_manifest(directory):
-    """The manifest of a corpus, or None."""
-    try:
-        return read_json(directory / "manifest.json")
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def sha256(path):
