@@ -1,26 +1,28 @@
 """Step 2 of 6: build the corpus that is trained on.
 
-In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form), and --pool, more of general
-      text and code
+In:   data/raw/*.jsonl, the records that collect.py wrote (or your own, in the same form), and --pool, more of
+      general text and code
 Out:  data/corpus/
-        tokenizer.tiktoken, tokenizer.json, tokenizer_config.json   one byte-level BPE tokenizer, for tiktoken and Hugging Face
-        <domain>.<split>.bin, .idx                                  token ids and document starts; split is train or heldout
-        instruction.<split>.mask                                    the loss mask of tuning: 1 on target tokens
-        retrieved.<split>.score                                     of the pool's documents: how likely they are of the seed's kind
-        heldout_apis.json, heldout.jsonl                            APIs no training document mentions; their conversations
-        manifest.json, rejected.jsonl                               counts and hashes of all this; a sample of what was dropped
-        work/                                                       what the steps wrote, by hash; may be deleted at any time
+        tokenizer.tiktoken, tokenizer.json,   one byte-level BPE tokenizer, for tiktoken and Hugging Face
+        tokenizer_config.json
+        <domain>.<split>.bin, .idx            token ids and document starts; split is train or heldout
+        instruction.<split>.mask              the loss mask of tuning: 1 on target tokens
+        retrieved.<split>.score               of the pool's documents: how likely they are of the seed's kind
+        heldout_apis.json, heldout.jsonl      APIs no training document mentions; their conversations
+        manifest.json, rejected.jsonl         counts and hashes of all this; a sample of what was dropped
+        work/                                 what the steps wrote, by hash; may be deleted at any time
 
-Laptop:         python build_corpus.py                              and then, to look at it: python build_corpus.py --show 5
+Laptop:         python build_corpus.py            and then, to look at it: python build_corpus.py --show 5
 One node:       python build_corpus.py --vocab-size 32768 --pool data/web --benchmarks tests/bfcl
 Many nodes:     torchrun --nnodes=4 --nproc_per_node=1 ... build_corpus.py ...      over a shared file system
 A base's own:   python build_corpus.py --tokenizer path/to/Qwen3-8B-Base
 Own data:       python build_corpus.py --raw my/records --out my/corpus
 
-The steps: clean, drop duplicates and near duplicates, drop what is in test data, retrieve from the pool what is like
-the seed, hold APIs out by a hash of their name, tokenize. Shards are worked on in pieces, and what a step writes of a
-piece is named by a hash of all that it depends on: after a kill, a new shard or a changed option only what is missing
-is done. The result is the same for any number of processes and any order of the input.
+The steps: clean, drop duplicates and near duplicates, drop what is in test data, retrieve from the pool what
+is like the seed, hold APIs out by a hash of their name, tokenize. Shards are worked on in pieces, and what a
+step writes of a piece is named by a hash of all that it depends on: after a kill, a new shard or a changed
+option only what is missing is done. The result is the same for any number of processes and any order of the
+input.
 """
 import argparse
 import base64
@@ -36,6 +38,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict
 from functools import cache, lru_cache
+from itertools import groupby, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +48,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, python_calls, read_values, run_main,
-                     unit_hash)
+from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, python_calls, read_values,
+                     run_main, unit_hash)
 
 SPLITS = ("train", "heldout")
 BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
@@ -123,9 +126,10 @@ def clean(record, masked):
 
 
 def minhash(hashes, starts):
-    """Signatures (N, BANDS * ROWS) uint32 of N texts, from their shingle_hashes(): two agree at a place with a
-    probability that is the Jaccard similarity of their sets of shingles. The functions are of the form
-    (a·x + b mod 2^64) / 2^32 with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider numbers.
+    """Signatures (N, BANDS * ROWS) uint32 of N texts, from their shingle_hashes(): two agree at a place
+    with a probability that is the Jaccard similarity of their sets of shingles. The functions are of the form
+    (a·x + b mod 2^64) / 2^32 with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider
+    numbers.
     """
     x = hashes >> 32
     a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
@@ -136,20 +140,17 @@ def minhash(hashes, starts):
 
 
 def drop_duplicates(documents, args):
-    """Keep of equal and of nearly equal documents the best: one of the seed before one of the pool, the longest, the
-    lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their bands and compared in
-    full, a part by each process; neither needs the texts in memory.
+    """Keep of equal and of nearly equal documents the best: one of the seed before one of the pool, the
+    longest, the lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their
+    bands and compared in full, a part by each process; neither needs the texts in memory.
     """
     pairs = documents.file("pairs.npz", args.near_duplicates)
     run_jobs(find_pairs, [(pairs, documents, args.near_duplicates)], 0, "look for near duplicates")
     starts = range(0, len(np.load(pairs)["similar"]), PAIRS)
     parts = [(pairs.with_name(f"{key_of(pairs)}.{start}.similar.npy"), start) for start in starts]
-    run_jobs(compare_pairs, parts, args.workers, "compare near duplicates", (documents, pairs, args.near_duplicates))
-    path = documents.file("dropped.npz", args.near_duplicates)
-    run_jobs(choose_copies, [(path, documents, pairs, [part for part, _ in parts])], 0, "drop copies")
-    found = np.load(path)
-    documents.reason, documents.copy_of = found["reason"], found["copy_of"]
-    documents.copies_apis = {i: json.loads(apis) for i, apis in zip(found["kept"].tolist(), found["apis"])}
+    shared = documents, pairs, args.near_duplicates
+    run_jobs(compare_pairs, parts, args.workers, "compare near duplicates", shared)
+    choose_copies(documents, pairs, [path for path, _ in parts])
 
 
 def drop_contaminated(documents, args):
@@ -169,13 +170,13 @@ def drop_contaminated(documents, args):
 
 
 def retrieve(documents, args):
-    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets documents.score (N,), the
-    probability of each document of the pool, calibrated on as many of the seed as of the pool. Returns the figures for
-    the manifest.
+    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets
+    documents.score (N,), the probability of each document of the pool, calibrated on as many of the seed as
+    of the pool. Returns the figures for the manifest.
 
-    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words, and a
-    logistic loss. With two classes a vector and the output layer make one number for each n-gram, so that number is
-    what is learned.
+    The classifier is fastText's (arXiv 1607.01759): the mean of vectors of hashed words and pairs of words,
+    and a logistic loss. With two classes a vector and the output layer make one number for each n-gram, so
+    that number is what is learned.
     """
     pool = documents.kept & documents.is_in("retrieved")
     seed = documents.kept & documents.is_in("api_doc", "trajectory")
@@ -184,7 +185,8 @@ def retrieve(documents, args):
     run_jobs(train_scorer, [(path, documents, seed, pool, args.encoder)], 0, "train the classifier")
     scorer = dict(np.load(path))
     jobs = [job for job in documents.jobs("scores.npy", depends) if documents.pieces[job[1]].pool]
-    run_jobs(score_piece, jobs, 0 if args.encoder else args.workers, "score the pool", (documents, scorer, args.encoder))
+    workers = 0 if args.encoder else args.workers
+    run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
         documents.score[documents.first[n]:documents.first[n + 1]] = sigmoid(np.load(path))
     if args.retrieve_above is not None:
@@ -193,24 +195,28 @@ def retrieve(documents, args):
         best = np.lexsort((documents.index["id"], -documents.score, ~pool))
         taken = np.isin(np.arange(len(documents)), best[:round(args.retrieve * pool.sum())])
     documents.drop(pool & ~taken, "not of the seed's kind")
-    figures = {name: float(scorer[name]) for name in ("precision", "recall", "f1", "calibration_error", "tested")}
+    figures = ("precision", "recall", "f1", "calibration_error", "tested")
+    figures = {name: float(scorer[name]) for name in figures}
     least = float(documents.score[taken].min(initial=1.0))
     return figures | {"pool": int(pool.sum()), "taken": int(taken.sum()), "least": least}
 
 
 def in_fold(name, share, fold):
-    """Whether a hash of the name falls into the given one of the 1 / share folds. Folds are counted round, from 0."""
+    """Whether a hash of the name falls into the given one of the 1 / share folds. Folds are counted
+    round, from 0.
+    """
     return int(unit_hash(name) / share) == fold % int(1 / share)
 
 
 class Split:
-    """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out API.
+    """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out
+    API.
 
-    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and so is one
-    for which such a record was dropped as a near duplicate: what is found to resemble it is not in train. One that only
-    mentions a held-out API by its qualified name, in the text or inside one of its `apis`, is dropped, also of what is
-    retrieved. Code and text, which every compared model learns alike, are split by a hash of their id; they have fewer
-    documents, so a larger share is held out.
+    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and
+    so is one for which such a record was dropped as a near duplicate: what is found to resemble it is not in
+    train. One that only mentions a held-out API by its qualified name, in the text or inside one of its
+    `apis`, is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
+    split by a hash of their id; they have fewer documents, so a larger share is held out.
     """
 
     def __init__(self, heldout_apis, fold, copies_apis):
@@ -226,11 +232,13 @@ class Split:
 
 
 def tokenize(documents, split, tokenizer, args):
-    """Tokenize the kept documents of each piece. Returns for each piece the path of what tokenize_piece() wrote."""
+    """Tokenize the kept documents of each piece. Returns for each piece the path of what tokenize_piece()
+    wrote.
+    """
     jobs, depends = [], hash_of(tokenizer.fingerprint(), sorted(split.heldout), args.fold)
     for n, name in enumerate(documents.names):
         rows = range(documents.first[n], documents.first[n + 1])
-        copies = [(row, split.copies_apis[i]) for row, i in enumerate(rows) if i in split.copies_apis]
+        copies = [(row, sorted(split.copies_apis[i])) for row, i in enumerate(rows) if i in split.copies_apis]
         key = hash_of(name, documents.reason[rows.start:rows.stop], copies, depends)
         jobs.append((documents.work / f"{key}.tokens.npy", n))
     run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
@@ -238,8 +246,8 @@ def tokenize(documents, split, tokenizer, args):
 
 
 def tokenize_piece(path, n, documents, split, tokenizer):
-    """Write the ids of a piece's kept documents, each with an end of text (.bin.npy), their loss mask if conversations
-    for tuning are among them (.mask.npy), and for each document of the piece what became of it.
+    """Write the ids of a piece's kept documents, each with an end of text (.bin.npy), their loss mask if
+    conversations for tuning are among them (.mask.npy), and for each document of the piece what became of it.
     """
     end_of_text = np.array([tokenizer.end_of_text], np.uint32)
     entries = np.zeros(documents.first[n + 1] - documents.first[n], TOKENS)
@@ -264,10 +272,11 @@ def tokenize_piece(path, n, documents, split, tokenizer):
     write(path, entries)
 
 
-# ============================================================================================================
-# Below: options; pieces of work; cleaning; near duplicates; decontamination; retrieval; the tokenizer; bins; the report.
+# ==========================================================================================================
+# Below: options; pieces of work; cleaning; near duplicates; decontamination; retrieval; the tokenizer; bins;
+# the report.
 
-# ------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Options
 
 
@@ -276,26 +285,29 @@ def parse_args():
     add = parser.add_argument
     add("--raw", default="data/raw", help="directory of records")
     add("--out", default="data/corpus", help="directory for the corpus")
-    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two shades, target "
-        "tokens in colour, and their measures")
-    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's directory "
-        "or its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name that "
-        "tiktoken knows")
-    add("--vocab-size", type=int, default=2048, help="tokens of the tokenizer trained here, special ones included")
-    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word runs have at "
-        "least this Jaccard similarity to those of a longer one; 0 keeps them. Below 0.75 not all are found")
-    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with its arguments, "
-        "with this file or directory of test data (JSON, JSON lines, CSV, text)")
-    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like the "
-        "documentation and trajectories is taken for stage 1, by a classifier trained on the one against the other")
+    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two "
+        "shades, target tokens in colour, and their measures")
+    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's "
+        "directory or its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's "
+        "tokenizer.model, or a name that tiktoken knows")
+    add("--vocab-size", type=int, default=2048,
+        help="tokens of the tokenizer trained here, special ones included")
+    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word "
+        "runs have at least this Jaccard similarity to those of a longer one; 0 keeps them. Below 0.75 not "
+        "all are found")
+    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with "
+        "its arguments, with this file or directory of test data (JSON, JSON lines, CSV, text)")
+    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like "
+        "the documentation and trajectories is taken for stage 1, by a classifier that tells the two apart")
     add("--retrieve", type=float, default=0.1, metavar="SHARE", help="share of the pool's documents to take")
     add("--retrieve-above", type=float, metavar="P", help="take instead all of at least this probability")
-    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden states to "
-        "those of the seed")
+    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden "
+        "states to those of the seed")
     add("--heldout", type=float, default=0.08, help="share of APIs kept from training")
-    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose settings on "
-        "one fold and report another (our defaults were chosen on fold 0)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes; the result is the same for any number")
+    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose "
+        "settings on one fold and report another (our defaults were chosen on fold 0)")
+    add("--workers", type=int, default=os.cpu_count(),
+        help="processes; the result is the same for any number")
     args = parser.parse_args()
     for flag in ("near_duplicates", "retrieve", "retrieve_above", "heldout"):
         value = getattr(args, flag)
@@ -311,7 +323,7 @@ def parse_args():
     return args
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Pieces of work, over processes and ranks
 
 
@@ -368,11 +380,11 @@ USED = set()  # the keys of all files that this build needs
 
 
 def run_jobs(function, jobs, workers, name, shared=()):
-    """Call function(path, *arguments, *shared) for every job (path, *arguments) whose file is not there yet, and return
-    when all files are.
+    """Call function(path, *arguments, *shared) for every job (path, *arguments) whose file is not there
+    yet, and return when all files are.
 
-    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes its file
-    last, whole or not at all, so that an end at any time loses no more than the jobs under way.
+    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes
+    its file last, whole or not at all, so that an end at any time loses no more than the jobs under way.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     jobs = {job[0]: job for job in jobs}  # equal shards make equal jobs
@@ -383,7 +395,8 @@ def run_jobs(function, jobs, workers, name, shared=()):
         for job in part:
             function(*job, *shared)
 
-    processes = [multiprocessing.get_context("fork").Process(target=run, args=(todo[k::workers],), daemon=True)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=run, args=(todo[k::workers],), daemon=True)
                  for k in range(min(workers, len(todo)))]
     for process in processes:
         process.start()
@@ -401,28 +414,29 @@ def key_of(path):
     return path.name.partition(".")[0]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Clean
 
-# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation, which
-# repeat themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so that of the
-# default records what goes deserves it. Conversations have a length alone.
+# A document is dropped if a measure of it lies outside these limits: of prose, and of code and documentation,
+# which repeat themselves and consist of symbols by nature. After Gopher (arXiv 2112.11446, table A1), set so
+# that of the default records what goes deserves it. Conversations have a length alone.
 LIMITS = {
     #                   prose             code, api_doc     what lies outside
     "characters":     ((50, 2_000_000), (20, 2_000_000)),  # nothing to learn from; no document but data
-    "repeated lines": ((0, 0.3),        (0, 0.8)),   # share of the characters, in lines that occurred before: menus, logs
-    "repeated runs":  ((0, 0.3),        (0, 0.8)),   # share of the runs of five words that occurred before: spam, tables
-    "symbols":        ((0, 0.4),        (0, 0.6)),   # share of characters but letters, digits, white space: dumps
-    "line length":    ((0, 5_000),      (0, 5_000)),       # mean characters of a line: minified code, encoded data
+    "repeated lines": ((0, 0.3),        (0, 0.8)),  # share of characters in repeated lines: menus, logs
+    "repeated runs":  ((0, 0.3),        (0, 0.8)),  # share of repeated runs of five words: spam, tables
+    "symbols":        ((0, 0.4),        (0, 0.6)),  # share that is no letter, digit or white space: dumps
+    "line length":    ((0, 5_000),      (0, 5_000)),  # mean characters of a line: minified code, encoded data
 }
 # What is replaced by its name wherever it stands. A text is searched only if it holds the hint.
 SECRETS = {
-    "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),  # of an address: user:password
+    # Of an address: user:password.
+    "PASSWORD": ("://", r"(?<=://)[^\s/:@<>{}\"'`]+:[^\s/:@<>{}\"'`]{3,}(?=@[\w.-]+)"),
     # The ending is one of domains, lest `x@self.weight` and `img@2x.png` count; git@host:path is no address.
-    "EMAIL": ("@", r"\b(?!git@)[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)(?:[a-zA-Z0-9-]+\.)+"
-              r"(?:com|org|net|edu|gov|mil|int|info|biz|name|io|dev|app|ai|xyz|site|online|tech|cloud|email|me|pro|"
-              r"museum|academy|agency|company|digital|systems|software|(?!py|rs|sh|js|ts|cc|md|so)[a-z]{2})\b"
-              r"(?![.\w]|:[\w/~])"),
+    "EMAIL": ("@", r"\b(?!git@)[\w.+-]{1,64}@(?!(?:[\w-]+\.)*(?:example|test|localhost|invalid)\b)"
+              r"(?:[a-zA-Z0-9-]+\.)+(?:com|org|net|edu|gov|mil|int|info|biz|name|io|dev|app|ai|xyz|site|"
+              r"online|tech|cloud|email|me|pro|museum|academy|agency|company|digital|systems|software|"
+              r"(?!py|rs|sh|js|ts|cc|md|so)[a-z]{2})\b(?![.\w]|:[\w/~])"),
     "PRIVATE_KEY": ("PRIVATE KEY-----", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]{100,10000}?"
                     r"-----END [A-Z ]*PRIVATE KEY-----"),
     "AWS_KEY": ("AKIA", r"\bAKIA(?![A-Z0-9]*EXAMPLE)[A-Z0-9]{16}\b"),
@@ -447,7 +461,7 @@ BOILERPLATE = {
 SYMBOL = re.compile(r"[^\w\s]+")
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u200b\u200e\u200f"
                      "\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
-# UTF-8 that was read as Windows-1252: Ã, Â, â or ð, and then what the bytes from 80 to BF look like in it.
+# UTF-8 that was read as Windows-1252: Ã, Â, â or ð, and then what the bytes from 80 to BF look like.
 WINDOWS = {bytes([b]).decode("cp1252", "ignore") or chr(b): b for b in range(128, 256)}
 CONTINUED = "".join(re.escape(c) for c, b in WINDOWS.items() if b < 192)
 MOJIBAKE = re.compile(f"(?:[ÃÂ][{CONTINUED}]|â[{CONTINUED}]{{2}}|ð[{CONTINUED}]{{3}})+")
@@ -457,8 +471,9 @@ INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "S16"), ("start", 
 
 
 def clean_piece(path, piece):
-    """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a report (.json) and
-    their index (.npy)."""
+    """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
+    report (.json) and their index (.npy).
+    """
     rejected, masked, lines, index, apis, size = [], Counter(), [], [], set(), 0
     bands = [np.zeros((BANDS, 0), np.uint64)]
     records = ((record, content_of(record)) for record in cleaned_records(piece, rejected, masked))
@@ -505,8 +520,8 @@ def cleaned_records(piece, rejected, masked):
 def index_key(name):
     """A record's id in at most 64 bytes, and the number by which documents are ordered."""
     name = name.encode("utf-8", "replace")
-    code = hashlib.sha256(name)
-    return name if len(name) <= 64 else name[:48] + code.hexdigest()[:16].encode(), int(code.hexdigest()[:16], 16)
+    code = hashlib.sha256(name).hexdigest()[:16]
+    return name if len(name) <= 64 else name[:48] + code.encode(), int(code, 16)
 
 
 def batches(items, size, most):
@@ -523,12 +538,12 @@ def batches(items, size, most):
 
 
 def sample_of(rejected):
-    """Of the examples {"reason", "id", ...} of each reason those whose ids have the lowest hashes, so that it does not
-    matter in which pieces they were found."""
-    by_reason = defaultdict(list)
-    for example in sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
-        by_reason[example["reason"]].append(example)
-    return [example for group in by_reason.values() for example in group[:MAX_REJECTED]]
+    """Of the examples {"reason", "id", ...} of each reason those whose ids have the lowest hashes, so
+    that it does not matter in which pieces they were found.
+    """
+    examples = sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"]))
+    groups = groupby(examples, lambda e: e["reason"])
+    return [example for _, group in groups for example in islice(group, MAX_REJECTED)]
 
 
 def content_of(record):
@@ -559,8 +574,8 @@ def scrub_strings(value, masked, key=None):
 
 
 def scrub(text, masked):
-    """A text in Unicode's NFC, mojibake mended, without control and zero-width characters (save those that join letters,
-    as in Persian, and emoji), secrets and e-mail addresses replaced by their kind.
+    """A text in Unicode's NFC, mojibake mended, without control and zero-width characters (save those
+    that join letters, as in Persian, and emoji), secrets and e-mail addresses replaced by their kind.
 
     >>> scrub("cafe\\u0301 cafÃ© zero\\u200bwidth me@host.org", Counter())
     'café café zerowidth <EMAIL>'
@@ -578,7 +593,9 @@ def scrub(text, masked):
 
 
 def mend_mojibake(match):
-    """What the characters are when their Windows-1252 bytes are read as UTF-8; as they stand if that is none."""
+    """What the characters are when their Windows-1252 bytes are read as UTF-8; as they stand if that is
+    none.
+    """
     mended = bytes(WINDOWS[c] for c in match[0]).decode("utf-8", "replace")
     return match[0] if CONTROL.search(mended) or "\ufffd" in mended else mended
 
@@ -603,12 +620,13 @@ def outside_limits(record, measured):
             return name
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Duplicates and near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of Massive
-# Datasets, chapter 3)
+# ----------------------------------------------------------------------------------------------------------
+# Duplicates and near duplicates: MinHash (Broder 1997) and banded locality-sensitive hashing (Mining of
+# Massive Datasets, chapter 3)
 
 SHINGLE = 5          # words that are hashed together
-BANDS, ROWS = 18, 7  # a pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5
+# A pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5.
+BANDS, ROWS = 18, 7
 PAIRS = 20_000       # are compared by one job
 # What divides words outside ASCII, and what are words by themselves, in scripts that write no spaces.
 DIVIDER = regex.compile(r"[^\p{L}\p{M}\p{N}\x00-\x7f]")
@@ -617,11 +635,11 @@ WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 or b == 0 for b in range
 
 
 class Documents:
-    """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each, their texts on
-    disk. The steps set why each is dropped, as an index into REASONS; 0: it is kept.
+    """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each,
+    their texts on disk. The steps set why each is dropped, as an index into REASONS; 0: it is kept.
     """
-    REASONS = ["", "duplicate", "near duplicate", "shares words or a call with a benchmark", "not of the seed's kind",
-               *(f"{bin} mentions a held-out API" for bin in BINS)]
+    REASONS = ["", "duplicate", "near duplicate", "shares words or a call with a benchmark",
+               "not of the seed's kind", *(f"{bin} mentions a held-out API" for bin in BINS)]
 
     def __init__(self, pieces, work):
         self.pieces, self.work = pieces, work
@@ -630,11 +648,11 @@ class Documents:
         parts = [np.load(work / f"{name}.npy") for name in self.names]
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
         self.index = np.concatenate([np.zeros(0, INDEX), *parts])  # (N,)
-        self.reason = None       # (N,) set by drop_duplicates(), as the next two
-        self.copy_of = None      # (N,) the document that is kept instead, -1 for none
-        self.copies_apis = None  # {kept document: the APIs of the copies dropped for it}
-        self.match = {}          # {document: (words or call, benchmark file)}
-        self.score = np.zeros(len(self.index), np.float32)  # (N,) set by retrieve()
+        self.reason = np.zeros(len(self), np.uint8)   # (N,)
+        self.copy_of = np.full(len(self), -1)         # (N,) the document that is kept instead, -1 for none
+        self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
+        self.match = {}                               # {document: (words or call, benchmark file)}
+        self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
         self.open = lru_cache(500)(lambda n: open(work / f"{self.names[n]}.jsonl", "rb"))
 
     def __len__(self):
@@ -653,7 +671,8 @@ class Documents:
 
     def bands(self, band):
         """(N,) uint64: the hashes of a band."""
-        return np.concatenate([np.load(self.work / f"{name}.bands.npy", mmap_mode="r")[band] for name in self.names])
+        paths = [self.work / f"{name}.bands.npy" for name in self.names]
+        return np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])
 
     def is_in(self, *bins):
         """(N,) Whether each belongs to one of these bins."""
@@ -687,19 +706,22 @@ def divided(text):
 
 
 def mix(x):
-    """Scramble uint64s, so that every bit depends on every other (the finaliser of splitmix64). 0 stays 0. Arithmetic is
-    modulo 2^64."""
+    """Scramble uint64s, so that every bit depends on every other (the finaliser of splitmix64). 0 stays
+    0. Arithmetic is modulo 2^64.
+    """
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB
     return x ^ (x >> 31)
 
 
 def shingle_hashes(texts, size=SHINGLE):
-    """Hashes (M,) uint64 of the runs of `size` words that begin at each word of the texts, and where each text's begin.
+    """Hashes (M,) uint64 of the runs of `size` words that begin at each word of the texts, and where each
+    text's begin.
 
-    All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b has the hash
-    (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo 2^64. Behind each text
-    stand as many empty words, of hash 0: its last runs are shorter, and none reaches into the next text.
+    All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b
+    has the hash (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo
+    2^64. Behind each text stand as many empty words, of hash 0: its last runs are shorter, and none reaches
+    into the next text.
     """
     padding = b" \0" * size + b" "
     encoded = [divided(text).replace("\0", " ").encode("utf-8", "replace") + padding for text in texts]
@@ -707,7 +729,8 @@ def shingle_hashes(texts, size=SHINGLE):
     edges = np.flatnonzero(np.diff(WORD_BYTES[content])) + 1  # where words begin and end, by turns
     begin, end = edges[::2], edges[1::2]
     p = 0x9E3779B97F4A7C15
-    powers, inverse = (np.multiply.accumulate(np.full(len(content), q, np.uint64)) for q in (p, pow(p, -1, 2**64)))
+    factors = np.array([[p], [pow(p, -1, 2**64)]], np.uint64)
+    powers, inverse = np.multiply.accumulate(np.repeat(factors, len(content), 1), 1)
     prefix = np.append(np.uint64(0), np.cumsum(content * powers, dtype=np.uint64))
     words = mix((prefix[end] - prefix[begin]) * inverse[begin])
     first = np.searchsorted(begin, np.cumsum([0, *map(len, encoded)]) + 1)  # of each text, and the end
@@ -726,8 +749,9 @@ def band_keys(signatures):
 
 
 def find_pairs(path, documents, threshold):
-    """Write pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and `similar` ones to
-    be compared."""
+    """Write pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and
+    `similar` ones to be compared.
+    """
     index, n = documents.index, len(documents)
     order = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
     _, first, value = np.unique(index["digest"][order], return_index=True, return_inverse=True)
@@ -744,8 +768,9 @@ def find_pairs(path, documents, threshold):
 
 
 def band_pairs(keys, near=16):
-    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with the `near`
-    before it."""
+    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with
+    the `near` before it.
+    """
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
@@ -766,33 +791,33 @@ def compare_pairs(path, start, documents, pairs, threshold):
     write(path, np.array(similar, bool))
 
 
-def choose_copies(path, documents, pairs, parts):
-    """Write which documents are dropped, and for what: a document is, if it equals or resembles one before it that is
-    not."""
-    found = np.load(pairs)
-    reason, copy_of = np.zeros(len(documents), np.uint8), np.full(len(documents), -1)
+def choose_copies(documents, pairs, parts):
+    """Set which documents are dropped, and for what: a document is, if it equals or resembles one before
+    it that is not.
+    """
+    found, reason, copy_of = np.load(pairs), documents.reason, documents.copy_of
     copies, earlier = found["equal"].T
     reason[copies], copy_of[copies] = 1, earlier
     similar = np.concatenate([np.zeros(0, bool), *map(np.load, parts)])
-    for j, i in found["similar"][similar].tolist():  # in the order of j: whether i, before it, is kept is known then
+    for j, i in found["similar"][similar].tolist():  # in the order of j: what became of i is known
         if not reason[i] and not reason[j]:
             reason[j], copy_of[j] = 2, i
-    apis = defaultdict(set)
     for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
         kept = copy_of[j] if not reason[copy_of[j]] else copy_of[copy_of[j]]
-        apis[int(kept)].update(documents[j].apis)
-    write(path, reason=reason, copy_of=copy_of, kept=np.array([*apis], np.int64),
-          apis=np.array([json.dumps(sorted(names)) for names in apis.values()], str))
+        documents.copies_apis[int(kept)].update(documents[j].apis)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+
+# ----------------------------------------------------------------------------------------------------------
 # Decontamination: no document that holds a part of a benchmark
 
 OVERLAP = 13  # words in a row, as for GPT-3 (arXiv 2005.14165, appendix C)
 
 
 class Benchmarks:
-    """What test data holds: hashes of all runs of OVERLAP words with the file each is from, and the calls by name."""
+    """What test data holds: hashes of all runs of OVERLAP words with the file each is from, and the calls
+    by name.
+    """
 
     def __init__(self, files):
         self.runs, self.calls = {}, defaultdict(list)
@@ -829,8 +854,9 @@ def parts_of(value):
 
 
 def gold_calls(part):
-    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"}, Python's f(a=1), or
-    BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}."""
+    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"},
+    Python's f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
+    """
     accepted, reader = [], None
     if isinstance(part, str) and re.match(r"\[?[\w.]+\(", part):
         reader = python_calls
@@ -854,8 +880,9 @@ def words_of(text):
 
 
 def telling(text):
-    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting and JSON have
-    not."""
+    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting
+    and JSON have not.
+    """
     words = [w if (len(w) > 1 or not w.isascii()) and not w.isdigit() else "" for w in words_of(text)]
     return np.array([len({*words[i:i + OVERLAP]} - {""}) >= 8 for i in range(len(words) - OVERLAP + 1)], bool)
 
@@ -867,7 +894,9 @@ def whole_runs(texts):
 
 
 def find_matches(path, n, documents, benchmarks):
-    """Write [row, words or call, file] of the documents of a piece that share something with the benchmarks."""
+    """Write [row, words or call, file] of the documents of a piece that share something with the
+    benchmarks.
+    """
     matches = [(row, benchmarks.match(content_of(record), record.messages))
                for row, (_, record) in enumerate(documents.of_piece(n))]
     write(path, json.dumps([[row, *match] for row, match in matches if match]))
@@ -881,7 +910,7 @@ def benchmark_files(path):
     return sorted(file for file in files if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", file.name))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Retrieval: what of a pool is like the seed
 
 BUCKETS = 2**20  # places for the hashed n-grams
@@ -902,13 +931,16 @@ def plain_text(record):
 
 
 def train_scorer(path, documents, seed, pool, encoder):
-    """Write what log_odds() needs, with its figures on documents it did not see: as many of the seed as of the pool."""
+    """Write what log_odds() needs, with its figures on documents it did not see: as many of the seed as
+    of the pool.
+    """
     seed, pool = documents.ordered(seed), documents.ordered(pool)
     count = min(SAMPLE, len(seed), len(pool))
     if count < 50:
-        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a classifier needs "
-             "50 of each")
-    texts = np.array([[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)], object)  # (2, count)
+        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
+             "classifier needs 50 of each")
+    chosen = np.stack([seed[:count], pool[:count]])
+    texts = np.array([[plain_text(documents[i]) for i in row] for row in chosen], object)  # (2, count)
     parts = np.split(np.arange(count), [int(0.8 * count), int(0.9 * count)])
     train, tune, test = (texts[:, rows].ravel() for rows in parts)
     train_labels, tune_labels, test_labels = (np.repeat([1.0, 0.0], len(rows)) for rows in parts)
@@ -916,8 +948,8 @@ def train_scorer(path, documents, seed, pool, encoder):
         learned = {"seeds": encode_texts(encoder, train[:len(parts[0])][:4096])}
     else:
         learned = {"weights": fit_ngrams(train, train_labels)}
-        # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which may well be
-        # of its kind.
+        # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which
+        # may well be of its kind.
         negatives = train[len(parts[0]):]
         order = np.argsort(raw_scores(negatives, learned, None))
         hard = negatives[order[len(order) // 2:len(order) * 9 // 10]]
@@ -940,7 +972,9 @@ def log_odds(texts, learned, encoder):
 
 
 def raw_scores(texts, learned, encoder):
-    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of the seed."""
+    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of
+    the seed.
+    """
     if encoder:
         return np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
     buckets, starts = ngrams(texts)
@@ -983,10 +1017,12 @@ def fit_ngrams(texts, labels, epochs=3, batch_size=64):
     torch.nn.init.zeros_(bag.weight)
     optimizer = torch.optim.SparseAdam(bag.parameters(), lr=0.1)
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(texts)), epochs))
-    for batch in tqdm(np.split(order, range(batch_size, len(order), batch_size)), desc="classifier", disable=None):
+    parts = np.split(order, range(batch_size, len(order), batch_size))
+    for batch in tqdm(parts, desc="classifier", disable=None):
         offsets = torch.tensor([0, *(len(grams[i]) for i in batch[:-1])]).cumsum(0)
         score = bag(torch.cat([grams[i] for i in batch]).long(), offsets)[:, 0]
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, torch.from_numpy(labels[batch]).float())
+        target = torch.from_numpy(labels[batch]).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -1017,24 +1053,27 @@ def encode_texts(directory, texts, longest=512):
     ids = [tokenizer.encode(text[:10 * longest])[:longest] or [tokenizer.end_of_text] for text in texts]
     order = tqdm(sorted(range(len(ids)), key=lambda i: len(ids[i])), desc="encode", disable=None)
     for rows in batches(order, lambda i: len(ids[i]), 4096):
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids[i]) for i in rows], batch_first=True)  # (B, T)
+        sequences = [torch.tensor(ids[i]) for i in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (B, T)
         with torch.inference_mode():
             for i, states in zip(rows, encoder.hidden(padded)):
-                vectors[i] = states[:len(ids[i])].mean(0)  # attention is causal: it saw nothing of the padding
+                vectors[i] = states[:len(ids[i])].mean(0)  # attention is causal: it saw no padding
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def calibrate(scores, labels):
-    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a weak prior keeps
-    them finite."""
+    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a
+    weak prior keeps them finite.
+    """
     x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
     for _ in range(50):
         p = sigmoid(x @ w)
-        w -= np.linalg.solve((x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2), x.T @ (p - labels) + 0.01 * w)
+        hessian = (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2)
+        w -= np.linalg.solve(hessian, x.T @ (p - labels) + 0.01 * w)
     return w[0] / scores.std(), w[1]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Split: what a model is tested on is never in what it learned from
 
 
@@ -1047,7 +1086,8 @@ def mention_finder(names):
     """
     names = set(names)
     lengths = sorted({len(n) for n in names})
-    # A name can only start where its first component does, and ends before the next character that is no word or dot.
+    # A name can only start where its first component does, and ends before the next character that is no word
+    # or dot.
     components = sorted({re.escape(n.split(".")[0]) for n in names})
     starts = re.compile(r"(?=(?:%s)\.)" % "|".join(components) if names else "(?!)")
 
@@ -1058,16 +1098,20 @@ def mention_finder(names):
     return lambda text: any(in_run(run) for run in set(re.findall(r"[\w.]*\w\.[\w.]+", text)))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Tokenizer
 
-TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
+TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+        "<think>", "</think>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
-# What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore before them;
-# numbers of up to three digits; punctuation; white space. A qualified name so follows one token that nothing else
-# follows, and is cut alike wherever it stands: to copy it a model need only look for what came after the same token.
+SPECIAL = re.compile("(%s)" % "|".join(map(re.escape, SPECIAL_TOKENS)))
+# What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore
+# before them; numbers of up to three digits; punctuation; white space. A qualified name so follows one token
+# that nothing else follows, and is cut alike wherever it stands: to copy it a model need only look for what
+# came after the same token.
 PATTERN = r'[ {](?="name": ")|"name": "|[ ._]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+'
-# How others cut, where their tokenizer.json only names it: GPT-2, the same between single digits (SmolLM), and Llama 3.
+# How others cut, where their tokenizer.json only names it: GPT-2, the same between single digits (SmolLM),
+# and Llama 3.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -1076,7 +1120,8 @@ LONGEST_RUN = 20_000  # characters
 
 
 class Tokenizer:
-    """Byte-level BPE over tiktoken, with the chat format. Special ids come only from `render`, never from text.
+    """Byte-level BPE over tiktoken, with the chat format. Special ids come only from `render`, never from
+    text.
 
     >>> tokenizer = Tokenizer.train(["low lower lowest"] * 9, 270)
     >>> tokenizer.decode(tokenizer.encode("lower <|im_end|>"))
@@ -1091,20 +1136,25 @@ class Tokenizer:
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
         model, tokens = (base["model"], base["added_tokens"]) if base else ({}, [])
         self.unknown = model["vocab"][model["unk_token"]] if model.get("unk_token") else None
-        self.fuse_unknown = bool(model.get("fuse_unk"))  # several missing bytes in a row are one unknown token
+        self.fuse_unknown = bool(model.get("fuse_unk"))  # missing bytes in a row are one unknown token
         self.lost = 0  # bytes that it was given and has no token for
-        self.added = {t["content"]: t for t in tokens if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
-        by_length = sorted(self.added.values(), key=lambda token: -len(token["content"]))
+        ordinary = [t for t in tokens if not t.get("special") and t["content"] not in SPECIAL_TOKENS]
+        self.added = {t["content"]: t for t in ordinary}
+        by_length = sorted(ordinary, key=lambda token: -len(token["content"]))
         self.find_added = re.compile("(%s)" % ("|".join(map(added_pattern, by_length)) or "(?!)"))
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
-        self.end_of_text = next(self.special[t] for t in ("<|endoftext|>", "<|end_of_text|>") if t in self.special)
+        ends = ("<|endoftext|>", "<|end_of_text|>")
+        self.end_of_text = next(self.special[t] for t in ends if t in self.special)
         self.im_end = self.special["<|im_end|>"]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
-        self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special)
+        self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
+                                          special_tokens=self.special)
 
     @classmethod
     def find(cls, name):
-        """By the name of a directory, a tokenizer.json, Llama 3's tokenizer.model, or an encoding that tiktoken knows."""
+        """By the name of a directory, a tokenizer.json, Llama 3's tokenizer.model, or an encoding that
+        tiktoken knows.
+        """
         path = Path(name)
         if name in tiktoken.list_encoding_names() and not path.exists():
             return cls.from_tiktoken(name)
@@ -1114,8 +1164,9 @@ class Tokenizer:
 
     @classmethod
     def from_tiktoken(cls, name):
-        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may hang, so it gets
-        ten seconds."""
+        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may
+        hang, so it gets ten seconds.
+        """
         try:
             encoding = ThreadPool(1).apply_async(tiktoken.get_encoding, [name]).get(10)
         except Exception as error:
@@ -1123,21 +1174,23 @@ class Tokenizer:
             place = "its file, named by the SHA-1 of its URL,"
             if url:
                 place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url},"
-            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name that in "
-                 "TIKTOKEN_CACHE_DIR")
+            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name "
+                 "that in TIKTOKEN_CACHE_DIR")
         special = with_chat_tokens(dict(encoding._special_tokens), encoding.n_vocab)
         return cls(dict(encoding._mergeable_ranks), special, encoding._pat_str)
 
     @classmethod
     def from_llama(cls, path):
-        """From Meta's tokenizer.model of Llama 3: ranks, to which the code that reads them adds 256 special tokens."""
+        """From Meta's tokenizer.model of Llama 3: ranks, to which the code that reads them adds 256
+        special tokens.
+        """
         try:
             ranks = read_ranks(path)
         except FileNotFoundError:
             fail(f"{path}: no such file")
         except ValueError:
-            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level BPE, and "
-                 "cannot be read here)")
+            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level "
+                 "BPE, and cannot be read here)")
         names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
         names[0:0] = ["<|begin_of_text|>", "<|end_of_text|>"]
         names[6:6] = ["<|start_header_id|>", "<|end_header_id|>"]
@@ -1147,12 +1200,14 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory):
-        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as GPT-2, Llama 3 and
-        Qwen."""
+        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as
+        GPT-2, Llama 3 and Qwen.
+        """
         path = Path(directory) / "tokenizer.json" if Path(directory).suffix != ".json" else Path(directory)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            pattern, normal_form = read_pattern(content["pre_tokenizer"]), read_normal_form(content["normalizer"])
+            pattern = read_pattern(content["pre_tokenizer"])
+            normal_form = read_normal_form(content["normalizer"])
             special = {token["content"]: token["id"] for token in content["added_tokens"]}
             ranks = read_vocabulary(content["model"], special)
             ordinary = [token for token in content["added_tokens"] if not token.get("special")]
@@ -1199,8 +1254,8 @@ class Tokenizer:
         return np.concatenate(arrays, dtype=np.uint32, casting="unsafe")
 
     def encode_part(self, text):
-        """The ids of a text without added tokens. A byte that has no token is the unknown one or, if there is none, left
-        out of its piece.
+        """The ids of a text without added tokens. A byte that has no token is the unknown one or, if
+        there is none, left out of its piece.
         """
         if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -1209,7 +1264,8 @@ class Tokenizer:
             piece = piece.encode("utf-8", "replace")
             known = piece.translate(None, self.missing)
             self.lost += len(piece) - len(known)
-            runs = [known] if self.unknown is None else re.split(b"([" + re.escape(self.missing) + b"]+)", piece)
+            missing = b"([" + re.escape(self.missing) + b"]+)"
+            runs = [known] if self.unknown is None else re.split(missing, piece)
             for i, run in enumerate(runs):
                 if i % 2:  # what has no token
                     ids += [self.unknown] * (1 if self.fuse_unknown else len(run))
@@ -1221,9 +1277,9 @@ class Tokenizer:
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def parts(self, text):
-        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that tiktoken's
-        expressions would run out of stack on. These are cut, where possible after a letter and before a sign, where
-        every tokenizer here cuts as well.
+        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that
+        tiktoken's expressions would run out of stack on. These are cut, where possible after a letter and
+        before a sign, where every tokenizer here cuts as well.
         """
         text = self.normalised(text)
         if len(text) <= LONGEST_RUN:
@@ -1249,58 +1305,60 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def render(self, messages, tools=None, answer=False):
-        """A conversation as (ids, mask): mask is 1 on what the assistant writes, its end of turn included.
+        """A conversation as (ids, mask): mask is 1 on what the assistant writes, its end of turn
+        included.
 
-        ChatML with Hermes tool calls, put together piece by piece, so that no text in the data can pass for a special
-        token. With answer=True it ends where the assistant's next answer begins.
+        ChatML with Hermes tool calls, put together piece by piece, so that no text in the data can pass for a
+        special token. With answer=True it ends where the assistant's next answer begins.
         """
-        ids, mask, special = [], [], self.special
-        start, end = special["<|im_start|>"], special["<|im_end|>"]
+        ids, mask = [], []
 
-        def add(*parts, target=0):
-            """Append special ids and texts."""
-            for part in parts:
-                piece = self.encode(part) if isinstance(part, str) else [part]
-                ids.extend(piece)
-                mask.extend([target] * len(piece))
+        def add(template, text="", target=0):
+            """Append a template, in which special tokens are special and {} stands for a text from the
+            data.
+            """
+            for part in SPECIAL.split(template):
+                part = [self.special[part]] if part in self.special else self.encode(part.format(text))
+                ids.extend(part)
+                mask.extend([target] * len(part))
 
         if tools:
-            system = ""
+            add("<|im_start|>system\n")
             if messages and messages[0]["role"] == "system":
-                system, messages = messages[0]["content"] + "\n", messages[1:]
-            add(start, "system\n", system, special["<tools>"], "\n")
+                add("{}\n", messages[0]["content"])
+                messages = messages[1:]
+            add("<tools>\n")
             for f in (tool["function"] for tool in tools):
                 definition = {"description": f.get("description") or "", "name": f["name"],
                               "parameters": f.get("parameters") or {}}
-                add(json.dumps(definition, ensure_ascii=False) + "\n")
-            add(special["</tools>"], end, "\n")
+                add("{}\n", json.dumps(definition, ensure_ascii=False))
+            add("</tools><|im_end|>\n")
         for message in messages:
-            role, content, thought = message["role"], message.get("content") or "", message.get("reasoning_content")
-            target = int(role == "assistant")
-            # What no special token divides is encoded at once, as who reads the text as a whole does, but for where an
-            # answer begins.
+            role, content = message["role"], message.get("content") or ""
+            thought, target = message.get("reasoning_content"), int(role == "assistant")
+            # What no special token divides is encoded at once, as who reads the text as a whole does, but for
+            # where an answer begins.
             if role in ("system", "user"):
-                add(start, f"{role}\n{content}")
+                add("<|im_start|>" + role + "\n{}", content)
             elif role == "tool":
-                add(start, "tool\n", special["<tool_response>"], f"\n{content}\n", special["</tool_response>"])
+                add("<|im_start|>tool\n<tool_response>\n{}\n</tool_response>", content)
             else:
-                add(start, "assistant\n")
+                add("<|im_start|>assistant\n")
                 if thought:
-                    add(special["<think>"], f"\n{thought}\n", special["</think>"], target=1)
-                    content = "\n\n" + content
-                add(content, target=1)
+                    add("<think>\n{}\n</think>", thought, 1)
+                add("\n\n{}" if thought else "{}", content, 1)
             for i, call in enumerate(message.get("tool_calls") or []):
-                if i or message.get("content"):
-                    add("\n", target=target)
+                if i or content:
+                    add("\n", "", target)
                 name = json.dumps(call["function"]["name"], ensure_ascii=False)
-                text = f'\n{{"name": {name}, "arguments": {call["function"]["arguments"]}}}\n'
+                text = f'{{"name": {name}, "arguments": {call["function"]["arguments"]}}}'
                 # A tag within a string would end the call for who reads it; JSON has another way to write it.
                 text = re.sub("<(/?tool_call>)", r"\\u003c\1", text)
-                add(special["<tool_call>"], text, special["</tool_call>"], target=target)
-            add(end, target=target)
+                add("<tool_call>\n{}\n</tool_call>", text, target)
+            add("<|im_end|>", "", target)
             add("\n")
         if answer:
-            add(start, "assistant\n")
+            add("<|im_start|>assistant\n")
         return ids, mask
 
     def fingerprint(self):
@@ -1316,8 +1374,9 @@ class Tokenizer:
         return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in self.ranks.items())
 
     def save(self, directory):
-        """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config and the stop
-        tokens."""
+        """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config
+        and the stop tokens.
+        """
         directory = Path(directory)
         write(directory / "tokenizer.tiktoken", self.tiktoken_file())
         write(directory / "tokenizer.json", json.dumps(self.hugging_face(), ensure_ascii=False))
@@ -1330,7 +1389,9 @@ class Tokenizer:
         write(directory / "generation_config.json", json.dumps(stops))
 
     def hugging_face(self):
-        """What tokenizer.json holds: a base's own, to which the chat format's tokens are added, or one of ours."""
+        """What tokenizer.json holds: a base's own, to which the chat format's tokens are added, or one of
+        ours.
+        """
         kept = {(t["id"], t["content"]): t for t in self.base["added_tokens"]} if self.base else {}
         added = []
         for token, i in sorted(self.special.items(), key=lambda entry: entry[1]):
@@ -1370,8 +1431,9 @@ def added_pattern(token):
 
 
 def with_chat_tokens(special, end):
-    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved ones, or new
-    ones from `end`."""
+    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved
+    ones, or new ones from `end`.
+    """
     reserved = sorted((t for t in special if re.search(r"reserved|unused|extra", t)), key=special.get)
     for token in SPECIAL_TOKENS:
         if token in special or token == "<|endoftext|>" and "<|end_of_text|>" in special:
@@ -1384,9 +1446,11 @@ def with_chat_tokens(special, end):
 CHAT_TEMPLATE = """\
 {%- if tools %}<|im_start|>system
 {% if messages[0].role == 'system' %}{{ messages[0].content + '\\n' }}{% endif %}<tools>
-{% for f in tools | map(attribute='function') %}{{ dict(description=f.description or '', name=f.name, parameters=f.parameters or {}) | tojson }}
+{% for f in tools | map(attribute='function') %}\
+{{ dict(description=f.description or '', name=f.name, parameters=f.parameters or {}) | tojson }}
 {% endfor %}</tools><|im_end|>
-{% endif %}{%- for message in messages %}{% if not (message.role == 'system' and tools and loop.first) %}<|im_start|>{{ message.role }}
+{% endif %}{%- for message in messages %}\
+{% if not (message.role == 'system' and tools and loop.first) %}<|im_start|>{{ message.role }}
 {% if message.reasoning_content %}<think>
 {{ message.reasoning_content }}
 </think>
@@ -1407,8 +1471,8 @@ CHAT_TEMPLATE = """\
 def train_bpe(words, vocab_size):
     """Ranks {token: id} after merging the most frequent pair of neighbouring tokens again and again.
 
-    words: {bytes: count}. Ties go to the pair of lower ids. Only the words that hold the merged pair are touched, and a
-    heap holds the pairs; its entries may be stale, so the count is checked when one comes up.
+    words: {bytes: count}. Ties go to the pair of lower ids. Only the words that hold the merged pair are
+    touched, and a heap holds the pairs; its entries may be stale, so the count is checked when one comes up.
     """
     tokens = [bytes([b]) for b in range(256)]
     pieces, counts = [list(word) for word in words], list(words.values())
@@ -1461,15 +1525,20 @@ def halves(token, ranks):
 
 
 def read_vocabulary(model, special):
-    """Ranks {bytes: id} of the model in a tokenizer.json. Raises ValueError for another than a byte-level BPE."""
+    """Ranks {bytes: id} of the model in a tokenizer.json. Raises ValueError for another than a byte-level
+    BPE.
+    """
     byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
     vocab = model["vocab"]
     ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
     merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     rejected = {
-        "not a BPE whose ids follow the order of its merges": model["type"] != "BPE" or merged != sorted(merged),
-        "a BPE with prefixes or suffixes": model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "an unknown token that is not in the vocabulary": model.get("unk_token") and model["unk_token"] not in vocab,
+        "not a BPE whose ids follow the order of its merges":
+            model["type"] != "BPE" or merged != sorted(merged),
+        "a BPE with prefixes or suffixes":
+            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
+        "an unknown token that is not in the vocabulary":
+            model.get("unk_token") and model["unk_token"] not in vocab,
         "a BPE with bytes for what is unknown":
             model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
         "a vocabulary without all of ASCII":  # rare bytes may be missing
@@ -1481,8 +1550,9 @@ def read_vocabulary(model, special):
 
 
 def read_pattern(pre_tokenizer):
-    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for others than
-    byte-level ones."""
+    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for
+    others than byte-level ones.
+    """
     steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
     *cuts, last = steps
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
@@ -1492,14 +1562,15 @@ def read_pattern(pre_tokenizer):
             return GPT2_PATTERN
         case [{"type": "Digits", "individual_digits": True}], True:
             return DIGITS_PATTERN
-        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}], False:
-            return pattern
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}], False:
+            return split["Regex"]
     raise ValueError(f"pre_tokenizer {steps}")
 
 
 def read_normal_form(normalizer):
-    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other changes to the
-    text."""
+    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other
+    changes to the text.
+    """
     match normalizer:
         case None | {"type": "Sequence", "normalizers": []}:
             return None
@@ -1517,7 +1588,9 @@ def byte_symbols():
 
 
 def train_tokenizer(documents, split, args):
-    """The Tokenizer trained on a fair share of each domain's training text, or the one that was written when it was."""
+    """The Tokenizer trained on a fair share of each domain's training text, or the one that was written
+    when it was.
+    """
     path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
     run_jobs(write_ranks, [(path, documents, split, args.vocab_size)], 0, "train the tokenizer")
     return Tokenizer(read_ranks(path))
@@ -1529,7 +1602,9 @@ def write_ranks(path, documents, split, vocab_size):
 
 
 def training_texts(documents, split, limit=12_000_000):
-    """A fair share of each domain's training text, in the order of a hash; conversations as their messages and tools."""
+    """A fair share of each domain's training text, in the order of a hash; conversations as their
+    messages and tools.
+    """
     for domain in DOMAINS:
         budget = limit // len(DOMAINS)
         for i in documents.ordered(documents.kept & documents.is_in(domain)):
@@ -1547,18 +1622,21 @@ def read_ranks(path):
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Bins
 
 # A bin's files, the bins that have them, and the type of their values; that of ids is the tokenizer's.
-FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"), "score": (["retrieved"], "<f4")}
-# What became of a document: its tokens, 1 + the place of its split in SPLITS or 0 for none, bytes that have no token.
+FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"),
+         "score": (["retrieved"], "<f4")}
+# What became of a document: its tokens, 1 + the place of its split in SPLITS or 0 for none, bytes that have
+# no token.
 TOKENS = np.dtype([("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
 
 
 def assemble(out, documents, tokenized, heldout_apis, tokenizer):
-    """Write the corpus from what the steps wrote, and remove of that what this corpus does not need. Returns the
-    manifest."""
+    """Write the corpus from what the steps wrote, and remove of that what this corpus does not need.
+    Returns the manifest.
+    """
     tokens = np.concatenate([np.load(path) for path in tokenized])  # (N,)
     tokenizer.save(out)
     files, chats = {}, []
@@ -1567,13 +1645,15 @@ def assemble(out, documents, tokenized, heldout_apis, tokenizer):
         documents.drop(mention, f"{bin} mentions a held-out API")
         for number, split in enumerate(SPLITS, 1):
             chosen = documents.ordered(documents.is_in(bin) & (tokens["split"] == number))
-            files |= write_bin(out, bin, split, chosen, tokens["length"], documents, tokenized, tokenizer.dtype)
+            lengths, dtype = tokens["length"], tokenizer.dtype
+            files |= write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype)
             if (bin, split) == ("instruction", "heldout"):
                 chats = [documents[i].to_json() for i in chosen]
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
     write(out / "heldout.jsonl", "".join(chat + "\n" for chat in chats))
-    write(out / "rejected.jsonl", "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
+    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in sample]
+    write(out / "rejected.jsonl", "".join(lines))
     for path in documents.work.iterdir():  # of other inputs and options
         if key_of(path) not in USED:
             path.unlink()
@@ -1585,7 +1665,8 @@ def assemble(out, documents, tokenized, heldout_apis, tokenizer):
         "files": files, "heldout_apis": len(heldout_apis),
         "dropped": dict(sorted(reasons.items())), "masked": dict(sorted(masked.items())),
         "shares": {bin: count / total for bin, count in counts.items()},
-        "stages": {stage: [f"{bin}.train.bin" for bin in bins if counts[bin]] for stage, bins in STAGES.items()}}
+        "stages": {stage: [f"{bin}.train.bin" for bin in bins if counts[bin]]
+                   for stage, bins in STAGES.items()}}
 
 
 def account(documents):
@@ -1597,7 +1678,7 @@ def account(documents):
         rejected += report["sample"]
     name = lambda i: documents.index["id"][i].decode("utf-8", "replace")
     dropped = np.flatnonzero(documents.reason).tolist()
-    for i in sorted(dropped, key=lambda i: (unit_hash(name(i)), name(i))):  # those whose hashes are lowest are kept
+    for i in sorted(dropped, key=lambda i: (unit_hash(name(i)), name(i))):  # as sample_of() orders them
         reason, copy_of = documents.REASONS[documents.reason[i]], documents.copy_of[i]
         reasons[reason] += 1
         if reasons[reason] > MAX_REJECTED:
@@ -1614,8 +1695,9 @@ def account(documents):
 
 
 def write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype):
-    """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen documents, in
-    their order. Returns the manifest entries."""
+    """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen
+    documents, in their order. Returns the manifest entries.
+    """
     starts = np.append(0, np.cumsum(lengths[chosen], dtype=np.int64))
     entries = {}
     for suffix, (bins, stored) in FILES.items():
@@ -1634,8 +1716,9 @@ def write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype):
 
 
 def copy_tokens(path, chosen, starts, lengths, documents, tokenized):
-    """Fill a bin or a mask from what tokenize_piece() wrote, piece by piece: a document's tokens lie in its piece behind
-    those of the documents before it, and go to where the document starts in the bin."""
+    """Fill a bin or a mask from what tokenize_piece() wrote, piece by piece: a document's tokens lie in
+    its piece behind those of the documents before it, and go to where the document starts in the bin.
+    """
     order = np.argsort(chosen)
     bounds = np.searchsorted(chosen[order], documents.first)
     with replacing(path) as file:
@@ -1660,13 +1743,15 @@ class Corpus:
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
         if not path.exists():
-            raise ValueError(f"{self.directory}: no manifest.json. Run `python build_corpus.py` to its end first")
+            raise ValueError(f"{self.directory}: no manifest.json. Run `python build_corpus.py` to its end "
+                             "first")
         self.manifest, self.sha256 = read_json(path), sha256(path)
         hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
         for name, expected in (hashes | {"tokenizer.json": self.manifest["tokenizer_sha256"]}).items():
             path = self.directory / name
             if not path.exists() or sha256(path) != expected:
-                raise ValueError(f"{path}: missing or not what the manifest says. Run `python build_corpus.py` again")
+                raise ValueError(f"{path}: missing or not what the manifest says. "
+                                 "Run `python build_corpus.py` again")
         self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):
@@ -1695,7 +1780,9 @@ def replacing(path):
 
 
 def write(path, content=b"", **arrays):
-    """Write text, bytes, an array or, by name, several (in numpy's formats); the file appears whole or not at all."""
+    """Write text, bytes, an array or, by name, several (in numpy's formats); the file appears whole or
+    not at all.
+    """
     with replacing(path) as file:
         if arrays:
             np.savez(file, **arrays)
@@ -1731,18 +1818,20 @@ def report(manifest, seconds):
     if lost := manifest.get("lost_bytes"):
         print(f"lost {lost:,} bytes: the tokenizer has no token for them")
     if manifest["retrieval"]:
-        print("retrieved {taken:,} of the pool's {pool:,} documents, of probability {least:.3f} and more. Of {tested:,.0f} "
-              "documents not learned from: precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}, calibration error "
-              "{calibration_error:.3f}".format(**manifest["retrieval"]))
+        print("retrieved {taken:,} of the pool's {pool:,} documents, of probability {least:.3f} and more. Of "
+              "{tested:,.0f} documents not learned from: precision {precision:.3f}, recall {recall:.3f}, "
+              "F1 {f1:.3f}, calibration error {calibration_error:.3f}".format(**manifest["retrieval"]))
     files = manifest["files"].values()
     kept, tokens = (sum(entry.get(what, 0) for entry in files) for what in ("documents", "tokens"))
-    print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, {manifest['heldout_apis']:,} APIs held "
-          f"out, vocabulary {manifest['vocab_size']:,}, {seconds:.0f} s"
-          + f", {tokens / max(1, seconds):,.0f} tokens/s" * (seconds >= 1))
+    print(f"{kept:,} of {kept + sum(manifest['dropped'].values()):,} records kept, "
+          f"{manifest['heldout_apis']:,} APIs held out, vocabulary {manifest['vocab_size']:,}, "
+          f"{seconds:.0f} s" + f", {tokens / max(1, seconds):,.0f} tokens/s" * (seconds >= 1))
 
 
 def show(args):
-    """Print documents of one bin after another, token by token in two shades; target tokens of tuning in green."""
+    """Print documents of one bin after another, token by token in two shades; target tokens of tuning in
+    green.
+    """
     try:
         corpus = Corpus(args.out)
     except ValueError as error:
@@ -1763,15 +1852,16 @@ def show(args):
             scores.append(f"learned {mask.mean():.0%}")
         if bin == "retrieved":
             scores.append(f"probability {corpus.read(bin, split, 'score')[number]:.3f}")
-        print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, {len(text) / len(ids):.1f} characters each; "
-              + ", ".join(scores))
+        print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, "
+              f"{len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
         tokens = [corpus.tokenizer.decode([i]) for i in ids.tolist()]
-        print("".join(coloured(token, n, target) for n, (token, target) in enumerate(zip(tokens, mask))) + "\n")
+        print("".join(map(coloured, tokens, range(len(tokens)), mask)) + "\n")
 
 
 def coloured(token, n, target):
-    """A token for a terminal; without one, or with NO_COLOR, tokens have a bar between them, and two after target
-    tokens."""
+    """A token for a terminal; without one, or with NO_COLOR, tokens have a bar between them, and two
+    after target tokens.
+    """
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         return token + ("‖" if target else "|")
     style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
