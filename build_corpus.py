@@ -349,16 +349,6 @@ def find_pieces(shards, hashes, pool):
             for shard in shards for start in range(0, shard.stat().st_size, PIECE)]
 
 
-def read_piece(piece):
-    """Yields the lines of a piece, each with the byte at which it begins."""
-    with open(piece.shard, "rb") as file:
-        if piece.start:
-            file.seek(piece.start - 1)
-            file.readline()  # the rest of a line that begins in the piece before
-        while (at := file.tell()) < piece.end and (line := file.readline()):
-            yield at, line.decode("utf-8", "replace").removesuffix("\n")
-
-
 def hash_of(*parts):
     """A name for what depends on these parts (JSON and arrays), and on this program."""
     content = json.dumps([program_hash(), *parts], default=lambda array: hashlib.sha256(array).hexdigest())
@@ -476,8 +466,9 @@ def clean_piece(path, piece):
     """
     rejected, masked, lines, index, apis, size = [], Counter(), [], [], set(), 0
     bands = [np.zeros((BANDS, 0), np.uint64)]
-    records = ((record, content_of(record)) for record in cleaned_records(piece, rejected, masked))
-    for batch in batches(records, lambda pair: len(pair[1]), 500_000):
+    records = (clean(record, masked) for record in read_records(piece, rejected))
+    texts = ((record, content_of(record)) for record in records)
+    for batch in batches(texts, lambda pair: len(pair[1]), 500_000):
         hashes, starts = shingle_hashes([text for _, text in batch])
         good = np.ones(len(batch), bool)
         for i, (record, text) in enumerate(batch):
@@ -501,20 +492,25 @@ def clean_piece(path, piece):
     write(path, np.array(index, INDEX))
 
 
-def cleaned_records(piece, rejected, masked):
-    """Yields the records of a piece, cleaned. A line that holds none is named, and joins the rejected."""
-    for at, line in read_piece(piece):
-        try:
-            record = Record.from_json(line)
-            if piece.pool and record.text is None:
-                raise ValueError("a conversation has no place in a pool")
-        except ValueError as error:
-            with open(piece.shard, "rb") as file:
+def read_records(piece, rejected):
+    """Yields the records in the lines of a piece. A line that holds none is named, and joins the rejected."""
+    with open(piece.shard, "rb") as file:
+        if piece.start:
+            file.seek(piece.start - 1)
+            file.readline()  # the rest of a line that begins in the piece before
+        while (at := file.tell()) < piece.end and (line := file.readline()):
+            try:
+                record = Record.from_json(line.decode("utf-8", "replace").removesuffix("\n"))
+                if piece.pool and record.text is None:
+                    raise ValueError("a conversation has no place in a pool")
+            except ValueError as error:
+                file.seek(0)
                 number = file.read(at).count(b"\n") + 1
-            print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
-            rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
-        else:
-            yield clean(record, masked)
+                file.readline()
+                print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
+                rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
+            else:
+                yield record
 
 
 def index_key(name):
@@ -682,6 +678,10 @@ class Documents:
         """The numbers of those chosen, in the order of a hash of their ids."""
         chosen = np.flatnonzero(chosen)
         return chosen[np.lexsort((self.index["id"][chosen], self.index["order"][chosen]))]
+
+    def of_split(self, bin, split):
+        """The numbers of the documents of a bin, in its order, once they are tokenized."""
+        return self.ordered(self.is_in(bin) & (self.tokens["split"] == 1 + SPLITS.index(split)))
 
     @property
     def kept(self):
@@ -1243,7 +1243,7 @@ class Tokenizer:
 
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32."""
-        arrays = [np.zeros(0, np.uint32)]
+        arrays = []
         for part in self.parts(text):
             for i, run in enumerate(self.find_added.split(part)):
                 if i % 2:  # added tokens that are not special count in text; flags take white space along
@@ -1251,7 +1251,7 @@ class Tokenizer:
                     arrays.append([token["id"]])
                 else:
                     arrays.append(self.encode_part(run))
-        return np.concatenate(arrays, dtype=np.uint32, casting="unsafe")
+        return np.concatenate(arrays).astype(np.uint32) if len(arrays) > 1 else arrays[0]
 
     def encode_part(self, text):
         """The ids of a text without added tokens. A byte that has no token is the unknown one or, if
@@ -1400,27 +1400,25 @@ class Tokenizer:
             added.append(kept.get((i, token), new))
         if self.base:
             return self.base | {"added_tokens": added}
-        content, symbol = json.loads(TOKENIZER_JSON), byte_symbols()
-        content["added_tokens"] = added
-        content["normalizer"] = {"type": self.normal_form} if self.normal_form else None
-        content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = self.pattern
+        normalizer, symbol = self.normal_form and {"type": self.normal_form}, byte_symbols()
         written = {token: "".join(symbol[b] for b in token) for token in self.ranks}
-        content["model"]["vocab"] = dict(zip(written.values(), self.ranks.values()))
-        content["model"]["merges"] = [
-            [written[half] for half in halves(token, self.ranks)] for token in written if len(token) > 1]
-        return content
+        vocabulary = dict(zip(written.values(), self.ranks.values()))
+        merged = [token for token in self.ranks if len(token) > 1]
+        merges = [[written[half] for half in halves(token, self.ranks)] for token in merged]
+        values = added, normalizer, self.pattern, vocabulary, merges
+        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, values)))
 
 
 TOKENIZER_JSON = """{
-"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+"version": "1.0", "truncation": null, "padding": null, "added_tokens": %s, "normalizer": %s,
 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-    {"type": "Split", "pattern": {"Regex": ""}, "behavior": "Isolated", "invert": false},
+    {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Isolated", "invert": false},
     {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]},
 "post_processor": null,
 "decoder": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false},
 "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
     "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
-    "vocab": {}, "merges": []}}"""
+    "vocab": %s, "merges": %s}}"""
 
 
 def added_pattern(token):
@@ -1637,18 +1635,15 @@ def assemble(out, documents, tokenized, heldout_apis, tokenizer):
     """Write the corpus from what the steps wrote, and remove of that what this corpus does not need.
     Returns the manifest.
     """
-    tokens = np.concatenate([np.load(path) for path in tokenized])  # (N,)
+    documents.tokenized, documents.tokens = tokenized, np.concatenate([np.load(path) for path in tokenized])
     tokenizer.save(out)
-    files, chats = {}, []
+    files = {}
     for bin in BINS:
-        mention = documents.kept & documents.is_in(bin) & (tokens["split"] == 0)
+        mention = documents.kept & documents.is_in(bin) & (documents.tokens["split"] == 0)
         documents.drop(mention, f"{bin} mentions a held-out API")
-        for number, split in enumerate(SPLITS, 1):
-            chosen = documents.ordered(documents.is_in(bin) & (tokens["split"] == number))
-            lengths, dtype = tokens["length"], tokenizer.dtype
-            files |= write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype)
-            if (bin, split) == ("instruction", "heldout"):
-                chats = [documents[i].to_json() for i in chosen]
+        for split in SPLITS:
+            files |= write_bin(out, bin, split, documents, tokenizer.dtype)
+    chats = [documents[i].to_json() for i in documents.of_split("instruction", "heldout")]
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
     write(out / "heldout.jsonl", "".join(chat + "\n" for chat in chats))
@@ -1660,7 +1655,7 @@ def assemble(out, documents, tokenized, heldout_apis, tokenizer):
     counts = {bin: files[f"{bin}.train.bin"]["tokens"] for bin in BINS}
     total = max(1, sum(counts.values()))
     return {
-        "vocab_size": tokenizer.vocab_size, "lost_bytes": int(tokens["lost"].sum()),
+        "vocab_size": tokenizer.vocab_size, "lost_bytes": int(documents.tokens["lost"].sum()),
         "tokenizer_sha256": sha256(out / "tokenizer.json"),
         "files": files, "heldout_apis": len(heldout_apis),
         "dropped": dict(sorted(reasons.items())), "masked": dict(sorted(masked.items())),
@@ -1694,18 +1689,19 @@ def account(documents):
     return reasons, sample_of(rejected), masked
 
 
-def write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype):
+def write_bin(out, bin, split, documents, dtype):
     """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen
     documents, in their order. Returns the manifest entries.
     """
-    starts = np.append(0, np.cumsum(lengths[chosen], dtype=np.int64))
+    chosen = documents.of_split(bin, split)
+    starts = np.append(0, np.cumsum(documents.tokens["length"][chosen], dtype=np.int64))
     entries = {}
     for suffix, (bins, stored) in FILES.items():
         if bin not in bins:
             continue
         path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
         if suffix in ("bin", "mask"):
-            copy_tokens(path, chosen, starts, lengths, documents, tokenized)
+            copy_tokens(path, chosen, starts, documents)
         else:
             array = starts if suffix == "idx" else documents.score[chosen]
             write(path, array.astype(stored).tobytes())
@@ -1715,22 +1711,23 @@ def write_bin(out, bin, split, chosen, lengths, documents, tokenized, dtype):
     return entries
 
 
-def copy_tokens(path, chosen, starts, lengths, documents, tokenized):
+def copy_tokens(path, chosen, starts, documents):
     """Fill a bin or a mask from what tokenize_piece() wrote, piece by piece: a document's tokens lie in
     its piece behind those of the documents before it, and go to where the document starts in the bin.
     """
     order = np.argsort(chosen)
     bounds = np.searchsorted(chosen[order], documents.first)
     with replacing(path) as file:
-        for n, part in enumerate(tokenized):
+        for n, part in enumerate(documents.tokenized):
             places = order[bounds[n]:bounds[n + 1]]
             if not len(places):
                 continue
-            tokens = np.load(part.with_suffix(f"{path.suffix}.npy"))
-            ends = np.cumsum(lengths[documents.first[n]:documents.first[n + 1]], dtype=np.int64)
-            for place, row in zip(places, chosen[places] - documents.first[n]):
+            tokens, first = np.load(part.with_suffix(f"{path.suffix}.npy")), documents.first[n]
+            ends = np.cumsum(documents.tokens["length"][first:documents.first[n + 1]], dtype=np.int64)
+            for place in places:
+                end = ends[chosen[place] - first]
                 file.seek(starts[place] * tokens.itemsize)
-                file.write(tokens[ends[row] - lengths[chosen[place]]:ends[row]])
+                file.write(tokens[end - (starts[place + 1] - starts[place]):end])
 
 
 class Corpus:
