@@ -379,10 +379,12 @@ def run_jobs(function, jobs, workers, name, shared=()):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     jobs = {job[0]: job for job in jobs}  # equal shards make equal jobs
     USED.update(map(key_of, jobs))
-    todo = [jobs[path] for path in [*jobs][rank::world] if not path.exists()]
+    todo, parent = [jobs[path] for path in [*jobs][rank::world] if not path.exists()], os.getpid()
 
     def run(part):
         for job in part:
+            if parent not in (os.getpid(), os.getppid()):
+                return  # the parent was killed, and may have been started anew
             function(*job, *shared)
 
     fork = multiprocessing.get_context("fork")
