@@ -95,7 +95,8 @@ def tune(run, init, corpus, args):
         merge(base, updates)
         transformer.save(base, run)
 
-    train(run, make_model, get_batch, batch_size, steps, held_out, options, corpus, args, save_merged if args.lora_rank else transformer.save)
+    save = save_merged if args.lora_rank else transformer.save
+    train(run, make_model, get_batch, held_out, options, corpus, args, save)
     if is_main():
         lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
         print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, {sum(lengths) / positions:.1%} of positions "

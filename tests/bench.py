@@ -174,7 +174,7 @@ def train_once(steps, windows, T, document_mask=True):
     with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
         run = Path(directory) / "run"
         pretrain.settle_options(run, {"steps": steps})
-        pretrain.train(run, lambda: transformer.Transformer(config), get_batch, windows, steps,
+        pretrain.train(run, lambda: transformer.Transformer(config), get_batch,
                        pretrain.held_out_windows(RandomTokens(), args, document_mask), {"steps": steps}, RandomTokens(), args)
         return [line for line in map(json.loads, (run / "metrics.jsonl").open()) if "tokens" in line]
 
