@@ -150,9 +150,8 @@ def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practi
     """
     bins = {name: corpus.read(name, "train") for name, weight in weights.items() if weight > 0}
     available = {name: (len(ids) - 1) // seq_len for name, ids in bins.items()}
-    for name, count in available.items():
-        if count < 1:
-            fail(f"{corpus.directory}: the domain {name} has no window of {seq_len} tokens to train on")
+    if missing := [name for name, count in available.items() if count < 1]:
+        fail(f"{corpus.directory}: the domain {missing[0]} has no window of {seq_len} tokens to train on")
     names, order, windows, epochs = plan_windows(available, weights, n_windows, seed)
 
     def get_batch(step, rows):
@@ -264,12 +263,12 @@ def forward_and_backward(model, wrapped, batch, n_targets, autocast, args):
     """
     total, (_, world) = torch.zeros((), device=args.device), rank_and_world()
     batch = [tensor.to(args.device, non_blocking=True) for tensor in batch]
-    for i in range(0, len(batch[0]), args.micro_batch):
-        last = i + args.micro_batch >= len(batch[0])
+    micro_batches = list(zip(*(tensor.split(args.micro_batch) for tensor in batch)))
+    for i, micro_batch in enumerate(micro_batches, 1):
         # DDP adds up over processes once, at the last.
-        with contextlib.nullcontext() if last or wrapped is model else wrapped.no_sync():
+        with contextlib.nullcontext() if i == len(micro_batches) or wrapped is model else wrapped.no_sync():
             with autocast:
-                loss = wrapped(*(tensor[i:i + args.micro_batch] for tensor in batch))
+                loss = wrapped(*micro_batch)
             (loss * (world / n_targets)).backward()  # DDP and FSDP average over processes
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -767,9 +766,9 @@ def validation(model, held_out, args, autocast):
         batch = rank_tensors(lambda rows: [a[rows] for a in arrays], len(arrays[0]))
         batch = [tensor.to(args.device) for tensor in batch]
         total = torch.zeros((), device=args.device)
-        for i in range(0, len(batch[0]), args.micro_batch):
+        for micro_batch in zip(*(tensor.split(args.micro_batch) for tensor in batch)):
             with autocast:
-                total += model(*(tensor[i:i + args.micro_batch] for tensor in batch))
+                total += model(*micro_batch)
         losses[domain] = all_reduce(total).item() / (arrays[1] >= 0).sum()
     return losses
 
@@ -869,6 +868,9 @@ class IndexUnpickler(pickle.Unpickler):
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
 
+STEP_LINE = ("loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {ms:,.0f} ms  {tokens_per_second:,.0f} "
+             "tokens/s  data wait {data_wait:.1%}  skipped {skipped}")
+
 
 class Metrics:
     """metrics.jsonl, cut back to the step that training goes on from; a dense line for each step; and Weights
@@ -894,10 +896,7 @@ class Metrics:
         if self.wandb:
             self.wandb.log(values, step=values["step"])
         if "tokens" in values:
-            line = "loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {ms:,.0f} ms"
-            line += "  {tokens_per_second:,.0f} tokens/s" + "  MFU {mfu:.1%}" * ("mfu" in values)
-            line += "  data wait {data_wait:.1%}" + "  skipped {skipped}" * (values["skipped"] > 0)
-            line = line.format(**values)
+            line = (STEP_LINE + "  MFU {mfu:.1%}" * ("mfu" in values)).format(**values)
         else:
             line = "held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in by_domain(values).items())
         tqdm.write(f"{self.run.name} {values['step']}/{self.steps}  {line}")
@@ -1034,7 +1033,7 @@ def scaling_law(corpus, args):
     laws = {form: Law(form, runs, code_share, draws=1000) for form in FORMS}
     report_runs(laws[chosen], r, runs, args)
     report_fits(laws, errors)
-    report_check(laws[chosen], laws["D-CPT"], r, check, args)
+    report_check(chosen, laws, r, check, args)
     if pyplot:
         draw_law(laws[chosen], laws["D-CPT"], r, check, args, pyplot)
 
@@ -1192,13 +1191,14 @@ def fit(form, x, y, rounds=60, tries=20):
 
 
 def left_out_error(form, runs, code_share):
-    """Root mean square error (nats) of the losses at each inner share, predicted from the runs at all others.
+    """Root mean square error (nats) of the losses at the inner shares, each predicted from the runs at all
+    others.
     """
     errors = []
     for r in sorted({run["ratio"] for run in runs})[1:-1]:
         law = Law(form, [run for run in runs if run["ratio"] != r], code_share)
         errors += [law.residuals(t, [run for run in runs if run["ratio"] == r]) for t in TARGETS]
-    return float(np.sqrt(np.mean(np.square(errors))))
+    return float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
 
 
 def report_runs(law, r, runs, args):
@@ -1230,8 +1230,8 @@ def report_fits(laws, errors):
     print(f"Chosen for its error on shares left out of the fit: {min(errors, key=errors.get)}")
 
 
-def report_check(law, d_cpt, r, check, args):
-    """Print what the check measured beside what D-CPT foretold, then the outcome in words."""
+def report_check(chosen, laws, r, check, args):
+    """Print what the check measured beside what D-CPT predicted, then the outcome in words."""
     ((n, d, size), _), = cells(check).items()
     best, *_ = ratios = list(dict.fromkeys(run["ratio"] for run in check))
     print(f"\nCheck at {size}, {d:,} tokens, of which nothing was fitted, {2 * args.seeds} seeds. "
@@ -1241,15 +1241,15 @@ def report_check(law, d_cpt, r, check, args):
     for x in ratios:
         line = f"{x:>7.3g}"
         for t in TARGETS:
-            line += f"{mean_loss(check, x, t):>9.3f} ({d_cpt.predict(t, x, n, d)[0, 0]:.3f})"
+            line += f"{mean_loss(check, x, t):>9.3f} ({laws['D-CPT'].predict(t, x, n, d)[0, 0]:.3f})"
         middle, low, high = difference(check, x, best)
         print(f"{line}{mean_loss(check, x, 'relative'):>10.4f}"
               + f"   {middle:+.4f} [{low:+.4f}, {high:+.4f}]" * (x != best))
 
-    curve = law.objective(r, n, d, args.weights)[0]
-    print(f"\nIn words: for {size} and {d:,} tokens the {law.form} law puts the best share of agent data at "
-          f"{best_share(law, r, n, d, args)}, D-CPT at {best_share(d_cpt, r, n, d, args)}, with "
-          f"{curve.min():.4f} of the base's loss against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1.")
+    curve = laws[chosen].objective(r, n, d, args.weights)[0]
+    found = " and ".join(f"{best_share(law, r, n, d, args)} by {form}" for form, law in laws.items())
+    print(f"\nIn words: for {size} and {d:,} tokens the best share of agent data is {found}. By {chosen} it "
+          f"has {curve.min():.4f} of the base's loss, against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1.")
     middle, low, high = difference(check, EQUAL, best)
     verdict = "beats" if low > 0 else "loses to" if high < 0 else "is not to be told from"
     print(f"Trained there, a share of {best:g} {verdict} 1 : 1 : 1, which has {middle:+.4f} [{low:+.4f}, "
@@ -1299,7 +1299,7 @@ def best_share(law, r, n, d, args):
 
 def draw_law(law, d_cpt, r, check, args, pyplot):
     """Draw out/scaling/scaling_law.png: runs as dots, the law as lines; the check as stars, and what D-CPT
-    foretold of it as broken lines.
+    predicted of it as broken lines.
     """
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
     shown = [(law, "o", "-", group) for group in cells(law.runs).items()]
@@ -1368,10 +1368,11 @@ def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
     remembered = 2 * c.n_layers * layer if half and not shard else 0
     begins = tokens * c.dim * (2 if shard and half else 4)  # what a layer begins with
     activations = kept + c.n_layers * begins if checkpointing else c.n_layers * kept
-    return {"weights": 4 * count // world + whole, "gradients": 4 * count // world + whole,
-            "optimizer": 8 * count // world, "activations": activations + remembered,
-            # in both types, with gradients
-            "logits": 16 * min(tokens * c.vocab_size, max(transformer.CHUNK, c.vocab_size))}
+    weights = 4 * count // world + whole
+    # In both types, with gradients.
+    logits = 16 * min(tokens * c.vocab_size, max(transformer.CHUNK, c.vocab_size))
+    return {"weights": weights, "gradients": weights, "optimizer": 8 * count // world,
+            "activations": activations + remembered, "logits": logits}
 
 
 # ------------------------------------------------------------------------------------------------------------
