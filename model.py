@@ -1,11 +1,13 @@
 """Step 3 of 6: the model, a decoder-only transformer in the manner of Llama, from scratch.
 
-In and out: a Hugging Face checkpoint directory (config.json and safetensors, in one file or several), which transformers
-loads as it is: of Llama (2 to 3.2, TinyLlama, SmolLM), Mistral, Qwen2, Qwen2.5 or Qwen3, without conversion.
-Run `python model.py` for a table of the presets; the other scripts import Config, Transformer, load, save and generate.
+In and out: a Hugging Face checkpoint directory (config.json and safetensors, in one file or several), which
+transformers loads as it is: of Llama (2 to 3.2, TinyLlama, SmolLM), Mistral, Qwen2, Qwen2.5 or Qwen3, without
+conversion. Run `python model.py` for a table of the presets; the other scripts import Config, Transformer,
+load, save and generate.
 
 RMSNorm (arXiv 1910.07467) before each sub-layer, rotary positions (arXiv 2104.09864), grouped-query attention
-(arXiv 2305.13245), SwiGLU (arXiv 2002.05202), no dropout. Parameters bear Hugging Face's names, so there is nothing to convert.
+(arXiv 2305.13245), SwiGLU (arXiv 2002.05202), no dropout. Parameters bear Hugging Face's names, so there is
+nothing to convert.
 
 Shapes: B sequences, T tokens, C = dim, H query heads, K key-value heads, D = head_dim, V = vocab_size.
 """
@@ -15,6 +17,7 @@ import math
 import mmap
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,14 +25,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-os.environ.setdefault("MKL_CBWR", "AUTO")  # else MKL does not promise that two runs round alike; costs nothing measurable
+# Without it, MKL does not promise that two runs round alike. It costs nothing measurable.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",  # has biases on q, k and v
+    "qwen3": "Qwen3ForCausalLM",  # has norms on q and k
+}
 
 
 @dataclasses.dataclass
 class Config:
-    """A model's shape, by the field's names; Hugging Face's are in HF_NAMES. The default is the tiny preset."""
+    """A model's shape, by the field's names (HF_NAMES has Hugging Face's). The default is the tiny preset."""
     vocab_size: int = 2048
     dim: int = 256
     n_layers: int = 3
@@ -37,19 +46,24 @@ class Config:
     n_kv_heads: int = 4
     head_dim: int = 64
     hidden_dim: int = 704               # of the feed-forward layer
-    max_seq_len: int = 2048
+    max_seq_len: int = 2048             # context length
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
-    model_type: str = "llama"           # one of FAMILIES: qwen2 has biases on q, k and v, qwen3 norms on q and k
+    model_type: str = "llama"           # one of FAMILIES
     attention_bias: bool = True         # of llama: biases on q, k, v and o, which Meta's models have not
-    rope_scaling: dict | None = None    # {"rope_type": "linear", "factor"} or Llama 3.1's, as config.json has it
+    rope_scaling: dict | None = None    # linear or Llama 3.1's, as config.json has it
     sliding_window: int | None = None   # of mistral: how many tokens one sees, itself included
 
     def to_hf(self, dtype="float32"):
         """The config.json that Hugging Face reads."""
-        config = {"architectures": [FAMILIES[self.model_type]], "model_type": self.model_type, "hidden_act": "silu", "torch_dtype": dtype,
-                  **{hf: getattr(self, name) for name, hf in HF_NAMES.items()}}
+        config = {
+            "architectures": [FAMILIES[self.model_type]],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            "torch_dtype": dtype,
+            **{hf: getattr(self, name) for name, hf in HF_NAMES.items()},
+        }
         if self.rope_scaling:
             config["rope_scaling"] = self.rope_scaling
         if self.model_type == "llama":
@@ -60,47 +74,11 @@ class Config:
 
     @classmethod
     def from_hf(cls, config):
-        """From the contents of a config.json. Raises ValueError naming the key and value that this model cannot represent."""
-        kind = config.get("model_type")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
-        if not isinstance(rope, dict):
-            raise ValueError(f"config.json: rope scaling {rope!r} is not an object")
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        accepted = {"model_type": tuple(FAMILIES), "hidden_act": ("silu", None), "mlp_bias": (False, None),
-                    "attention_bias": (False, None, kind == "llama"), "use_sliding_window": (False, None), "partial_rotary_factor": (1, None),
-                    "quantization_config": (None,)}
-        for key, values in accepted.items():
-            if config.get(key) not in values:
-                raise ValueError(f"config.json: {key} {config.get(key)!r} is not supported, only {', '.join(map(repr, values))}")
-        if rope_type not in ("default", "linear", "llama3") or rope.get("partial_rotary_factor", 1) != 1:
-            raise ValueError(f"config.json: rope scaling {rope!r} is not supported; linear and llama3 are")
-        known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
-        if "rope_theta" in rope:
-            known.setdefault("rope_theta", rope["rope_theta"])
-        for field in dataclasses.fields(cls):
-            if field.name in known and not sensible(known[field.name], field):
-                raise ValueError(f"config.json: {HF_NAMES[field.name]} {known[field.name]!r} is no model's")
-        heads = known.get("n_heads", 1)
-        absent = {"rope_theta": 10000.0, "tie_embeddings": False, "norm_eps": 1e-6,  # what Hugging Face takes
-                  "head_dim": 128 if kind == "qwen3" else known.get("dim", 0) // heads}                     # where a key is absent
-        if kind == "llama":
-            absent["n_kv_heads"] = heads
-        known = absent | known
-        if missing := [hf for name, hf in HF_NAMES.items() if name not in known]:
-            raise ValueError(f"config.json: {', '.join(missing)} missing")
-        scaling = None
-        if rope_type != "default":
-            wanted = ("factor",) if rope_type == "linear" else ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            wrong = [key for key in wanted if type(rope.get(key)) not in (int, float) or rope[key] <= 0]
-            if wrong:
-                raise ValueError(f"config.json: {', '.join(wrong)} of the rope scaling: no number above 0")
-            scaling = {"rope_type": rope_type, **{key: rope[key] for key in wanted}}
-        if known["n_heads"] % known["n_kv_heads"] or known["head_dim"] % 2:
-            raise ValueError("config.json: num_attention_heads no multiple of num_key_value_heads, or head_dim odd")
-        window = config.get("sliding_window", 4096) if kind == "mistral" else None
-        if window is not None and (type(window) is not int or window < 1):
-            raise ValueError(f"config.json: sliding_window {window!r} is no model's")
-        return cls(**known, model_type=kind, attention_bias=bool(config.get("attention_bias")), rope_scaling=scaling, sliding_window=window)
+        """From the contents of a config.json.
+
+        Raises ValueError naming the key and value that this model cannot represent.
+        """
+        return cls(**checked_fields(config))
 
 
 class Attention(nn.Module):
@@ -118,22 +96,19 @@ class Attention(nn.Module):
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
 
-    def forward(self, x, rope, segments=None, cache=None, mask=None):
+    def forward(self, x, rope, attend=None):
+        """rope: cosines and sines (B or 1, 1, T, D/2). attend: see choose_attention; by default causal."""
         B, T, _ = x.shape
         c = self.config
-        q = self.q_proj(x).view(B, T, -1, c.head_dim)                            # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, c.head_dim)                            # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)            # (B, K, T, D)
+        q = self.q_proj(x).view(B, T, -1, c.head_dim)                                # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, c.head_dim)                                # (B, T, K, D)
+        v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)                # (B, K, T, D)
         if c.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q.transpose(1, 2), *rope), rotate(k.transpose(1, 2), *rope)  # (B, H, T, D), (B, K, T, D)
-        keys_values = cache.append(k, v) if cache else (k, v)
-        if mask is not None:
-            y = attend(q, *keys_values, mask)
-        elif segments is not None:
-            y = packed_attention(q, k, v, segments, c.sliding_window)
-        else:
-            y = causal_attention(q, k, v, c.sliding_window)
+        q = rotate(q.transpose(1, 2), *rope)                                         # (B, H, T, D)
+        k = rotate(k.transpose(1, 2), *rope)                                         # (B, K, T, D)
+        attend = attend or partial(causal_attention, window=c.sliding_window)
+        y = attend(q, k, v)                                                          # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -176,18 +151,22 @@ class Transformer(nn.Module):
             "layers": nn.ModuleList(Block(config) for _ in range(config.n_layers)),
             "norm": nn.RMSNorm(config.dim, config.norm_eps)})
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
-        self.checkpointing = False  # recompute each layer's activations in the backward pass instead of keeping them
+        self.tie_weights()
+        self.checkpointing = False  # recompute each layer's activations in the backward pass, and keep none
         self.frequencies = rope_frequencies(config)  # no buffer, which .to(bfloat16) would round
         if not self.lm_head.weight.is_meta:  # else load() puts the weights in
             self.init_weights()
 
+    def tie_weights(self):
+        """Where the config says so, head and embedding are one matrix."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+
     @torch.no_grad()
     def init_weights(self):
-        """Normal with deviation 1/sqrt(dim); what writes to the residual stream starts at zero, so every block does nothing.
+        """Normal with deviation 1/sqrt(dim).
 
-        Embeddings of deviation 1 keep their differences while training moves them. An untied head begins as a faint copy.
+        What writes to the residual stream starts at zero, so every block does nothing.
         """
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
@@ -195,53 +174,54 @@ class Transformer(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=self.config.dim ** -0.5)
         if not self.config.tie_embeddings:
-            nn.init.normal_(self.model["embed_tokens"].weight)
-            self.lm_head.weight.copy_(0.03 * self.model["embed_tokens"].weight)
+            begin_as_faint_copy(self)
 
-    def forward(self, ids, targets=None, segments=None):
-        """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where target >= 0.
+    def forward(self, ids, targets=None, doc_ids=None):
+        """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where
+        target >= 0.
 
-        segments (B, T) number the documents of a packed window: no token sees another document. Positions need not restart,
-        since rotary attention depends on their differences alone.
+        doc_ids (B, T) number the documents of a packed sequence: no token sees another document. Positions
+        need not restart, since rotary attention depends on their differences alone.
         """
-        x = self.hidden(ids, segments)
-        return self.lm_head(x) if targets is None else head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        x = self.hidden(ids, doc_ids)
+        if targets is None:
+            return self.lm_head(x)
+        return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def hidden(self, ids, segments=None, caches=None, positions=None, mask=None):
-        """The last layer's normed output (B, T, C). caches, positions (B, T) and mask (B, 1, T, S) serve `generate`."""
+    def hidden(self, ids, doc_ids=None, positions=None, attends=None):
+        """The last layer's normed output (B, T, C).
+
+        For generation: positions (B, T), and attends, for each layer the function of q, k and v that attends.
+        """
         if positions is None:
             positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)[None]  # (1, T)
-            if ids.shape[1] <= SHORT and (segments is not None or compiled_for_cpu(ids)):
-                mask = positions <= positions.mT                                 # (T, T)
-                if self.config.sliding_window:
-                    mask = mask & (positions > positions.mT - self.config.sliding_window)
-                if segments is not None:
-                    mask = mask & (segments[:, :, None] == segments[:, None, :])  # (B, T, T)
-                mask = mask.view(-1, 1, *mask.shape[-2:])                        # (B or 1, 1, T, T)
-        angles = (positions[..., None] * self.frequencies.to(ids.device))[:, None]  # (B, 1, T, D/2)
+            attends = [choose_attention(self.config, positions, doc_ids)] * self.config.n_layers
+        angles = (positions[..., None] * self.frequencies.to(ids.device))[:, None]   # (B, 1, T, D/2)
         rope = angles.cos(), angles.sin()
-        x = self.model["embed_tokens"](ids)                                      # (B, T, C)
-        for i, layer in enumerate(self.model["layers"]):
+        x = self.model["embed_tokens"](ids)                                          # (B, T, C)
+        for layer, attend in zip(self.model["layers"], attends):
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rope, segments, None, mask, use_reentrant=False)
+                x = checkpoint(layer, x, rope, attend, use_reentrant=False)
             else:
-                x = layer(x, rope, segments, caches[i] if caches else None, mask)
+                x = layer(x, rope, attend)
         return self.model["norm"](x)
 
     def flops_per_token(self, seq_len):
-        """Of a training step: 6 per weight that multiplies (4 if it is frozen), and 12·layers·heads·head_dim·T for attention
-        (arXiv 2204.02311)."""
+        """Of a training step (arXiv 2204.02311): 6 per weight that multiplies (4 if it is frozen), and
+        12·layers·heads·head_dim·T for attention.
+        """
         c = self.config
-        flops = {n: (6 if p.requires_grad else 4) * p.numel() for n, p in self.named_parameters() if p.dim() == 2}
-        head = flops.pop("model.embed_tokens.weight")
-        return sum(flops.values()) + head * c.tie_embeddings + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
+        matrices = {name: p for name, p in self.named_parameters() if p.dim() == 2}
+        flops = {name: (6 if p.requires_grad else 4) * p.numel() for name, p in matrices.items()}
+        head = flops.pop(EMBEDDING) * c.tie_embeddings
+        return sum(flops.values()) + head + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
 
 
 def head_loss(x, weight, targets):
-    """Sum of the cross-entropies of x (N, C) times weight (V, C) against targets (N,), -100 where nothing is learned.
+    """Sum of the cross-entropies of x (N, C) times weight (V, C) against targets (N,), -100 for none.
 
-    The logits are made for a few tokens at a time, CHUNK numbers at most, and again in the backward pass, so that never all
-    of them are held. (F.linear_cross_entropy does this too, but not under torch.compile.)
+    The logits are made for a few tokens at a time, CHUNK numbers at most, and again in the backward pass, so
+    that never all of them are held. (F.linear_cross_entropy does this too, but not under torch.compile.)
     """
     def loss(x, targets):
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100, reduction="sum")
@@ -249,37 +229,48 @@ def head_loss(x, weight, targets):
     size = max(1, CHUNK // len(weight))
     if len(x) <= size:
         return loss(x, targets)
-    return sum(checkpoint(loss, a, b, use_reentrant=False) for a, b in zip(x.split(size), targets.split(size)))
+    chunks = zip(x.split(size), targets.split(size))
+    return sum(checkpoint(loss, *chunk, use_reentrant=False) for chunk in chunks)
 
 
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0, seed=0, choose=None):
-    """Continue each prompt (a list of ids) by max_new_tokens, as far as the model's positions go, or until a stop: an id or a list of ids.
-    Returns lists of ids, without the stop.
+    """Continue each prompt (a list of ids) by max_new_tokens, as far as the model's positions go, or until a
+    stop: an id or a list of ids. Returns lists of ids, without the stop.
 
-    temperature and top_p: see sample. choose(row, new_ids, logits) may pick a row's next id itself, for decoding under constraints.
+    temperature and top_p: see sample. choose(row, new_ids, logits) may pick a row's next id itself, for
+    decoding under constraints. Raises ValueError for a prompt that is empty or too long.
     """
-    longest, window = max(map(len, prompts)), model.config.max_seq_len
-    if longest > window or not min(map(len, prompts)):
-        raise ValueError(f"a prompt of {longest} tokens does not fit the model's {window} positions" if longest > window else "a prompt is empty")
+    longest, context_length = max(map(len, prompts)), model.config.max_seq_len
+    if longest > context_length:
+        raise ValueError(f"a prompt of {longest} tokens does not fit the model's {context_length} positions")
+    if not all(prompts):
+        raise ValueError("a prompt is empty")
     stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
-    limits = [min(max_new_tokens, window - len(p) + 1) for p in prompts]  # the last token needs no position
-    chances = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed)).tolist() if temperature else None
-    batch, output, running = Batch(model), [[] for _ in prompts], [limit > 0 for limit in limits]
-    rows, logits = list(range(len(prompts))), batch.add(prompts, max(limits))  # rows: which prompts those of the batch are
+    # The last token needs no position.
+    limits = [min(max_new_tokens, context_length - len(p) + 1) for p in prompts]
+    generator = torch.Generator().manual_seed(seed)
+    uniforms = torch.rand(len(prompts), max(limits), generator=generator).tolist()
+    output = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # which prompts the rows of the batch continue
+    running = set(rows)
+    batch = Batch(model)
+    logits = batch.add(prompts, max(limits))
     for at in range(max(limits)):
-        chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), [chances[row][at] for row in rows] if chances else None)
+        drawn = [uniforms[row][at] for row in rows]
+        chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), drawn)
         for i, row in enumerate(rows):
-            if running[row]:
+            if row in running:
                 if choose:
                     chosen[i] = choose(row, output[row], logits[i])
                 output[row].append(chosen[i])
                 ended = next((s for s in stops if output[row][-len(s):] == s), [])
-                running[row] = not ended and len(output[row]) < limits[row]
+                if ended or len(output[row]) == limits[row]:
+                    running.remove(row)
                 del output[row][len(output[row]) - len(ended):]
-        if not any(running):
+        if not running:
             break
-        left = [i for i, row in enumerate(rows) if running[row]]
+        left = [i for i, row in enumerate(rows) if row in running]
         if len(left) <= 0.75 * len(rows):  # else it is not worth the copying
             batch.keep(left)
             rows, chosen = [rows[i] for i in left], [chosen[i] for i in left]
@@ -288,10 +279,101 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
 
 
 # ============================================================================================================
-# Below: checks of a Config; the ways to attend; rotary positions; checkpoints; generation.
+# Below: checks of a Config; attention; checkpoints; generation; what is for tiny models only.
 
 # ------------------------------------------------------------------------------------------------------------
-# Configurations and attention
+# Configurations
+
+HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
+    "tiny": dict(),
+    "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192,
+               max_seq_len=8192, tie_embeddings=True, attention_bias=False),
+    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336,
+               max_seq_len=8192, attention_bias=False),
+}
+
+LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model; of other fields 2**24
+
+ROPE_SCALING = {  # the numbers that each type needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+def checked_fields(config):
+    """The fields of Config by name, from the contents of a config.json. Raises ValueError as from_hf."""
+    def require(right, fault):
+        if not right:
+            raise ValueError(f"config.json: {fault}")
+
+    kind = config.get("model_type")
+    accepted = {
+        "model_type": tuple(FAMILIES),
+        "hidden_act": ("silu", None),
+        "mlp_bias": (False, None),
+        "attention_bias": (False, None, kind == "llama"),
+        "use_sliding_window": (False, None),
+        "partial_rotary_factor": (1, None),
+        "quantization_config": (None,),
+    }
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
+    require(isinstance(rope, dict), f"rope scaling {rope!r} is not an object")
+    for key, values in accepted.items():
+        value = config.get(key)
+        require(value in values, f"{key} {value!r} is not supported, only {', '.join(map(repr, values))}")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    require(rope_type in tuple(ROPE_SCALING) and rope.get("partial_rotary_factor", 1) == 1,
+            f"rope scaling {rope!r} is not supported; linear and llama3 are")
+
+    known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
+    if "rope_theta" in rope:
+        known.setdefault("rope_theta", rope["rope_theta"])
+    for field in dataclasses.fields(Config):
+        if field.name in known:
+            value = known[field.name]
+            require(sensible(value, field), f"{HF_NAMES[field.name]} {value!r} is no model's")
+    heads = known.get("n_heads", 1)
+    absent = {  # what Hugging Face takes where a key is absent
+        "rope_theta": 10000.0,
+        "tie_embeddings": False,
+        "norm_eps": 1e-6,
+        "head_dim": 128 if kind == "qwen3" else known.get("dim", 0) // heads,
+    }
+    if kind == "llama":
+        absent["n_kv_heads"] = heads
+    known = absent | known
+    missing = [hf for name, hf in HF_NAMES.items() if name not in known]
+    require(not missing, f"{', '.join(missing)} missing")
+    require(known["n_heads"] % known["n_kv_heads"] == 0 and known["head_dim"] % 2 == 0,
+            "num_attention_heads no multiple of num_key_value_heads, or head_dim odd")
+
+    numbers = {key: rope.get(key) for key in ROPE_SCALING[rope_type]}
+    wrong = [key for key, value in numbers.items() if type(value) not in (int, float) or value <= 0]
+    require(not wrong, f"{', '.join(wrong)} of the rope scaling: no number above 0")
+    window = config.get("sliding_window", 4096) if kind == "mistral" else None
+    require(window is None or type(window) is int and window > 0, f"sliding_window {window!r} is no model's")
+    return known | {
+        "model_type": kind,
+        "attention_bias": bool(config.get("attention_bias")),
+        "rope_scaling": {"rope_type": rope_type, **numbers} if numbers else None,
+        "sliding_window": window,
+    }
 
 
 def sensible(value, field):
@@ -303,87 +385,78 @@ def sensible(value, field):
     return type(value) is int and 0 < value <= LARGEST.get(field.name, 2**24)
 
 
-LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model
-
-HF_NAMES = {"vocab_size": "vocab_size", "dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads",
-            "n_kv_heads": "num_key_value_heads", "head_dim": "head_dim", "hidden_dim": "intermediate_size",
-            "max_seq_len": "max_position_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-            "tie_embeddings": "tie_word_embeddings"}
-
-SHORT = 768  # windows up to this are packed by a mask, longer ones document by document: on a CPU a mask lets torch.compile keep a
-             # layer in one piece, and from 1,024 on loses to the pieces (tests/bench.py packing)
-
-PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
-    "tiny": dict(),
-    "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192, max_seq_len=8192, tie_embeddings=True,
-               attention_bias=False),
-    "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336, max_seq_len=8192, attention_bias=False),
-}
+# ------------------------------------------------------------------------------------------------------------
+# Attention: who sees whom, and how it is computed
 
 
-def attend(q, k, v, mask=None, causal=False):
-    """Fused attention of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
-    if mask is not None and q.shape[2] == k.shape[2] and q.dtype == torch.bfloat16 and compiled_for_cpu(q):
-        return compiled_attention(q, k, v, mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+def choose_attention(config, positions, doc_ids=None):
+    """How all layers attend in this forward pass: a function of q (B, H, T, D), k and v (B, K, T, D).
+
+    positions: (1, T). With doc_ids (B, T) no token sees another document.
+    """
+    T, window = positions.shape[1], config.sliding_window
+    if T <= SHORT and (doc_ids is not None or compiled_for_cpu(positions)):
+        mask = is_seen(positions.mT, positions, window)                              # (T, T)
+        if doc_ids is not None:
+            mask = mask & (doc_ids[:, :, None] == doc_ids[:, None, :])               # (B, T, T)
+        return partial(masked_attention, mask=mask.view(-1, 1, T, T))
+    if doc_ids is not None:
+        return partial(packed_attention, starts=document_starts(doc_ids), window=window)
+    return partial(causal_attention, window=window)
 
 
-def compiled_for_cpu(x):
-    """Whether torch.compile is at work, for a CPU."""
-    return x.device.type == "cpu" and torch.compiler.is_compiling()
+def is_seen(query, key, window=None):
+    """Whether the token at position `query` sees the one at `key`: it sees itself and those before it, or the
+    last `window` of them.
+    """
+    seen = key <= query
+    return seen & (key > query - window) if window else seen
 
 
-def compiled_attention(q, k, v, mask, block=128):
-    """The same for a causal mask (B or 1, 1, T, T), a block of queries at a time over the keys up to its end: what torch.compile makes of
-    this on a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention)."""
-    T, D = q.shape[2:]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))    # (B, H, T, D)
-    blocks = []
-    for a in range(0, T, block):
-        b = min(T, a + block)
-        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5             # (B, H, b - a, b)
-        weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
-        blocks.append(weights.to(v.dtype) @ v[:, :, :b])
-    return torch.cat(blocks, 2)
+def fused_attention(q, k, v, mask=None, causal=False):
+    """Of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def causal_attention(q, k, v, window=None):
-    """Each token sees itself and those before it, or the last `window` of them. Without a mask of T x T in either case."""
+    """Each token sees itself and those before it, or the last `window` of them. Without a mask of T x T."""
     T = q.shape[2]
     if window is None or T <= window:
-        return attend(q, k, v, causal=True)
-    # By blocks of as many queries as the window has tokens: a block sees its own keys and those of the block before it.
-    query, key = torch.arange(window, device=q.device)[:, None], torch.arange(2 * window, device=q.device) - window
-    seen = (key <= query) & (key > query - window)                               # (W, 2W)
-    blocks = []
+        return fused_attention(q, k, v, causal=True)
+    # By blocks of as many queries as the window has tokens: a block sees its own keys and the block before.
+    position, blocks = torch.arange(T, device=q.device), []
     for start in range(0, T, window):
-        first, end = max(0, start - window), min(T, start + window)
-        mask = seen[:end - start, first - start + window:end - start + window]
-        blocks.append(attend(q[:, :, start:end], k[:, :, first:end], v[:, :, first:end], mask))
+        queries, keys = slice(start, start + window), slice(max(0, start - window), start + window)
+        mask = is_seen(position[queries, None], position[keys], window)              # (up to W, up to 2W)
+        blocks.append(fused_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask))
     return torch.cat(blocks, 2)
 
 
-@torch.compiler.disable  # the number of documents differs from batch to batch
-def packed_attention(q, k, v, segments, window=None):
-    """Causal attention within each document of packed windows: none sees another. segments (B, T) number a row's documents.
+def document_starts(doc_ids):
+    """Whether each token (B, T) is the first of its document; on the CPU, that no layer waits for a GPU."""
+    return F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True).cpu()
 
-    One fused call a document: on a CPU torch 2.13 has no varlen_attn, and of FlexAttention only the forward pass, a third slower.
+
+@torch.compiler.disable  # the number of documents differs from batch to batch
+def packed_attention(q, k, v, starts, window=None):
+    """Causal attention within each document of packed sequences: none sees another.
+
+    starts (B, T): see document_starts. One fused call a document: on a CPU torch 2.13 has no varlen_attn, and
+    of FlexAttention only the forward pass, a third slower.
     """
     B, H, T, D = q.shape
-    first = F.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True).flatten()
-    bounds = [*first.nonzero()[:, 0].tolist(), B * T]
-    q, k, v = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))    # the rows one after another
-    y = torch.cat([causal_attention(q[:, :, a:b], k[:, :, a:b], v[:, :, a:b], window) for a, b in zip(bounds, bounds[1:])], 2)
+    bounds = starts.flatten().nonzero()[1:, 0]
+    in_a_row = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))
+    documents = zip(*(x.tensor_split(bounds, 2) for x in in_a_row))
+    y = torch.cat([causal_attention(*document, window) for document in documents], 2)
     return y.view(H, B, T, D).transpose(0, 1)
 
 
-CHUNK = 2**25  # logits that are held at a time
-
-
 def rope_frequencies(config):
-    """Angles (D/2,) by which a step of one position turns each pair of coordinates, scaled as the config says."""
-    f = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim)
+    """Angles (D/2,) by which a step of one position turns each pair of coordinates, scaled as config says."""
+    coordinates = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    f = config.rope_theta ** (-coordinates / config.head_dim)
     if scaling := config.rope_scaling:
         slow = f / scaling["factor"]  # stretches the context: position interpolation (arXiv 2306.15595)
         if scaling["rope_type"] == "linear":
@@ -396,45 +469,65 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary position embedding of x (B, H, T, D), in Hugging Face's layout: coordinate i turns with coordinate i + D/2."""
+    """Rotary position embedding of x (B, H, T, D), in Hugging Face's layout: pairs are i and i + D/2."""
     left, right = x.float().chunk(2, -1)
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+CHUNK = 2**25  # logits that head_loss holds at a time
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints: a Hugging Face directory
+
+EMBEDDING = "model.embed_tokens.weight"
+SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def save(model, directory, weights=None, shard_bytes=5 * 10**9):
-    """Write config.json and the weights, in the type they have: model.safetensors, or several such files and their index.
+    """Write config.json and the weights, in the type they have: model.safetensors, or several such files and
+    their index.
 
-    weights: by name, where the model itself holds only a part of each. The file that makes the directory valid appears last, whole or
-    not at all.
+    weights: by name, where the model itself holds only a part of each. The file that makes the directory
+    valid appears last, whole or not at all.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     weights = weights or dict(model.named_parameters())
-    tensors = {n: weights[n].detach().cpu().contiguous() for n, _ in model.named_parameters()}  # a tied head is listed once
+    names = [name for name, _ in model.named_parameters()]  # a tied head is listed once
+    tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write(directory / "config.json", [json.dumps(model.config.to_hf(dtype), indent=1).encode()])
-    shards, size = [{}], 0
-    for name, t in tensors.items():
-        if size and size + t.nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = t
-        size += t.nbytes
+    shards = in_groups(names, [t.nbytes for t in tensors.values()], shard_bytes)
     single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if len(shards) == 1:
         write_safetensors(tensors, single)
         index.unlink(missing_ok=True)
         return
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):
-        write_safetensors(shard, directory / file)
-    weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
-    write(index, [json.dumps({"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}).encode()])
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        write_safetensors({name: tensors[name] for name in shard}, directory / file)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(t.nbytes for t in tensors.values())
+    write(index, [json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}).encode()])
     single.unlink(missing_ok=True)
+
+
+def in_groups(items, sizes, limit):
+    """Lists of consecutive items whose sizes add up to `limit` at most; a larger one has a list of its own.
+
+    >>> in_groups("abcd", [2, 3, 9, 1], 5)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    groups, total = [[]], 0
+    for item, size in zip(items, sizes):
+        if groups[-1] and total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(item)
+        total += size
+    return groups
 
 
 def load(directory, device="cpu", dtype=torch.float32):
@@ -463,49 +556,44 @@ def load(directory, device="cpu", dtype=torch.float32):
             if name not in expected:
                 raise ValueError(f"{file}: tensor {name} is unknown to this model")
             if tensor.shape != expected[name].shape:
-                raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+                shape = tuple(expected[name].shape)
+                raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}")
             tensor = tensor.to(device, dtype or tensor.dtype)
             if name == EMBEDDING and name in tensors and not torch.equal(tensors[name], tensor):
                 raise ValueError(f"{file}: the head differs from the embedding, but config.json ties them")
             tensors[name] = tensor
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{directory}: tensor {missing[0]} is missing" + f", and {len(missing) - 1} more" * (len(missing) > 1))
+        more = f", and {len(missing) - 1} more" * (len(missing) > 1)
+        raise ValueError(f"{directory}: tensor {missing[0]} is missing{more}")
     model.load_state_dict(tensors, assign=True, strict=False)
-    if config.tie_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
+    model.tie_weights()
     return model.requires_grad_()
 
 
 @torch.no_grad()
 def grow_vocabulary(model, size, pieces):
-    """Make room for `size` tokens. The row of an added token starts as the mean of its pieces' rows, other rows as the mean of all.
+    """Make room for `size` tokens. The row of an added token starts as the mean of its pieces' rows, other
+    rows as the mean of all.
 
-    pieces: {id of an added token: ids of its text in the vocabulary as it was}. From the mean of all rows, a token would
-    start as likely as the average one, and a short tuning would hardly ever write it.
+    pieces: {id of an added token: ids of its text in the vocabulary as it was}. From the mean of all rows, a
+    token would start as likely as the average one, and a short tuning would hardly ever write it.
     """
-    layers = [model.model["embed_tokens"]] + [model.lm_head] * (not model.config.tie_embeddings)
-    for layer in layers:
+    for layer in [model.model["embed_tokens"]] + [model.lm_head] * (not model.config.tie_embeddings):
         old = layer.weight.detach()
         new = []
         for i in range(len(old), size):
             known = [piece for piece in pieces.get(i, []) if piece < len(old)]
             new.append(old[known or slice(None)].mean(0))
         layer.weight = nn.Parameter(torch.cat([old, torch.stack(new)]))
-    if model.config.tie_embeddings:
-        model.lm_head.weight = model.model["embed_tokens"].weight
+    model.tie_weights()
     model.config.vocab_size = size
-
-
-EMBEDDING = "model.embed_tokens.weight"
-SAFETENSORS_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def write(path, pieces):
     """Write pieces of bytes to a file, which appears whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        for piece in pieces:
-            file.write(piece)
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -525,19 +613,23 @@ def read_json(path):
 
 
 def write_safetensors(tensors, path):
-    """The safetensors format: the header's length as a little-endian uint64, the header as JSON, the tensors' bytes."""
+    """The safetensors format: the header's length (little-endian uint64), the header as JSON, the bytes."""
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
-        offset += t.nbytes
+        end = offset + t.nbytes
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # mapped tensors begin at 64 bytes, as MKL wants them for equal rounding
-    write(path, [len(text).to_bytes(8, "little"), text, *(t.view(-1).view(torch.uint8).numpy().data for t in tensors.values())])
+    # Mapped tensors begin at 64 bytes, as MKL wants them for equal rounding.
+    text += b" " * (-(8 + len(text)) % 64)
+    data = [t.view(-1).view(torch.uint8).numpy().data for t in tensors.values()]
+    write(path, [len(text).to_bytes(8, "little"), text, *data])
 
 
 def read_safetensors(path):
-    """Yields the name and tensor of each entry of a safetensors file, mapped into memory: its bytes are read when first used.
+    """Yields the name and tensor of each entry of a safetensors file, mapped into memory: its bytes are read
+    when first used.
 
     Raises ValueError if the file is not what its header says: entries must follow each other and fill it.
     """
@@ -559,146 +651,207 @@ def read_safetensors(path):
             )
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
-        at = 0
+        at, room = 0, total - 8 - size
         for start, end, name, kind, shape in entries:
             if kind not in SAFETENSORS_TYPES:
-                raise ValueError(f"{path}: tensor {name} has dtype {kind} ({', '.join(SAFETENSORS_TYPES)} are read)")
-            dtype = SAFETENSORS_TYPES[kind]
-            if start != at or end > total - 8 - size or min(shape, default=0) < 0 or end - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{path}: tensor {name} is truncated or misplaced: bytes {start} to {end} of {total - 8 - size}, shape {shape}")
-            at = end
-        if at != total - 8 - size:
-            raise ValueError(f"{path}: {total - 8 - size - at} bytes belong to no tensor")
-        for start, end, name, kind, shape in entries:
-            if start == end:
-                yield name, torch.empty(shape, dtype=SAFETENSORS_TYPES[kind])
-                continue
-            start, end = start + 8 + size, end + 8 + size
-            page = start - start % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)  # what is written to stays private
-            yield name, torch.frombuffer(mapped, dtype=SAFETENSORS_TYPES[kind], count=math.prod(shape), offset=start - page).view(shape)
+                known = ", ".join(SAFETENSORS_TYPES)
+                raise ValueError(f"{path}: tensor {name} has dtype {kind} ({known} are read)")
+            dtype, count = SAFETENSORS_TYPES[kind], math.prod(shape)
+            whole = end - start == count * dtype.itemsize and min(shape, default=0) >= 0
+            if start != at or end > room or not whole:
+                raise ValueError(f"{path}: tensor {name} is truncated or misplaced: "
+                                 f"bytes {start} to {end} of {room}, shape {shape}")
+            at, tensor = end, torch.empty(0, dtype=dtype)
+            if count:
+                start, end = start + 8 + size, end + 8 + size
+                page = start - start % mmap.ALLOCATIONGRANULARITY
+                # What is written to a mapped tensor stays private.
+                mapped = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
+                tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page)
+            yield name, tensor.view(shape)
+        if at != room:
+            raise ValueError(f"{path}: {room - at} bytes belong to no tensor")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Generation
 
 PREFILL = 2048  # tokens of prompts that are read at a time: what they activate should fit a CPU's cache
 
 
-class KVCache:
-    """Keys and values (B, K, S, D) of one layer. Rows end at the same place, `size`, so that all put their next token at one."""
+def prefill(model, prompts):
+    """Read prompts (lists of ids) as the documents of one packed sequence, without padding.
 
-    def __init__(self, config, device, dtype):
-        self.k, self.v = (torch.zeros(0, config.n_kv_heads, 0, config.head_dim, device=device, dtype=dtype) for _ in range(2))
-        self.size = 0
+    Returns the logits (N, V) of what follows each, and for every layer the keys of each prompt, N tensors
+    (K, tokens, D), and then the values.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    keys_values = []
 
-    def arrange(self, rows, before, spare, below=0):
-        """Keep these rows, with `before` more places in front (fewer, if negative), room for `spare` tokens, and `below` more rows."""
-        self.k, self.v = (F.pad(x[rows, :, :self.size], (0, 0, before, spare, 0, 0, 0, below)) for x in (self.k, self.v))
-        self.size += before
+    def attend(q, k, v):
+        keys_values.extend(x[0].split(lengths, 1) for x in (k, v))
+        return packed_attention(q, k, v, starts, model.config.sliding_window)
 
-    def append(self, k, v):
-        """A token a row (B, K, 1, D). Returns what is there so far."""
-        if self.size == self.k.shape[2]:
-            self.arrange(slice(None), 0, 16 + self.size // 4)
-        self.k[:, :, self.size], self.v[:, :, self.size] = k[:, :, 0], v[:, :, 0]
-        self.size += 1
-        return self.k[:, :, :self.size], self.v[:, :, :self.size]
+    with model.lm_head.weight.device:
+        ids = torch.tensor([[i for prompt in prompts for i in prompt]])              # (1, T)
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]              # (1, T)
+        last = torch.tensor(lengths).cumsum(0) - 1                                   # (N,)
+    starts = (positions == 0).cpu()
+    x = model.hidden(ids, positions=positions, attends=[attend] * model.config.n_layers)[0, last]
+    return model.lm_head(x).float(), keys_values
 
 
-class Prompts:
-    """Stands for a layer's cache while prompts are read, one after another (1, K, N, D): each sees itself alone."""
+def decode_one_token(model, ids, positions, cache, mask):
+    """The logits (B, V) of what follows a token a row: ids and positions (B, 1).
 
-    def append(self, k, v):
-        self.kept = k, v
-        return k, v
+    cache: keys and values in turn, of each layer (B, K, S, D). Those of the tokens are put at the last place
+    that mask (B, 1, 1, up to S) has; it is -inf where a row has no token.
+    """
+    size = mask.shape[-1]
+
+    def attend(q, k, v, keys, values):
+        keys[:, :, size - 1], values[:, :, size - 1] = k[:, :, 0], v[:, :, 0]
+        return fused_attention(q, keys[:, :, :size], values[:, :, :size], mask)
+
+    layers = zip(cache[::2], cache[1::2])
+    attends = [partial(attend, keys=keys, values=values) for keys, values in layers]
+    x = model.hidden(ids, positions=positions, attends=attends)
+    return model.lm_head(x[:, 0]).float()
 
 
 class Batch:
-    """Texts that are continued together, a token of each at a time, in inference mode. Others may join, and those that have ended leave.
+    """Texts that are continued together, a token of each at a time, in inference mode. Others may join, and
+    those that have ended leave.
 
-    Each is continued as it would be alone: prompts are read as packed windows, without padding, and every row has its own positions.
+    Each is continued as it would be alone. In the cache, all rows end at the same place, `size`, so that all
+    put their next token at one; every row has its own positions.
     """
 
     def __init__(self, model):
-        self.model, self.device = model, model.lm_head.weight.device
-        self.caches = [KVCache(model.config, self.device, model.lm_head.weight.dtype) for _ in range(model.config.n_layers)]
-        self.lengths = torch.zeros(0, dtype=torch.long, device=self.device)                   # (B,): tokens of each row
-        self.mask = None                                                                      # (B, 1, 1, S): -inf where nothing is seen
+        c, weight = model.config, model.lm_head.weight
+        self.model, self.size = model, 0
+        self.lengths = torch.zeros(0, dtype=torch.long, device=weight.device)  # (B,): tokens of each row
+        # Keys and values in turn, of each layer (B, K, S, D).
+        self.cache = [weight.new_zeros(0, c.n_kv_heads, 0, c.head_dim) for _ in range(2 * c.n_layers)]
+
+    def resize(self, rows, size, spare, new_lengths=()):
+        """Keep these rows, so that they end at place `size`, with room for `spare` tokens. Below come new
+        rows of these lengths.
+        """
+        padding = (0, 0, size - self.size, spare, 0, 0, 0, len(new_lengths))
+        for i, x in enumerate(self.cache):
+            self.cache[i] = F.pad(x[rows, :, :self.size], padding)
+        self.size = size
+        self.lengths = torch.cat([self.lengths[rows], self.lengths.new_tensor(new_lengths)])
+        first = (size - self.lengths)[:, None, None, None]                           # where each row begins
+        places = torch.arange(size + spare, device=first.device)
+        self.mask = torch.where(places < first, -math.inf, 0.0).to(self.cache[0].dtype)  # (B, 1, 1, S)
 
     def add(self, prompts, spare=64):
-        """Read prompts (lists of ids), as rows beneath those there are. Returns the logits (N, V) of what follows each.
+        """Read prompts (lists of ids), as rows below those there are. Returns the logits (N, V) after each.
 
-        spare: tokens that will follow; more may, but then the caches have to grow.
+        spare: tokens that will follow; more may, but then the cache has to grow.
         """
-        first, size, groups, self.mask = len(self.lengths), self.caches[0].size, [[]], None
-        end = max(size, *map(len, prompts))
-        self.lengths = torch.cat([self.lengths, torch.tensor([len(p) for p in prompts], device=self.device)])
-        for cache in self.caches:
-            cache.arrange(slice(None), end - size, spare, below=len(prompts))
-        for row, prompt in enumerate(prompts, first):
-            if groups[-1] and sum(len(p) for _, p in groups[-1]) + len(prompt) > PREFILL:
-                groups.append([])
-            groups[-1].append((row, prompt))
-        return torch.cat([self.read(*zip(*group), end) for group in groups])
-
-    def read(self, rows, prompts, end):
-        """Read some prompts into their rows, so that they end at the place `end`."""
-        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        segments = torch.arange(len(rows), device=self.device).repeat_interleave(lengths)     # (N,): whose token it is
-        positions = torch.arange(len(segments), device=self.device) - (lengths.cumsum(0) - lengths)[segments]
-        rows, places = torch.tensor(rows, device=self.device)[segments], positions + (end - lengths)[segments]
-        read = [Prompts() for _ in self.caches]
-        ids = torch.tensor([[i for p in prompts for i in p]], device=self.device)             # (1, N)
-        x = self.model.hidden(ids, segments[None], read, positions[None])[0, lengths.cumsum(0) - 1]  # (B, C)
-        for cache, (k, v) in zip(self.caches, (r.kept for r in read)):
-            cache.k[rows, :, places], cache.v[rows, :, places] = k[0].transpose(0, 1), v[0].transpose(0, 1)
-        return self.model.lm_head(x).float()
+        lengths = [len(prompt) for prompt in prompts]
+        row, logits = len(self.lengths), []
+        self.resize(slice(None), max(self.size, *lengths), spare, lengths)
+        for group in in_groups(prompts, lengths, PREFILL):
+            group_logits, keys_values = prefill(self.model, group)
+            logits.append(group_logits)
+            for x, new in zip(self.cache, keys_values):
+                for i, prompt in enumerate(new, row):                                # (K, tokens, D)
+                    x[i, :, self.size - prompt.shape[1]:self.size] = prompt
+            row += len(group)
+        return torch.cat(logits)
 
     def step(self, ids):
         """Go on by a token a row. Returns the logits (B, V) of what follows."""
-        size, window = self.caches[0].size + 1, self.model.config.sliding_window
-        if self.mask is None or self.mask.shape[-1] < size or window:
-            first = (size - 1 - self.lengths).clamp(min=size - (window or size))              # (B,): the first place that each row sees
-            unseen = torch.arange(size + 64, device=self.device) < first[:, None]
-            self.mask = torch.zeros(unseen.shape, dtype=self.caches[0].k.dtype, device=self.device).masked_fill_(unseen, -math.inf)[:, None, None]
-        ids = torch.tensor(ids, device=self.device)[:, None]
-        x = self.model.hidden(ids, None, self.caches, self.lengths[:, None], self.mask[..., :size])[:, 0]
+        if self.size == self.mask.shape[-1]:
+            self.resize(slice(None), self.size, 16 + self.size // 4)
+        self.size += 1
+        if window := self.model.config.sliding_window:
+            self.mask[..., :max(0, self.size - window)] = -math.inf
+        ids = self.lengths.new_tensor(ids)[:, None]
+        mask = self.mask[..., :self.size]
+        logits = decode_one_token(self.model, ids, self.lengths[:, None], self.cache, mask)
         self.lengths += 1
-        return self.model.lm_head(x).float()
+        return logits
 
     def keep(self, rows):
         """Let go of all rows but these."""
-        rows = torch.tensor(rows, dtype=torch.long, device=self.device)
-        self.lengths, self.mask = self.lengths[rows], None
-        before = int(self.lengths.max()) - self.caches[0].size if len(rows) else -self.caches[0].size
-        for cache in self.caches:
-            cache.arrange(rows, before, cache.k.shape[2] - cache.size)
+        size = max(self.lengths[rows].tolist(), default=0)
+        self.resize(rows, size, self.mask.shape[-1] - self.size)
 
 
-def sample(logits, temperature, top_p, chances):
-    """A token a row, a list of ids, from logits (B, V). temperature, top_p and chances (in [0, 1)): a list each, a number a row.
+def sample(logits, temperature, top_p, uniforms):
+    """A token a row, a list of ids, from logits (B, V). temperature, top_p and uniforms (in [0, 1)): a list
+    each, a number a row.
 
-    Temperature 0 takes the likeliest; else one is drawn from the fewest tokens that have probability top_p together (arXiv 1904.09751).
+    Temperature 0 takes the likeliest; else one is drawn from the fewest tokens that have probability top_p
+    together (arXiv 1904.09751).
     """
     likeliest = logits.argmax(-1)
     if not any(temperature):
         return likeliest.tolist()
-    temperature, top_p, chances = torch.tensor([temperature, top_p, chances], dtype=torch.float32, device=logits.device)[..., None]  # (B, 1) each
+    options = torch.tensor([temperature, top_p, uniforms], dtype=torch.float32, device=logits.device)
+    temperature, top_p, uniforms = options[..., None]                                # (B, 1) each
     logits = logits - logits.amax(-1, keepdim=True)  # else a small temperature would make them infinite
     p, order = (logits / temperature.clamp(min=1e-9)).softmax(-1).sort(descending=True)
     total = p.cumsum(-1)
-    kept = (total - p < top_p).sum(-1, keepdim=True).clamp(min=1)                             # (B, 1)
-    place = (total <= chances * total.gather(1, kept - 1)).sum(-1, keepdim=True)
+    kept = (total - p < top_p).sum(-1, keepdim=True).clamp(min=1)                    # (B, 1)
+    place = (total <= uniforms * total.gather(1, kept - 1)).sum(-1, keepdim=True)
     drawn = order.gather(1, torch.minimum(place, kept - 1))
     return torch.where(temperature > 0, drawn, likeliest[:, None])[:, 0].tolist()
 
 
+# ------------------------------------------------------------------------------------------------------------
+# For tiny models only, which are trained on a CPU
+
+# Sequences up to this are packed by a mask, longer ones document by document: on a CPU a mask lets
+# torch.compile keep a layer in one piece, and from 1,024 on loses to the pieces (tests/bench.py packing).
+SHORT = 768
+
+
+def begin_as_faint_copy(model):
+    """Embeddings of deviation 1 keep their differences while training moves them; the head copies them."""
+    nn.init.normal_(model.model["embed_tokens"].weight)
+    model.lm_head.weight.copy_(0.03 * model.model["embed_tokens"].weight)
+
+
+def compiled_for_cpu(x):
+    """Whether torch.compile is at work, for a CPU."""
+    return x.device.type == "cpu" and torch.compiler.is_compiling()
+
+
+def masked_attention(q, k, v, mask):
+    """Fused attention under a causal mask (B or 1, 1, T, T), or what is faster on a CPU in bfloat16."""
+    if q.dtype == torch.bfloat16 and compiled_for_cpu(q):
+        return compiled_attention(q, k, v, mask)
+    return fused_attention(q, k, v, mask)
+
+
+def compiled_attention(q, k, v, mask, block=128):
+    """The same, a block of queries at a time over the keys up to its end: what torch.compile makes of this on
+    a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention).
+    """
+    T, D = q.shape[2:]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))        # (B, H, T, D)
+    blocks = []
+    for a in range(0, T, block):
+        b = min(T, a + block)
+        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5                 # (B, H, b - a, b)
+        weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
+        blocks.append(weights.to(v.dtype) @ v[:, :, :b])
+    return torch.cat(blocks, 2)
+
+
 if __name__ == "__main__":
-    print(f"{'preset':<8} {'layers':>6} {'dim':>6} {'heads':>6} {'kv':>4} {'parameters':>16}   (vocabulary of --vocab-size, default 128,256)")
     vocab_size = int(sys.argv[2]) if sys.argv[1:2] == ["--vocab-size"] else 128_256
+    print(f"{'preset':<8} {'layers':>6} {'dim':>6} {'heads':>6} {'kv':>4} {'parameters':>16}"
+          "   (vocabulary of --vocab-size, default 128,256)")
     for name, preset in PRESETS.items():
         with torch.device("meta"):
             model = Transformer(Config(vocab_size=vocab_size, **preset))
         c = model.config
-        print(f"{name:<8} {c.n_layers:>6} {c.dim:>6} {c.n_heads:>6} {c.n_kv_heads:>4} {sum(p.numel() for p in model.parameters()):>16,}")
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{name:<8} {c.n_layers:>6} {c.dim:>6} {c.n_heads:>6} {c.n_kv_heads:>4} {count:>16,}")

@@ -249,7 +249,7 @@ def test_packed_documents_do_not_see_each_other(options, short, monkeypatch):
     ids, segments = torch.randint(97, (2, 20)), torch.tensor([[0] * 8 + [1] * 12, [0] * 3 + [1] * 10 + [-1] * 7])
     changed = ids.clone()
     changed[0, :8] = torch.randint(97, (8,))
-    before, after = model(ids, segments=segments), model(changed, segments=segments)
+    before, after = model(ids, doc_ids=segments), model(changed, doc_ids=segments)
     assert torch.equal(before[0, 8:], after[0, 8:]) and torch.equal(before[1], after[1])
     assert not torch.equal(model(ids)[0, 8:13], model(changed)[0, 8:13])  # without segments they do
     torch.testing.assert_close(before[0, 8:], model(ids[:1, 8:])[0], atol=1e-5, rtol=1e-5)
@@ -264,7 +264,7 @@ def test_attention_in_blocks_equals_a_banded_mask():
     position = torch.arange(37)
     for window in (1, 5, 8, 36, 37, 50):
         band = (position[None] <= position[:, None]) & (position[None] > position[:, None] - window)
-        torch.testing.assert_close(transformer.causal_attention(q, k, v, window), transformer.attend(q, k, v, band))
+        torch.testing.assert_close(transformer.causal_attention(q, k, v, window), transformer.fused_attention(q, k, v, band))
 
 
 @pytest.mark.parametrize("T, heads", [(300, 2), (128, 4), (50, 4)])
@@ -273,7 +273,7 @@ def test_compiled_attention(T, heads):
     q, k, v = (torch.randn(2, h, T, 16, requires_grad=True) for h in (4, heads, heads))
     segments = (torch.rand(2, T) < 0.02).cumsum(1)
     mask = (torch.ones(T, T, dtype=torch.bool).tril() & (segments[:, :, None] == segments[:, None]))[:, None]
-    ours, kernel = transformer.compiled_attention(q, k, v, mask), transformer.attend(q, k, v, mask)
+    ours, kernel = transformer.compiled_attention(q, k, v, mask), transformer.fused_attention(q, k, v, mask)
     torch.testing.assert_close(ours, kernel)
     g = torch.randn_like(ours)
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(kernel, (q, k, v), g)):
