@@ -1,20 +1,23 @@
 """Step 5 of 6: instruction tuning on tool-use conversations, the same for every model compared.
 
-In:   out/stage2 and out/control-stage2 (pretrain.py), or any checkpoint directory with --init; the conversations of data/corpus
-      (build_corpus.py), or of chat records given with --data, in any format that collect.py knows
-Out:  out/ours and out/control, or out/<name>: Hugging Face checkpoint directories with chat template and stop tokens, in the
-      form that transformers and `vllm serve DIR --enable-auto-tool-choice --tool-call-parser hermes` read
+In:   out/stage2 and out/control-stage2 (pretrain.py), or any checkpoint directory with --init; the
+      conversations of data/corpus (build_corpus.py), or of chat records given with --data, in any format that
+      collect.py knows
+Out:  out/ours and out/control, or out/<name>: Hugging Face checkpoint directories with chat template and stop
+      tokens, in the form that transformers and
+      `vllm serve DIR --enable-auto-tool-choice --tool-call-parser hermes` read
 
 Laptop:    python finetune.py
-One GPU:   python finetune.py --init DIR --data chats.jsonl --epochs 3 --seq-len 4096 --batch-tokens 131072 --micro-batch 1 \\
-               --lora-rank 16 --lr 2e-4 --attention-lr 1 --activation-checkpointing
-One node:  torchrun --nproc_per_node=8 finetune.py --init DIR --name tuned --shard --epochs 2 --seq-len 8192 --batch-tokens 1048576 \\
-               --micro-batch 1 --lr 1e-5 --attention-lr 1 --activation-checkpointing
+One GPU:   python finetune.py --init DIR --data chats.jsonl --epochs 3 --seq-len 4096 --batch-tokens 131072 \\
+               --micro-batch 1 --lora-rank 16 --lr 2e-4 --attention-lr 1 --activation-checkpointing
+One node:  torchrun --nproc_per_node=8 finetune.py --init DIR --name tuned --shard --epochs 2 \\
+               --seq-len 8192 --batch-tokens 1048576 --micro-batch 1 --lr 1e-5 --attention-lr 1 \\
+               --activation-checkpointing
 Look:      python finetune.py --show 3
 
-The loss is on what the assistant writes: its words, its thoughts, its calls and the end of its turn. Conversations are packed into
-windows whole; none sees another. What is longer than a window is left out and counted. The loop is pretrain.py's: killed or stopped,
-the same command goes on.
+The loss is on what the assistant writes: its words, its thoughts, its calls and the end of its turn.
+Conversations are packed into windows whole; none sees another. What is longer than a window is left out and
+counted. The loop is pretrain.py's: killed or stopped, the same command goes on.
 """
 import argparse
 import bisect
@@ -43,8 +46,10 @@ KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
 
 def main():
     args = parse_args()
-    if args.lora_rank < 0 or args.keep_adapter and not args.lora_rank:
-        fail("--keep-adapter: there is no adapter without --lora-rank" if args.keep_adapter else "--lora-rank: at least 1, or 0 for none")
+    if args.keep_adapter and args.lora_rank < 1:
+        fail("--keep-adapter: there is no adapter without --lora-rank")
+    if args.lora_rank < 0:
+        fail("--lora-rank: at least 1, or 0 for none")
     if args.data and not args.init:
         fail("--data needs --init: the model to tune, whose tokenizer the conversations are written in")
     corpus = ChatFiles(args.data, args.init) if args.data else open_corpus(args.corpus)
@@ -52,11 +57,13 @@ def main():
         return show(corpus, args)
     setup(args)
     out = Path(args.out)
-    jobs = [(args.name, Path(args.init))] if args.init else [("control", out / "control-stage2"), ("ours", out / "stage2")]
-    for name, init in jobs:
+    jobs = {"control": out / "control-stage2", "ours": out / "stage2"}
+    if args.init:
+        jobs = {args.name: Path(args.init)}
+    for name, init in jobs.items():
         tune(out / name, init, corpus, args)
     if is_main():
-        report([out / name for name, _ in jobs])
+        report([out / name for name in jobs])
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -72,13 +79,17 @@ def tune(run, init, corpus, args):
     tokens = int(args.epochs * positions) if args.epochs else args.tokens
     steps = tokens // (batch_size * args.seq_len)
     if steps < 1:
-        fail(f"{'--epochs' if args.epochs else '--tokens'}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
+        flag = "--epochs" if args.epochs else "--tokens"
+        fail(f"{flag}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
     args.all_tokens = tokens * (1 if args.init else 2)
     order, epochs = window_order(windows, args.mix, steps * batch_size, args.seed)
     get_batch = packed_batches(corpus, "train", order, batch_size, args)
     held_out = held_out_windows(corpus, args, document_mask=True) | held_out_conversations(corpus, args)
-    options = {"init": str(init), "steps": steps, "lora": [args.lora_rank, args.lora_projections] if args.lora_rank else None,
-               "learned": [args.last_turn, args.thoughts], "mix": args.mix} | training_options(corpus, args)
+    options = {
+        "init": str(init), "steps": steps,
+        "lora": [args.lora_rank, args.lora_projections] if args.lora_rank else None,
+        "learned": [args.last_turn, args.thoughts], "mix": args.mix,
+    } | training_options(corpus, args)
     settle_options(run, options)
 
     def make_model():
@@ -99,18 +110,22 @@ def tune(run, init, corpus, args):
     train(run, make_model, get_batch, held_out, options, corpus, args, save)
     if is_main():
         lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
-        print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, {sum(lengths) / positions:.1%} of positions "
-              f"used, {too_long:,} too long for a window; epochs " + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
+        print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, "
+              f"{sum(lengths) / positions:.1%} of positions used, {too_long:,} too long for a window; epochs "
+              + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
 
 
 def pack(corpus, split, chosen, seq_len):
-    """The chosen conversations in windows of seq_len tokens by best fit: longest first, each into the fullest window it fits.
+    """The chosen conversations in windows of seq_len tokens by best fit: longest first, each into the fullest
+    window it fits.
 
-    Returns a list of windows, each a list of (start, end) in the bin, and the number of conversations too long for one.
+    Returns a list of windows, each a list of (start, end) in the bin, and the number of conversations too
+    long for one.
     """
     starts = corpus.read("instruction", split, "idx").astype(np.int64)
     lengths = np.diff(starts)[chosen]
-    with_room, rooms, windows = [[] for _ in range(seq_len + 1)], [], []  # with_room[r]: windows with r tokens left; rooms: such r, sorted
+    with_room = [[] for _ in range(seq_len + 1)]  # with_room[r]: windows with r tokens left
+    rooms, windows = [], []                       # rooms: such r, sorted
     for i in np.argsort(-lengths, kind="stable"):
         if lengths[i] > seq_len:
             continue
@@ -127,42 +142,48 @@ def pack(corpus, split, chosen, seq_len):
             bisect.insort(rooms, room - lengths[i])
         with_room[room - lengths[i]].append(window)
     if not windows and split == "train":
-        fail(f"{corpus.directory}: no conversation fits a window of {seq_len} tokens; see --seq-len and --mix")
+        fail(f"{corpus.directory}: no conversation fits a window of {seq_len} tokens; "
+             "see --seq-len and --mix")
     return windows, int((lengths > seq_len).sum())
 
 
 def packed_batches(corpus, split, order, batch_size, args):
-    """get_batch(step, rows) -> ids, targets, segments (len(rows), T) of those rows: targets are -100 where nothing is learned."""
+    """get_batch(step, rows) -> ids, targets, doc_ids (len(rows), T) of those rows: a target is -100 where
+    there is nothing to learn.
+    """
     ids, mask = corpus.read("instruction", split), corpus.read("instruction", split, "mask")
     padding, T = corpus.tokenizer.end_of_text, args.seq_len
 
     def get_batch(step, rows):
         x = np.full((len(rows), T), padding, np.int64)
         y = np.full((len(rows), T), -100, np.int64)
-        segments = np.full((len(rows), T), -1, np.int32)
+        doc_ids = np.full((len(rows), T), -1, np.int32)
         for row, window in enumerate(step * batch_size + np.asarray(rows)):
             at = 0
             for n, (start, end) in enumerate(order[window]):
                 conversation = ids[start:end].astype(np.int64)
                 to = at + end - start
                 learned = learned_tokens(conversation, mask[start:end], corpus.tokenizer, args)
-                x[row, at:to], segments[row, at:to] = conversation, n
+                x[row, at:to], doc_ids[row, at:to] = conversation, n
                 y[row, at:to - 1] = np.where(learned[1:], conversation[1:], -100)
                 at = to
-        return x, y, segments
+        return x, y, doc_ids
 
     return get_batch
 
 
 def learned_tokens(ids, mask, tokenizer, args):
-    """(N,) Whether each token of a conversation is learned: what the assistant writes by `mask`, less what the flags leave out."""
+    """(N,) Whether each token of a conversation is learned: what the assistant writes by `mask`, less what
+    the flags leave out.
+    """
     learned = mask.astype(bool)
     if not args.thoughts:
         begun, ended = ((ids == tokenizer.special[tag]).cumsum() for tag in ("<think>", "</think>"))
         learned &= (begun == ended) & (ids != tokenizer.special["</think>"])
     if args.last_turn:
         user = [tokenizer.special["<|im_start|>"], *tokenizer.encode("user")]
-        at = np.flatnonzero(np.all([ids[k:len(ids) - len(user) + 1 + k] == token for k, token in enumerate(user)], axis=0))
+        begins = [ids[k:len(ids) - len(user) + 1 + k] == token for k, token in enumerate(user)]
+        at = np.flatnonzero(np.all(begins, axis=0))
         learned[:at[-1] if len(at) else 0] = False
     return learned
 
@@ -178,23 +199,31 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--corpus", default="data/corpus", help="corpus directory")
-    add("--data", nargs="+", metavar="FILE", help="conversations from these files instead; one in twenty is kept for validation")
+    add("--data", nargs="+", metavar="FILE",
+        help="conversations from these files instead; one in twenty is kept for validation")
     add("--out", default="out", help="directory of the runs")
     add("--init", default=None, metavar="DIR",
         help="checkpoint directory to tune (default: both models of pretrain.py); "
         "above 50 million parameters the defaults of rates and batch follow its size")
     add("--name", default="tuned", help="name of the run, with --init")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--tokens", type=number, default=2_600_000, help="tokens trained on, whatever their number in the data")
+    length.add_argument("--tokens", type=number, default=2_600_000,
+                        help="tokens trained on, whatever their number in the data")
     length.add_argument("--epochs", type=float, help="how often to train on all of it instead")
-    add("--mix", type=shares(("tools", "chat")), metavar="KIND=SHARE,...", help="shares of conversations with tools and without, by tokens, "
-        "such as tools=3,chat=1 (default: as they are)")
-    add("--last-turn", action="store_true", help="learn only what follows the last message of the user, not all that the assistant writes")
-    add("--thoughts", action=argparse.BooleanOptionalAction, default=True, help="learn what the assistant writes between <think> and </think> too")
-    add("--lora-rank", type=int, default=0, metavar="R", help="train only a low-rank update of this rank for each projection (LoRA), which is "
-        "added to the weights at the end; 0: train all weights")
-    add("--lora-projections", type=projections, metavar="NAME,...", default=",".join(p[:-5] for p in PROJECTIONS), help="which have an update")
-    add("--keep-adapter", action="store_true", help="write the updates to adapter/ of the run too, in PEFT's format")
+    add("--mix", type=shares(("tools", "chat")), metavar="KIND=SHARE,...",
+        help="shares of conversations with tools and without, by tokens, such as tools=3,chat=1 "
+        "(default: as they are)")
+    add("--last-turn", action="store_true",
+        help="learn only what follows the last message of the user, not all that the assistant writes")
+    add("--thoughts", action=argparse.BooleanOptionalAction, default=True,
+        help="learn what the assistant writes between <think> and </think> too")
+    add("--lora-rank", type=int, default=0, metavar="R",
+        help="train only a low-rank update of this rank for each projection (LoRA), which is added to the "
+        "weights at the end; 0: train all weights")
+    add("--lora-projections", type=projections, metavar="NAME,...", default=",".join(SHORT_NAMES),
+        help="which have an update")
+    add("--keep-adapter", action="store_true",
+        help="write the updates to adapter/ of the run too, in PEFT's format")
     add("--show", type=int, metavar="N", help="print N conversations with what is learned marked, and end")
     add_training_flags(parser, lr=5e-4)
     # Most conversations fit; attention stays near what pre-training made it.
@@ -208,33 +237,41 @@ def parse_args():
     return args
 
 
+SHORT_NAMES = [name.removesuffix("_proj") for name in PROJECTIONS]
+
+
 def projections(text):
     """'q,up' as the names of the projections in a layer, for argparse."""
     names = [f"{part}_proj" for part in text.split(",")]
     if not {*names} <= {*PROJECTIONS}:
-        raise argparse.ArgumentTypeError("some of " + ", ".join(p[:-5] for p in PROJECTIONS))
+        raise argparse.ArgumentTypeError("some of " + ", ".join(SHORT_NAMES))
     return names
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Conversations
 
 
 class ChatFiles:
-    """Conversations in files, in the place of a corpus that has nothing else. They are read into memory and encoded at once."""
+    """Conversations in files, in the place of a corpus that has nothing else. They are read into memory and
+    encoded at once.
+    """
 
     def __init__(self, files, init):
         self.directory, self.tokenizer = " ".join(files), Tokenizer.find(init)
         parts = {"train": [], "heldout": []}
-        for record in (record for file in files for record in read_chats(Path(file))):
-            ids, mask = self.tokenizer.render(record.messages, record.tools)
-            split = "heldout" if unit_hash(json.dumps(record.messages)) < KEPT_BACK else "train"
-            parts[split].append(np.array([[*ids, self.tokenizer.end_of_text], [*mask, 0]], np.uint32))
+        for file in files:
+            for record in read_chats(Path(file)):
+                ids, mask = self.tokenizer.render(record.messages, record.tools)
+                split = "heldout" if unit_hash(json.dumps(record.messages)) < KEPT_BACK else "train"
+                parts[split].append(np.array([[*ids, self.tokenizer.end_of_text], [*mask, 0]], np.uint32))
         self.arrays = {}
         for split, pairs in parts.items():
             starts = np.cumsum([0, *(pair.shape[1] for pair in pairs)])
             ids, mask = np.concatenate([np.zeros((2, 0), np.uint32), *pairs], 1)
-            self.arrays |= {(split, "bin"): ids, (split, "mask"): mask.astype(np.uint8), (split, "idx"): starts}
+            self.arrays[split, "bin"] = ids
+            self.arrays[split, "mask"] = mask.astype(np.uint8)
+            self.arrays[split, "idx"] = starts
         self.sha256 = hashlib.sha256(b"".join(a.tobytes() for a in self.arrays.values())).hexdigest()
         self.manifest = {"tokenizer_sha256": self.tokenizer.fingerprint()}
 
@@ -249,32 +286,41 @@ def read_chats(path):
         fail(f"{path}: no such file")
     records = list(value_records(read_values(path), str(path), "unknown", "instruction"))
     if bad := next((r for r in records if not isinstance(r, Record)), None):
-        fail(f"{path}, line {bad['line']}: {bad['reason']}. `python collect.py --chat-domain instruction chat:{path}` converts what it can")
+        fail(f"{path}, line {bad['line']}: {bad['reason']}. "
+             f"`python collect.py --chat-domain instruction chat:{path}` converts what it can")
     if not records:
         fail(f"{path}: holds no conversation")
     return records
 
 
 def by_kind(corpus, mix):
-    """{kind: the numbers of its conversations} for each kind in `mix`, told apart by whether they list tools; without `mix`, {"all": all}."""
-    ids, starts = corpus.read("instruction", "train"), corpus.read("instruction", "train", "idx").astype(np.int64)
+    """{kind: the numbers of its conversations} for each kind in `mix`, told apart by whether they list tools;
+    without `mix`, {"all": all}.
+    """
+    ids = corpus.read("instruction", "train")
+    starts = corpus.read("instruction", "train", "idx").astype(np.int64)
     if not mix:
         return {"all": np.arange(len(starts) - 1)}
+    places = np.flatnonzero(ids == corpus.tokenizer.special["<tools>"])
     with_tools = np.zeros(len(starts) - 1, bool)
-    with_tools[np.searchsorted(starts, np.flatnonzero(ids == corpus.tokenizer.special["<tools>"]), "right") - 1] = True
+    with_tools[np.searchsorted(starts, places, "right") - 1] = True
     kinds = {"tools": np.flatnonzero(with_tools), "chat": np.flatnonzero(~with_tools)}
     return {kind: kinds[kind] for kind, share in mix.items() if share}
 
 
 def window_order(windows, mix, count, seed):
     """The windows of a whole run in their order, kinds by their shares in `mix`, and {kind: epochs}."""
-    kinds, order, which, epochs = plan_windows({k: len(w) for k, w in windows.items()}, mix or {"all": 1}, count, seed)
+    available = {kind: len(found) for kind, found in windows.items()}
+    kinds, order, which, epochs = plan_windows(available, mix or {"all": 1}, count, seed)
     return [windows[kinds[kind]][window] for kind, window in zip(order, which)], epochs
 
 
 def held_out_conversations(corpus, args):
-    """{"instruction": (ids, targets, segments)} of the first windows of conversations that no step trains on; nothing if there are none."""
-    windows, _ = pack(corpus, "heldout", np.arange(len(corpus.read("instruction", "heldout", "idx")) - 1), args.seq_len)
+    """{"instruction": (ids, targets, doc_ids)} of the first windows of conversations that no step trains on;
+    nothing if there are none.
+    """
+    count = len(corpus.read("instruction", "heldout", "idx")) - 1
+    windows, _ = pack(corpus, "heldout", np.arange(count), args.seq_len)
     windows = windows[:args.val_windows]
     batch = packed_batches(corpus, "heldout", windows, len(windows), args)(0, range(len(windows)))
     return {"instruction": batch} if (batch[1] >= 0).any() else {}
@@ -288,17 +334,21 @@ def show(corpus, args):
         span = slice(*starts[i:i + 2])
         learned = learned_tokens(ids[span], mask[span], corpus.tokenizer, args)
         print(f"--- conversation {i:,}: {len(learned):,} tokens, {learned.sum():,} of them learned")
-        print("".join(coloured(corpus.tokenizer.decode([i]), n, green) for n, (i, green) in enumerate(zip(ids[span].tolist(), learned))) + "\n")
+        for n, (token, green) in enumerate(zip(ids[span].tolist(), learned)):
+            print(coloured(corpus.tokenizer.decode([token]), n, green), end="")
+        print("\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # LoRA: Low-Rank Adaptation (Hu et al. 2021, arXiv 2106.09685)
 
 SCALE = 2  # of every update, whatever its rank: LoRA's alpha is twice the rank
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and a learned update of low rank: x to W x + SCALE · B A x, with A (R, in) random and B (out, R) zero at first."""
+    """A frozen linear layer and a learned update of low rank: x to W x + SCALE · B A x, with A (R, in) random
+    and B (out, R) zero at first.
+    """
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -313,12 +363,15 @@ class LoRA(nn.Module):
 
 def add_lora(model, init, args):
     """Freeze the model and give the chosen projections of every layer an update to learn."""
-    if transformer.Config.from_hf(transformer.read_json(Path(init) / "config.json")).vocab_size < model.config.vocab_size:
-        fail(f"{init} lacks tokens of the chat format, and LoRA would not learn their embeddings: pre-train or tune it in full first")
+    base = transformer.Config.from_hf(transformer.read_json(Path(init) / "config.json"))
+    if base.vocab_size < model.config.vocab_size:
+        fail(f"{init} lacks tokens of the chat format, and LoRA would not learn their embeddings: "
+             "pre-train or tune it in full first")
     model.requires_grad_(False)
     for module in model.modules():  # frozen matrices are kept as they are multiplied
         if not list(module.children()):
-            half = isinstance(module, nn.Linear) and module is not model.lm_head and args.dtype == "bfloat16"
+            multiplied = isinstance(module, nn.Linear) and module is not model.lm_head
+            half = multiplied and args.dtype == "bfloat16"
             module.to(torch.bfloat16 if half else torch.float32)
     for block in model.model["layers"]:
         for part in (block.self_attn, block.mlp):
@@ -337,12 +390,15 @@ def merge(model, updates):
 
 
 def save_adapter(updates, init, directory, args):
-    """Write the updates as PEFT does: adapter_config.json and adapter_model.safetensors, for the base in `init`."""
+    """Write the updates as PEFT does, to the base `init`: adapter_config.json, adapter_model.safetensors."""
     directory.mkdir(exist_ok=True)
-    write(directory / "adapter_config.json", json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(init), "r": args.lora_rank,
-        "lora_alpha": SCALE * args.lora_rank, "lora_dropout": 0.0, "bias": "none", "target_modules": args.lora_projections}, indent=1))
-    transformer.write_safetensors({f"base_model.model.{name}.weight": t for name, t in updates.items()}, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(init),
+        "r": args.lora_rank, "lora_alpha": SCALE * args.lora_rank, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": args.lora_projections}
+    write(directory / "adapter_config.json", json.dumps(config, indent=1))
+    tensors = {f"base_model.model.{name}.weight": t for name, t in updates.items()}
+    transformer.write_safetensors(tensors, directory / "adapter_model.safetensors")
 
 
 if __name__ == "__main__":
