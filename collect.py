@@ -879,7 +879,9 @@ def shown(parameter):
     """A parameter as the text of a signature has it: without notes on its type and without a long default."""
     if typing.get_origin(parameter.annotation) is typing.Annotated:
         parameter = parameter.replace(annotation=parameter.annotation.__origin__)
-    return parameter.replace(default=Opaque("...")) if len(repr(parameter.default)) > 200 else parameter
+    if parameter.default is os.environ:
+        return parameter.replace(default=Opaque("os.environ"))
+    return parameter.replace(default=Opaque("...")) if len(repr(parameter.default)) > 500 else parameter
 
 
 def stable(text):
@@ -1116,9 +1118,10 @@ def paragraph(first, lines, i, skipped=0):
 # JSON's name of a type: the words that mean it in annotations and docstrings
 JSON_TYPES = {word: kind for kind, words in {
     "boolean": "bool boolean bools booleans",
-    "integer": "int integer ints integers symint int8 int16 int32 int64 intp uint8 long",
-    "number": "float floats double number numbers scalar scalars real reals numeric decimal float32 "
-              "float64 symfloat",
+    "integer": "int integer ints integers symint supportsint supportsindex int8 int16 int32 int64 intp uint8 "
+               "long",
+    "number": "float floats supportsfloat double number numbers scalar scalars real reals numeric decimal "
+              "float32 float64 symfloat",
     "string": "str string strings strs text path paths pathlike path_like bytes bytearray filename strpath "
               "anystr url regex pattern date datetime timedelta timestamp uuid char character "
               "characters dtype datatype device layout memory_format literalstring bytes_like "
@@ -1140,8 +1143,9 @@ REAL = re.compile(  # names of numbers that need not be whole, even where the de
     r"origin|time")
 NAMED = {  # names that tell of the type by themselves
     "string": r"(?!check_)\w*(name|encoding|prefix|suffix)|title|backend|newline|errors|host|sep|user|"
-    r"password",
-    "integer": r"(\w+_)?fd|p?pid|lineno|port|year|month|day|hour|minute|offset|limit|count|length|num|"
+    r"password|url|charset|cwd|fmt|mimetype",
+    "integer": r"(\w+_)?fd|p?pid|lineno|bufsize|backlog|chunk_?size|block_?size|stacklevel|"
+    r"port|year|month|day|hour|minute|offset|limit|count|length|num|"
     r"(n|num)_\w+|\w+_(count|index|length)",
     "number": r"(\w+_)?timeout",
 }
@@ -1286,6 +1290,9 @@ def guessed_schema(name, description):
     """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
     if description.startswith("Alias"):
         return {}
+    either = r"\b[Cc]an be (?:either )?(?:an? )?(?:single )?(\w+)\b[^.]{0,80}? or (?:an? )?(\w+)"
+    if (found := re.search(either, description)) and {*map(str.lower, found.groups())} <= JSON_TYPES.keys():
+        return type_schema(" or ".join(found.groups()))  # "Can be a single number or a tuple (kW,)"
     description = re.sub(r",(?= or\b)", "", description)  # "A string, or a sequence of strings"
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
     if re.match(
@@ -1310,8 +1317,9 @@ def guessed_schema(name, description):
             return {"type": kind}
     start = re.sub(r"['\"]|(?i:^sets?\b(?! of))", "", start)
     parts = [part for part in type_parts(start) if part != "None"]
+    parts = [part for part in parts if not re.search(r"\bfile([- ](object|like|handle))|buffer|stream", part)]
     unknown = [part for part in parts if not alternatives(part, 0)]  # "article number or message id"
-    known = {} if 0 < len(unknown) < len(parts) else type_schema(start)
+    known = {} if 0 < len(unknown) < len(parts) else type_schema(" or ".join(parts))
     if len(known.get("enum", "ab")) == 1:  # "0 for invisible, 1 for normal"
         return {}
     named = type_schema(name)
@@ -2162,6 +2170,13 @@ def name_apis(objects, package):
     return apis
 
 
+SWITCH = re.compile(  # names that are a boolean's in one function and hardly another thing in the next
+    r"((is|has|use|allow|enable|disable|keep|check|skip|ignore|force|return|include|exclude|with|no)_"
+    r"|inplace$|verbose$|strict$|copy$|keepdims?$|bias$|recursive$|overwrite|debug$|mul$|stable$|evaluate$"
+    r"|check$|upper$|exact$|prepend$|align$|grid$|rational$)"
+)
+
+
 def infer_types(described):
     """Give parameters of which nothing states a type that of their values in examples, or that which nearly
     all of the same name have nearby: in the subpackage or, where too few state one, in the package (of the
@@ -2190,8 +2205,9 @@ def infer_types(described):
             same_name = stated[package(key), name]
         usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
-        plural = usual == "string" and name.endswith("s")
-        if agreed and usual in {*PYTHON_TYPES.values()} - {"boolean"} and seen <= {usual} and not plural:
+        plural = usual == "string" and name.endswith("s") and name != "errors"
+        odd = plural or usual == "boolean" and not SWITCH.match(name)
+        if agreed and usual in PYTHON_TYPES.values() and seen <= {usual} and not odd:
             properties[key][name] = {"type": usual} | schema
         elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
             properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema

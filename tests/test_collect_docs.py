@@ -5,6 +5,7 @@ import enum
 import importlib
 import inspect
 import json
+import os
 import re
 import signal
 import sys
@@ -1089,7 +1090,8 @@ def test_names_that_are_imported_for_types_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("description, schema", [
-    ("article number or message id", {}), ("filename string or file object to write to", {}),
+    ("article number or message id", {}), ("filename string or file object to write to", {"type": "string"}),
+    ("The window. Can be a single number or a tuple `(kW,)`", {"type": ["number", "array"]}),
     ("a real or complex square matrix", {}), ("an integer or None", {"type": "integer"}),
     ("the name of the file", {"type": "string"})])
 def test_a_guess_from_words_says_nothing_where_an_alternative_is_unknown(description, schema):
@@ -1143,10 +1145,10 @@ def test_a_list_in_a_summary_is_whole_or_left_out():
 
 
 def test_a_signature_is_shown_without_notes_and_long_defaults():
-    def key(name: typing.Annotated[str, "Header\n name."], environ=dict.fromkeys(range(99)), page="x" * 999):
+    def key(name: typing.Annotated[str, "Header\n name."], environ=os.environ, page="x" * 999):
         """Make a key."""
     found = collect.describe_callable(key, "Make a key.", sys.modules[__name__])
-    assert found["signature"] == "(name: str, environ=..., page=...)"
+    assert found["signature"] == "(name: str, environ=os.environ, page=...)"
     assert "default" not in found["parameters"]["properties"]["page"]
     assert found["parameters"]["properties"]["name"]["description"] == "Header name."
 
