@@ -45,6 +45,7 @@ import itertools
 import json
 import operator
 import os
+import platform
 import queue
 import random
 import re
@@ -52,8 +53,10 @@ import secrets
 import select
 import shlex
 import shutil
+import signal
 import socket
 import sqlite3
+import struct
 import subprocess
 import threading
 import time
@@ -2101,6 +2104,10 @@ def os_right(sandbox, task, answer):
             return False
         answer = answer.strip() if match.get("strip") else answer
         return answer == match["answer"] if "answer" in match else bool(re.search(match["regex"], answer))
+    try:
+        sandbox.settle()
+    except SandboxEnded:
+        return False
     given = [str(answer)]
     for script in task["check"]:
         try:
@@ -2191,7 +2198,10 @@ BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --h
     --dir /root --chdir /root""".split()
 # Run first, with capabilities that are given up for good at the end: what is written to /usr goes to memory;
 # no user namespaces from here on, as in one of its own anyone may mount file systems without a limit. Files
-# of the host belong to no one here, and an item changes the mode of find: it is copied.
+# of the host belong to no one here, and an item changes the mode of find: it is copied. In the end there are
+# two shells: the model's, and one for checks, which has a capability more, so that the other can neither
+# trace it nor open its files.
+CAPABILITIES = "-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+sys_chroot,+audit_write"
 SETUP = f"""set -e
 ulimit -u {PROCESSES} -v {MEMORY * 3 >> 12} -f {DISK >> 10} -t 60 -c 0 -n 256
 mkdir -p /mnt/upper/bin /mnt/upper/sbin /mnt/upper/local/bin /mnt/work
@@ -2211,12 +2221,20 @@ date > /var/log/boot.log
 for place in / /mnt /dev/shm; do mount -o remount,nosuid,nodev,nr_inodes=50000 tmpfs $place; done
 cd /root
 umount -l /mnt
+mount --bind /mnt /mnt
 umount /proc/sys 2> /dev/null || true
 echo 0 > /proc/sys/user/max_user_namespaces
 echo 1000 > /proc/self/oom_score_adj
-exec setpriv --inh-caps -all \\
-    --bounding-set -all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+sys_chroot,+audit_write \\
-    bash -c 'while :; do bash --login; done'"""
+close="$1<&- $2>&-"
+eval "setpriv --inh-caps -all --bounding-set {CAPABILITIES},+wake_alarm bash <&$1 >&$2 2>&1 $close &"
+eval "exec $close"
+exec setpriv --inh-caps -all --bounding-set {CAPABILITIES} bash -c 'while :; do bash --login; done'"""
+# Files that no process has mapped are not seen in what processes hold, so nobody makes any outside the file
+# systems: (AUDIT_ARCH of linux/audit.h, numbers of the calls shmget, memfd_create and memfd_secret).
+MACHINES = {"x86_64": (0xC000003E, (29, 319, 447)), "aarch64": (0xC00000B7, (194, 279, 447))}
+PROGRAMS = [Path(place) for place in ("bin", "sbin", "local/bin", "local/sbin")]  # below /usr
+LINKS = ("bin", "sbin", "lib", "lib64")  # to their namesakes there
+LOADED = ("etc", "etc/alternatives", "etc/ld.so.cache", "etc/ld.so.preload")  # what a program is found by
 
 
 class SandboxEnded(Exception):
@@ -2224,10 +2242,16 @@ class SandboxEnded(Exception):
 
 
 class Sandbox:
-    """A shell that goes on until close(), or until it breaks a limit: `ended` then says which."""
+    """A shell that goes on until close(), or until it breaks a limit: `ended` then says which; and a second
+    one, for checks.
+    """
 
     def __init__(self):
-        self.ended, command, pipes, options = None, [*BWRAP, "bash", "-c", SETUP], (), {}
+        self.ended, pipes, options = None, (), {}
+        calls, commands, results = seccomp_filter(), os.pipe(), os.pipe()
+        inside = [calls, commands[0], results[1]]
+        command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
+                   str(commands[0]), str(results[1])]
         if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
@@ -2235,11 +2259,13 @@ class Sandbox:
             limits = ["prlimit", f"--nproc={PROCESSES}"]
             descriptors = ["--info-fd", str(pipes[1]), "--userns-block-fd", str(pipes[2])]
             command = [*limits, "bwrap", *descriptors, *command[1:]]
-            options = {"user": base, "group": base, "extra_groups": [], "pass_fds": pipes[1:3]}
+            options = {"user": base, "group": base, "extra_groups": []}
         # A process in the sandbox can read the environment that is given here.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, cwd="/", bufsize=0, env={"PATH": PATHS},
-                                        **options)
+                                        pass_fds=[*inside, *pipes[1:3]], **options)
+        for descriptor in inside:
+            os.close(descriptor)
         if pipes:  # bwrap says its child's number, and waits until that has its users
             os.close(pipes[1])
             os.close(pipes[2])
@@ -2248,13 +2274,19 @@ class Sandbox:
                     for kind in ("uid_map", "gid_map"):
                         Path(f"/proc/{json.loads(said)['child-pid']}/{kind}").write_text(f"0 {base} 65536")
                     go.write(b"\n")
-        os.set_blocking(self.process.stdin.fileno(), False)
+        self.shell = self.process.stdin, self.process.stdout
+        self.checker = open(commands[1], "wb", buffering=0), open(results[0], "rb", buffering=0)
+        for shell in (self.shell, self.checker):
+            os.set_blocking(shell[0].fileno(), False)
         threading.Thread(target=self.watch, daemon=True).start()
         self.run("true")
+        self.first = children(self.process.pid)[0]  # of the sandbox's processes, which sees /usr as it was
+        self.main = children(self.first)[0]
+        self.trusted = {self.first, children(self.main)[0]}
 
     def watch(self):
         while self.process.poll() is None:
-            if resident(self.process.pid) > MEMORY:
+            if sum(map(resident, processes(self.process.pid))) > MEMORY:
                 self.close("it took too much memory")
             time.sleep(0.2)
 
@@ -2264,9 +2296,9 @@ class Sandbox:
         self.process.kill()
         self.process.wait()
 
-    def run(self, script, stdin="< /dev/null", seconds=30):
-        """Run a script in the shell, whose directory and variables the next one finds; returns its status and
-        what it puts out.
+    def run(self, script, stdin="< /dev/null", seconds=30, shell=None):
+        """Run a script in a shell, the model's by default, whose directory and variables the next one finds;
+        returns its status and what it puts out.
 
         Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox.
         """
@@ -2276,7 +2308,7 @@ class Sandbox:
         text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
         todo = text.replace("\0", "").encode("utf-8", "replace")
         output, size, deadline = b"", 0, time.monotonic() + seconds
-        inp, out = self.process.stdin.fileno(), self.process.stdout.fileno()
+        inp, out = (file.fileno() for file in shell or self.shell)
         while not (end := re.search(rf"{mark} (\d+) {mark}\n".encode(), output)):
             poll, left = select.poll(), deadline - time.monotonic()
             poll.register(out, select.POLLIN)
@@ -2303,25 +2335,123 @@ class Sandbox:
         return int(end[1]), output[:end.start()].decode(errors="replace")
 
     def run_apart(self, script, *arguments):
-        """Run a (language, text) in a process and an environment of its own; returns its status and standard
-        output.
+        """Run a (language, text) in a process and an environment of its own, from the shell for checks;
+        returns its status and standard output.
         """
-        python = script[0] == "python"
+        # Nothing of what a user can give Python to run before the script.
+        python = ["python3", "-ISB", "-X", "pycache_prefix=/dev/null", "-c", script[1]]
         command = ["/usr/bin/env", "-i", f"PATH={PATHS}", "HOME=/root", "LANG=C.UTF-8",
-                   *(["python3", "-c", script[1]] if python else ["bash", "-c", script[1], "--"]), *arguments]
-        return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)")
+                   *(python if script[0] == "python" else ["bash", "-c", script[1], "--"]), *arguments]
+        return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)", shell=self.checker)
+
+    def settle(self):
+        """Stop whatever runs but the shell for checks, which from now on nothing can disturb. Raises
+        SandboxEnded where that does not help, as the programs that it runs are not the host's any more.
+        """
+        for _ in range(100):
+            others = processes(self.first) - self.trusted
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGSTOP)
+            if not any(map(is_running, others)):
+                break
+            time.sleep(0.01)
+        else:
+            self.close("its processes cannot be stopped")
+        if not self.ended and self.is_changed():
+            self.close("it changed programs that the checks run")
+        if self.ended:
+            raise SandboxEnded(self.ended)
+
+    def is_changed(self):
+        """Whether programs or libraries are not what they are on the host, or others come before them. New
+        programs are allowed, and whatever /usr/share and the like have besides.
+        """
+        root, upper = Path(f"/proc/{self.main}/root"), Path(f"/proc/{self.first}/root/mnt/upper")
+        pairs = [(root / path, Path("/", path)) for path in LOADED]
+        pairs += [(root / path.relative_to("/"), path) for path in Path("/etc/alternatives").glob("*")]
+        for folder, directories, files in os.walk(upper):
+            for path in (Path(folder, name) for name in directories + files):
+                if path.is_symlink() or not path.is_dir():
+                    pairs += [(path, original) for original in originals(path.relative_to(upper))]
+        programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
+        try:
+            return not (all(is_kept(root / path.relative_to("/"), path) for path in programs)
+                        and all(os.readlink(root / name) == f"usr/{name}" for name in LINKS)
+                        and all(content(path) == content(original) for path, original in pairs))
+        except OSError:
+            return True
+
+
+def is_kept(path, original):
+    """Whether a program can still be run, by those who may run the original."""
+    return not original.lstat().st_mode & ~path.lstat().st_mode & 0o170111
+
+
+def originals(path):
+    """The files of the host from which a file that was written to /usr, at this path, may not differ."""
+    if path.parent in PROGRAMS:
+        same_name = [Path("/usr", place, path.name) for place in PROGRAMS]
+        return [file for file in same_name if os.path.lexists(file)]
+    added = not os.path.lexists(Path("/usr", path)) and not path.as_posix().startswith(("lib", "local/lib"))
+    return [] if added or "__pycache__" in path.parts else [Path("/usr", path)]
+
+
+def content(path):
+    """What a link leads to, or what a regular file holds; None of anything else."""
+    if path.is_symlink():
+        return os.readlink(path)
+    return path.read_bytes() if path.is_file() else None
+
+
+def seccomp_filter():
+    """A pipe that holds a program for bwrap, in classic BPF, which refuses the calls in MACHINES and those of
+    other architectures. Raises OSError where the machine is none of these.
+    """
+    if platform.machine() not in MACHINES:
+        raise OSError(f"the numbers of system calls are not known for {platform.machine()}")
+    architecture, refused = MACHINES[platform.machine()]
+    load, equal, at_least, end, refuse, allow = 0x20, 0x15, 0x35, 0x06, 0x00050001, 0x7FFF0000
+    # Each step: (code, steps to skip if so, if not, value).
+    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, refuse),
+             (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]
+    for number in refused:
+        steps += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+    reader, writer = os.pipe()
+    with open(writer, "wb") as file:
+        file.write(b"".join(struct.pack("HBBI", *step) for step in [*steps, (end, 0, 0, allow)]))
+    return reader
+
+
+def processes(pid):
+    """The numbers of a process and all beneath it."""
+    found, todo = set(), [pid]
+    while todo:
+        found.add(pid := todo.pop())
+        todo += children(pid)
+    return found
+
+
+def children(pid):
+    """The numbers of a process's children, the oldest first; none if it has gone."""
+    with contextlib.suppress(OSError):
+        tasks = Path(f"/proc/{pid}/task").iterdir()
+        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    return []
 
 
 def resident(pid):
-    """Bytes of memory that a process and all beneath it hold."""
-    total, todo = 0, [str(pid)]
-    while todo:
-        directory = Path("/proc", todo.pop())
-        with contextlib.suppress(OSError):  # it may have gone
-            total += int((directory / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            for task in (directory / "task").iterdir():
-                todo += (task / "children").read_text().split()
-    return total
+    """Bytes of memory that a process holds; none if it has gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def is_running(pid):
+    """Whether a process may go on: it is not stopped, dead, or waiting in the kernel."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TtZXD"
+    return False
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -291,6 +291,68 @@ def test_nothing_gets_out_of_the_sandbox(kind, tmp_path, monkeypatch):
     assert secret.read_text() == "a canary, escaped" and [p.name for p in tmp_path.iterdir()] == ["secret"] and gone(f"{os.getpid()}.77")
 
 
+TRUE = "printf '#!/bin/bash --\\nexit 0\\n'"  # a program that has always succeeded
+LIBRARY = "head -c 9 /usr/bin/true > /tmp/l.so"
+FORGERIES = {  # what a model may try, lest `test -e /root/needed && grep -q . /root/needed` says what is so
+    "a function": "eval() { true; }; test() { true; }; grep() { true; }; export -f eval test grep",
+    "a trap": "trap 'true' DEBUG ERR EXIT; shopt -s extdebug; trap 'exit 0' EXIT",
+    "an alias": "shopt -s expand_aliases; alias test=true grep=true eval=true '(=true'",
+    "a variable": "export BASH_ENV=/tmp/e ENV=/tmp/e; echo 'exit 0' > /tmp/e; cp /tmp/e /root/.bashrc; cp /tmp/e /etc/profile",
+    "PATH": "mkdir /tmp/p; " + TRUE + " > /tmp/p/grep; chmod +x /tmp/p/grep; export PATH=/tmp/p:$PATH; hash -r",
+    "LD_PRELOAD": LIBRARY + "; export LD_PRELOAD=/tmp/l.so; exec bash --login",
+    "ld.so.preload": LIBRARY + "; echo /tmp/l.so > /etc/ld.so.preload",
+    "a directory in the place of another": LIBRARY + "; cp -r /etc /e; mv /etc /old; mv /e /etc; echo /tmp/l.so > /etc/ld.so.preload",
+    "a cache of libraries": "mkdir /tmp/l; cp /usr/lib/*/libc.so.6 /tmp/l; echo /tmp/l > /etc/ld.so.conf; ldconfig; echo a >> /etc/ld.so.cache",
+    "a replaced sh": "rm -f /bin/sh; " + TRUE + " > /bin/sh; chmod +x /bin/sh",
+    "a replaced bash": TRUE + " > /tmp/b; chmod +x /tmp/b; mv /tmp/b /bin/bash",
+    "a replaced env": TRUE + " > /tmp/b; chmod +x /tmp/b; cp --remove-destination /tmp/b /usr/bin/env",
+    "another bin": "cp -r /usr/bin /tmp/b 2> /dev/null; rm /bin; ln -s /tmp/b /bin",
+    "a program before another": TRUE + " > /usr/local/bin/grep; chmod +x /usr/local/bin/grep",
+    "a program that is gone": "rm /usr/bin/grep", "a program that cannot be run": "chmod 0 /usr/bin/grep",
+    "a program as a directory": "rm /usr/bin/grep; mkdir /usr/bin/grep",
+    "an alternative": "ln -sf /tmp/a /etc/alternatives/awk",
+    "a library": "cp /usr/lib/*/libc.so.6 /usr/lib/libselinux.so.1",
+    "its processes": "timeout 2 python3 -c 'import ctypes, glob, os\nfor p in glob.glob(\"/proc/[0-9]*\"):\n  for f in glob.glob(p + \"/fd/*\"):\n"
+                     "    try: os.readlink(f).startswith(\"pipe\") and os.write(os.open(f, os.O_WRONLY), b\"exit 0\\n\" * 9)\n    except OSError: pass\n"
+                     "  ctypes.CDLL(None).ptrace(16, int(p[6:]), 0, 0)'",
+    "a process that waits": "(while :; do grep -lsa needed$ /proc/[0-9]*/cmdline | grep -v self && echo a > /root/needed; done) > /dev/null 2>&1 &",
+    "a fork bomb that waits": "for i in 1 2 3 4; do (while :; do (: > /tmp/x$i) ; pgrep -f '^bash -c test' && echo a > /root/needed; done) > /dev/null 2>&1 & done"}
+NEEDED = {"description": "Write to /root/needed.", "init": [], "start": [], "match": None, "example": [],
+          "check": [("bash", "test -e /root/needed && grep -q . /root/needed")]}
+
+
+@needs_sandbox
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_no_check_is_forged(kind):
+    """Checks run in a process of their own, that nothing disturbs, with the host's programs."""
+    finish = call("finish_action", thought="done")
+    assert verdict(evaluate.os_episode(NEEDED, "", "native"), call("bash_action", script=FORGERIES[kind]), finish) == "wrong"
+
+
+@needs_sandbox
+def test_a_check_sees_what_was_done():
+    """New programs, and files and processes of all kinds, are in no check's way; Python's start files are not read."""
+    done = ("echo a > /root/needed; echo a > /usr/stock.log; echo 'echo hello' > /usr/local/bin/hello; chmod +x /usr/local/bin/hello; "
+            "python3 -c 'import json, decimal'; chmod u+s /usr/bin/find; sleep 97 & mkdir -p ~/.local/lib; useradd -m jack; echo a > /usr/share/new")
+    checks = [*NEEDED["check"], ("bash", "hello | grep -q hello && pgrep sleep && ls -l /usr/bin/find | grep -q rws"),
+              ("python", "import sys, os; sys.exit(not os.path.exists('/usr/stock.log') or sys.flags.isolated != 1)")]
+    episode = evaluate.os_episode(NEEDED | {"check": checks}, "", "native")
+    record, _ = play(episode, call("bash_action", script=done), call("finish_action", thought="done"))
+    assert record["verdict"] == "right", record
+
+
+@needs_sandbox
+def test_memory_outside_of_processes_is_refused():
+    """Files in memory and System V segments, which stay when no process maps them."""
+    sandbox = evaluate.Sandbox()
+    try:
+        calls = "python3 -c 'import ctypes, os\nprint(ctypes.CDLL(None).shmget(0, 4096, 0o1600))\nos.memfd_create(\"a\")' 2>&1"
+        status, output = sandbox.run(calls)
+        assert status == 1 and "-1\n" in output and "Operation not permitted" in output
+    finally:
+        sandbox.close()
+
+
 EXAMPLE = ("bash", "echo 5")
 TASK = {"description": "How many?", "init": [], "start": [], "match": None, "check": [EXAMPLE, "integer-match.py"], "example": [EXAMPLE]}
 RUN, RIGHT = call("bash_action", script="seq 1000"), call("answer_action", answer=" 5\n")
