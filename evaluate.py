@@ -690,9 +690,9 @@ def hermes_call(name, arguments):
 SPACE = re.compile(r"\s*")
 
 
-def parse_calls(output):
+def parse_calls(output, most=None):
     """[(name, arguments)] in a model's answer, [] if it makes no call, None if what it writes as a call is
-    not one.
+    not one. After `most` calls nothing is read.
 
     >>> parse_calls('<tool_call>\\n{"name": "f", "arguments": {"x": 1}}\\n</tool_call>')
     [('f', {'x': 1})]
@@ -700,7 +700,7 @@ def parse_calls(output):
     ([], None)
     """
     output, calls, at = without_thoughts(output), [], 0
-    while (start := output.find("<tool_call>", at)) >= 0:
+    while len(calls) != most and (start := output.find("<tool_call>", at)) >= 0:
         try:  # JSON says where it ends: its strings may hold the tags
             begin = SPACE.match(output, start + len("<tool_call>")).end()
             call, end = json.JSONDecoder().raw_decode(output, begin)
@@ -738,10 +738,8 @@ class Constraint:
 
     def __init__(self, tokenizer, tools):
         self.tokenizer = tokenizer
-        # A token may end within a character, so bytes are compared, each written as one character (Latin-1).
         functions = [[tool["function"] for tool in row] for row in tools]
-        schema = lambda f: json.loads(latin1(json.dumps(f["parameters"], ensure_ascii=False)))
-        self.tools = [{latin1(f["name"]): schema(f) for f in row} for row in functions]
+        self.tools = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in functions]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
@@ -777,6 +775,35 @@ def latin1(text):
     return text.encode("utf-8").decode("latin-1")
 
 
+def read_schema(schema):
+    """A copy of a JSON Schema to compare texts with. A token may end within a character, so bytes are
+    compared, each written as one character (Latin-1). What "$ref" names stands in its place, so that a schema
+    may hold itself.
+    """
+    schema = json.loads(latin1(json.dumps(schema, ensure_ascii=False)))
+    holder, seen = [schema], set()
+    todo = [holder]
+    while todo:
+        node = todo.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            with contextlib.suppress(LookupError, TypeError):  # what is nowhere stays as it is
+                for _ in range(9):  # a name of a name; one of itself has no end
+                    value = node[key] = named_schema(value["$ref"], schema)
+            if isinstance(value, (dict, list)) and id(value) not in seen:
+                seen.add(id(value))
+                todo.append(value)
+    return holder[0]
+
+
+def named_schema(name, schema):
+    """The part of a schema that a "$ref" such as "#/$defs/name" names. Raises LookupError or TypeError."""
+    if not name.startswith("#"):
+        raise LookupError(name)
+    for part in name.split("/")[1:]:
+        schema = schema[part.replace("~1", "/").replace("~0", "~")]
+    return schema
+
+
 class Incomplete(Exception):
     """The text ends where more is needed: so far it is legal."""
 
@@ -798,16 +825,35 @@ def scan_call(text, at, tools):
     start = scan(text, at, ['<tool_call>\n{"name": "'])
     at = scan(text, start, [f'{name}", "arguments": {{' for name in tools])
     name = next(n for n in tools if text.startswith(f'{n}", "arguments": {{', start))
-    properties, missing = dict(tools[name].get("properties", {})), set(tools[name].get("required", []))
-    separator = ""
+    return scan_members(text, at, tools[name] | {"additionalProperties": False}, "}}\n</tool_call>")
+
+
+def scan_members(text, at, schema, end):
+    """The position after the members of an object, and its end, at `at`: each at most once and all required
+    ones; of other names only where the schema allows others, or states none.
+    """
+    required, properties = schema.get("required") or [], schema.get("properties") or {}
+    left = {name: {} for name in required} | properties
+    others, missing = schema.get("additionalProperties", not properties), set(required)
+    names, separator = set(), ""
     while True:
-        ends = [] if missing else ["}}\n</tool_call>"]
-        at = scan(text, start := at, [f'{separator}"{p}": ' for p in properties] + ends)
-        if text.startswith("}", start):
-            return at
-        parameter = text[start + len(separator) + 1:at - 3]
-        at = scan_value(text, at, properties.pop(parameter))
-        missing.discard(parameter)
+        ends = [] if missing else [end]
+        if others is False:
+            options = [f"{separator}{json.dumps(name, ensure_ascii=False)}" for name in left]
+            after = scan(text, at, options + ends)
+        else:
+            after = scan(text, at, [f'{separator}"', *ends])
+        if ends and text.startswith(end, at):
+            return after
+        begin = at + len(separator)
+        if others is not False:
+            after = scan_value(text, begin, {"type": "string"})
+        name = json.loads(text[begin:after])
+        if name in names:
+            raise ValueError
+        names.add(name)
+        missing.discard(name)
+        at = scan_value(text, scan(text, after, [": "]), left.pop(name, others))
         separator = ", "
 
 
@@ -823,18 +869,18 @@ FIRST = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boole
 
 
 def scan_value(text, at, schema):
-    """The position after the JSON value at `at` that has the schema's type (any type where it states
-    none).
-    """
-    choices = schema.get("anyOf")
+    """The position after the JSON value at `at` that has the schema (or any, where it is True)."""
+    schema = schema if isinstance(schema, dict) else {}
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
+    choices = schema.get("anyOf") or schema.get("oneOf")
     if schema.get("nullable"):
         choices = [schema | {"nullable": False}, {"type": "null"}]
-    elif not choices and isinstance(schema.get("type"), list) and not schema.get("enum"):
+    elif not choices and isinstance(schema.get("type"), list) and not listed:
         choices = [schema | {"type": kind} for kind in schema["type"]]
     if choices:
         return scan_one_of(text, at, choices)
-    if schema.get("enum"):
-        return scan(text, at, [json.dumps(v, ensure_ascii=False) for v in schema["enum"]])
+    if listed:
+        return scan(text, at, [json.dumps(value, ensure_ascii=False) for value in listed])
     if at == len(text):
         raise Incomplete
     kind = schema.get("type")
@@ -847,16 +893,15 @@ def scan_value(text, at, schema):
         if not whole:
             raise ValueError
         return whole.end()
-    close = "]" if kind == "array" else "}"
-    at = scan(text, at, ["[" if kind == "array" else "{"])
-    if text.startswith(close, at):
+    if kind == "object":
+        return scan_members(text, scan(text, at, ["{"]), schema, "}")
+    at = scan(text, at, ["["])
+    if text.startswith("]", at):
         return at + 1
     while True:
-        if kind == "object":
-            at = scan(text, scan_value(text, at, {"type": "string"}), [": "])
-        at = scan_value(text, at, schema.get("items", {}) if kind == "array" else {})
-        at = scan(text, at, [", ", close])
-        if text[at - 1] == close:
+        at = scan_value(text, at, schema.get("items"))
+        at = scan(text, at, [", ", "]"])
+        if text[at - 1] == "]":
             return at
 
 
@@ -2220,7 +2265,7 @@ echo 127.0.0.1 localhost > /etc/hosts
 date > /var/log/boot.log
 for place in / /mnt /dev/shm; do mount -o remount,nosuid,nodev,nr_inodes=50000 tmpfs $place; done
 cd /root
-umount -l /mnt
+umount -l /mnt  # from here on only the first process has it; /mnt stays a mount, so that none can remove it
 mount --bind /mnt /mnt
 umount /proc/sys 2> /dev/null || true
 echo 0 > /proc/sys/user/max_user_namespaces
@@ -2724,6 +2769,8 @@ class Row:
             self.scores = [score for score in self.scores if score[3] < len(self.text)]
         if found or last:
             self.finish("stop" if found or stopped else "length")
+        elif o.tools and o.single and self.text.endswith("</tool_call>") and parse_calls(self.text, 1):
+            self.finish("stop")
         elif o.stream and (ready := self.ready()) > self.sent:
             self.events.put((self.text[self.sent:ready], self.scores[self.scores_sent:]))
             self.sent, self.scores_sent = ready, len(self.scores)
@@ -2746,12 +2793,14 @@ class Row:
 
     def result(self):
         """(content, calls, finish_reason) of a text that has ended."""
-        calls = parse_calls(self.text) if self.options.tools else None
+        single = self.options.tools and self.options.single
+        calls = parse_calls(self.text, 1 if single else None) if self.options.tools else None
         if not calls:
             return self.text, [], self.reason
-        message = turn(Answer(self.text, calls[:1] if self.options.single else calls))
+        message = turn(Answer(self.text, calls))
         calls = [call | {"id": f"call_{uuid.uuid4().hex}"} for call in message["tool_calls"]]
-        return message["content"] or None, calls, "tool_calls" if self.reason == "stop" else self.reason
+        whole = single or self.reason == "stop"  # nothing after a single call is lost
+        return message["content"] or None, calls, "tool_calls" if whole else self.reason
 
 
 def score_token(logits, token, top, at):
@@ -2873,10 +2922,15 @@ class Api(BaseHTTPRequestHandler):
 
     def read_body(self):
         """The bytes that were sent."""
-        length = self.headers.get("Content-Length", "" if self.command == "POST" else "0")
+        default = [""] if self.command == "POST" else ["0"]
+        length = ",".join(self.headers.get_all("Content-Length", default))
         going, self.close_connection = self.close_connection, True
+        # A page whose own name leads here, by DNS rebinding, has that name as its host.
+        host = ",".join(self.headers.get_all("Host", []))
+        require(re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host, re.I),
+                f"this answers on localhost, not as {short(host)}", status=403)
         require(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers,
-                "Content-Length is needed", status=411)
+                "one Content-Length is needed", status=411)
         length = int(length)
         if length > MAX_BODY:
             for _ in range(min(length, 16 * MAX_BODY) // 2**16):  # most clients send all before they read
@@ -2967,8 +3021,9 @@ def read_chat(body, local):
     require(messages, "messages must be a list, and not empty", "messages")
     stop, stop_ids = body.get("stop") or [], body.get("stop_token_ids") or []
     stop = [stop] if isinstance(stop, str) else stop
-    require(isinstance(stop, list) and all(isinstance(s, str) and s for s in stop),
-            "stop must be a string or a list of strings", "stop")
+    require(isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) for s in stop)
+            and all(0 < len(s) <= 1000 for s in stop),  # each token is compared with them
+            "stop must be a string or a list of at most 16 strings, of 1 to 1,000 characters", "stop")
     require(isinstance(stop_ids, list) and all(type(i) is int for i in stop_ids),
             "stop_token_ids must be a list of integers", "stop_token_ids")
     called, chosen = tools, body.get("tool_choice") or "auto"

@@ -186,6 +186,45 @@ def test_values_within_their_schema(schema, legal, illegal):
         )
 
 
+INNER = {"type": "object", "properties": {"k": {"type": "string", "enum": ["a", "b"]}, "n": {"type": "integer"}},
+         "required": ["k"]}
+NODE = {"$defs": {"N": {"type": "object", "properties": {"v": {"const": 1}, "next": {"anyOf": [
+    {"$ref": "#/$defs/N"}, {"type": "null"}]}}, "required": ["v", "next"]}}, "$ref": "#/$defs/N"}
+NESTED = [  # (schema, values that have it, values that have not)
+    (INNER, [{"k": "a"}, {"n": 1, "k": "b"}], [{}, {"k": "z"}, {"k": 5}, {"k": "a", "n": "1"}, {"k": "a", "other": 1}]),
+    ({"type": "array", "items": INNER}, [[], [{"k": "a"}, {"k": "b"}]], [[{}], [{"k": "a"}, {}]]),
+    ({"type": "object", "properties": {"in": INNER}}, [{}, {"in": {"k": "a"}}], [{"in": {}}]),
+    (INNER | {"additionalProperties": {"type": "integer"}}, [{"k": "a", "m": 2}, {"m": 2, "k": "a"}],
+     [{"m": 2}, {"k": "a", "m": "2"}]),
+    ({"type": "object", "additionalProperties": {"type": "integer"}}, [{}, {"a": 1, "b": 2}], [{"a": "1"}]),
+    ({"type": "object", "required": ["a"]}, [{"a": [1], "b": None}], [{}, {"b": 1}]),
+    ({"type": "object", "properties": {"é \"": {"type": "null"}}}, [{"é \"": None}], [{"é \"": 1}]),
+    ({"const": "only"}, ["only"], [None, "on"]), ({"const": None}, [None], ["a"]),
+    ({"type": ["integer", "null"]}, [1, None], ["text"]),
+    ({"type": ["object", "null"], "properties": {"a": {"type": "integer"}}}, [None, {"a": 1}], [{"a": "1"}]),
+    ({"oneOf": [{"type": "integer"}, INNER]}, [1, {"k": "a"}], [{}, "a"]),
+    (NODE, [{"v": 1, "next": None}, {"v": 1, "next": {"v": 1, "next": None}}], [{"v": 1, "next": {}}, {"v": 2, "next": None}])]
+
+
+@pytest.mark.parametrize("schema, legal, illegal", NESTED, ids=range(len(NESTED)))
+def test_schemas_within_schemas(schema, legal, illegal):
+    """Constrained decoding keeps to them at any depth, in arguments as in a text that is one value."""
+    outer = {"type": "object", "properties": {"x": schema}, "required": ["x"], "$defs": schema.get("$defs", {})}
+    for root in (schema, outer):
+        read = evaluate.read_schema(root)
+        for value, right in [*((v, True) for v in legal), *((v, False) for v in illegal)]:
+            value = value if root is schema else {"x": value}
+            text = evaluate.latin1(json.dumps(value, ensure_ascii=False))
+            call = '<tool_call>\n{"name": "f", "arguments": ' + text + "}\n</tool_call>"
+            if root is not schema:
+                assert evaluate.Constraint.legal(call, {"f": read}, finished=True) is right, value
+            if right:
+                assert evaluate.scan_value(text + " ", 0, read) == len(text)
+                for n in range(len(text)):
+                    with pytest.raises(evaluate.Incomplete):
+                        evaluate.scan_value(text[:n], 0, read)
+
+
 INTEGERS, NUMBERS = ({"type": "array", "items": {"type": kind}} for kind in ("integer", "number"))
 
 

@@ -2,6 +2,7 @@ import http.client
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -243,6 +244,55 @@ def test_bad_http(url, client):
         connection.request("POST", chat, json.dumps({"model": "tiny", "messages": WORDS, "stream": True}), {"Content-Type": "application/json"})
         connection.close()
     assert client.models.list().data[0].id == "tiny" == client.chat.completions.create(model="tiny", messages=CALL, max_tokens=1).model
+
+
+@pytest.mark.parametrize("rest", ['\n<tool_call>\n{"name": "f", "argu', "\n<tool_call>", "\n<tool_call>{oops}</tool_call>"])
+def test_a_single_call_is_kept(rest):
+    """With a named tool_choice, or without parallel calls, the first call is the answer, whatever comes after it."""
+    options = Namespace(begun='<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' + rest, tools=[{}], single=True, seed=None)
+    row = evaluate.Row(None, [], options)
+    row.finish("length")
+    content, calls, reason = row.result()
+    assert [c["function"]["name"] for c in calls] == ["f"] and content is None and reason == "tool_calls"
+
+
+def test_a_single_call_ends_the_answer(client):
+    """The model need not go on after it."""
+    options = dict(model="tiny", messages=CALL, tools=TOOLS, temperature=0, parallel_tool_calls=False)
+    made = client.chat.completions.create(tool_choice={"type": "function", "function": {"name": "history"}}, **options)
+    alone = made.choices[0]
+    assert alone.finish_reason == "tool_calls" and len(alone.message.tool_calls) == 1
+    limit = made.usage.completion_tokens
+    again = client.chat.completions.create(tool_choice={"type": "function", "function": {"name": "history"}}, max_tokens=limit, **options).choices[0]
+    assert again.message.tool_calls[0].function == alone.message.tool_calls[0].function and again.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("head, status", [
+    ("Host: evil.example:80", 403), ("Host: localhost.evil.example", 403), ("Host: 127.0.0.1@evil.example", 403), ("X: y", 403),
+    ("Host: localhost\r\nHost: evil.example", 403), ("Host: 127.0.0.2", 403), ("Host: localhost\r\nContent-Length: 2\r\nContent-Length: 50", 411),
+    ("Host: LOCALHOST:99", 200), ("Host: 127.0.0.1", 200), ("Host: [::1]:8000", 200)])
+def test_only_loopback_is_answered(url, head, status):
+    """A page in a browser gets here by DNS rebinding, under a name of its own; nor are two lengths a request."""
+    host, port = url.split("/")[2].split(":")
+    with socket.create_connection((host, int(port)), 20) as connection:
+        connection.sendall(f"GET /v1/models HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n".encode())
+        assert connection.recv(99).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+@pytest.mark.parametrize("huge", [
+    {"messages": [chat_message("user", "a")] * 100_000}, {"messages": [chat_message("user", "ab c" * 10**6)]},
+    {"messages": CALL, "tools": TOOLS * 10_000}, {"messages": CALL, "stop": ["?" * 10**6]}, {"messages": CALL, "stop": ["?"] * 400_000},
+    {"prompt": [[1]] * 400_000}], ids=["messages", "text", "tools", "a stop", "stops", "prompts"])
+def test_a_huge_request_does_not_keep_the_others_waiting(client, huge):
+    """It is refused, and meanwhile others are answered."""
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(lambda: client.post("/chat/completions", body={"model": "tiny"} | huge, cast_to=object))
+        for _ in range(3):
+            started = time.monotonic()
+            client.chat.completions.create(model="tiny", messages=WORDS, max_tokens=2)
+            assert time.monotonic() - started < 10
+        with pytest.raises(openai.BadRequestError):
+            refused.result()
 
 
 def test_a_port_that_is_taken_and_a_directory_that_is_none(url, directory, tmp_path):
