@@ -1,4 +1,5 @@
 import argparse
+import contextlib
 import json
 import re
 import threading
@@ -672,6 +673,20 @@ def test_api_bank_with_gold(mode):
     records = [evaluate.play([episode], reply)[0] for episode in evaluate.api_bank(evaluate_args(data=DATA, mode=mode))]
     assert len(records) == 508
     assert [r["id"] for r in records if r["verdict"] != "right"] == []
+
+
+def test_two_at_once(checkpoint, tmp_path):
+    """A second copy says that the first is at work; after a killed one nothing is in the way."""
+    (tmp_path / "mmlu_val.jsonl").write_text("".join(json.dumps({
+        "subject": "s", "question": f"q{i}", "choices": list("abcd"), "answer": "A"}) + "\n" for i in range(9)))
+    command = ["evaluate.py", "--model", checkpoint, "--suite", "mmlu", "--data", tmp_path, "--out", tmp_path]
+    with contextlib.closing(evaluate.claim(tmp_path / "eval")):
+        done = run(*command, ok=False)
+        assert done.stderr == f"error: another evaluate.py is at work in {tmp_path / 'eval'}\n" and not done.stdout
+    run(*command)
+    (tmp_path / "file").touch()
+    refused = run(*command[:-1], tmp_path / "file", ok=False)
+    assert refused.stderr == f"error: --out {tmp_path / 'file'}: Not a directory\n"
 
 
 def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
