@@ -10,6 +10,7 @@ Laptop:    python evaluate.py
 Others:    python evaluate.py --model out/stage2 path/to/Qwen3-0.6B --suite bfcl mmlu --data benchmarks/
            python evaluate.py --model http://localhost:8000/v1 --suite bfcl agentbench-db --data benchmarks/
 One node:  torchrun --nproc_per_node=8 evaluate.py --model DIR --suite bfcl --data benchmarks/
+Ask:       python evaluate.py --ask "What is the mean of 3 and 4?" --tools FILE.py
 Serve:     python evaluate.py --serve out/ours --port 8000
 
 Suites
@@ -78,9 +79,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, sha256, write
-from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, fail, read_values,
-                     run_main, unit_hash, visible)
+from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
+from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, definition, fail,
+                     read_values, run_main, source_apis, source_tool, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -103,6 +104,8 @@ def main():
     args = parse_args()
     if args.serve:
         return serve(args)
+    if args.ask is not None:
+        return show_answer(args)
     parts = {"heldout": HELDOUT}  # of suites
     names = list(dict.fromkeys(name for suite in args.suite for name in parts.get(suite, [suite])))
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
@@ -337,6 +340,12 @@ def parse_args():
     add("--serve", metavar="DIR",
         help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
     add("--port", type=int, default=8000, help="of --serve")
+    add("--ask", metavar="TEXT",
+        help="instead, show what the first --model (default: ours under --out) is given for this request, "
+        "what it writes, and the calls in it, of which none is made")
+    add("--tools", metavar="FILE",
+        help="of --ask: a Python file, whose public functions are the tools and which is not run, or a JSON "
+        "list of tools")
     return parser.parse_args()
 
 
@@ -542,15 +551,19 @@ class Local:
         answers = [Answer("", None, False, f"a prompt of {len(p)} tokens, and a window of {window}")
                    for p in prompts]
         if fit := [i for i, p in enumerate(prompts) if len(p) <= window]:
-            choose = Constraint(self.tokenizer, [chats[i][1] for i in fit]) if constrained else None
-            ends = [self.tokenizer.im_end, self.tokenizer.end_of_text]
-            fitting = [prompts[i] for i in fit]
-            outputs = transformer.generate(self.model, fitting, max_tokens, ends, choose=choose)
+            tools = [chats[i][1] for i in fit]
+            outputs = self.generate([prompts[i] for i in fit], tools, max_tokens, constrained)
             for i, output in zip(fit, outputs):
                 text = self.tokenizer.decode(output)
                 ended = len(output) < min(max_tokens, window - len(prompts[i]) + 1)
                 answers[i] = Answer(text, parse_calls(text), ended)
         return answers
+
+    def generate(self, prompts, tools, max_tokens, constrained):
+        """What the model writes after each prompt, all of them ids; tools: a list for each."""
+        choose = Constraint(self.tokenizer, tools) if constrained else None
+        ends = [self.tokenizer.im_end, self.tokenizer.end_of_text]
+        return transformer.generate(self.model, prompts, max_tokens, ends, choose=choose)
 
     @torch.inference_mode()
     def score(self, pairs):
@@ -2720,6 +2733,51 @@ def draw(results, models, paths, out, pyplot):
         axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
         axes[-1, 0].legend(fontsize=8)
     figure.savefig(out / "report.png", dpi=100)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --ask: one request, with tools of one's own
+
+
+def show_answer(args):
+    """Print the prompt as the model sees it, what it writes, token by token in two shades, and its calls."""
+    path, tools = args.model[0] if args.model else f"{args.out}/ours", read_tools(args.tools)
+    if re.match("https?://", path):
+        fail(f"--model {path}: --ask needs a checkpoint directory")
+    local = Local(path, None, args)
+    prompt = local.tokenizer.render([chat_message("user", args.ask)], tools, answer=True)[0]
+    try:
+        [ids] = local.generate([prompt], [tools], args.max_tokens or 1024, args.constrained)
+    except ValueError as error:  # it does not fit
+        fail(error)
+    print(visible(local.tokenizer.decode(prompt)), end="")
+    pieces = [visible(local.tokenizer.decode([i])) for i in ids]
+    print("".join(coloured(piece, n, True) for n, piece in enumerate(pieces)))
+    calls = parse_calls(local.tokenizer.decode(ids))
+    found = show(calls) or ["none" if calls == [] else "none that can be read"]
+    print(visible("\n".join(["", "calls, not made:", *found])))
+
+
+def read_tools(path):
+    """The tools in a file, or exit with what is wrong with it."""
+    if not path:
+        return []
+    if not Path(path).is_file():
+        fail(f"--tools {path}: no such file")
+    try:
+        if path.endswith(".py"):
+            apis = list(source_apis(Path(path), Path(path).name, ""))
+            if wrong := next((api for api in apis if "reason" in api), None):
+                fail(f"{path}, line {wrong['line'] or 1}: {wrong['reason']}")
+            tools = [definition(source_tool(api), api["name"]) for api in apis if api["usable"]]
+        else:
+            given = json.loads(Path(path).read_text(encoding="utf-8"))
+            tools = [read_tool(t if "function" in t else {"type": "function", "function": t}) for t in given]
+    except OSError as error:
+        fail(f"{path}: {error.strerror}")
+    except UNREADABLE:
+        fail(f"{path}: not a JSON list of tools, each a function with a name and a schema")
+    return tools or fail(f"{path}: no public function in it")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -246,6 +246,31 @@ def test_bad_http(url, client):
     assert client.models.list().data[0].id == "tiny" == client.chat.completions.create(model="tiny", messages=CALL, max_tokens=1).model
 
 
+def test_a_request_of_ones_own(directory, tmp_path):
+    """--ask: the prompt, the answer token by token, and the call; of a Python file nothing is run, nor imported."""
+    tools, source = tmp_path / "tools.json", tmp_path / "mine.py"
+    tools.write_text(json.dumps([TOOLS[0]["function"], TOOLS[1]]))
+    asked = "evaluate.py", "--ask", CALL[0]["content"], "--model", directory, "--max-tokens", 60
+    listed = lambda prompt: [json.loads(line) for line in prompt.partition("</tools>")[0].splitlines() if line.startswith("{")]
+    prompt, written = run(*asked, "--tools", tools).stdout.split("<|im_start|>assistant\n")
+    assert listed(prompt) == [tool["function"] for tool in TOOLS] and CALL[0]["content"] in prompt
+    written, calls = written.split("\n\ncalls, not made:\n")
+    assert "<tool_call>‖" in written and written.replace("‖", "").startswith("Let us see.\n<tool_call>\n")
+    assert calls == "forecast(city='Paris', days=3)\n"
+    source.write_text(f"import nothing_of_this_name\nopen({str(tmp_path / 'run')!r}, 'w')\n"
+                      "def forecast(city: str, days: int = 3):\n    'Say what the weather will be.'\n"
+                      "def _hidden(): pass\nclass A:\n    def method(self): pass\n")
+    [tool] = listed(run(*asked, "--tools", source).stdout)
+    assert tool["name"] == "mine.forecast" and not (tmp_path / "run").exists()
+    assert tool["parameters"]["properties"]["city"] == {"type": "string"} and tool["parameters"]["required"] == ["city"]
+    assert "calls, not made:\nnone" in run(*asked[:3], "--model", directory, "--max-tokens", 5).stdout
+    source.write_text("def f(:\n")
+    tools.write_text('[{"name": 3}]')
+    for path, why in ((source, "line 1: SyntaxError"), (tools, "not a JSON list of tools"), (tmp_path / "none.py", "no such file")):
+        assert why in run(*asked, "--tools", path, ok=False).stderr
+    assert "needs a checkpoint directory" in run("evaluate.py", "--ask", "x", "--model", "http://127.0.0.1:1/v1", ok=False).stderr
+
+
 @pytest.mark.parametrize("rest", ['\n<tool_call>\n{"name": "f", "argu', "\n<tool_call>", "\n<tool_call>{oops}</tool_call>"])
 def test_a_single_call_is_kept(rest):
     """With a named tool_choice, or without parallel calls, the first call is the answer, whatever comes after it."""
