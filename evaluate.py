@@ -763,11 +763,11 @@ def without_thoughts(output):
 
 class Constraint:
     """Picks tokens for `generate`. Plain answers are free; once a call is begun it must name a tool and fit
-    its schema.
+    its schema. With a schema, as read_schema returns it, an answer is a JSON value that fits this.
     """
 
-    def __init__(self, tokenizer, tools):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, tools=(), schema=None):
+        self.tokenizer, self.schema = tokenizer, schema
         functions = [[tool["function"] for tool in row] for row in tools]
         self.tools = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in functions]
 
@@ -777,27 +777,23 @@ class Constraint:
             ids = [*new_ids, token]
             if not self.tokenizer.token_bytes(token):
                 continue
-            if start not in ids:
+            if self.schema is None and start not in ids:
                 return token
+            if token == self.tokenizer.end_of_text:
+                continue
             text = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != end).decode("latin-1")
-            if self.legal(text[text.index("<tool_call>"):], self.tools[row], finished=token == end):
+            if self.schema is not None:
+                legal = may_become(partial(scan_answer, schema=self.schema), text, finished=token == end)
+            else:
+                legal = self.legal(text[text.index("<tool_call>"):], self.tools[row], finished=token == end)
+            if legal:
                 return token
         return end
 
     @staticmethod
     def legal(text, tools, finished):
         """Whether a text is the beginning (or, if finished, the whole) of one or more calls of the tools."""
-        at = 0
-        try:
-            while True:
-                at = scan_call(text, at, tools)
-                if at == len(text):
-                    return True
-                at = scan(text, at, ["\n"])
-        except Incomplete:
-            return not finished
-        except (ValueError, RecursionError):  # brackets in brackets without end
-            return False
+        return may_become(partial(scan_calls, tools=tools), text, finished)
 
 
 def latin1(text):
@@ -846,6 +842,37 @@ def scan(text, at, options):
     if not found:
         raise ValueError
     return at + len(max(found, key=len))
+
+
+def may_become(scan_all, text, finished):
+    """Whether a text is the beginning (or, if finished, the whole) of what a function reads."""
+    try:
+        scan_all(text)
+        return True
+    except Incomplete:
+        return not finished
+    except (ValueError, RecursionError):  # brackets in brackets without end
+        return False
+
+
+def scan_answer(text, schema):
+    """Read a text that is one value. Raises Incomplete or ValueError."""
+    try:
+        end = scan_value(text, 0, schema)
+    except Incomplete:
+        with contextlib.suppress(Incomplete, ValueError):
+            if scan_value(text + " ", 0, schema) == len(text):  # a number, which may go on but need not
+                return
+        raise
+    if end != len(text):
+        raise ValueError
+
+
+def scan_calls(text, tools):
+    """Read a text that is one or more calls. Raises Incomplete or ValueError."""
+    at = scan_call(text, 0, tools)
+    while at < len(text):
+        at = scan_call(text, scan(text, at, ["\n"]), tools)
 
 
 def scan_call(text, at, tools):
@@ -900,6 +927,8 @@ FIRST = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boole
 
 def scan_value(text, at, schema):
     """The position after the JSON value at `at` that has the schema (or any, where it is True)."""
+    if schema is False:
+        raise ValueError
     schema = schema if isinstance(schema, dict) else {}
     listed = [schema["const"]] if "const" in schema else schema.get("enum")
     choices = schema.get("anyOf") or schema.get("oneOf")
@@ -3115,8 +3144,11 @@ def read_chat(body, local):
     options.stop, options.stop_ids = stop, {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
     more = body.get("stream_options")
     options.include_usage = isinstance(more, dict) and more.get("include_usage") is True
-    options.begun, options.choose = "", None
+    options.begun, options.choose, schema = "", None, read_format(body.get("response_format"))
+    require(schema is None or not options.tools, "response_format does not go with tools", "response_format")
     ids = tokenizer.render(messages, options.tools, answer=True)[0]
+    if schema is not None:
+        options.choose = partial(Constraint(tokenizer, schema=schema), 0)
     if forced:
         start, constraint = tokenizer.special["<tool_call>"], Constraint(tokenizer, [called])
         ids += [start]
@@ -3138,6 +3170,64 @@ def read_fields(body):
                 f"{name} must be {RANGES[kind].format(low, high)}, not {short(value)}", name)
         setattr(found, name, default if value is None else value)
     return found
+
+
+ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
+               "$schema", "$id", "$comment", "$defs", "definitions"}
+KEYWORDS = {  # of the schema of an answer: whether decoding keeps to a value; others are refused
+    "type": lambda value: all(kind in (*WHOLE, "array", "object")
+                              for kind in (value if isinstance(value, list) else [value])),
+    "properties": lambda value: isinstance(value, dict),
+    "required": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "additionalProperties": lambda value: isinstance(value, (dict, bool)),
+    "items": lambda value: isinstance(value, (dict, bool)),
+    "anyOf": lambda value: isinstance(value, list) and len(value) > 0,
+    "enum": lambda value: isinstance(value, list) and len(value) > 0,
+    "const": lambda value: True,
+    "nullable": lambda value: isinstance(value, bool)}
+
+
+def read_format(value):
+    """The schema that a request's response_format has; None if an answer is a text."""
+    where = "response_format"
+    kind = value.get("type") if isinstance(value, dict) else None
+    require(value is None or kind in ("text", "json_object", "json_schema"),
+            f"{where} must have the type text, json_object or json_schema, not {short(value)}", where)
+    if kind != "json_schema":
+        return {"type": "object"} if kind == "json_object" else None
+    given = value.get("json_schema")
+    given = given.get("schema") if isinstance(given, dict) else None
+    require(isinstance(given, dict), f"{where} has no object as its json_schema.schema", where)
+    try:
+        size = len(json.dumps(given))
+        require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
+        schema = read_schema(given)
+    except RecursionError:
+        require(False, f"{where} has a schema that is too deep", where)
+    wrong = unsupported(schema)
+    require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
+    return schema
+
+
+def unsupported(schema):
+    """What in a schema, as read_schema returns it, decoding does not keep to; None if all is well."""
+    todo, seen = [schema], set()
+    while todo:
+        node = todo.pop()
+        if id(node) in seen or isinstance(node, bool):
+            continue
+        seen.add(id(node))
+        if not isinstance(node, dict):
+            return short(node)
+        stated = node.keys() - ANNOTATIONS
+        for key in sorted(stated):
+            if key not in KEYWORDS or not KEYWORDS[key](node[key]):
+                return key
+        if "anyOf" in stated and len(stated) > 1:
+            return "anyOf beside " + min(stated - {"anyOf"})
+        todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
+                 node.get("items", True), node.get("additionalProperties", True)]
+    return None
 
 
 def read_list(body, name, read, wanted):

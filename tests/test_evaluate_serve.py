@@ -271,6 +271,55 @@ def test_a_request_of_ones_own(directory, tmp_path):
     assert "needs a checkpoint directory" in run("evaluate.py", "--ask", "x", "--model", "http://127.0.0.1:1/v1", ok=False).stderr
 
 
+def json_schema(schema):
+    return {"type": "json_schema", "json_schema": {"name": "n", "schema": schema, "strict": True}}
+
+
+PERSON = {"title": "Person", "$defs": {"Day": {"enum": ["Monday", "日"]}}, "type": "object", "additionalProperties": False, "properties": {
+    "day": {"$ref": "#/$defs/Day"}, "sure": {"type": ["boolean", "null"]}, "kind": {"const": "é"},
+    "more": {"anyOf": [{"type": "null"}, {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"]}]}},
+    "required": ["day", "sure", "kind", "more"]}
+
+
+def test_answers_of_a_json_schema(client):
+    """Whatever a model would write, with and without a stream; a plain object is one too, unless the limit cuts it."""
+    options = dict(model="tiny", messages=WORDS, temperature=0, max_tokens=300)
+    answer = client.chat.completions.create(response_format=json_schema(PERSON), **options).choices[0]
+    value = json.loads(answer.message.content)
+    assert answer.finish_reason == "stop" and value.keys() == {"day", "sure", "kind", "more"} and value["kind"] == "é"
+    assert value["day"] in ("Monday", "日") and value["sure"] in (True, False, None) and (value["more"] is None or isinstance(value["more"]["n"], bool))
+    assert streamed(client.chat.completions.create(response_format=json_schema(PERSON), stream=True, **options))[0] == answer.message.content
+    for schema, values in (({"enum": [3, "a"]}, (3, "a")), ({"type": "object", "properties": {}, "additionalProperties": False}, ({},)), ({"type": "boolean"}, (True, False)), ({"enum": [3], "title": "Three"}, (3,))):
+        answer = client.chat.completions.create(response_format=json_schema(schema), **options).choices[0]
+        assert json.loads(answer.message.content) in values and answer.finish_reason == "stop"
+    answer = client.chat.completions.create(response_format={"type": "json_object"}, **options).choices[0]
+    assert answer.message.content.startswith("{")
+    assert answer.finish_reason == "length" or isinstance(json.loads(answer.message.content), dict)
+    free = [client.chat.completions.create(**options, **more).choices[0].message.content for more in ({}, {"response_format": {"type": "text"}})]
+    assert free[0] == free[1]
+
+
+@pytest.mark.parametrize("change, why", [
+    *[(json_schema(schema), f"the schema's {why} is not supported") for schema, why in (
+        ({"type": "string", "pattern": "a"}, "pattern"), ({"type": "object", "properties": {"a": {"minimum": 3}}}, "minimum"),
+        ({"type": "array", "items": {"format": "date"}}, "format"), ({"type": "float"}, "type"), ({"oneOf": [{"type": "null"}]}, "oneOf"),
+        ({"$ref": "#/$defs/none"}, r"\$ref"), ({"$ref": "#"}, r"\$ref"), ({"anyOf": [{"type": "null"}], "type": "null"}, "anyOf beside type"), ({"anyOf": []}, "anyOf"),
+        ({"anyOf": [3]}, "3"), ({"required": "a"}, "required"), ({"properties": []}, "properties"), ({"additionalProperties": {"not": {}}}, "not"))],
+    (json_schema(None), "no object"), ({"type": "json_schema"}, "no object"), (json_schema({"enum": ["a" * 10**5]}), "more than 65,536"),
+    ({"type": "grammar"}, "must have the type"), ("json", "must have the type"), ({}, "must have the type")], ids=str)
+def test_response_formats_that_are_refused(client, change, why):
+    with pytest.raises(openai.BadRequestError, match=why) as caught:
+        client.post("/chat/completions", body={"model": "tiny", "messages": CALL, "response_format": change}, cast_to=object)
+    assert caught.value.param == "response_format"
+
+
+def test_a_response_format_does_not_go_with_tools(client):
+    options = dict(model="tiny", messages=CALL, tools=TOOLS, response_format={"type": "json_object"}, max_tokens=5)
+    with pytest.raises(openai.BadRequestError, match="does not go with tools"):
+        client.chat.completions.create(**options)
+    assert client.chat.completions.create(tool_choice="none", **options).choices[0].message.content.startswith("{")
+
+
 @pytest.mark.parametrize("rest", ['\n<tool_call>\n{"name": "f", "argu', "\n<tool_call>", "\n<tool_call>{oops}</tool_call>"])
 def test_a_single_call_is_kept(rest):
     """With a named tool_choice, or without parallel calls, the first call is the answer, whatever comes after it."""
