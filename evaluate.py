@@ -116,6 +116,7 @@ def main():
         of_corpus = name in HELDOUT
         suite = name + "-constrained" * (args.constrained and not of_corpus and name != "mmlu")
         chosen[suite] = suites()[name](*[corpus] * of_corpus, args)
+    published = read_reference(args.reference, chosen)
     benchmarks = listing(args.data) if {*names} - {*HELDOUT} else None
     options = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
     items = {suite: {} for suite in chosen}  # {suite: {model: its items}}
@@ -131,7 +132,7 @@ def main():
         return
     results = [row for suite in chosen for row in summarise(suite, items[suite], labels)]
     write(out / "results.json", json.dumps(results, indent=1))
-    tables = "\n\n".join(table(suite, results, labels) for suite in chosen)
+    tables = "\n\n".join(table(suite, results, labels, published) for suite in chosen)
     print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; "
           "the rest: shares, higher is better.")
     failed = "\n".join(failures(suite, items[suite], labels) for suite in chosen)
@@ -278,23 +279,21 @@ def interval(prefix, draws):
     return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
 
 
-def table(suite, results, models):
-    """A suite's results as a table in Markdown, a row a metric and model."""
+def table(suite, results, models, published=()):
+    """A suite's results as a table in Markdown, a row a metric and model, published ones after measured."""
     rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
-    last = None
-    for r in (r for r in results if r["suite"] == suite):
-        row = ["", ""] if r["metric"] == last else [r["metric"], f"{r['n']:,}"]
-        last = r["metric"]
-        row += [r["model"], f"{r['score']:.3f}", f"[{r['low']:.3f}, {r['high']:.3f}]", ""]
+    of_suite = [r for r in results if r["suite"] == suite]
+    of_suite += [r for r in published if r["suite"] == suite.removesuffix("-constrained")]
+    metrics, last = list(dict.fromkeys(r["metric"] for r in of_suite)), None
+    for r in sorted(of_suite, key=lambda r: metrics.index(r["metric"])):
+        row = ["", ""] if r["metric"] == last else [r["metric"], f"{r['n']:,}" if "n" in r else ""]
+        last, between = r["metric"], f"[{r['low']:.3f}, {r['high']:.3f}]" if "low" in r else ""
+        row += [r["model"], f"{r['score']:.3f}", between, ""]
         if "baseline" in r:
             low, high = r["difference_low"], r["difference_high"]
             row[-1] = f"{r['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{' *' * (low > 0 or high < 0)}"
         rows.append(row + [f"{r['verdicts'][v]:.0%}" if "verdicts" in r else "" for v in VERDICTS])
-    used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
-    widths = {c: max(len(row[c]) for row in rows) for c in used}
-    head, *body = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|"
-    return "\n".join([f"### {suite}", "", head, rule, *body])
+    return f"### {suite}\n\n{markdown(rows)}"
 
 
 # ============================================================================================================
@@ -332,6 +331,9 @@ def parse_args():
         "1024; 160 in heldout)")
     add("--seq-len", type=int, default=768,
         help="of heldout: tokens of a document that are read, and of a conversation that is asked")
+    add("--reference", metavar="FILE",
+        help="JSON list of published scores, objects with model, suite, metric, score (a share) and source, "
+        "which the tables show beside the measured ones")
     add("--batch-size", type=int, default=32, help="items that a checkpoint works on at once")
     add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
@@ -2699,6 +2701,44 @@ def parts_of(formula):
     if isinstance(formula, str):
         return [formula]
     return [metric for part in formula for metric in parts_of(part)]
+
+
+def markdown(rows):
+    """Rows of texts, the head first, as a table in Markdown, without the columns that are empty below it."""
+    used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
+    widths = {c: max(len(row[c]) for row in rows) for c in used}
+    head, *body = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
+    rule = "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|"
+    return "\n".join([head, rule, *body])
+
+
+def read_reference(path, measured):
+    """The published scores in a file, as rows of the table; exits with what is wrong with it. Those of suites
+    that are not measured are left out, and said to be.
+    """
+    texts, found = ("model", "metric", "source", "suite"), []
+    if not path:
+        return found
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        fail(f"--reference {path}: {error.strerror}")
+    except (ValueError, RecursionError):
+        given = None
+    if not isinstance(given, list):
+        fail(f"--reference {path}: not a JSON list")
+    for n, row in enumerate(given, 1):
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
+            fail(f"--reference {path}, entry {n}: it needs {', '.join(texts)}, each a text, and score")
+        score, most = row.get("score"), float("inf") if row["suite"] == "loss" else 1
+        if type(score) not in (int, float) or not 0 <= score <= most:
+            fail(f"--reference {path}, entry {n}: the score is a share, from 0 to 1")
+        row = row | {key: visible(" ".join(row[key].split())).replace("|", "/") for key in texts}
+        found.append(row | {"model": f"{row['model']} (published: {row['source']})"})
+    suites = {suite.removesuffix("-constrained") for suite in measured}
+    if others := sorted({row["suite"] for row in found} - suites):
+        print(f"--reference {path}: left out {', '.join(others)}, which is not measured")
+    return [{key: row[key] for key in ("model", "suite", "metric", "score")} for row in found]
 
 
 def resample(values, resamples=2000):

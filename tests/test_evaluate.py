@@ -200,7 +200,7 @@ NESTED = [  # (schema, values that have it, values that have not)
     ({"type": "object", "additionalProperties": {"type": "integer"}}, [{}, {"a": 1, "b": 2}], [{"a": "1"}]),
     ({"type": "object", "required": ["a"]}, [{"a": [1], "b": None}], [{}, {"b": 1}]),
     ({"type": "object", "properties": {"é \"": {"type": "null"}}}, [{"é \"": None}], [{"é \"": 1}]),
-    ({"const": "only"}, ["only"], [None, "on"]), ({"const": None}, [None], ["a"]),
+    ({"type": "number"}, [1, -2.5, 0], ["1", None]), ({"const": "only"}, ["only"], [None, "on"]), ({"const": None}, [None], ["a"]),
     ({"type": ["integer", "null"]}, [1, None], ["text"]),
     ({"type": ["object", "null"], "properties": {"a": {"type": "integer"}}}, [None, {"a": 1}], [{"a": "1"}]),
     ({"oneOf": [{"type": "integer"}, INNER]}, [1, {"k": "a"}], [{}, "a"]),
@@ -423,6 +423,36 @@ def test_the_table_is_markdown_with_a_row_a_model():
     lines = evaluate.table("s", results, ["a", "b"]).splitlines()
     assert len({len(line) for line in lines[2:]}) == 1 and lines[0] == "### s" and "- a, 95% interval" in lines[2]
     assert re.search(r"\| b +\| 1.000 .*\+0.500 \[\+0.\d+, \+0.\d+\] \* .*100%", lines[-1])
+
+
+REFERENCE = {"model": "B-1", "suite": "s", "metric": "m", "score": 0.25, "source": "leaderboard,\n2025"}
+
+
+def test_published_scores_stand_beside_measured_ones(tmp_path, capsys):
+    """Marked, without interval or difference; a metric that was not measured has rows of its own."""
+    path, more = tmp_path / "r.json", {"metric": "of | theirs", "model": "C\x1b[0m"}
+    path.write_text(json.dumps([REFERENCE | more, REFERENCE, REFERENCE | {"suite": "other"}]))
+    published = evaluate.read_reference(str(path), ["s-constrained"])
+    assert capsys.readouterr().out == f"--reference {path}: left out other, which is not measured\n"
+    for suite in ("s", "s-constrained"):
+        results = evaluate.summarise(suite, {"a": items([0, 1] * 40), "b": items([1] * 80)}, ["a", "b"])
+        lines = evaluate.table(suite, results, ["a", "b"], published).splitlines()[4:]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+        assert [row[:4] for row in cells] == [
+            ["m", "80", "a", "0.500"], ["", "", "b", "1.000"], ["", "", "B-1 (published: leaderboard, 2025)", "0.250"],
+            ["of / theirs", "", "C\\x1b[0m (published: leaderboard, 2025)", "0.250"]]
+        assert not any("".join(row[4:]) for row in cells[2:]) and len({len(line) for line in lines}) == 1
+    assert evaluate.read_reference(None, ["s"]) == []
+
+
+@pytest.mark.parametrize("content, why", [
+    ("{", "not a JSON list"), ("{}", "not a JSON list"), ("[3]", "entry 1: it needs model"), (json.dumps([REFERENCE, REFERENCE | {"source": None}]), "entry 2: it needs"),
+    *[(json.dumps([REFERENCE | {"score": score}]), "entry 1: the score is a share") for score in (25, "0.3", None, True, float("nan"))]])
+def test_references_that_cannot_be_read(tmp_path, capsys, content, why):
+    (tmp_path / "r.json").write_text(content)
+    with pytest.raises(SystemExit, match="^2$"):
+        evaluate.read_reference(str(tmp_path / "r.json"), ["s"])
+    assert why in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,7 +703,7 @@ def test_api_bank_with_gold(mode):
     assert [r["id"] for r in records if r["verdict"] != "right"] == []
 
 
-def test_two_at_once(checkpoint, tmp_path):
+def test_two_at_once_and_published_scores(checkpoint, tmp_path):
     """A second copy says that the first is at work; after a killed one nothing is in the way."""
     (tmp_path / "mmlu_val.jsonl").write_text("".join(json.dumps({
         "subject": "s", "question": f"q{i}", "choices": list("abcd"), "answer": "A"}) + "\n" for i in range(9)))
@@ -681,7 +711,10 @@ def test_two_at_once(checkpoint, tmp_path):
     with contextlib.closing(evaluate.claim(tmp_path / "eval")):
         done = run(*command, ok=False)
         assert done.stderr == f"error: another evaluate.py is at work in {tmp_path / 'eval'}\n" and not done.stdout
-    run(*command)
+    (tmp_path / "r.json").write_text(json.dumps([REFERENCE | {"suite": "mmlu", "metric": "accuracy"}]))
+    shown = run(*command, "--reference", tmp_path / "r.json").stdout
+    assert "B-1 (published: leaderboard, 2025)" in shown and "B-1 (published: " in (tmp_path / "eval" / "report.md").read_text()
+    assert [r["model"] for r in json.loads((tmp_path / "eval" / "results.json").read_text())] == [evaluate.name_model(checkpoint, [checkpoint])]
     (tmp_path / "file").touch()
     refused = run(*command[:-1], tmp_path / "file", ok=False)
     assert refused.stderr == f"error: --out {tmp_path / 'file'}: Not a directory\n"
