@@ -949,9 +949,8 @@ class Opaque(str):
 # ------------------------------------------------------------------------------------------------------------
 # Docstrings: what they say of each parameter
 
-PARAMETER_NAMES = (
-    r"(?:\\?\*){0,2}[^\W\d]\w*(?:(?:\s*,\s*|\s*,?\s+and\s+)(?:\\?\*){0,2}[^\W\d]\w*)*(?:,\s*\.{3})?"
-)
+ONE_NAME = r"(?:\\?\*){0,2}[^\W\d]\w*"
+PARAMETER_NAMES = rf"{ONE_NAME}(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+){ONE_NAME})*(?:,\s*\.{{3}})?"
 FIELD = re.compile(
     r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)"
 )
@@ -1012,7 +1011,8 @@ def documented_parameters(doc, known=()):
             level = indentation(line)
             names, kind = parameter_names(match[1]), match[2] or ""
             description = paragraph(match[3], lines, i)
-            if style == "" and not kind and " : " in text and is_indented_below(lines, i):
+            spaced = style == "" and not kind and re.match(rf"\W*{PARAMETER_NAMES}\W* : ", text)
+            if spaced and is_indented_below(lines, i):
                 goes_on = ". " in match[3] or " " in match[3] and lines[i + 1].strip()[0].islower()
                 if not goes_on:  # a type, as under NumPy's heading
                     kind, description = match[3], paragraph("", lines, i)
@@ -1077,10 +1077,17 @@ def whole_type(kind, lines, i):
     """(The type that begins at line i, the number of further lines that it takes): an open bracket is
     closed, and a line "optional", "default 3" or "or str" belongs to it.
     """
-    is_open = lambda text: any(text.count(left) > text.count(right) for left, right in ("{}", "()", "[]"))
+
+    def is_open(text):  # an interval such as (0, 1] is not
+        bare = re.sub(QUOTED, "", text)
+        return sum(bare.count(left) for left in "([{") > sum(bare.count(right) for right in ")]}")
+
+    value = r"(?:['\"\d({\[-]\S*|True|False|None)"
     whole, more = kind, 0
     for line in lines[i + 1:i + 6]:
-        goes_on = is_open(whole) or re.match(r"\s*(optional|defaults?\b.{,20}$|or )", line)
+        short = len(whole) + len(line) < LONGEST_TYPE
+        further = rf"\s*(optional|defaults?(?: ?[:=]| is| to)? ?{value}|or \S+)\s*$"
+        goes_on = short and (is_open(whole) or re.match(further, line))
         if not goes_on or indentation(line) <= indentation(lines[i]):
             break
         whole, more = f"{whole} {line.strip()}", more + 1
@@ -1216,10 +1223,7 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     schema, documented = type_schema(stated), type_schema(said.type)
     narrower = schema == {"type": "string"} == {k: v for k, v in documented.items() if k != "enum"}
     narrower = narrower and (type(default) is not str or default in documented.get("enum", [default]))
-    listed = re.match(r"\{[^{}:]*\}", said.type) and "enum" in str(
-        documented
-    )  # {0 or 'index', 1 or 'columns'}
-    narrower = narrower or listed and (type(default) not in PYTHON_TYPES or fits(default, documented))
+    narrower = narrower or is_listed(said.type, documented, schema, default)
     schema = dict(documented if narrower else schema or documented)
     if type(default) not in PYTHON_TYPES:
         default = default_in_words(f"{said.type} {said.description}")
@@ -1249,6 +1253,18 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     return schema | ({"description": description} if description else {})
 
 
+def is_listed(stated, documented, schema, default):
+    """Whether a docstring lists the values of a parameter, such as {0 or 'index', 1 or 'columns'}, of which
+    the annotation's schema says less: it has no such list, and holds the values or is that of an integer.
+    """
+    plain = re.fullmatch(r"\{[^{}:]*\}(?:,? *(?:optional|or None|defaults?.*))?", stated)
+    values = documented.get("enum", []) if plain and "..." not in stated else []
+    if not values or "enum" in schema or type(default) in PYTHON_TYPES and not fits(default, documented):
+        return False
+    of_integers = schema == {"type": "integer"} and any(type(value) is int for value in values)
+    return of_integers or all(fits(value, schema) for value in values)
+
+
 def may_be_none(stated):
     """Whether a type has None among its alternatives, not only among those of what it holds.
 
@@ -1270,13 +1286,14 @@ def class_schema(stated):
     >>> class_schema("NetworkX DiGraph"), class_schema("any object of SymPy")
     ({'type': 'object', 'title': 'DiGraph'}, {})
     """
-    stated = re.sub(r"\b(?!_t\.)(?:\w+\.)+(?=[A-Z])", "", re.split(r"\bdefaults?\b|\boptional\b", stated)[0])
+    stated = re.split(r"\bdefaults?\b|\boptional\b", stated[:500])[0]
+    stated = re.sub(r"\b(?!_t\.)(?:\w+\.)+(?=[A-Z])", "", stated)
     held = re.sub(r"\b(?!Union|Optional)\w+\[[^\[\]]*\]", "", stated)
     if re.search(r"(?i)callable|function|\btype\b", stated) or re.search(r"\bAny\b", held):
         return {}
-    parts = type_parts(stated)
-    if len(parts) > 1 and any(re.fullmatch(r"(?!optional|graph)[a-z][a-z-]+", part) for part in parts):
-        return {}  # "Medium or sympifiable"
+    others = re.findall(r"(?:\bor|\|) ([a-z][a-z-]+)$", stated.strip())  # "Medium or sympifiable"
+    if {*others} - {"none", "null", "graph", "subclass", "subclasses"}:
+        return {}
     found = re.search(rf"\b{CLASS_NAME}\b", stated)
     described = found or re.search(
         r"\b(?!any |an? |the )([a-z_]\w*)(?=[ -](?:object|instance|like object)s?\b)", stated
@@ -1288,9 +1305,9 @@ def class_schema(stated):
 
 def guessed_schema(name, description):
     """A schema guessed from how a parameter's description begins, or else from its name, or {}."""
-    if description.startswith("Alias"):
+    if re.match(r"Alias (of|for)\b", description):
         return {}
-    either = r"\b[Cc]an be (?:either )?(?:an? )?(?:single )?(\w+)\b[^.]{0,80}? or (?:an? )?(\w+)"
+    either = r"(?:^|\. )Can be (?:either )?(?:an? )?(?:single )?(\w+)\b(?! of\b)[^.]{0,80}? or (?:an? )?(\w+)"
     if (found := re.search(either, description)) and {*map(str.lower, found.groups())} <= JSON_TYPES.keys():
         return type_schema(" or ".join(found.groups()))  # "Can be a single number or a tuple (kW,)"
     description = re.sub(r",(?= or\b)", "", description)  # "A string, or a sequence of strings"
@@ -1351,18 +1368,20 @@ def default_in_words(text):
     >>> [default_in_words(text) for text in ("Defaults to 1,000", "default: 2 * n", "the default 'a' mode")]
     [None, None, None]
     """
-    found = {match[1] for match in re.finditer(
+    found = re.finditer(
         r"(?:(?<!the )(?<!['\"])\bdefaults?|\bdefaults?(?: value)?(?: +(?:is|to)\b| *[:=])+) *`*"
         r"('[^']*'|\"[^\"]*\"|True\b|False\b|"
         r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?(?![\w/*^%]|[.,:-]\d| [*/^+] ?\w))"
         r"(?!`*,? (?:if|when|for|unless|except|or|on|in)\b)",
         " ".join(text.split()),
         re.I,
-    )}
-    try:  # several depend on a condition
-        return ast.literal_eval(found.pop()) if len(found) == 1 else None
-    except (ValueError, SyntaxError):  # such as 007
-        return None
+    )
+    values = []
+    for match in found:
+        with contextlib.suppress(ValueError, SyntaxError):  # such as 007
+            values.append(ast.literal_eval(match[1]))
+    same = values and all(value == values[0] for value in values)  # several depend on a condition
+    return values[0] if same else None
 
 
 def annotation_text(annotation, module=None, depth=0):
@@ -1914,7 +1933,7 @@ def made_array(node, literals):
     kind, arguments = ast.unparse(node.func).rpartition(".")[2], [
         literal_value(a, literals) for a in node.args
     ]
-    if kind in ("reshape", "view") and isinstance(node.func, ast.Attribute):
+    if kind in ("reshape", "view") and isinstance(node.func, ast.Attribute) and arguments:
         values, shape = literal_value(node.func.value, literals), (
             arguments[0] if isinstance(arguments[0], list) else arguments
         )
@@ -2246,7 +2265,7 @@ def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
     does not belong to it; a formula in which it ends does.
     """
-    doc = re.sub(r"^[\w.]+\(.*\) *->[^\n]*? --? (?=[a-z])", "", doc[:2000])  # a signature before the text
+    doc = re.sub(r"^[\w.]+\(.*\) *->[^\n]*? -- (?=[a-z])", "", doc[:2000])  # a signature before the text
     doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc)  # or above it
     heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
     ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
@@ -5552,11 +5571,12 @@ def answer(result, rng):
     result = result.rstrip().strip("\n")  # the first line's indentation may mean something
     if not result:
         return "It is done; nothing was returned."
-    if re.match(r"Traceback|\w+Error: ", result):
-        return f"That fails: {result.splitlines()[-1]}"
+    if re.match(r"\s*(Traceback|\w+Error: )", result):
+        return f"That fails: {result.splitlines()[-1].strip()}"
     if "\n" not in result and len(result) <= 120:
         return rng.choice(ANSWERS).format(r=result.strip())
-    return "The result is:\n" + (result if len(result) <= 300 else result[:300].rsplit(None, 1)[0] + " ...")
+    shown = result if len(result) <= 300 else re.sub(r"\s+\S*$", "", result[:300]) + " ..."
+    return f"The result is:\n{shown}"
 
 
 def mend(tool, arguments, rng):

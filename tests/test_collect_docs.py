@@ -1163,3 +1163,47 @@ def test_arguments_of_examples_that_are_no_literals(call, arguments):
             collect.bind_literals(signature, ast.parse(call, mode="eval").body, {})
     else:
         assert collect.bind_literals(signature, ast.parse(call, mode="eval").body, {}) == arguments
+
+
+@pytest.mark.parametrize("said, annotation, schema", [
+    ("{0, 1, ..., n-1}", "int", {"type": "integer"}), ("{'a', 'b'}", "Literal['a', 'b', 'c']", {
+        "type": "string", "enum": ["a", "b", "c"]}),
+    ("{0, 1}", "bool", {"type": "boolean"}), ("{'a', 'b'}", "list[str]", {"type": "array", "items": {"type": "string"}})])
+def test_a_list_of_values_says_nothing_against_the_annotation(said, annotation, schema):
+    assert collect.parameter_schema("k", annotation, collect.Documented(said, "")) == schema
+
+
+@pytest.mark.parametrize("entry, said", [
+    ("mode : str\n    optional mode of operation.", ("str", "optional mode of operation.")),
+    ("n : int\n    or a list, if the caller has one.", ("int", "or a list, if the caller has one.")),
+    ("fill : scalar\n    default fill value", ("scalar", "default fill value")),
+    ("x : {'(', '['}\n    What opens; the other is ')'.", ("{'(', '['}", "What opens; the other is ')'.")),
+    ("x : float in (0, 1]\n    a) given, or b) made up", ("float in (0, 1]", "a) given, or b) made up"))])
+def test_a_description_is_no_part_of_the_type(entry, said):
+    [found] = collect.documented_parameters(f"Do.\n\nParameters\n----------\n{entry}\n").values()
+    assert found == collect.Documented(*said)
+
+
+@pytest.mark.parametrize("description, kind", [
+    ("Whether keys can be integers or strings.", "boolean"), ("Size of rows. The values can be floats or strings.", "integer"),
+    ("Called for each; its result can be a string or a list.", None)])
+def test_what_else_can_be_is_not_the_parameter(description, kind):
+    assert collect.parameter_schema("p", "", collect.Documented("", description)).get("type") == kind
+
+
+def test_odd_types_and_defaults_of_equal_values():
+    for stated in ("Figure, required", "Figure or none", "instance of Foo or subclass"):
+        assert "title" in collect.parameter_schema("p", "", collect.Documented(stated, "What."))
+    for text in ("str, default 'mean'. Defaults to \"mean\".", "default 1.0. Default is 1.", "default True (default: true)"):
+        assert collect.default_in_words(text) in ("mean", 1, True)
+    assert collect.summarise("sub(x, y) -> x - y\n\nSubtract y from x and return it.") == "Subtract y from x and return it."
+    assert collect.answer(" " * 300 + "x", None).startswith("The result is:")
+
+
+@pytest.mark.parametrize("doc", ["a" + "  and  a" * 60 + "!", ":type x: a\n    " + "\\'" * 50_000,
+                                 "Parameters\n----------\nx : {\n    " + "a." * 50_000 + "}\n    d."])
+def test_joint_names_and_types_take_bounded_time(doc):
+    began = time.process_time()
+    for name, said in collect.documented_parameters(doc, {"a"}).items():
+        collect.parameter_schema(name, "", said)
+    assert time.process_time() - began < 5
