@@ -149,7 +149,7 @@ def main():
     args = parse_args()
     started = time.time()
     out = Path(args.out)
-    lock = claim(out)  # held until the end
+    lock = claim(out, ".", "rejected", "tools")  # held until the end
     args.llm_cache = out / "cache" / "llm"
     found = [find_units(*source.split(":", 1), args=args) for source in args.sources]
     units = {u.filename: u for units, _ in found for u in units}
@@ -363,18 +363,19 @@ def parse_args():
     return parser.parse_args()
 
 
-def claim(out):
-    """Make the directories of the output, and return a lock that one run at a time can hold. Exits with a
-    line where it cannot.
+def claim(out, *folders):
+    """Make the folders of --out, and return a lock in the first, which one run at a time can hold. Exits with
+    a line where it cannot.
     """
+    first, *_ = places = [Path(out, folder) for folder in folders]
     try:
-        for folder in ("rejected", "tools"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-        lock = open(out / f".lock.{os.environ.get('RANK', 0)}", "w")
+        for place in places:
+            place.mkdir(parents=True, exist_ok=True)
+        lock = open(first / f".lock.{os.environ.get('RANK', 0)}", "w")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
-        fail(f"another collect.py is at work in {out}")
+        fail(f"another {Path(sys.argv[0]).name} is at work in {first}")
     except OSError as error:
         fail(f"--out {out}: {error.strerror}")
 

@@ -39,7 +39,6 @@ import codecs
 import contextlib
 import copy
 import csv
-import fcntl
 import hashlib
 import importlib
 import inspect
@@ -80,7 +79,7 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
-from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, definition, fail,
+from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, claim, definition, fail,
                      read_values, run_main, source_apis, source_tool, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
@@ -122,7 +121,7 @@ def main():
     items = {suite: {} for suite in chosen}  # {suite: {model: its items}}
     paths = args.model or [f"{args.out}/{name}" for name in ("control", "ours")]
     labels = [name_model(path, paths) for path in paths]
-    lock = claim(out)  # is held until this ends
+    lock = claim(args.out, "eval")  # is held until this ends
     for label, path in zip(labels, paths):
         model = open_model(path, corpus, args)
         for suite, episodes in chosen.items():
@@ -407,21 +406,6 @@ def is_refusal(answer):
     words = set(re.findall(r"[\u3040-\ud7ff]|[^\W\d_]+", text.lower()))
     plain_words = len(words) >= 3 and not holds_call(text) and not re.search(r"<[/|]?\w", text)
     return answer.ended and (text == "[]" or plain_words)
-
-
-def claim(out):
-    """Make the directory of the results, and return a lock that one run at a time can hold. Exits with a line
-    where it cannot.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / f".lock.{os.environ.get('RANK', 0)}", "w")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    except BlockingIOError:
-        fail(f"another evaluate.py is at work in {out}")
-    except OSError as error:
-        fail(f"--out {out.parent}: {error.strerror}")
 
 
 def read_items(path, identity):

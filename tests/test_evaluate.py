@@ -708,7 +708,7 @@ def test_two_at_once_and_published_scores(checkpoint, tmp_path):
     (tmp_path / "mmlu_val.jsonl").write_text("".join(json.dumps({
         "subject": "s", "question": f"q{i}", "choices": list("abcd"), "answer": "A"}) + "\n" for i in range(9)))
     command = ["evaluate.py", "--model", checkpoint, "--suite", "mmlu", "--data", tmp_path, "--out", tmp_path]
-    with contextlib.closing(evaluate.claim(tmp_path / "eval")):
+    with contextlib.closing(evaluate.claim(tmp_path, "eval")):
         done = run(*command, ok=False)
         assert done.stderr == f"error: another evaluate.py is at work in {tmp_path / 'eval'}\n" and not done.stdout
     (tmp_path / "r.json").write_text(json.dumps([REFERENCE | {"suite": "mmlu", "metric": "accuracy"}]))
