@@ -60,6 +60,7 @@ PIECE = 4 * 2**20    # bytes of a shard that are worked on together
 
 
 def main():
+    """Clean, deduplicate, hold out, retrieve and tokenize the records; write the corpus, or show it."""
     args = parse_args()
     if args.show is not None:
         return show(args)
@@ -281,6 +282,7 @@ def tokenize_piece(path, n, documents, split, tokenizer):
 
 
 def parse_args():
+    """The flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--raw", default="data/raw", help="directory of records")
@@ -984,6 +986,7 @@ def raw_scores(texts, learned, encoder):
 
 
 def sigmoid(x):
+    """The logistic function of an array, elementwise."""
     return 1 / (1 + np.exp(-x))
 
 

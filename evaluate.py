@@ -100,6 +100,7 @@ def suites():
 
 
 def main():
+    """Measure the models on the suites and write the report; or serve one, or ask it."""
     args = parse_args()
     if args.serve:
         return serve(args)
@@ -304,6 +305,7 @@ def table(suite, results, models, published=()):
 
 
 def parse_args():
+    """The flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", metavar="MODEL",

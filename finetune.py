@@ -45,6 +45,7 @@ KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
 
 
 def main():
+    """Tune both models, or the one of --init."""
     args = parse_args()
     if args.keep_adapter and args.lora_rank < 1:
         fail("--keep-adapter: there is no adapter without --lora-rank")
@@ -196,6 +197,7 @@ def learned_tokens(ids, mask, tokenizer, args):
 
 
 def parse_args():
+    """The flags, with defaults that suit the model that is tuned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
     add("--corpus", default="data/corpus", help="corpus directory")

@@ -71,6 +71,7 @@ VALIDATED = ("api_doc", "trajectory", "code", "text")
 
 
 def main():
+    """Train the base, stage 1, stage 2 and the control; or run the mixture law, or print the plan."""
     args = parse_args()
     if args.plan:
         return plan(args)
@@ -314,6 +315,7 @@ GPUS = {  # part of the device's name, dense bfloat16 FLOP/s, GB of memory: from
 
 
 def parse_args():
+    """The flags, with defaults that suit the base of --init."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_flags(parser.add_mutually_exclusive_group(), {
         "init": (None, "continue from this checkpoint directory instead of training a base; its tokenizer "
