@@ -9,10 +9,9 @@ Out:  out/ours and out/control, or out/<name>: Hugging Face checkpoint directori
 
 Laptop:    python finetune.py
 One GPU:   python finetune.py --init DIR --data chats.jsonl --epochs 3 --seq-len 4096 --batch-tokens 131072 \\
-               --micro-batch 1 --lora-rank 16 --lr 2e-4 --attention-lr 1 --activation-checkpointing
+               --micro-batch 1 --lora-rank 16 --lr 2e-4 --activation-checkpointing
 One node:  torchrun --nproc_per_node=8 finetune.py --init DIR --name tuned --shard --epochs 2 \\
-               --seq-len 8192 --batch-tokens 1048576 --micro-batch 1 --lr 1e-5 --attention-lr 1 \\
-               --activation-checkpointing
+               --seq-len 8192 --batch-tokens 1048576 --micro-batch 1 --lr 1e-5 --activation-checkpointing
 Look:      python finetune.py --show 3
 
 The loss is on what the assistant writes: its words, its thoughts, its calls and the end of its turn.
@@ -35,12 +34,14 @@ import torch.nn.functional as F
 import model as transformer
 from build_corpus import Tokenizer, coloured, write
 from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
-from pretrain import (ON_CPU, add_training_flags, held_out_windows, is_main, load_checkpoint, number,
-                      open_corpus, parameters_in, plan_windows, rate_for, report, settle_options, setup,
-                      train, training_options)
+from pretrain import (ON_CPU, add_training_flags, count_parameters, held_out_windows, is_main,
+                      load_checkpoint, meta_model, number, open_corpus, plan_windows, rates_for, report,
+                      settle_options, setup, train, training_options, with_defaults)
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TINY = 5e7  # parameters: what has more was trained at length, and needs no help to copy
+# For models of up to so many parameters only: what has more was trained at length. Attention stays near what
+# pre-training made it.
+TINY, FOR_TINY = 5e7, {"lr": 5e-4, "attention_lr": 0.1, "batch_tokens": 1536, "seq_len": 768}
 KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
 
 
@@ -227,16 +228,19 @@ def parse_args():
     add("--keep-adapter", action="store_true",
         help="write the updates to adapter/ of the run too, in PEFT's format")
     add("--show", type=int, metavar="N", help="print N conversations with what is learned marked, and end")
-    add_training_flags(parser, lr=5e-4)
-    # Most conversations fit; attention stays near what pre-training made it.
-    parser.set_defaults(seq_len=768, attention_lr=0.1)
-    args = parser.parse_args()
+    add_training_flags(parser)
+    return with_defaults(parser, suited)
+
+
+def suited(args):
+    """{flag: default} where they depend on the model that is tuned. Most conversations fit the sequences."""
     base = Path(args.init or Path(args.out) / "control-stage2")
-    if (base / "config.json").exists() and (size := parameters_in(base)) > TINY:
-        shape = ON_CPU | {"seq_len": 768} if args.device == "cpu" else {"batch_tokens": 2**17}
-        parser.set_defaults(attention_lr=1.0, lr=rate_for(size), **shape)
-        args = parser.parse_args()
-    return args
+    if not (base / "config.json").exists() or (size := count_parameters(meta_model(base))) <= TINY:
+        return FOR_TINY
+    batch = {"batch_tokens": 2**17}
+    if args.device == "cpu":
+        batch = {name: ON_CPU[name] for name in ("batch_tokens", "micro_batch", "val_windows")}
+    return batch | {"seq_len": 768, "lr": rates_for(size)[0]}
 
 
 SHORT_NAMES = [name.removesuffix("_proj") for name in PROJECTIONS]

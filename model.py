@@ -38,20 +38,20 @@ FAMILIES = {
 
 @dataclasses.dataclass
 class Config:
-    """A model's shape, by the field's names (HF_NAMES has Hugging Face's). The default is the tiny preset."""
-    vocab_size: int = 2048
-    dim: int = 256
-    n_layers: int = 3
-    n_heads: int = 4
-    n_kv_heads: int = 4
+    """A model's shape, by the field's names (HF_NAMES has Hugging Face's). The default is the preset 124m."""
+    vocab_size: int = 128_256
+    dim: int = 768
+    n_layers: int = 12
+    n_heads: int = 12
+    n_kv_heads: int = 12
     head_dim: int = 64
-    hidden_dim: int = 704               # of the feed-forward layer
+    hidden_dim: int = 2048              # of the feed-forward layer
     max_seq_len: int = 2048             # context length
     rope_theta: float = 500000.0
     norm_eps: float = 1e-5
     tie_embeddings: bool = False
     model_type: str = "llama"           # one of FAMILIES
-    attention_bias: bool = True         # of llama: biases on q, k, v and o, which Meta's models have not
+    attention_bias: bool = False        # of llama: biases on q, k, v and o, which Meta's models have not
     rope_scaling: dict | None = None    # linear or Llama 3.1's, as config.json has it
     sliding_window: int | None = None   # of mistral: how many tokens one sees, itself included
 
@@ -173,8 +173,6 @@ class Transformer(nn.Module):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=self.config.dim ** -0.5)
-        if not self.config.tie_embeddings:
-            begin_as_faint_copy(self)
 
     def forward(self, ids, targets=None, doc_ids=None):
         """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where
@@ -299,12 +297,12 @@ HF_NAMES = {
 }
 
 PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those of Llama 3
-    "tiny": dict(),
-    "124m": dict(dim=768, n_layers=12, n_heads=12, n_kv_heads=12, head_dim=64, hidden_dim=2048),
-    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, head_dim=64, hidden_dim=8192,
-               max_seq_len=8192, tie_embeddings=True, attention_bias=False),
+    "tiny": dict(dim=256, n_layers=3, n_heads=4, n_kv_heads=4, hidden_dim=704, attention_bias=True),
+    "124m": dict(),
+    "1b": dict(dim=2048, n_layers=16, n_heads=32, n_kv_heads=8, hidden_dim=8192, max_seq_len=8192,
+               tie_embeddings=True),
     "8b": dict(dim=4096, n_layers=32, n_heads=32, n_kv_heads=8, head_dim=128, hidden_dim=14336,
-               max_seq_len=8192, attention_bias=False),
+               max_seq_len=8192),
 }
 
 LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model; of other fields 2**24
@@ -810,12 +808,6 @@ def sample(logits, temperature, top_p, uniforms):
 # Sequences up to this are packed by a mask, longer ones document by document: on a CPU a mask lets
 # torch.compile keep a layer in one piece, and from 1,024 on loses to the pieces (tests/bench.py packing).
 SHORT = 768
-
-
-def begin_as_faint_copy(model):
-    """Embeddings of deviation 1 keep their differences while training moves them; the head copies them."""
-    nn.init.normal_(model.model["embed_tokens"].weight)
-    model.lm_head.weight.copy_(0.03 * model.model["embed_tokens"].weight)
 
 
 def compiled_for_cpu(x):

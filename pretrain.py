@@ -296,17 +296,17 @@ def learning_rate(step, steps, args):
 # ------------------------------------------------------------------------------------------------------------
 # Flags, and the defaults for a base
 
-# With --init, for a base that was trained at length; the defaults of --help are for a model from scratch.
-CONTINUED = {"attention_lr": 1.0, "practice": 0.0, "warmup": 0.01}
-# The peak rate for a base of up to so many parameters: a tenth of Llama 3 8B's (arXiv 2407.21783, table 3);
-# smaller ones train at higher rates (1e-4 to 3e-4: huggingface.co/codelion/SmolLM2-70M). Re-warm to a rate
-# such as the base's training ended with, then decay (arXiv 2407.07263); higher rates learn more of the new
-# and forget more of the old (arXiv 2403.08763).
-RATES = [(5e8, 2e-4), (3e9, 1e-4), (math.inf, 3e-5)]
-# The window and the batch. GPU: what the largest Llama 3 began with (arXiv 2407.21783, section 3.4), an
-# eighth of it below a billion parameters. CPU: 8 windows, so that a million tokens are over a hundred steps.
-LONG, SHORT = {"seq_len": 4096, "batch_tokens": 2**22}, {"seq_len": 2048, "batch_tokens": 2**19}
-ON_CPU = {"seq_len": 1024, "batch_tokens": 2**13, "micro_batch": 4, "val_windows": 8}
+# The peak rate of a model of up to so many parameters, for a base and from scratch. From scratch: Llama 3 8B's
+# (arXiv 2407.21783, table 3), and higher for smaller ones. For a base a tenth of it (1e-4 to 3e-4 for small
+# ones: huggingface.co/codelion/SmolLM2-70M): re-warm to a rate such as the base's training ended with, then
+# decay (arXiv 2407.07263); higher rates learn more of the new and forget more of the old (arXiv 2403.08763).
+RATES = [(5e8, 2e-4, 2e-3), (3e9, 1e-4, 1e-3), (math.inf, 3e-5, 3e-4)]
+# From a billion parameters on, on GPUs: the sequences and the batch that the largest Llama 3 began with
+# (arXiv 2407.21783, section 3.4). Below, the flags' defaults: an eighth of that batch.
+LARGE = {"seq_len": 4096, "batch_tokens": 2**22, "stage1_tokens": 10**10, "stage2_tokens": 2 * 10**9}
+# On a CPU: 8 sequences a step, so that a million tokens are over a hundred steps.
+ON_CPU = {"seq_len": 1024, "batch_tokens": 2**13, "micro_batch": 4, "val_windows": 8,
+          "base_tokens": 1_500_000, "stage1_tokens": 900_000, "stage2_tokens": 600_000}
 
 GPUS = {  # part of the device's name, dense bfloat16 FLOP/s, GB of memory: from the makers' datasheets
     "a100-40g": ("A100", 312e12, 40), "a100-80g": ("A100", 312e12, 80), "h100-80g": ("H100", 989e12, 80),
@@ -315,11 +315,11 @@ GPUS = {  # part of the device's name, dense bfloat16 FLOP/s, GB of memory: from
 
 
 def parse_args():
-    """The flags, with defaults that suit the base of --init."""
+    """The flags, with defaults that suit the model and the machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add_flags(parser.add_mutually_exclusive_group(), {
         "init": (None, "continue from this checkpoint directory instead of training a base; its tokenizer "
-                 "must be the corpus's. The defaults then follow its size and the device: see CONTINUED"),
+                 "must be the corpus's"),
         "resume": (False, "go on with what is in --out, with the options it was started with; the same "
                    "command goes on as well"),
         "scaling-law": (False, "train small models at many shares of agent data, fit loss against share, and "
@@ -330,15 +330,14 @@ def parse_args():
         "preset": ("tiny", "shape of the model, where there is no --init: one of "
                    f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256", shape)})
     add_groups(parser, {"stages and mixture": {
-        "base-tokens": (1_200_000, "tokens the base is trained on (1e9 is understood)"),
-        "stage1-tokens": (1_600_000, "tokens of stage 1"),
-        "stage2-tokens": (2_400_000, "tokens of stage 2"),
+        "base-tokens": (2 * 10**9, "tokens the base is trained on (1e9 is understood)"),
+        "stage1-tokens": (2 * 10**9, "tokens of stage 1"),
+        "stage2-tokens": (5 * 10**8, "tokens of stage 2"),
         "mix": ("1:1:1", "agent : code : text in stage 1, by tokens", ratio),
         "replay": (0.25, "share of code and text in stage 2, in the ratio of --mix"),
         "control": (True, "also train the control without agent data"),
-        "document-mask": ("auto", "let no token see another document of its window; auto: on a CPU", AUTO),
-        "practice": (0.1, "share of all windows turned into copying practice: for tiny models only")}})
-    add_training_flags(parser, lr=1.5e-3)
+        "document-mask": ("auto", "let no token see another document of its window; auto: on a CPU", AUTO)}})
+    add_training_flags(parser)
     add_groups(parser, {"with --scaling-law": {
         "ratios": ("0,0.1,0.25,0.4,0.6,0.8,0.95", "shares of agent data; the rest is code and text as in "
                    "--mix", listed(share)),
@@ -353,31 +352,51 @@ def parse_args():
         "plan": (False, "print memory, tokens/s and days of such a run on --gpus of the kind --gpu, and end"),
         "gpus": (8, "how many of them"),
         "gpu": ("h100-80g", "which of these kinds", list(GPUS)),
-        "mfu": (0.4, "the share of the GPU's peak that training reaches")}})
-    args = parser.parse_args()
-    if args.resume:
-        if not (saved := Path(args.out) / "options.json").exists():
-            fail(f"--resume: there is no {saved}, so nothing to go on with")
-        parser.set_defaults(**read_json(saved))
-    elif base := args.init or args.scaling_law and next((s for s in args.sizes if Path(s).is_dir()), None):
-        parser.set_defaults(**continued(base, args.device))
-    args = parser.parse_args()
+        "mfu": (0.4, "the share of the GPU's peak that training reaches")
+    }, "for tiny models only": {
+        "practice": (0.0, "share of all windows turned into copying practice")}})
+    args = with_defaults(parser, suited)
     del args.resume
     return args
 
 
-def add_training_flags(parser, lr):
+def suited(args):
+    """{flag: default} where they depend on the other flags: on what is resumed, the base and the device."""
+    if args.resume:
+        if not (saved := Path(args.out) / "options.json").exists():
+            fail(f"--resume: there is no {saved}, so nothing to go on with")
+        return read_json(saved)
+    base = args.init or args.scaling_law and next((s for s in args.sizes if Path(s).is_dir()), None)
+    if not base and (args.scaling_law or is_tiny(args.preset)):
+        return TINY
+    size = count_parameters(meta_model(base, args.preset, 128_256))
+    on_gpu = args.device == "cuda" or args.plan
+    lengths = ON_CPU if not on_gpu else LARGE if size >= 1e9 else {}
+    for_base, from_scratch = rates_for(size)
+    return lengths | ({"lr": for_base, "warmup": 0.01} if base else {"lr": from_scratch})
+
+
+def with_defaults(parser, suited):
+    """The arguments. suited(arguments) gives {flag: default} that depend on others of them; --help shows
+    them.
+    """
+    known, _ = parser.parse_known_args([word for word in sys.argv[1:] if word not in ("-h", "--help")])
+    parser.set_defaults(**suited(known))
+    return parser.parse_args()
+
+
+def add_training_flags(parser):
     """Flags that pre-training and tuning share."""
     parser.set_defaults(all_tokens=0)  # of all runs, where they are known beforehand
     add_groups(parser, {"training": {
-        "seq-len": (384, "tokens of a window"),
-        "batch-tokens": (1536, "tokens of an optimizer step, over all processes"),
+        "seq-len": (2048, "tokens of a window"),
+        "batch-tokens": (2**19, "tokens of an optimizer step, over all processes"),
         "micro-batch": (16, "windows of one forward pass; gradients of several add up to a step"),
-        "lr": (lr, "peak learning rate, decayed to a tenth"),
+        "lr": (2e-4, "peak learning rate, decayed to a tenth"),
         "schedule": ("cosine", "after a linear warm-up the rate decays as a cosine, or it stays "
                      "(warmup-stable-decay) and falls linearly over the last fifth", ["cosine", "wsd"]),
         "warmup": (0.05, "share of the steps in which the rate rises"),
-        "attention-lr": (0.3, "rate of the attention weights, as a share of --lr: below 1, for tiny models "
+        "attention-lr": (1.0, "rate of the attention weights, as a share of --lr: below 1, for tiny models "
                          "only, copying heads outlive a short training from scratch"),
         "weight-decay": (0.1, "decoupled decay of the matrices"),
         "seed": (0, "seed of weights and data order", int)
@@ -420,18 +439,6 @@ def add_flags(group, flags):
         group.add_argument(f"--{name}", default=default, help=text, **how)
 
 
-def continued(directory, device):
-    """The defaults for going on with a base: by its size, and by whether there is a GPU."""
-    size = parameters_in(directory)
-    lengths = ON_CPU if device == "cpu" else SHORT if size < 1e9 else LONG
-    return CONTINUED | lengths | {"lr": rate_for(size)}
-
-
-def parameters_in(directory):
-    """How many parameters the model in a checkpoint directory has, by its config.json."""
-    return sum(p.numel() for p in meta_model(directory).parameters())
-
-
 def meta_model(directory, preset="tiny", vocab_size=None):
     """The model in a checkpoint directory, or without one of a preset's shape, on the meta device: no
     weights.
@@ -447,9 +454,14 @@ def meta_model(directory, preset="tiny", vocab_size=None):
         return transformer.Transformer(config)
 
 
-def rate_for(size):
-    """The peak learning rate for a base of so many parameters."""
-    return next(rate for limit, rate in RATES if size < limit)
+def count_parameters(model):
+    """How many numbers the model has learned."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def rates_for(size):
+    """The peak learning rates for a base of so many parameters, and for such a model from scratch."""
+    return next(rates for limit, *rates in RATES if size < limit)
 
 
 def number(text):
@@ -494,7 +506,8 @@ def shape_of(name):
         raise argparse.ArgumentTypeError(message)
     heads = dim // 64
     hidden = 64 * round(dim * 8 / 3 / 64)
-    return dict(n_layers=layers, dim=dim, n_heads=heads, n_kv_heads=heads, hidden_dim=hidden)
+    return dict(n_layers=layers, dim=dim, n_heads=heads, n_kv_heads=heads, hidden_dim=hidden,
+                attention_bias=True)
 
 
 def ratio(text):
@@ -644,6 +657,17 @@ def wrap_model(model, args):
         return model
     in_float32(model).to(args.device)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+
+
+def fresh_model(corpus, args):
+    """A model of the shape --preset with fresh weights."""
+    torch.manual_seed(args.seed)
+    config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **shape_of(args.preset))
+    model = transformer.Transformer(config)
+    if is_tiny(args.preset):
+        begin_as_faint_copy(model)
+        wire_copying_heads(model)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1330,7 +1354,7 @@ def plan(args):
     model = meta_model(args.init, args.preset, 128_256)
     _, peak, room = GPUS[args.gpu]
     flops = model.flops_per_token(args.seq_len)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {flops:.3g} FLOPs a token, windows of "
+    print(f"{count_parameters(model):,} parameters, {flops:.3g} FLOPs a token, windows of "
           f"{args.seq_len:,} tokens, {args.micro_batch} at a time, on {args.gpus} {args.gpu}\n")
     print("GB a GPU                     weights  gradients  optimizer  activations  logits    all"
           "        tokens/s  days for 103e9 tokens")
@@ -1358,7 +1382,7 @@ def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
     """
     c, half = model.config, dtype == "bfloat16"
     size, tokens = 2 if half else 4, micro_batch * seq_len  # size: of a number in the matrix products
-    count, layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.model["layers"][0]))
+    count, layer = count_parameters(model), count_parameters(model.model["layers"][0])
     # With shard, brought together: embedding and head, the layer that runs and the next.
     whole = size * (count - (c.n_layers - 2) * layer) if shard else 0
     # What autograd keeps of a layer, as torch 2.13 was seen to: the residual stream and its norms; queries,
@@ -1380,14 +1404,22 @@ def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
 # ------------------------------------------------------------------------------------------------------------
 # For tiny models only: copying what stands in the context, which large models learn by themselves
 
+# The default run, and the scaling law's: minutes on two cores. A base, or another preset, gets nothing of what
+# stands in this section.
+TINY = {"base_tokens": 1_200_000, "stage1_tokens": 1_600_000, "stage2_tokens": 2_400_000, "seq_len": 384,
+        "batch_tokens": 1536, "lr": 1.5e-3, "attention_lr": 0.3, "practice": 0.1}
 
-def fresh_model(corpus, args):
-    """A model of the shape --preset with fresh weights, and copying heads where it is of their kind."""
-    torch.manual_seed(args.seed)
-    config = transformer.Config(vocab_size=corpus.tokenizer.vocab_size, **shape_of(args.preset))
-    model = transformer.Transformer(config)
-    wire_copying_heads(model)
-    return model
+
+def is_tiny(preset):
+    """Whether models of this preset, or of this LAYERSxWIDTH, get help to copy."""
+    return preset == "tiny" or preset not in transformer.PRESETS
+
+
+@torch.no_grad()
+def begin_as_faint_copy(model):
+    """Embeddings of deviation 1 keep their differences while training moves them; the head copies them."""
+    torch.nn.init.normal_(model.model["embed_tokens"].weight)
+    model.lm_head.weight.copy_(0.03 * model.model["embed_tokens"].weight)
 
 
 def with_copying_practice(get_batch, share, batch_size, seed):
@@ -1431,7 +1463,7 @@ def wire_copying_heads(model):
     ... a b ... a they say b (induction heads, Olsson et al. 2022, arXiv 2209.11895). The one prefers places
     where the tokens before agree too, the other also places in a similar context. To start from such heads is
     in the spirit of mimetic initialisation (arXiv 2305.09828). Needs biases, an untied head and three heads
-    of enough width, as `tiny` and `124m` have; another model is left as it is.
+    of enough width; another model is left as it is.
     """
     c = model.config
     C, D = c.dim, c.head_dim

@@ -302,10 +302,44 @@ def test_defaults_suit_the_base_and_the_machine(tmp_path):
         (tmp_path / name).mkdir()
         config = transformer.Config(vocab_size=2048, **transformer.PRESETS[preset]).to_hf()
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-        on_cpu, on_gpu = (pretrain.continued(tmp_path / name, device) for device in ("cpu", "cuda"))
-        assert on_cpu["lr"] == on_gpu["lr"] == rate
-        assert on_cpu["practice"] == 0 and on_cpu["attention_lr"] == 1 and on_cpu["batch_tokens"] == 8192
-        assert on_gpu["batch_tokens"] == (2**19 if name == "small" else 2**22)
+        on_cpu, on_gpu = (defaults("--init", tmp_path / name, "--device", device) for device in ("cpu", "cuda"))
+        assert on_cpu.lr == on_gpu.lr == rate
+        assert on_cpu.practice == 0 and on_cpu.attention_lr == 1 and on_cpu.batch_tokens == 8192
+        assert on_gpu.batch_tokens == (2**19 if name == "small" else 2**22)
+        fresh = defaults("--preset", preset, "--device", "cuda")
+        assert fresh.practice == 0 and fresh.attention_lr == 1 and fresh.lr == pytest.approx(10 * rate)
+    tiny, law = defaults(), defaults("--scaling-law")
+    assert tiny.practice == law.practice == 0.1 and tiny.attention_lr == 0.3 and tiny.seq_len == law.seq_len == 384
+    assert defaults("--scaling-law", "--sizes", f"2x64,3x64,{tmp_path / 'small'}").practice == 0
+
+
+def defaults(*arguments):
+    """The arguments of pretrain.py, where only these are given."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+        return pretrain.parse_args()
+
+
+def test_a_base_gets_no_help_of_tiny_models(trained, small_corpus, tmp_path):
+    """Whatever function stands in the section for tiny models only, a run with --init calls none, nor does a preset that is not tiny."""
+    section = (ROOT / "pretrain.py").read_text().split("# For tiny models only")[1]
+    helps = set(re.findall(r"^def (\w+)", section, re.M)) - {"is_tiny"}
+    assert helps == {"begin_as_faint_copy", "wire_copying_heads", "with_copying_practice", "copying_practice"}
+    code = f"""if True:
+        import pretrain
+        def refuse(*_): raise AssertionError("a help of tiny models")
+        for name in {sorted(helps)}:
+            setattr(pretrain, name, refuse)
+        pretrain.main()
+    """
+    own = ["--corpus", small_corpus, "--out", tmp_path, "--stage1-tokens", 512, "--stage2-tokens", 512, *SMALL]
+    for arguments, ends_well in ((["--init", trained / "base"], True), ([], False)):
+        done = subprocess.run([sys.executable, "-c", code, *map(str, own + arguments)], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode == 0) == ends_well and ("a help of tiny models" in done.stderr) == (not ends_well), done.stderr
+    options = json.loads((tmp_path / "stage2" / "train_state" / "options.json").read_text())
+    assert options["practice"] == 0 and options["attention_lr"] == 1
+    assert not pretrain.is_tiny("124m") and not any(transformer.Config(**transformer.PRESETS[p]).attention_bias for p in ("124m", "1b", "8b"))
+    assert not transformer.Config().attention_bias
 
 
 def test_a_downloaded_base_with_its_own_tokenizer(small_raw, small_corpus, tmp_path):
@@ -338,7 +372,7 @@ def test_a_downloaded_base_with_its_own_tokenizer(small_raw, small_corpus, tmp_p
 
 @pytest.mark.parametrize("size", [1000, 3000])
 def test_another_vocabulary_is_refused(size, small_corpus, tmp_path):
-    transformer.save(transformer.Transformer(transformer.Config(vocab_size=size)), tmp_path / "base")
+    transformer.save(transformer.Transformer(transformer.Config(**transformer.PRESETS["tiny"] | {"vocab_size": size})), tmp_path / "base")
     message = run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "out", "--init", tmp_path / "base", *SHORT, ok=False).stderr
     assert f"vocabulary of {size}, but the corpus has 2048" in message
 
@@ -484,7 +518,9 @@ def test_copying_practice():
 def test_an_untrained_model_copies(preset, copies):
     """It nearly always copies a repeated span of random tokens, and often of few different ones; a model of another shape is left as it was."""
     torch.manual_seed(0)
-    model = transformer.Transformer(transformer.Config(**preset))
+    model = transformer.Transformer(transformer.Config(**transformer.PRESETS["tiny"] | {"vocab_size": 2048} | preset))
+    if not model.config.tie_embeddings:
+        pretrain.begin_as_faint_copy(model)
     before = {n: p.clone() for n, p in model.named_parameters()}
     pretrain.wire_copying_heads(model)
     ids = torch.stack([torch.randint(2048, (int(n),)).repeat(49)[:385] for n in torch.randint(8, 192, (16,))])
