@@ -62,7 +62,7 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import Corpus, Tokenizer, read_json, write
-from collect import HelpFormatter, fail, run_main, shares
+from collect import HelpFormatter, claim, fail, run_main, shares
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # what was retrieved from a pool, as a part of stage 1's agent share, where the corpus has it
@@ -175,6 +175,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     """
     if any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
         return
+    lock = claim(run, "train_state")  # held until this returns, so that no second command trains it
     steps, batch_size = options["steps"], args.batch_tokens // args.seq_len
     step_tokens = batch_size * args.seq_len
     model = make_model()
@@ -253,6 +254,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
         save(model, run, weights)  # last: with the weights the run is finished
     if dist.is_initialized():
         dist.barrier()
+    lock.close()
 
 
 def forward_and_backward(model, wrapped, batch, n_targets, autocast, args):

@@ -285,6 +285,19 @@ def test_wandb(small_corpus, tmp_path):
     assert "init agents base" in output and "init agents stage2" in output and re.search(r"logged 2 .*'grad_norm'.*'loss'.*'tokens_per_second'", output)
 
 
+def test_a_second_command_says_that_the_first_is_at_work(small_corpus, tmp_path):
+    command = ["--corpus", small_corpus, "--out", tmp_path, *SHORT, "--base-tokens", 512_000, "--no-control"]
+    process = start(sys.executable, ROOT / "pretrain.py", *command)
+    wait_for_step(process, tmp_path / "base", 1)
+    assert "another pretrain.py is at work in" in run("pretrain.py", *command, ok=False).stderr
+    process.kill()
+    process.communicate()
+    done = start(sys.executable, ROOT / "pretrain.py", *command)
+    wait_for_step(done, tmp_path / "base", 2)
+    done.kill()
+    done.communicate()
+
+
 def test_other_options_are_refused_by_name(trained, small_corpus):
     message = run("pretrain.py", "--corpus", small_corpus, "--out", trained, *SHORT, "--lr", 0.5, ok=False).stderr
     assert "lr was 0.0015, now 0.5" in message
