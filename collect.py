@@ -3378,13 +3378,15 @@ THOUGHT = re.compile(r"(?i)^\s*(?:Thought|Think)(?: \d+)?:[ \t]*")
 ACTION = re.compile(r"(?im)^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*")
 ACTION_INPUT = re.compile(r"(?im)^[ \t]*Action Input(?: \d+)?:[ \t]*")
 RESULT = re.compile(r"(?i)^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*")
+# None holds the tag that opens another, so that many that nothing closes are read once and not once each.
 TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
-    r"(?s)<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>(.*?)(?:</\1>|(?<=>)\Z)|"
+    r"(?s)<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>((?:(?!<\1>).)*?)(?:</\1>|(?<=>)\Z)|"
     r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
-    r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{.*?\}(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
+    r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{(?:(?!\[TOOL_CALLS\]).)*?\}"
+    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
     r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)")
 XML_CALL = r"(?s)<function=([^>\s]+)>(.*?)(?:</function>|\Z)"  # of Qwen3-Coder
-XML_PARAMETER = r"(?s)<parameter=([^>\s]+)>\n?(.*?)\n?</parameter>"
+XML_PARAMETER = r"(?s)<parameter=([^>\s]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>"
 FENCE = re.compile(r"(?is)(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```")
 
 

@@ -489,7 +489,10 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
     {"instruction": "a", "output": "Thought:\n" * 300_000}, {"system": "{\"a\":\n" * 50_000, "chat": "USER: a\n\nASSISTANT: b"},
     "Question: a\n" * 50_000, {"conversations": [s("gpt", "<tool_call>" * 50_000)]},
     {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree"])
+    *({"messages": [m("user", "a"), m("assistant", text)]} for text in (
+        "[TOOL_CALLS]a[ARGS]{" * 20_000, "[TOOL_CALLS]a[ARGS]{}x" * 20_000, "<tool_call>{" * 30_000, "<execute>x" * 30_000,
+        "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>")),
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
     start = time.time()
