@@ -84,9 +84,8 @@ def main():
         return scaling_law(corpus, args)
 
     general = {"code": code, "text": text}
-    wide = wide_mixture(agent, general, corpus)
-    seed_data = {name: (1 - args.replay) * share for name, share in AGENT.items()}
-    seed_data |= normalise(general, args.replay)
+    wide = wide_mixture(agent, general, corpus, args)
+    seed_data = normalise(args.agent, 1 - args.replay) | normalise(general, args.replay)
     stages = [  # name, the run that it goes on from, what it trains on, for how many tokens
         ("base", None, general, args.base_tokens),
         ("stage1", "base", wide, args.stage1_tokens),
@@ -101,17 +100,17 @@ def main():
 
     runs = {None: None, "base": args.init}
     for name, start, weights, tokens in stages:
-        runs[name] = pretrain(name, runs[start], weights, tokens, corpus, args)
+        runs[name] = pretrain(name, runs[start], weights, tokens, corpus, args) if tokens else runs[start]
     if is_main():
-        report([runs[name] for name, *_ in stages])
+        report([runs[name] for name, *_, tokens in stages if tokens])
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def wide_mixture(agent, general, corpus):
+def wide_mixture(agent, general, corpus, args):
     """Weights of the domains for a share of agent data, the rest being code and text as in `general`."""
     retrieved = RETRIEVED if "retrieved.train.bin" in corpus.manifest["stages"]["wide"] else 0.0
-    weights = {domain: agent * (1 - retrieved) * share for domain, share in AGENT.items()}
+    weights = normalise(args.agent, agent * (1 - retrieved))
     return weights | {"retrieved": agent * retrieved} | normalise(general, 1 - agent)
 
 
@@ -333,8 +332,9 @@ def parse_args():
                    f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256", shape)})
     add_groups(parser, {"stages and mixture": {
         "base-tokens": (2 * 10**9, "tokens the base is trained on (1e9 is understood)"),
-        "stage1-tokens": (2 * 10**9, "tokens of stage 1"),
-        "stage2-tokens": (5 * 10**8, "tokens of stage 2"),
+        "stage1-tokens": (2 * 10**9, "tokens of stage 1; 0 leaves it out"),
+        "stage2-tokens": (5 * 10**8, "tokens of stage 2; 0 leaves it out"),
+        "agent": (AGENT, "what the agent data consists of, by tokens", shares(tuple(AGENT))),
         "mix": ("1:1:1", "agent : code : text in stage 1, by tokens", ratio),
         "replay": (0.25, "share of code and text in stage 2, in the ratio of --mix"),
         "control": (True, "also train the control without agent data"),
@@ -1093,7 +1093,7 @@ def small_run(name, init, size, tokens, ratio, seed, corpus, args):
     Parameters are those that multiply: all but the table of embeddings.
     """
     own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
-    weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus)
+    weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
     with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
         run = pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
     lines = held_out_losses(run) or [{}]
@@ -1101,7 +1101,7 @@ def small_run(name, init, size, tokens, ratio, seed, corpus, args):
     if absent := [d for d in VALIDATED if after.get(d) is None or before.get(d) is None]:
         fail(f"{run}: no finite held-out loss of {', '.join(absent)}")
     for losses in (before, after):
-        losses["agent"] = sum(share * losses[d] for d, share in AGENT.items())
+        losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
     tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
     parameters = meta_model(init, size, corpus.tokenizer.vocab_size).flops_per_token(0) // 6
     return {"size": str(size), "parameters": parameters, "tokens": tokens, "ratio": ratio, "seed": seed,

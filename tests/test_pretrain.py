@@ -310,6 +310,18 @@ def test_init_takes_a_checkpoint_and_trains_no_base(trained, small_corpus, tmp_p
     assert equal(trained / "stage2", tmp_path / "out" / "stage2")
 
 
+def test_a_stage_can_be_left_out_and_the_agent_data_chosen(trained, small_corpus, tmp_path):
+    common = ["--corpus", small_corpus, *SHORT, "--stage1-tokens", 512, "--stage2-tokens", 512, "--no-control", *FRESH, "--init", trained / "base"]
+    one = run("pretrain.py", *common, "--out", tmp_path / "one", "--agent", "trajectory=1", "--stage2-tokens", 0).stdout
+    weights = json.loads((tmp_path / "one" / "stage1" / "train_state" / "options.json").read_text())["weights"]
+    assert weights == pytest.approx({"trajectory": 1 / 3, "retrieved": 0, "code": 1 / 3, "text": 1 / 3})
+    assert [p.name for p in (tmp_path / "one").iterdir() if p.is_dir()] == ["stage1"] and "stage2" not in one
+    run("pretrain.py", *common, "--out", tmp_path / "two", "--stage1-tokens", 0)
+    options = json.loads((tmp_path / "two" / "stage2" / "train_state" / "options.json").read_text())
+    assert options["init"] == str(trained / "base") and options["weights"]["api_doc"] == pytest.approx(0.75 * 0.7)
+    assert "of api_doc, trajectory" in run("pretrain.py", *common, "--agent", "code=1", ok=False).stderr
+
+
 def test_defaults_suit_the_base_and_the_machine(tmp_path):
     for name, preset, rate in (("small", "124m", 2e-4), ("large", "8b", 3e-5)):
         (tmp_path / name).mkdir()

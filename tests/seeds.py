@@ -1,0 +1,136 @@
+"""The default job over several seeds: what of its table depends on the draw, and what does not.
+
+    python tests/seeds.py --seeds 6                # pre-training, tuning and evaluation, 20 to 35 minutes a seed
+    python tests/seeds.py --seeds 3 --ablations    # and what each part of the recipe is for: 20 minutes more a seed
+
+A seed is that of weights and data order; the corpus (data/corpus, from collect.py and build_corpus.py) is one.
+Everything goes on where it was stopped, in out/seeds/<seed>. Prints, for each metric, the mean difference
+between ours and the control with Student's 95% interval over seeds, beside the interval over the items of the
+first seed's run, and writes tests/seeds.json. An ablation starts from the seed's base, takes the same tokens as
+ours, and is measured before tuning.
+"""
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENS = {"--stage1-tokens": 1_600_000, "--stage2-tokens": 2_400_000}  # of the default
+BOTH = sum(TOKENS.values())
+ABLATIONS = {  # name: how it differs from the default
+    "documentation alone": ["--agent", "api_doc=1"],
+    "trajectories alone": ["--agent", "trajectory=1"],
+    "stage 1 alone": ["--stage1-tokens", BOTH, "--stage2-tokens", 0],
+    "stage 2 alone": ["--stage1-tokens", 0, "--stage2-tokens", BOTH],
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=6, help="how many, from 0")
+    parser.add_argument("--ablations", action="store_true", help="train and measure them, too")
+    parser.add_argument("--corpus", default="data/corpus", help="corpus directory")
+    parser.add_argument("--out", default="out/seeds", help="directory of the runs")
+    parser.add_argument("--json", default=str(ROOT / "tests" / "seeds.json"), help="file for the results")
+    args = parser.parse_args()
+    seeds, ablations = {}, {}
+    for seed in range(args.seeds):
+        out = Path(args.out) / str(seed)
+        for script in ("pretrain.py", "finetune.py"):
+            run(script, "--corpus", args.corpus, "--out", out, "--seed", seed)
+        run("evaluate.py", "--corpus", args.corpus, "--out", out)
+        seeds[seed] = json.loads((out / "eval" / "results.json").read_text())
+        if args.ablations:
+            ablations[seed] = ablate(out, seed, args)
+    about = {"commit": git("rev-parse", "--short", "HEAD"), "date": time.strftime("%Y-%m-%d"),
+             "python": platform.python_version(), "machine": machine()}
+    Path(args.json).write_text(json.dumps(about | {"seeds": seeds, "ablations": ablations}, indent=0) + "\n")
+    print_differences(seeds)
+    if ablations:
+        print_ablations(ablations)
+
+
+def run(script, *arguments):
+    """Run a script of the project; it prints what it always does."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)])
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def ablate(out, seed, args):
+    """Train the ablations of a seed from its base. Returns the results of evaluate.py's loss and next."""
+    models = [out / "control-stage2", out / "stage2"]
+    for name, flags in ABLATIONS.items():
+        own = out / name.replace(" ", "-")
+        own.mkdir(exist_ok=True)
+        if not (own / "base").exists():
+            (own / "base").symlink_to(Path("..") / "base")
+        run("pretrain.py", "--corpus", args.corpus, "--out", own, "--seed", seed, "--no-control", *flags)
+        last = own / ("stage1" if "--stage2-tokens" in flags and flags[-1] == 0 else "stage2")
+        named = out / "ablations" / own.name  # evaluate.py calls a model by the name of its directory
+        named.parent.mkdir(exist_ok=True)
+        if not named.exists():
+            named.symlink_to(last.resolve())
+        models.append(named)
+    run("evaluate.py", "--corpus", args.corpus, "--out", out / "ablations", "--model", *models, "--suite", "loss", "next")
+    return json.loads((out / "ablations" / "eval" / "results.json").read_text())
+
+
+def interval(values):
+    """Mean and Student's 95% interval of a few numbers."""
+    values = np.array(values, float)
+    if len(values) < 2:
+        return values.mean(), np.nan, np.nan
+    quantile = np.quantile(np.random.default_rng(0).standard_t(len(values) - 1, 10**6), 0.975)
+    reach = quantile * values.std(ddof=1) / len(values) ** 0.5
+    return values.mean(), values.mean() - reach, values.mean() + reach
+
+
+def print_differences(seeds):
+    """A line for each metric: means of control and ours, and their difference over seeds and over items."""
+    print(f"\n{'metric':<42}{'control':>9}{'ours':>9}   ours - control, 95% over {len(seeds)} seeds   over items, seed 0")
+    first = next(iter(seeds.values()))
+    for compared in (row for row in first if "difference" in row):
+        key = compared["suite"], compared["metric"]
+        rows = [[row for row in results if (row["suite"], row["metric"]) == key] for results in seeds.values()]
+        if any(len(pair) != 2 for pair in rows):
+            continue
+        control, ours = (np.mean([pair[i]["score"] for pair in rows]) for i in (0, 1))
+        mean, low, high = interval([pair[1]["difference"] for pair in rows])
+        items = f"[{compared['difference_low']:+.3f}, {compared['difference_high']:+.3f}]"
+        print(f"{': '.join(key):<42}{control:>9.3f}{ours:>9.3f}   {mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+              f"{'' if low > 0 or high < 0 else ' none':<6}          {items}")
+
+
+def print_ablations(ablations):
+    """A line for each arm and metric: the mean, and the difference to ours in pairs of one seed."""
+    print(f"\n{'metric':<30}{'arm':<22}{'mean':>8}   minus ours (both kinds, both stages), 95% over {len(ablations)} seeds")
+    first = next(iter(ablations.values()))
+    for suite, metric in dict.fromkeys((row["suite"], row["metric"]) for row in first):
+        for model in dict.fromkeys(row["model"] for row in first):
+            found = [{row["model"]: row["score"] for row in results if (row["suite"], row["metric"]) == (suite, metric)}
+                     for results in ablations.values()]
+            mean, low, high = interval([scores[model] - scores["stage2"] for scores in found])
+            print(f"{suite + ': ' + metric:<30}{model:<22}{np.mean([scores[model] for scores in found]):>8.3f}"
+                  + f"   {mean:+.3f} [{low:+.3f}, {high:+.3f}]" * (model != "stage2"))
+
+
+def git(*arguments):
+    """What git says, or "" where this is no clone."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def machine():
+    """The processor and the number of cores, as the system names them."""
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"{next(iter(names), platform.processor())}, {len(names) or '?'} cores"
+
+
+if __name__ == "__main__":
+    main()
