@@ -5641,154 +5641,168 @@ SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
 BEGINS_AS_TEXT = re.compile(
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
-VALUES = [  # of texts and numbers, by the first pattern that is found in the name or the description
-    ("string", r"md ?5", ["d41d8cd98f00b204e9800998ecf8427e", "5d41402abc4b2a76b9719d911017c592"]),
-    ("string", r"sha ?1(?!\d)", ["a94a8fe5ccb19ba61c4c0873d391e987982fbbd3"]),
-    (
-        "string",
-        r"sha ?\d+|checksum|digest",
-        [
-            "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
-            "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
-        ],
-    ),
-    (
-        "string",
-        r"url|uri|endpoint|link(?! rel)|address of (a|the) (page|site)",
-        [
-            "https://example.com/api/v1/items",
-            "https://data.example.org/2024/report.json",
-            "http://localhost:8080/health",
-            "https://example.com/feed.xml",
-        ],
-    ),
-    ("string", r"e-?mail|recipient|sender", ["ada@example.com", "support@example.org", "li.wei@example.net"]),
-    (
-        "string",
-        r"host|server|domain|netloc",
-        ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"],
-    ),
-    ("string", r"\bip|address", ["192.168.1.20", "10.0.0.5", "2001:db8::1"]),
-    ("string", r"encoding|charset", ["utf-8", "latin-1", "ascii", "utf-16"]),
-    ("string", r"^errors\b", ["strict", "ignore", "replace"]),
-    ("string", r"dtype|data type", ["float32", "float64", "int64", "bool"]),
-    (
-        "string",
-        r"regex|pattern|regular expression|glob",
-        [r"\d+", "*.csv", r"[A-Z]{3}-\d+", "data_*.json", r"^\w+@\w+\.com$"],
-    ),
-    ("string", r"mime ?type|content type", ["text/csv", "application/json", "image/png"]),
-    ("string", r"duration|timedelta", ["01:30:00", "P2DT3H", "3 days, 12:00:00"]),
-    ("string", r"datetime\.time|parse a time|time range", ["08:00", "09:30:15", "14:45"]),
-    ("string", r"bucket", ["reports-2024", "nightly-backups"]),
-    ("string", r"date(?!base)|datetime|\bday", ["2024-03-15", "2025-12-01", "1999-07-04"]),
-    ("string", r"tz|time ?zone", ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]),
-    (
-        "string",
-        r"time(?!s)|timestamp",
-        ["2024-03-15T09:30:00", "2024-12-24T18:00:00", "2025-01-01T00:00:00Z"],
-    ),
-    ("string", r"locale|language", ["en_US", "de_DE", "fr"]),
-    (
-        "string",
-        r"dir\b|directory|folder|^root|base path|home$",
-        ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"],
-    ),
-    ("string", r"path|pathname|file|fname|filename|archive|^src$|^dst$", PATHS),
-    ("string", r"decimal", [",", "."]),
-    ("string", r"sep\b|separator|delimiter|^delim", [",", ";", "|", " - ", ", "]),
-    ("string", r"suffix|extension", [".txt", ".csv", "_backup", "-v2"]),
-    ("string", r"prefix", ["tmp_", "log-", "user/", "test "]),
-    ("string", r"colou?r", ["red", "#1f77b4", "dark green", "navy"]),
-    ("string", r"algorithm|digestmod|hash name", ["sha256", "md5", "blake2b"]),
-    ("string", r"version", ["1.4.2", "2.0.0rc1", "3.11"]),
-    ("string", r"module|package|distribution name", ["json", "collections.abc", "numpy", "requests"]),
-    ("string", r"command|cmd", ["ls -la /tmp", "git status", "echo hello world"]),
-    ("string", r"env|environ|environment", ["HOME", "PATH", "DEBUG_LEVEL"]),
-    ("string", r"random variable|distribution", ["X", "Y", "Z"]),
-    ("string", r"user|login|author", ["ada", "guest", "Grace Hopper"]),
-    ("string", r"token|password|secret", ["s3cret-Pa55", "correct horse battery staple"]),
-    (
-        "string",
-        r"title|subject|heading|caption|desc",
-        ["Monthly sales report", "Average temperature", "Results of the second run"],
-    ),
-    (
-        "string",
-        r"query|question|search",
-        ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"],
-    ),
-    ("string", r"html|markup", ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]),
-    ("string", r"^json\b", ['{"id": 7, "tags": ["a", "b"]}', "[1, 2, 3]"]),
-    ("string", r"header", HEADERS),
-    ("string", r"key|column|field|attribute|attr\b|weight", KEYS),
-    ("string", r"unit", ["ms", "kg", "days", "km"]),
-    ("string", r"^(\w+ )?(format|fmt)\b", ["%Y-%m-%d", "{:.2f}", "png"]),
-    (
-        "string",
-        r"text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|"
-        r"comment|note|^data\b",
-        TEXTS,
-    ),
-    ("string", r"app|application|program", ["Weather Station", "Invoice Printer", "photo-sorter"]),
-    (
-        "string",
-        r"workspace|organi[sz]ation|team|company|project",
-        ["acme-labs", "north-office", "weather-team"],
-    ),
-    ("string", r"name|id\b|identifier|tag|category|topic|group|node|vertex", NAMES),
-    ("integer", r"axis|axes|dimension (along|to|over|in|on)|(along|over) which", [0, -1]),
-    ("integer", r"version|^min", [1, 2, 3]),
-    ("integer", r"prime", [5, 7, 11, 13]),
-    ("integer", r"seed|random_state", [0, 7, 42, 123, 2024]),
-    ("integer", r"port\b", [80, 443, 5432, 8080]),
-    ("integer", r"year", [1999, 2012, 2024, 2025]),
-    ("integer", r"month", [1, 3, 7, 12]),
-    ("integer", r"^day|day of", [1, 3, 5, 7]),
-    ("integer", r"hour", [0, 6, 14, 23]),
-    ("integer", r"minute|second", [0, 15, 30, 45]),
-    ("integer", r"precision|digits|decimals|places|dps", [2, 3, 4, 6, 10, 15]),
-    ("integer", r"base|radix", [2, 8, 10, 16]),
-    ("integer", r"level|depth|degree|order|dimensions?|branching|height of|heights?$", [2, 3, 4, 5]),
-    ("integer", r"n_jobs|workers|threads|process", [1, 2, 4, 8]),
-    (
-        "integer",
-        r"width|height|length|columns|cols|rows|channels|features|size|hidden",
-        [4, 6, 8, 10, 12, 16, 20, 32],
-    ),
-    ("integer", r"k\b|group|kernel|stride|step|dilation|padding", [1, 2, 3, 5]),
-    ("integer", r"index|idx|pos|offset|start|begin|first|lineno", [0, 1]),
-    ("integer", r"stop|end|last|limit|max", [10, 20, 50, 100]),
-    (
-        "integer",
-        r"number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins",
-        [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25],
-    ),
-    ("integer", r"", [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]),
-    ("number", r"timeout|seconds|delay|interval|duration|wait", [0.5, 2.5, 5, 10, 30]),
-    (
-        "number",
-        r"between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b|"
-        r"momentum|decay|rate|alpha|beta|gamma|rho",
-        [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95],
-    ),
-    ("number", r"noise", [0.05, 0.1, 0.2, 0.5]),
-    ("number", r"eps|tol|lr\b|learning", [0.1, 0.01, 1e-3, 1e-5, 1e-6]),
-    (
-        "number",
-        r"x|y|loc|mean|mu|offset|shift|bias|value",
-        [0.5, 1.5, 2, 3.14, 7, 12.75, -1.5, -0.5, -2, -3.25],
-    ),
-    ("number", r"angle|degree|theta|phi|rotation|lat|lon", [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]),
-    (
-        "number",
-        r"scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length",
-        [0.5, 1.5, 2, 2.5, 4, 10],
-    ),
-    ("number", r"", [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100]),
-]
-VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I), values)
-          for kind, pattern, values in VALUES]
+# Of texts and numbers, as JSON or a list from above: by the first pattern that is found in the name or the
+# description.
+VALUES = r"""
+string: md ?5
+    ["d41d8cd98f00b204e9800998ecf8427e", "5d41402abc4b2a76b9719d911017c592"]
+string: sha ?1(?!\d)
+    ["a94a8fe5ccb19ba61c4c0873d391e987982fbbd3"]
+string: sha ?\d+|checksum|digest
+    ["9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"]
+string: url|uri|endpoint|link(?! rel)|address of (a|the) (page|site)
+    ["https://example.com/api/v1/items", "https://data.example.org/2024/report.json",
+    "http://localhost:8080/health", "https://example.com/feed.xml"]
+string: e-?mail|recipient|sender
+    ["ada@example.com", "support@example.org", "li.wei@example.net"]
+string: host|server|domain|netloc
+    ["localhost", "example.com", "db.internal.example.com", "192.168.1.20"]
+string: \bip|address
+    ["192.168.1.20", "10.0.0.5", "2001:db8::1"]
+string: encoding|charset
+    ["utf-8", "latin-1", "ascii", "utf-16"]
+string: ^errors\b
+    ["strict", "ignore", "replace"]
+string: dtype|data type
+    ["float32", "float64", "int64", "bool"]
+string: regex|pattern|regular expression|glob
+    ["\\d+", "*.csv", "[A-Z]{3}-\\d+", "data_*.json", "^\\w+@\\w+\\.com$"]
+string: mime ?type|content type
+    ["text/csv", "application/json", "image/png"]
+string: duration|timedelta
+    ["01:30:00", "P2DT3H", "3 days, 12:00:00"]
+string: datetime\.time|parse a time|time range
+    ["08:00", "09:30:15", "14:45"]
+string: bucket
+    ["reports-2024", "nightly-backups"]
+string: date(?!base)|datetime|\bday
+    ["2024-03-15", "2025-12-01", "1999-07-04"]
+string: tz|time ?zone
+    ["Europe/Berlin", "UTC", "Asia/Tokyo", "America/New_York"]
+string: time(?!s)|timestamp
+    ["2024-03-15T09:30:00", "2024-12-24T18:00:00", "2025-01-01T00:00:00Z"]
+string: locale|language
+    ["en_US", "de_DE", "fr"]
+string: dir\b|directory|folder|^root|base path|home$
+    ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]
+string: path|pathname|file|fname|filename|archive|^src$|^dst$
+    PATHS
+string: decimal
+    [",", "."]
+string: sep\b|separator|delimiter|^delim
+    [",", ";", "|", " - ", ", "]
+string: suffix|extension
+    [".txt", ".csv", "_backup", "-v2"]
+string: prefix
+    ["tmp_", "log-", "user/", "test "]
+string: colou?r
+    ["red", "#1f77b4", "dark green", "navy"]
+string: algorithm|digestmod|hash name
+    ["sha256", "md5", "blake2b"]
+string: version
+    ["1.4.2", "2.0.0rc1", "3.11"]
+string: module|package|distribution name
+    ["json", "collections.abc", "numpy", "requests"]
+string: command|cmd
+    ["ls -la /tmp", "git status", "echo hello world"]
+string: env|environ|environment
+    ["HOME", "PATH", "DEBUG_LEVEL"]
+string: random variable|distribution
+    ["X", "Y", "Z"]
+string: user|login|author
+    ["ada", "guest", "Grace Hopper"]
+string: token|password|secret
+    ["s3cret-Pa55", "correct horse battery staple"]
+string: title|subject|heading|caption|desc
+    ["Monthly sales report", "Average temperature", "Results of the second run"]
+string: query|question|search
+    ["cheap flights to Lisbon", "open issues by label", "red shoes size 42"]
+string: html|markup
+    ["<p>Hello &amp; welcome</p>", "<a href='/about'>About us</a>"]
+string: ^json\b
+    ["{\"id\": 7, \"tags\": [\"a\", \"b\"]}", "[1, 2, 3]"]
+string: header
+    HEADERS
+string: key|column|field|attribute|attr\b|weight
+    KEYS
+string: unit
+    ["ms", "kg", "days", "km"]
+string: ^(\w+ )?(format|fmt)\b
+    ["%Y-%m-%d", "{:.2f}", "png"]
+string: text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment
+    TEXTS
+string: note|^data\b
+    TEXTS
+string: app|application|program
+    ["Weather Station", "Invoice Printer", "photo-sorter"]
+string: workspace|organi[sz]ation|team|company|project
+    ["acme-labs", "north-office", "weather-team"]
+string: name|id\b|identifier|tag|category|topic|group|node|vertex
+    NAMES
+integer: axis|axes|dimension (along|to|over|in|on)|(along|over) which
+    [0, -1]
+integer: version|^min
+    [1, 2, 3]
+integer: prime
+    [5, 7, 11, 13]
+integer: seed|random_state
+    [0, 7, 42, 123, 2024]
+integer: port\b
+    [80, 443, 5432, 8080]
+integer: year
+    [1999, 2012, 2024, 2025]
+integer: month
+    [1, 3, 7, 12]
+integer: ^day|day of
+    [1, 3, 5, 7]
+integer: hour
+    [0, 6, 14, 23]
+integer: minute|second
+    [0, 15, 30, 45]
+integer: precision|digits|decimals|places|dps
+    [2, 3, 4, 6, 10, 15]
+integer: base|radix
+    [2, 8, 10, 16]
+integer: level|depth|degree|order|dimensions?|branching|height of|heights?$
+    [2, 3, 4, 5]
+integer: n_jobs|workers|threads|process
+    [1, 2, 4, 8]
+integer: width|height|length|columns|cols|rows|channels|features|size|hidden
+    [4, 6, 8, 10, 12, 16, 20, 32]
+integer: k\b|group|kernel|stride|step|dilation|padding
+    [1, 2, 3, 5]
+integer: index|idx|pos|offset|start|begin|first|lineno
+    [0, 1]
+integer: stop|end|last|limit|max
+    [10, 20, 50, 100]
+integer: number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins
+    [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]
+integer:
+    [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]
+number: timeout|seconds|delay|interval|duration|wait
+    [0.5, 2.5, 5, 10, 30]
+number: between 0 and 1|prob|dropout|fraction|ratio|quantile|percent|confidence|threshold|^p\b
+    [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]
+number: momentum|decay|rate|alpha|beta|gamma|rho
+    [0.05, 0.1, 0.2, 0.25, 0.5, 0.75, 0.9, 0.95]
+number: noise
+    [0.05, 0.1, 0.2, 0.5]
+number: eps|tol|lr\b|learning
+    [0.1, 0.01, 0.001, 1e-05, 1e-06]
+number: x|y|loc|mean|mu|offset|shift|bias|value
+    [0.5, 1.5, 2, 3.14, 7, 12.75, -1.5, -0.5, -2, -3.25]
+number: angle|degree|theta|phi|rotation|lat|lon
+    [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]
+number: scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length
+    [0.5, 1.5, 2, 2.5, 4, 10]
+number:
+    [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100]
+"""
+LISTS = {"PATHS": PATHS, "TEXTS": TEXTS, "NAMES": NAMES, "HEADERS": HEADERS, "KEYS": KEYS}
+VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I),
+           LISTS.get(values.strip()) or json.loads(values))
+          for kind, pattern, values in re.findall(r"(?m)^(\w+):[ ]?(.*)\n((?: .*\n)+)", VALUES)]
 COLUMNS = [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]]
 SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
            ["red apple", "green pear"]]
