@@ -64,7 +64,7 @@ import time
 import unicodedata
 import uuid
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,14 +78,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
+from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, claim, definition, fail,
-                     read_values, run_main, source_apis, source_tool, unit_hash, visible)
+                     fingerprint, read_values, run_main, source_apis, source_tool, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
 
-VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
+VERDICTS = "right wrong abstained unparseable error".split()
 HEADLINE = "name and arguments"  # of calls that have arguments: the first metric of the table
-HELDOUT = ("loss", "choice", "next", "calls", "calls-constrained")  # what the suite heldout consists of
+HELDOUT = "loss choice next calls calls-constrained".split()  # what the suite heldout consists of
 
 
 def suites():
@@ -94,7 +94,7 @@ def suites():
     """
     return {
         "loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
-        "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 300],
+        "calls-constrained": partial(heldout_calls, most=300),
         "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank,
         "mmlu": mmlu}
 
@@ -294,8 +294,8 @@ def table(suite, results, models, published=()):
             rows.append(form.format(**r).split("|") + shares)
     columns = [column for column in itertools.zip_longest(*rows, fillvalue="") if any(column[1:])]
     columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
-    head, *body = ["| " + " | ".join(column[n] for column in columns) + " |" for n in range(len(rows))]
-    rule = "|" + "|".join("-" * (len(column[0]) + 2) for column in columns) + "|"
+    head, *body = [f"| {' | '.join(column[n] for column in columns)} |" for n in range(len(rows))]
+    rule = f"|{'|'.join('-' * (len(column[0]) + 2) for column in columns)}|"
     return "\n".join([f"### {suite}\n", head, rule, *body])
 
 
@@ -436,7 +436,7 @@ def listing(directory):
     """A hash of which files a directory holds, their sizes and times."""
     files = [path for path in sorted(Path(directory).rglob("*")) if path.is_file()]
     files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+    return fingerprint(None, files)
 
 
 def find_data(directory, pattern):
@@ -986,7 +986,7 @@ def conversations(corpus, args):
     APIs is what it is about: it must be held out itself, not only another that is offered or called beside
     it.
     """
-    heldout = {*json.loads((corpus.directory / "heldout_apis.json").read_text(encoding="utf-8"))}
+    heldout = {*read_json(corpus.directory / "heldout_apis.json")}
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     fit = []
     for record in sorted(map(Record.from_json, lines), key=lambda record: unit_hash(record.id)):
@@ -1019,10 +1019,10 @@ def tool_choices(corpus, args):
 
     episodes = []
     for record in conversations(corpus, args):
-        request, *others, answer = record.messages
+        *before, answer = record.messages
         calls = calls_in(answer)
-        if len(record.tools) >= 4 and not others and len(calls) == 1:
-            episodes.append((record.id, partial(episode, request, record.tools, calls[0][0])))
+        if len(record.tools) >= 4 and len(before) == 1 and len(calls) == 1:
+            episodes.append((record.id, partial(episode, *before, record.tools, calls[0][0])))
     return episodes[:args.limit or 150]
 
 
@@ -1045,7 +1045,7 @@ def next_calls(corpus, args):
 
     def episode(before, options):
         likelihoods = yield [(before, [*call]) for call in options]
-        rates = [likelihood / len(call) for likelihood, call in zip(likelihoods, options)]
+        rates = np.divide(likelihoods, [len(call) for call in options])
         return {"scores": {"next call": float(np.argmax(rates) == 0)}, "log_likelihoods": likelihoods}
 
     episodes = []
@@ -1058,13 +1058,12 @@ def next_calls(corpus, args):
     return episodes[:args.limit or 150]
 
 
-def heldout_calls(corpus, args):
+def heldout_calls(corpus, args, most=600):
     """Answers to the requests, and what they are worth."""
     def episode(record):
         return judge(record, (yield record.messages[:-1], record.tools))
 
-    records = conversations(corpus, args)[:args.limit or 600]
-    return [(record.id, partial(episode, record)) for record in records]
+    return [(r.id, partial(episode, r)) for r in conversations(corpus, args)[:args.limit or most]]
 
 
 def judge(record, answer):
@@ -1087,7 +1086,7 @@ def judge(record, answer):
     else:
         kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of several tools"
     if gold:
-        made, wanted = (with_floats(tools, calls) for calls in (answer.calls or [], gold))
+        made, wanted = (converted(tools, calls, with_floats) for calls in (answer.calls or [], gold))
         right, why = check_call(tools, made, as_gold(tools, wanted))
         right = right or same_json(made, wanted)
     else:
@@ -1101,7 +1100,8 @@ def judge(record, answer):
             scores[HEADLINE] = right
         scores[f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}"] = right
         scores["name"] = sorted(n for n, _ in answer.calls or []) == sorted(n for n, _ in gold)
-    scores |= {f"right: {kind}": right, "a call or clean words": item["verdict"] not in ("unparseable", "error"),
+    scores |= {f"right: {kind}": right,
+               "a call or clean words": item["verdict"] not in ("unparseable", "error"),
                "stops by itself": answer.ended and not answer.error}
     return item | {"scores": {metric: float(score) for metric, score in scores.items()}, "gold": gold}
 
@@ -1126,7 +1126,7 @@ def same_json(a, b):
 # Scores of calls, equal to those of BFCL's own checker (package bfcl-eval 2026.3.23), whose oddities are kept
 
 KINDS = (  # from far to near
-    "wrong count", "wrong name", "missing parameter", "unexpected parameter", "wrong type", "wrong value")
+    "wrong count,wrong name,missing parameter,unexpected parameter,wrong type,wrong value".split(","))
 TYPES = {name: kind for kind, names in {
     str: "string String any char",
     int: "integer byte short long Bigint",
@@ -1242,19 +1242,15 @@ def converted(tools, calls, convert):
             for name, arguments in calls]
 
 
-def with_floats(tools, calls):
-    """Calls [(name, arguments)] with floats for integers, except where a schema allows integers and no other
-    numbers.
+def with_floats(value, schema):
+    """A value with floats for integers, except where the schema allows integers and no other numbers.
 
     BFCL takes an integer for a float, but neither in a list nor where a schema states several types.
     """
-    def convert(value, schema):
-        stated = json.dumps(schema)
-        if '"integer"' in stated and '"number"' not in stated:
-            return value
-        return json.loads(json.dumps(value), parse_int=float)
-
-    return converted(tools, calls, convert)
+    stated = json.dumps(schema)
+    if '"integer"' in stated and '"number"' not in stated:
+        return value
+    return json.loads(json.dumps(value), parse_int=float)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1376,12 +1372,11 @@ def parse_python_calls(text):
     [('f.g', {'a': [1, -2.5], 'b': {'c': None}}), ('h', {'d': 'name'})]
     >>> parse_python_calls("No function fits.")
     """
-    text = text.strip("`\n ")
-    text = "[" * (not text.startswith("[")) + text + "]" * (not text.endswith("]"))
+    text = text.strip("`\n ").removeprefix("[").removesuffix("]")
     try:
         with warnings.catch_warnings():  # of backslashes in strings
             warnings.simplefilter("ignore")
-            return [python_call(node) for node in ast.parse(text, mode="eval").body.elts]
+            return [python_call(node) for node in ast.parse(f"[{text}]", mode="eval").body.elts]
     except UNREADABLE:
         return None
 
@@ -1507,11 +1502,10 @@ def source_call(text):
 # several. Rules of bfcl-eval 2026.3.23.
 
 LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}
-SINGLE_TURN = (
-    "simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
-    "irrelevance", "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple",
-    "live_irrelevance", "live_relevance")
-MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+SINGLE_TURN = """
+    simple_python simple_java simple_javascript multiple parallel parallel_multiple irrelevance live_simple
+    live_multiple live_parallel live_parallel_multiple live_irrelevance live_relevance""".split()
+MULTI_TURN = "multi_turn_base multi_turn_miss_func multi_turn_miss_param multi_turn_long_context".split()
 SIMULATED = {
     "GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
     "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
@@ -1556,25 +1550,14 @@ def single_turn(entry, gold, category, args):
     """The episode of a single-turn item. Officially garbage scores as a refusal; the verdict tells them
     apart.
     """
-    language, wanted = LANGUAGES.get(category, "python"), not category.endswith("irrelevance")
-    tools = [described(f, language) for f in entry["function"]]
-
-    def grade(calls):
-        if gold is None:
-            return bool(calls) == wanted, ""
-        return check_call(entry["function"], calls, gold, language)
-
-    request = ask(entry["question"][0], tools, args)
-    return (yield from answer_once(request, language, [category], gold, grade, args, wanted))
-
-
-def answer_once(request, language, metrics, gold, grade, args, wanted=True):
-    """The episode of an item that has one answer. grade(calls): whether they are right, and why not."""
-    answer = yield request
-    calls = calls_of(answer, language, args)
-    right, why = grade(calls or [])
+    language, functions = LANGUAGES.get(category, "python"), entry["function"]
+    answer = yield ask(entry["question"][0], [described(f, language) for f in functions], args)
+    calls, wanted = calls_of(answer, language, args), not category.endswith("irrelevance")
+    right, why = bool(calls) == wanted, ""
+    if gold is not None:
+        right, why = check_call(functions, calls or [], gold, language)
+    scores = {category: float(right and not answer.error)}
     item = verdict(answer, calls, wanted, right, why)
-    scores = dict.fromkeys(metrics, float(right and not answer.error))
     return item | {"scores": scores, "calls": show(calls), "gold": gold}
 
 
@@ -1595,7 +1578,9 @@ def described(function, language="python"):
 
 
 def rename_types(schema):
-    """Change BFCL's types in a schema to JSON Schema's. What names no known type is a string, as officially."""
+    """Change BFCL's types in a schema to JSON Schema's. What names no known type is a string, as
+    officially.
+    """
     schema["type"] = JSON_TYPES[TYPES.get(schema.get("type"), str)]
     for inner in [*schema.get("properties", {}).values(), schema.get("items")]:
         if inner is not None:
@@ -1701,7 +1686,7 @@ class World:
     def differs(self, gold):
         """Whether a public attribute of an API is not as in the gold's world."""
         return any(getattr(self.apis[name], attribute, None) != value for name, api in gold.apis.items()
-                   for attribute, value in vars(api).items() if attribute[0] != "_")
+                   for attribute, value in vars(api).items() if not attribute.startswith("_"))
 
 
 def multi_turn(docs, entry, gold, category, args, max_steps=20):
@@ -1756,10 +1741,10 @@ def gold_call(text):
 # ------------------------------------------------------------------------------------------------------------
 # Totals
 
-SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+SIMPLE = "simple_python simple_java simple_javascript".split()
 NON_LIVE = (SIMPLE, "multiple", "parallel", "parallel_multiple")
-LIVE = frozenset(("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"))
-# The official formulas, from the repository's eval_runner_helper.py: a tuple is the mean of its parts, a set
+LIVE = frozenset("live_simple live_multiple live_parallel live_parallel_multiple".split())
+# The official formulas, from the repository's eval_runner_helper.py: a list is the mean of its parts, a set
 # the mean over all its items. The first three are parts of version 4's score, "overall" is their mean; "v3"
 # was the overall score from April to August 2025, "v2" that of August 2024 but for four sets of executed
 # calls, which have been withdrawn.
@@ -1780,32 +1765,21 @@ AGENTBENCH_DB_TOTALS = {"overall": ("SELECT", "INSERT", "UPDATE")}  # the mean o
 TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 
 
-class Environment(NamedTuple):
-    """What AgentBench's rounds take place in."""
-    prompt: str    # the system message
-    form: str      # what this says in the mode prompt about how to call
-    read: object   # function of a text in this form: the calls, or None
-    tools: list    # the first runs something, the others commit an answer
-    rounds: tuple  # in the modes native and prompt
-    most: int      # calls of a turn that count
-
-
-class Final(NamedTuple):
-    """What a model commits, which ends its rounds; None where it only says that it has finished."""
-    answer: object
-
-
 def run_rounds(environment, task, mode, run, judge):
     """An episode's rounds; returns the start of its record.
 
-    run(text) carries out what a model gives to the environment's first tool, and returns its result or Final;
-    judge(Final or None) is whether all is right in the end. In the mode prompt, turns are plain text, and one
-    that cannot be read ends the episode.
+    environment: prompt, the system message; form, what this says in the mode prompt about how to call; read,
+    a function of a text in this form that gives the calls, or None; tools, of which the first runs something,
+    and the others commit an answer; rounds, in the modes native and prompt; most, how many calls of a turn
+    count. run(text) carries out what a model gives to the first tool, and returns its result, or None if
+    nothing can follow; judge(committed) is whether all is right in the end, given a list of the answer that
+    was committed, which may be None, or an empty one. In the mode prompt, turns are plain text, and one that
+    cannot be read ends the episode.
     """
     prompted, (runs, *commits) = mode == "prompt", [t["function"]["name"] for t in environment.tools]
     system = environment.prompt + environment.form * prompted
     messages = [chat_message("system", system), chat_message("user", task)]
-    made, log, final = [], [], None
+    made, log, committed = [], [], []
     for _ in range(environment.rounds[prompted]):
         answer = yield messages, None if prompted else environment.tools
         calls = environment.read(answer.text) if prompted else answer.calls
@@ -1813,18 +1787,17 @@ def run_rounds(environment, task, mode, run, judge):
         for name, arguments in (calls or [])[:environment.most]:
             made.append((name, arguments))
             value = next(iter(arguments.values()), None)
+            result = "Error: there is no such tool, or it wants other arguments."
             if name == runs and isinstance(value, str):
                 result = run(value)
             elif name in commits and (arguments or name == "finish_action"):
-                result = Final(value)
-            else:
-                result = "Error: there is no such tool, or it wants other arguments."
-            if isinstance(result, Final):
-                final = result
+                result = None
+            if result is None:
+                committed = [value]
                 break
             results.append(result)
         log += [answer.text, *results]
-        if final or answer.error or prompted and calls is None:
+        if committed or answer.error or prompted and calls is None:
             break
         if calls:
             results += ["Not run: too many calls in a turn."] * (len(calls) - len(results))
@@ -1835,10 +1808,10 @@ def run_rounds(environment, task, mode, run, judge):
         else:
             replies = [chat_message("user", text) for text in results]
         messages = [*messages, turn(answer, mode), *replies]
-    right = judge(final)
+    right = judge(committed)
     if calls is not None or right:  # a table may be right though the last turn cannot be read
         calls = made
-    why = "another result than expected" if final else "nothing committed"
+    why = "another result than expected" if committed else "nothing committed"
     return verdict(answer, calls, True, right, why) | {"output": "\n\n".join(log)}
 
 
@@ -1849,12 +1822,9 @@ def scored(record, gold, metrics):
 
 def limited(rows, args):
     """The items (id, episode) of rows (category, id, episode): --limit of each category at most."""
-    count, found = Counter(), []
-    for category, *item in rows:
-        count[category] += 1
-        if not args.limit or count[category] <= args.limit:
-            found.append(tuple(item))
-    return found
+    number = defaultdict(itertools.count)
+    most = args.limit or len(rows)
+    return [(name, episode) for category, name, episode in rows if next(number[category]) < most]
 
 
 def tool(name, description, /, **parameters):
@@ -1873,13 +1843,11 @@ def agentbench_db(args):
     """An item is a question about a table (right: the values) or a modification of it (right: the hash of the
     table as it then is).
     """
-    rows = []
-    development = sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
+    rows, development = [], sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
     for path in find_data(args.data, "dbbench/standard.jsonl") + development:
-        split = "" if path.stem == "standard" else f"{path.stem}: "
-        for i, item in enumerate(read_all(path)):
-            episode = partial(db_episode, item, split, args.mode)
-            rows.append((split + item["type"][0], f"{path.stem}-{i}", episode))
+        split = "dev: " * (path.stem == "dev")
+        rows += [(split + item["type"][0], f"{path.stem}-{i}", partial(db_episode, item, split, args.mode))
+                 for i, item in enumerate(read_all(path))]
     return limited(rows, args)
 
 
@@ -1887,11 +1855,11 @@ def db_episode(item, split, mode):
     """Rounds with a database."""
     kind, table = item["type"][0], item["table"]
     with contextlib.closing(open_table(table)) as database:
-        def judge(final):
+        def judge(committed):
             if kind not in MODIFICATIONS:
-                return final and same_values(final.answer, item["label"])
+                return committed and same_values(committed[0], item["label"])
             # In its prompt mode the original looks at the table however the rounds end.
-            hashes = table_hashes(database, table) if final or mode == "prompt" else ()
+            hashes = table_hashes(database, table) if committed or mode == "prompt" else ()
             return any(hashed in item["answer_md5"] for hashed in hashes)
 
         asked = f"{item['description']}\n{item['add_description']}".strip()
@@ -1916,12 +1884,12 @@ def read_db_action(text):
     return final and [("commit_final_answer", {"answers": final[1]})]
 
 
-DB = Environment(
-    """You work with a table in a SQLite database, to answer a question about it or to change it as \
+DB = SimpleNamespace(
+    prompt="""You work with a table in a SQLite database, to answer a question about it or to change it as \
 you are asked. In each turn run one SQL statement and look at what it returns. When you are done, commit the \
 final answer: exactly the values that are asked for and nothing else; after a change of the table any answer \
 will do.""",
-    """ To run a statement, on one line, write
+    form=""" To run a statement, on one line, write
 
 Action: Operation
 ```sql
@@ -1932,8 +1900,8 @@ and to commit the answer
 
 Action: Answer
 Final Answer: ["first value", "second value"]""",
-    read_db_action,
-    [
+    read=read_db_action,
+    tools=[
         tool("execute_sql", "Run one SQL statement and see what it returns.",
              query={"type": "string", "description": "the statement"}),
         tool("commit_final_answer", "Give the final answer, once all is done.",
@@ -2138,8 +2106,8 @@ def agentbench_os(args):
             except LookupError as error:
                 left_out[error.args[0]] += 1
     if left_out:
-        needs = [f"{n} items that need {what}" for what, n in sorted(left_out.items())]
-        print("agentbench-os: left out " + ", ".join(needs))
+        needs = ", ".join(f"{n} items that need {what}" for what, n in sorted(left_out.items()))
+        print(f"agentbench-os: left out {needs}")
     return limited(rows, args)
 
 
@@ -2179,15 +2147,13 @@ def os_task(item, path, folder):
 def os_episode(task, metric, mode):
     """Rounds with a shell."""
     def run(script):
-        try:
+        with contextlib.suppress(SandboxEnded):
             output = sandbox.run(script)[1]
-        except SandboxEnded:
-            return Final(None)
-        output = output if len(output) <= 800 else output[:780] + "\n[cut: the output is too long]"
-        return f"Output of the system:\n\n{output}" if output else "The system puts out nothing."
+            output = output if len(output) <= 800 else output[:780] + "\n[cut: the output is too long]"
+            return f"Output of the system:\n\n{output}" if output else "The system puts out nothing."
 
-    def judge(final):
-        return final and not sandbox.ended and os_right(sandbox, task, final.answer)
+    def judge(committed):
+        return committed and not sandbox.ended and os_right(sandbox, task, committed[0])
 
     try:
         with contextlib.closing(Sandbox()) as sandbox:
@@ -2259,12 +2225,12 @@ def read_os_action(text):
     return None
 
 
-OS = Environment(
-    """You work as root in the shell of a Linux system, to do what you are asked or to answer a \
+OS = SimpleNamespace(
+    prompt="""You work as root in the shell of a Linux system, to do what you are asked or to answer a \
 question about the system. In each turn think first, then do one of three things: run a script in bash and \
 look at its output; give the answer, exactly and without a sentence around it; or finish, if no answer is \
 asked for. A script must not wait for input, and of a long output only the beginning is shown.""",
-    """ Write it in one of these forms:
+    form=""" Write it in one of these forms:
 
 Think: your thoughts
 
@@ -2275,8 +2241,8 @@ the script
 ```
 
 or, as the last line, `Act: answer(the answer)` or `Act: finish`.""",
-    read_os_action,
-    [
+    read=read_os_action,
+    tools=[
         tool("bash_action", "Run a script in the shell and see its output.",
              script={"type": "string", "description": "what to run, in bash"}),
         tool("answer_action", "Answer the question, which ends the task.",
@@ -2596,14 +2562,16 @@ def bank_dialogue(dialogue, known, args):
     tools = {n: known.get(n) or bank_tool(n) for n in called}
 
     def episode(messages, tools, gold):
-        def grade(calls):
-            if len(calls) != 1:
-                return False, "wrong count"
-            why = "wrong arguments" if calls[0][0] == gold[0] else "wrong name"
-            return same_json(calls, [gold]), why
-
-        metrics = "exact match", f"exact match: {level}"
-        return answer_once(ask(messages, tools, args), "python", metrics, [gold], grade, args)
+        answer = yield ask(messages, tools, args)
+        calls, why = calls_of(answer, "python", args), "wrong arguments"
+        if len(calls or []) != 1:
+            why = "wrong count"
+        elif calls[0][0] != gold[0]:
+            why = "wrong name"
+        right = same_json(calls, [gold])
+        scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
+        item = verdict(answer, calls, True, right, why)
+        return item | {"scores": scores, "calls": show(calls), "gold": [gold]}
 
     for n, t in enumerate(turns):
         if t["role"] != "API":
@@ -2640,8 +2608,8 @@ def mmlu(args):
 
     def episode(question):
         subject, asked, gold = question["subject"], shown(question), question["answer"]
-        head = "The following are multiple choice questions (with answers) about "
-        head += f"{subject.replace('_', ' ')}.\n\n"
+        head = ("The following are multiple choice questions (with answers) about "
+                f"{subject.replace('_', ' ')}.\n\n")
         shots = [f"{shown(q)} {q['answer']}\n\n" for q in examples if q["subject"] == subject][:5]
         for n in range(len(shots), -1, -1):
             context = head + "".join(shots[:n]) + asked
@@ -2677,7 +2645,7 @@ def questions(directory, split):
 
 
 def total_of(formula, means, rows):
-    """A total's means and its items, from those of metrics: a tuple is the mean of its parts, a set the mean
+    """A total's means and its items, from those of metrics: a list is the mean of its parts, a set the mean
     over all its items.
     """
     if isinstance(formula, str):
@@ -2694,7 +2662,7 @@ def read_reference(path, measured):
     that are not measured are left out, and said to be.
     """
     try:
-        given = [] + json.loads(Path(path).read_text(encoding="utf-8") if path else "[]")
+        given = [] + (read_json(Path(path)) if path else [])
     except OSError as error:
         fail(f"--reference {path}: {error.strerror}")
     except UNREADABLE:  # a TypeError is that of a sum with another type than a list
@@ -2731,9 +2699,9 @@ def failures(suite, items, models):
     lines = []
     for model in models:
         failed = [item for item in items[model] if "failure" in item]
-        kinds = Counter(item["failure"] for item in failed).most_common()
+        kinds = [f"{kind} {n:,}" for kind, n in Counter(item["failure"] for item in failed).most_common()]
         if kinds:
-            lines.append(f"- {model}: " + ", ".join(f"{kind} {n:,}" for kind, n in kinds))
+            lines.append(f"- {model}: {', '.join(kinds)}")
     for kind, item in {item["failure"]: item for item in reversed(failed)}.items():
         asked = item["prompt"][0][-1]["content"] if "prompt" in item else item.get("question", "")
         gold = json.dumps(item.get("gold", ""), ensure_ascii=False)
