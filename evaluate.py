@@ -272,8 +272,7 @@ def summarise(suite, items, models):
 
 def interval(prefix, draws):
     """The 95% bootstrap interval, from the percentiles."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
+    return dict(zip((f"{prefix}low", f"{prefix}high"), np.percentile(draws, [2.5, 97.5]).tolist()))
 
 
 def table(suite, results, models, published=()):
@@ -1272,7 +1271,7 @@ JAVA = {  # type: [(pattern, what its parts are in the group)], of which the fir
         (r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", PARTS),
         (r"(?s)new\s+ArrayList<\w*>\(\)\s*\{\{\s*+(.+?)\}\}", r"add\((.+?)\)"),
         (r"new\s+ArrayList<\w*>\(\)()", r"add\((.+?)\)")],
-    "Array": [(r"new\s+\w+\[\]\s*\{(.*?)\}", PARTS)],
+    "Array": [(r"new\s+\w+\[\]\s*\{(.*?)\}", r"[^,\s](?:[^,]*[^,\s])?")],  # no part of an array is blank
     "HashMap": [
         (r"(?s)new\s+HashMap<.*?>\s*\(\)\s*\{([^}]*)\}", r'put\("(.*?)",\s*(.*?)\)'),
         (r"new\s+HashMap<.*?>\s*\(\)()", r'put\("(.*?)",\s*(.*?)\)')]}
@@ -1316,7 +1315,7 @@ def java_value(text, kind, nested=None):
             parts = re.findall(part, found[1])
             if kind == "HashMap":
                 return {key: untyped(value, "java") for key, value in parts}
-            parts = [part.strip() for part in parts if kind == "ArrayList" or part.strip()]
+            parts = map(str.strip, parts)
             if kind == "ArrayList" and nested in ("char", "String"):
                 return [part[1:-1] for part in parts]  # without quotes, which an Array keeps
             return [java_value(part, nested) if nested else untyped(part, "java") for part in parts]
@@ -1402,19 +1401,17 @@ def python_value(node):
         case ast.UnaryOp(operand=ast.Constant()):
             return -node.operand.value  # whichever the operator is
         case ast.List():
-            return [python_value(n) for n in node.elts]
+            return [*map(python_value, node.elts)]
         case ast.Tuple():
-            return tuple(python_value(n) for n in node.elts)
+            return tuple(map(python_value, node.elts))
         case ast.Dict():
-            return {python_value(k): python_value(v) for k, v in zip(node.keys, node.values)}
+            return dict(zip(map(python_value, node.keys), map(python_value, node.values)))
         case ast.BinOp():
             return calculate(node)
         case ast.Name():
             return node.id
-        case ast.Call(keywords=[_, *_]):
-            return dict([python_call(node)])
         case ast.Call():
-            return ast.unparse(node)
+            return dict([python_call(node)]) if node.keywords else ast.unparse(node)
         case ast.Subscript():
             return f"{ast.unparse(node.value)}[{ast.unparse(node.slice)}]"
     raise ValueError
@@ -1735,7 +1732,7 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
 def gold_call(text):
     """(name, keyword arguments, positional arguments) of a gold call's source text."""
     node = ast.parse(text, mode="eval").body
-    return *python_call(node), [python_value(n) for n in node.args]
+    return *python_call(node), [*map(python_value, node.args)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2123,10 +2120,10 @@ def os_task(item, path, folder):
             if Path(name).name in CHECKS:
                 return Path(name).name
             places = [directory / "scripts" / folder / name for directory in path.parents]
-            file = next(filter(Path.is_file, places), None)
-            if not file:
+            files = [place for place in places if place.is_file()]
+            if not files:
                 raise LookupError(name)
-        text = file.read_text(encoding="utf-8") if name else value["code"]
+        text = files[0].read_text(encoding="utf-8") if name else value["code"]
         if re.search(r"\bapt(-get)? ", text):
             raise LookupError("the network")
         return value.get("language", "bash"), text
@@ -2536,8 +2533,8 @@ def api_bank(args):
     At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and
     what it has found so far.
     """
-    search = bank_tool("ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})
-    known = {"ToolSearcher": search}
+    known = {"ToolSearcher": bank_tool(
+        "ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
     for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
         stated = dict(re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"]))
         described = [literal_value(stated.get(key)) for key in ("description", "input_parameters")]
@@ -2554,8 +2551,8 @@ def api_bank(args):
 
 
 def bank_dialogue(dialogue, known, args):
-    """The items of one dialogue."""
-    name, turns, messages, episodes = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], [], []
+    """Yield the items of one dialogue."""
+    name, turns, messages = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], []
     level = re.search(r"level-\d", name)[0].replace("-", " ")
     called = sorted({t["api_name"] for t in turns if t["role"] == "API"})
     called = ["ToolSearcher"] if "ToolSearcher" in called else called
@@ -2578,13 +2575,12 @@ def bank_dialogue(dialogue, known, args):
             messages.append(chat_message("user" if t["role"] == "User" else "assistant", t["text"]))
             continue
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
-        episodes.append((f"{name}:{n}", partial(episode, [*messages], [*tools.values()], gold)))
+        yield f"{name}:{n}", partial(episode, [*messages], [*tools.values()], gold)
         text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
         messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
             for f in output if isinstance(output, list) else [output]:
                 tools[f["name"]] = bank_tool(f["name"], f["description"], f["input_parameters"])
-    return episodes
 
 
 def bank_tool(name, description="", parameters=None):
