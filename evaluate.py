@@ -1691,7 +1691,7 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
     counts.
     """
     ours, theirs = World(entry), World(entry)
-    functions = [f for name in entry["involved_classes"] for f in docs[name]]
+    functions = [described(f) for name in entry["involved_classes"] for f in docs[name]]
     withheld = entry.get("missed_function", {})  # {number of a turn: the names of functions until then}
     messages, results, outputs, made, why = [], [], [], [], ""
     for number, (request, expected) in enumerate(zip(entry["question"], gold)):
@@ -1699,17 +1699,17 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
         if str(number) in withheld:
             request = [chat_message("user", "There are more functions now. Go on with them.")]
         hidden = {name for at, names in withheld.items() if int(at) > number for name in names}
-        known = [described(f) for f in functions if f["name"] not in hidden]
+        known = [f for f in functions if f["name"] not in hidden]
         messages = messages + request
         for _ in range(max_steps + 1):
             answer = yield ask(messages, known, args)
             outputs.append(answer.text)
             messages = [*messages, turn(answer, args.mode)]
             calls = calls_of(answer, "python", args)
-            if answer.error or not calls:
+            if not calls:
                 break
             made[-1].append(show(calls))
-            step = [ours.call(name, arguments) for name, arguments in calls]
+            step = [ours.call(*call) for call in calls]
             messages += tool_messages(calls, step, args)[1:]
             results += step
         wanted = [theirs.call(*gold_call(text)) for text in expected]
@@ -1719,7 +1719,7 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
             why = "too many steps"
         elif expected and ours.differs(theirs):
             why = "wrong state"
-        elif any(results.count(result) < wanted.count(result) for result in wanted):
+        elif Counter(wanted) - Counter(results):
             why = "wrong result"
         calls = made
         if why:
@@ -1800,10 +1800,9 @@ def run_rounds(environment, task, mode, run, judge):
             results += ["Not run: too many calls in a turn."] * (len(calls) - len(results))
         else:
             results = ["There is no call in this that can be read. Call one of the tools."]
+        replies = [chat_message("user", text) for text in results]
         if calls and not prompted:
             replies = result_messages(results)
-        else:
-            replies = [chat_message("user", text) for text in results]
         messages = [*messages, turn(answer, mode), *replies]
     right = judge(committed)
     if calls is not None or right:  # a table may be right though the last turn cannot be read
@@ -2658,10 +2657,12 @@ def read_reference(path, measured):
     that are not measured are left out, and said to be.
     """
     try:
-        given = [] + (read_json(Path(path)) if path else [])
+        given = read_json(Path(path)) if path else []
+        if not isinstance(given, list):
+            raise ValueError
     except OSError as error:
         fail(f"--reference {path}: {error.strerror}")
-    except UNREADABLE:  # a TypeError is that of a sum with another type than a list
+    except (ValueError, RecursionError):
         fail(f"--reference {path}: not a JSON list")
     found, texts = [], ("model", "metric", "source", "suite")
     for n, row in enumerate(given, 1):
@@ -2715,7 +2716,7 @@ def draw(results, models, paths, out, pyplot):
     logs = {model: log for model, path in zip(models, paths) if (log := read_metrics(Path(path)))}
     n, width = len(suites) + bool(logs), 1 / (len(models) + 1)
     figure, axes = pyplot.subplots(n, 1, figsize=(12, 4 * n), layout="constrained", squeeze=False)
-    for axis, suite in zip(axes[:, 0], suites):
+    for axis, suite in zip(axes.flat, suites):
         for m, model in enumerate(models):
             rows = [r for r in results if (r["suite"], r["model"]) == (suite, model)]
             score, *ends = np.array([[r[key] for r in rows] for key in ("score", "low", "high")])
@@ -2728,7 +2729,7 @@ def draw(results, models, paths, out, pyplot):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes[-1, 0].plot(*zip(*points), style, color=f"C{c}", label=f"{model}, {domain}")
         axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
-    for axis in axes[:, 0]:
+    for axis in axes.flat:
         axis.legend(fontsize=8)
     figure.savefig(out / "report.png", dpi=100)
 
