@@ -64,7 +64,7 @@ import time
 import unicodedata
 import uuid
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -78,14 +78,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
+from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, claim, definition, fail,
-                     read_values, run_main, source_apis, source_tool, unit_hash, visible)
-from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
+                     fingerprint, read_values, run_main, source_apis, source_tool, unit_hash, visible)
+from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
 
-VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
+VERDICTS = "right wrong abstained unparseable error".split()
 HEADLINE = "name and arguments"  # of calls that have arguments: the first metric of the table
-HELDOUT = ("loss", "choice", "next", "calls", "calls-constrained")  # what the suite heldout consists of
+HELDOUT = "loss choice next calls calls-constrained".split()  # what the suite heldout consists of
 
 
 def suites():
@@ -94,7 +94,7 @@ def suites():
     """
     return {
         "loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
-        "calls-constrained": lambda corpus, args: heldout_calls(corpus, args)[:args.limit or 300],
+        "calls-constrained": partial(heldout_calls, most=300),
         "bfcl": bfcl, "agentbench-db": agentbench_db, "agentbench-os": agentbench_os, "api-bank": api_bank,
         "mmlu": mmlu}
 
@@ -106,18 +106,18 @@ def main():
         return serve(args)
     if args.ask is not None:
         return show_answer(args)
-    parts = {"heldout": HELDOUT}  # of suites
-    names = list(dict.fromkeys(name for suite in args.suite for name in parts.get(suite, [suite])))
+    parts = [{"heldout": HELDOUT}.get(suite, [suite]) for suite in args.suite]
+    names = dict.fromkeys(name for suite in parts for name in suite)
     pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
     started, out = time.time(), Path(args.out) / "eval"
-    corpus = open_corpus(args.corpus) if {*names} & {*HELDOUT} else None
-    chosen = {}  # {name: items}
+    corpus = open_corpus(args.corpus) if names.keys() & HELDOUT else None
+    chosen = {}  # {suite: its episodes}
     for name in names:
         of_corpus = name in HELDOUT
         suite = name + "-constrained" * (args.constrained and not of_corpus and name != "mmlu")
         chosen[suite] = suites()[name](*[corpus] * of_corpus, args)
     published = read_reference(args.reference, chosen)
-    benchmarks = listing(args.data) if {*names} - {*HELDOUT} else None
+    benchmarks = listing(args.data)
     options = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
     items = {suite: {} for suite in chosen}  # {suite: {model: its items}}
     paths = args.model or [f"{args.out}/{name}" for name in ("control", "ours")]
@@ -151,18 +151,19 @@ def play(episodes, reply):
     answered by one call of reply.
     """
     begun = {name: begin() for name, begin in episodes}
-    records, answers = {}, dict.fromkeys(begun)
+    records = {name: {"id": name} for name in begun}
+    answers = dict.fromkeys(begun)
     while answers:
         asked = {}
         for name, answer in answers.items():
             try:
                 asked[name] = begun[name].send(answer)
-                prompt = {"prompt": asked[name]} if isinstance(asked[name], tuple) else {}
-                records.setdefault(name, {"id": name} | prompt)
+                if isinstance(asked[name], tuple):
+                    records[name].setdefault("prompt", asked[name])
             except StopIteration as end:
-                records.setdefault(name, {"id": name}).update(end.value)
-        answers = dict(zip(asked, reply(list(asked.values())))) if asked else {}
-    return [records[name] for name in begun]
+                records[name] |= end.value
+        answers = dict(zip(asked, reply([*asked.values()]))) if asked else {}
+    return [*records.values()]
 
 
 def play_all(suite, episodes, model, identity, directory, args):
@@ -170,37 +171,38 @@ def play_all(suite, episodes, model, identity, directory, args):
     stopped.
 
     Items are played in groups, which ranks share out: what an item's batch holds depends on neither their
-    number nor what was done before.
+    number nor what was done before. Each rank writes a part, and the first joins them.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    whole, part = directory / f"{suite}.jsonl", directory / f"{suite}.part{rank}.jsonl"
     directory.mkdir(parents=True, exist_ok=True)
-    done = read_items(whole, identity)
-    if done is not None and any(name not in done for name, _ in episodes):  # its end is lost: play the rest
-        whole.replace(directory / f"{suite}.part0.jsonl")
-        done = None
-    if done is None:
-        write(part, json_lines([identity, *(read_items(part, identity) or {}).values()]))
-        done = items_of_parts(directory, suite, identity)
+    done = read_items(directory, suite, identity)
+
+    def unfinished(episodes):
+        return any(name not in done for name, _ in episodes)
+
+    if unfinished(episodes):
+        part = directory / f"{suite}.part{rank}.jsonl"
+        write(part, json_lines([identity, *done.values()]))
         groups = [episodes[i:i + model.group] for i in range(0, len(episodes), model.group)]
-        todo = [group for group in groups[rank::world] if any(name not in done for name, _ in group)]
+        todo = [group for group in groups[rank::world] if unfinished(group)]
         longest = args.max_tokens or (160 if suite in HELDOUT else 1024)
         reply = partial(model.reply, max_tokens=longest, constrained=suite.endswith("-constrained"))
         with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
             played = (map if model.workers == 1 else pool.map)(lambda group: play(group, reply), todo)
             for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False,
-                              disable=None if is_main() else True):
+                              disable=not is_main() or None):
                 file.write(json_lines(items))
                 file.flush()
-        if not is_main():
-            return None
-        while any(name not in done for name, _ in episodes):  # for the other ranks
-            done = items_of_parts(directory, suite, identity)
-            time.sleep(0.05)
-        write(whole, json_lines([identity, *(done[name] for name, _ in episodes)]))
-        for path in directory.glob(f"{suite}.part*.jsonl"):
-            path.unlink()
-    return [done[name] for name, _ in episodes]
+    if not is_main():
+        return None
+    while unfinished(episodes):  # for the other ranks
+        done = read_items(directory, suite, identity)
+        time.sleep(0.05)
+    items = [done[name] for name, _ in episodes]
+    write(directory / f"{suite}.jsonl", json_lines([identity, *items]))
+    for path in directory.glob(f"{suite}.part*.jsonl"):
+        path.unlink()
+    return items
 
 
 def check_call(tools, calls, gold, language="python"):
@@ -241,59 +243,59 @@ def summarise(suite, items, models):
 
     Metrics are means over the items that have them; totals are formulas of these means (TOTALS).
     """
-    by_id = {model: {item["id"]: item for item in items[model]} for model in models}
-    ids = {}  # {metric: its items}
-    for name, item in by_id[models[0]].items():
-        for metric in item["scores"]:
-            ids.setdefault(metric, []).append(name)
-    ids = {metric: ids[metric] for metric in sorted(ids, key=lambda metric: metric != HEADLINE)}
-    means, draws = {}, {}
-    for metric, names in ids.items():
-        values = [[by_id[model][name]["scores"][metric] for model in models] for name in names]
-        values = np.array(values)              # (N, models)
-        means[metric] = values.mean(0)         # (models,)
-        draws[metric] = resample(values)       # (resamples, models)
-    sizes = {metric: len(names) for metric, names in ids.items()}
+    rows = {}  # {metric: [the models' records of an item]}
+    for row in zip(*(items[model] for model in models)):
+        for metric in row[0]["scores"]:
+            rows.setdefault(metric, []).append(row)
+    means = {}  # {metric: (1 + resamples, models)}: the mean of all items, then those of the resamples
+    for metric in sorted(rows, key=lambda metric: metric != HEADLINE):
+        values = np.array([[item["scores"][metric] for item in row] for row in rows[metric]])  # (N, models)
+        means[metric] = np.vstack([values.mean(0), resample(values)])
     for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
         with contextlib.suppress(KeyError):  # not all of its parts were measured
-            means[total], draws[total] = (total_of(formula, of, sizes) for of in (means, draws))
-            ids[total] = [name for metric in parts_of(formula) for name in ids[metric]]
+            means[total], rows[total] = total_of(formula, means, rows)
     results = []
-    for metric, names in ids.items():
+    for metric, mean in means.items():
         for m, model in enumerate(models):
-            row = {"model": model, "suite": suite, "metric": metric, "n": len(names),
-                   "score": means[metric][m], **interval("", draws[metric][:, m])}
-            verdicts = Counter(by_id[model][name].get("verdict") for name in names)
+            n, verdicts = len(rows[metric]), Counter(row[m].get("verdict") for row in rows[metric])
+            result = {"model": model, "suite": suite, "metric": metric, "n": n, "score": mean[0, m],
+                      **interval("", mean[1:, m])}
             if None not in verdicts:
-                row["verdicts"] = {v: verdicts[v] / len(names) for v in VERDICTS}
+                result["verdicts"] = {v: verdicts[v] / n for v in VERDICTS}
             if m:
-                row |= {"baseline": models[0], "difference": means[metric][m] - means[metric][0],
-                        **interval("difference_", draws[metric][:, m] - draws[metric][:, 0])}
-            results.append(row)
+                difference = mean[:, m] - mean[:, 0]
+                result |= {"baseline": models[0], "difference": difference[0],
+                           **interval("difference_", difference[1:])}
+            results.append(result)
     return results
 
 
 def interval(prefix, draws):
     """The 95% bootstrap interval, from the percentiles."""
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {f"{prefix}low": float(low), f"{prefix}high": float(high)}
+    return dict(zip((f"{prefix}low", f"{prefix}high"), np.percentile(draws, [2.5, 97.5]).tolist()))
 
 
 def table(suite, results, models, published=()):
-    """A suite's results as a table in Markdown, a row a metric and model, published ones after measured."""
+    """A suite's results as a table in Markdown, a row a metric and model, published ones after measured, and
+    no column that would be empty.
+    """
     rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
     of_suite = [r for r in results if r["suite"] == suite]
     of_suite += [r for r in published if r["suite"] == suite.removesuffix("-constrained")]
-    metrics, last = list(dict.fromkeys(r["metric"] for r in of_suite)), None
-    for r in sorted(of_suite, key=lambda r: metrics.index(r["metric"])):
-        row = ["", ""] if r["metric"] == last else [r["metric"], f"{r['n']:,}" if "n" in r else ""]
-        last, between = r["metric"], f"[{r['low']:.3f}, {r['high']:.3f}]" if "low" in r else ""
-        row += [r["model"], f"{r['score']:.3f}", between, ""]
-        if "baseline" in r:
-            low, high = r["difference_low"], r["difference_high"]
-            row[-1] = f"{r['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{' *' * (low > 0 or high < 0)}"
-        rows.append(row + [f"{r['verdicts'][v]:.0%}" if "verdicts" in r else "" for v in VERDICTS])
-    return f"### {suite}\n\n{markdown(rows)}"
+    for metric in dict.fromkeys(r["metric"] for r in of_suite):
+        for i, r in enumerate(r for r in of_suite if r["metric"] == metric):
+            form = "|" if i else "{metric}|{n:,}" if "n" in r else "{metric}|"
+            form += "|{model}|{score:.3f}|[{low:.3f}, {high:.3f}]|" if "n" in r else "|{model}|{score:.3f}||"
+            if "baseline" in r:
+                form += "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
+                form += " *" * (r["difference_low"] > 0 or r["difference_high"] < 0)
+            shares = [f"{share:.0%}" for share in r.get("verdicts", {}).values()]
+            rows.append(form.format(**r).split("|") + shares)
+    columns = [column for column in itertools.zip_longest(*rows, fillvalue="") if any(column[1:])]
+    columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
+    head, *body = [f"| {' | '.join(column[n] for column in columns)} |" for n in range(len(rows))]
+    rule = f"|{'|'.join('-' * (len(column[0]) + 2) for column in columns)}|"
+    return "\n".join([f"### {suite}\n", head, rule, *body])
 
 
 # ============================================================================================================
@@ -366,10 +368,11 @@ class Answer(NamedTuple):
     error: str | None = None    # why there is none
 
 
-def turn(answer):
+def turn(answer, mode="native"):
     """The assistant's message that an Answer is, as the conversation goes on."""
-    text = answer.text.partition("<tool_call>")[0].rstrip("\n") if answer.calls else answer.text
-    return chat_message("assistant", text, answer.calls)
+    calls = answer.calls if mode == "native" else None
+    text = answer.text.partition("<tool_call>")[0].rstrip("\n") if calls else answer.text
+    return chat_message("assistant", text, calls)
 
 
 def verdict(answer, calls, wanted, right, why=""):
@@ -410,17 +413,17 @@ def is_refusal(answer):
     return answer.ended and (text == "[]" or plain_words)
 
 
-def read_items(path, identity):
-    """{id: item} of a file that was written under the same identity, but for a last line that was cut off;
-    None if there is none.
+def read_items(directory, suite, identity):
+    """{id: item} of a suite's file and of its parts, those that were written under this identity, but for
+    last lines that were cut off.
     """
-    try:
-        head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        if json.loads(head) != identity:
-            return None
-        return {item["id"]: item for item in map(json.loads, lines)}
-    except (FileNotFoundError, ValueError):
-        return None
+    found = {}
+    for path in directory.glob(f"{suite}.*jsonl"):
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            head, *lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+            if json.loads(head) == identity:
+                found |= {item["id"]: item for item in map(json.loads, lines)}
+    return found
 
 
 def json_lines(values):
@@ -428,19 +431,11 @@ def json_lines(values):
     return "".join(json.dumps(value) + "\n" for value in values)
 
 
-def items_of_parts(directory, suite, identity):
-    """{id: item} of what all ranks have done so far."""
-    found = {}
-    for path in directory.glob(f"{suite}.part*.jsonl"):
-        found |= read_items(path, identity) or {}
-    return found
-
-
 def listing(directory):
     """A hash of which files a directory holds, their sizes and times."""
-    files = [path for path in Path(directory).rglob("*") if path.is_file()]
-    files = sorted((str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files)
-    return hashlib.sha256(repr(files).encode()).hexdigest()
+    files = [path for path in sorted(Path(directory).rglob("*")) if path.is_file()]
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return fingerprint(None, files)
 
 
 def find_data(directory, pattern):
@@ -457,16 +452,18 @@ def literal_value(text):
     """The value that a Python literal in a text stands for, or None."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+    except UNREADABLE:
         return None
 
 
 def read_all(path):
     """The JSON values of a file, or exit with the line that is none."""
-    values = list(read_values(path))
-    if bad := next((where for where, value in values if isinstance(value, ValueError)), None):
-        fail(f"{path}, line {bad}: not JSON")
-    return [value for _, value in values]
+    values = []
+    for where, value in read_values(path):
+        if isinstance(value, ValueError):
+            fail(f"{path}, line {where}: not JSON")
+        values.append(value)
+    return values
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -988,45 +985,43 @@ def conversations(corpus, args):
     APIs is what it is about: it must be held out itself, not only another that is offered or called beside
     it.
     """
-    heldout = set(json.loads((corpus.directory / "heldout_apis.json").read_text(encoding="utf-8")))
+    heldout = {*read_json(corpus.directory / "heldout_apis.json")}
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    records = sorted((Record.from_json(line) for line in lines), key=lambda r: unit_hash(r.id))
-    for record in records:
+    fit = []
+    for record in sorted(map(Record.from_json, lines), key=lambda record: unit_hash(record.id)):
         called = [i for i, message in enumerate(record.messages, 1) if message.get("tool_calls")]
         del record.messages[called[-1] if called else len(record.messages):]
-    fit = [r for r in records if heldout.intersection(r.apis[:1])
-           and len(corpus.tokenizer.render(r.messages, r.tools)[0]) <= args.seq_len]
-    if not fit:
-        fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
-    return fit
+        about_heldout = heldout.intersection(record.apis[:1])
+        if about_heldout and len(corpus.tokenizer.render(record.messages, record.tools)[0]) <= args.seq_len:
+            fit.append(record)
+    return fit or fail(f"{corpus.directory}/heldout.jsonl: no conversation of at most {args.seq_len} tokens")
 
 
 def tool_choices(corpus, args):
     """Which of four tools a model takes for the right one, by likelihood, in both directions."""
-    tokenizer = corpus.tokenizer
+    render, encode, special = corpus.tokenizer.render, corpus.tokenizer.encode, corpus.tokenizer.special
 
-    def episode(record, call):
-        request, right = record.messages[:-1], call["function"]["name"]
-        others = [t for t in record.tools if t["function"]["name"] != right][:3]
-        tools = [t for t in record.tools if t in others or t["function"]["name"] == right]
+    def episode(request, tools, right):
+        gold = [t["function"]["name"] for t in tools].index(right)
+        tools, gold = [*tools[:3], tools[max(gold, 3)]], min(gold, 3)
         names = [t["function"]["name"] for t in tools]
-        gold = names.index(right)
-        prompt = tokenizer.render(request, tools, answer=True)[0]
-        prompt += [tokenizer.special["<tool_call>"], *tokenizer.encode('\n{"name": "')]
-        pairs = [(prompt, tokenizer.encode(f'{name}",')) for name in names]
-        for tool in tools:
-            before = tokenizer.render([], [tool])[0] + [tokenizer.special["<|im_start|>"]]
-            pairs.append((before + tokenizer.encode("user\n"), tokenizer.encode(request[0]["content"])))
+        prompt = render([request], tools, answer=True)[0]
+        prompt += [special["<tool_call>"], *encode('\n{"name": "')]
+        pairs = [(prompt, encode(f'{name}",')) for name in names]
+        for t in tools:
+            before = render([], [t])[0] + [special["<|im_start|>"], *encode("user\n")]
+            pairs.append((before, encode(request["content"])))
         likelihoods = np.reshape((yield pairs), (2, -1))  # of each name after the request, and the reverse
         direct, channel = (float(row.argmax() == gold) for row in likelihoods)
         return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold,
                 "log_likelihoods": likelihoods.tolist()}
 
     episodes = []
-    for r in conversations(corpus, args):
-        calls = r.messages[-1].get("tool_calls") or []
-        if len(r.tools) >= 4 and len(r.messages) == 2 and len(calls) == 1:
-            episodes.append((r.id, partial(episode, r, calls[0])))
+    for record in conversations(corpus, args):
+        *before, answer = record.messages
+        calls = calls_in(answer)
+        if len(record.tools) >= 4 and len(before) == 1 and len(calls) == 1:
+            episodes.append((record.id, partial(episode, *before, record.tools, calls[0][0])))
     return episodes[:args.limit or 150]
 
 
@@ -1036,39 +1031,38 @@ def next_calls(corpus, args):
     copies would like any better than what is new.)
     """
     begin, end = (corpus.tokenizer.special[tag] for tag in ("<tool_call>", "</tool_call>"))
-    tool = lambda call: corpus.tokenizer.decode(call).partition('", "arguments"')[0]
-    trajectories, of_tool = [], {}  # of each: what stands before its first call, and the calls
+    name_of = lambda call: corpus.tokenizer.decode(call).partition('", "arguments"')[0]
+    trajectories, by_name = [], {}  # of each: what stands before its first call, and the calls
     for ids in corpus.documents("trajectory", "heldout"):
         ids = ids[:args.seq_len].tolist()
-        begins = [a for a, token in enumerate(ids) if token == begin and end in ids[a:]]
-        spans = [(a + 1, ids.index(end, a) + 1) for a in begins]
-        if spans:
-            trajectories.append((ids[:spans[0][0]], [tuple(ids[a:b]) for a, b in spans]))
-            for call in trajectories[-1][1]:
-                of_tool.setdefault(tool(call), []).append(call)
+        starts = [i for i, token in enumerate(ids, 1) if token == begin and end in ids[i:]]
+        calls = [(*ids[i:ids.index(end, i)], end) for i in starts]
+        if calls:
+            trajectories.append((ids[:starts[0]], calls))
+        for call in calls:
+            by_name.setdefault(name_of(call), []).append(call)
 
-    def episode(options, before):
-        likelihoods = yield [(before, list(call)) for call in options]
-        rates = [likelihood / len(call) for likelihood, call in zip(likelihoods, options)]
+    def episode(before, options):
+        likelihoods = yield [(before, [*call]) for call in options]
+        rates = np.divide(likelihoods, [len(call) for call in options])
         return {"scores": {"next call": float(np.argmax(rates) == 0)}, "log_likelihoods": likelihoods}
 
     episodes = []
-    for i, (before, (call, *same)) in enumerate(trajectories):
-        rng, others = random.Random(i), of_tool[tool(call)]
-        options = [call, *rng.sample(same, len(same)), *rng.sample(others, len(others))]
-        options = list(dict.fromkeys(options))[:4]
+    for i, (before, (call, *later)) in enumerate(trajectories):
+        rng, others = random.Random(i), by_name[name_of(call)]
+        options = [call, *rng.sample(later, len(later)), *rng.sample(others, len(others))]
+        options = [*dict.fromkeys(options)][:4]
         if len(options) == 4:
-            episodes.append((str(i), partial(episode, options, before)))
+            episodes.append((str(i), partial(episode, before, options)))
     return episodes[:args.limit or 150]
 
 
-def heldout_calls(corpus, args):
+def heldout_calls(corpus, args, most=600):
     """Answers to the requests, and what they are worth."""
     def episode(record):
         return judge(record, (yield record.messages[:-1], record.tools))
 
-    records = conversations(corpus, args)[:args.limit or 600]
-    return [(record.id, partial(episode, record)) for record in records]
+    return [(r.id, partial(episode, r)) for r in conversations(corpus, args)[:args.limit or most]]
 
 
 def judge(record, answer):
@@ -1079,13 +1073,11 @@ def judge(record, answer):
     """
     *before, expected = record.messages
     tools = [t["function"] for t in record.tools]
-    functions = [c["function"] for c in expected.get("tool_calls") or []]
-    gold = [(f["name"], json.loads(f["arguments"])) for f in functions]
+    gold, called = calls_in(expected), calls_in(*before)
     required = {p for t in tools for p in t["parameters"].get("required") or []}
     missing = required.intersection(re.findall(r"`([^`]+)`", expected["content"]))
-    called = [c["function"]["name"] for m in before for c in m.get("tool_calls") or []]
     if called:
-        kind = "mended after an error" if called[-1] == gold[0][0] else "uses a result"
+        kind = "mended after an error" if called[-1][0] == gold[0][0] else "uses a result"
     elif not gold:
         kind = "asks what is missing" if missing else "no tool fits"
     elif len(before) > 1:
@@ -1093,9 +1085,9 @@ def judge(record, answer):
     else:
         kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of several tools"
     if gold:
-        made, wanted = (with_floats(tools, calls) for calls in (answer.calls or [], gold))
+        made, wanted = (converted(tools, calls, with_floats) for calls in (answer.calls or [], gold))
         right, why = check_call(tools, made, as_gold(tools, wanted))
-        right = right or json.dumps(made, sort_keys=True) == json.dumps(wanted, sort_keys=True)
+        right = right or same_json(made, wanted)
     else:
         right = all(re.search(rf"\b{re.escape(p)}\b", answer.text) for p in missing)
         why = "does not ask for it"
@@ -1106,18 +1098,34 @@ def judge(record, answer):
         if count:
             scores[HEADLINE] = right
         scores[f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}"] = right
-        scores["name"] = Counter(n for n, _ in answer.calls or []) == Counter(n for n, _ in gold)
-    scores[f"right: {kind}"] = right
-    scores["a call or clean words"] = item["verdict"] not in ("unparseable", "error")
-    scores["stops by itself"] = answer.ended and not answer.error
+        scores["name"] = sorted(n for n, _ in answer.calls or []) == sorted(n for n, _ in gold)
+    scores |= {f"right: {kind}": right,
+               "a call or clean words": item["verdict"] not in ("unparseable", "error"),
+               "stops by itself": answer.ended and not answer.error}
     return item | {"scores": {metric: float(score) for metric, score in scores.items()}, "gold": gold}
+
+
+def calls_in(*messages):
+    """The calls [(name, arguments)] of messages."""
+    functions = [call["function"] for message in messages for call in message.get("tool_calls") or []]
+    return [(f["name"], json.loads(f["arguments"])) for f in functions]
+
+
+def same_json(a, b):
+    """Whether two values are the same in JSON, in which a tuple is a list; those that it does not know are
+    not.
+    """
+    try:
+        return json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)
+    except UNREADABLE:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Scores of calls, equal to those of BFCL's own checker (package bfcl-eval 2026.3.23), whose oddities are kept
 
 KINDS = (  # from far to near
-    "wrong count", "wrong name", "missing parameter", "unexpected parameter", "wrong type", "wrong value")
+    "wrong count,wrong name,missing parameter,unexpected parameter,wrong type,wrong value".split(","))
 TYPES = {name: kind for kind, names in {
     str: "string String any char",
     int: "integer byte short long Bigint",
@@ -1143,9 +1151,7 @@ def mismatch(tool, name, arguments, gold, language):
             return "unexpected parameter"
         if kind := value_mismatch(value, properties[p], gold[p], language):
             return kind
-    if not all(p in arguments or "" in options for p, options in gold.items()):
-        return "missing parameter"
-    return None
+    return None if all(p in arguments or "" in gold[p] for p in gold) else "missing parameter"
 
 
 def value_mismatch(value, schema, options, language):
@@ -1161,25 +1167,20 @@ def value_mismatch(value, schema, options, language):
         value = float(value)
     elif stated == "tuple" and type(value) is tuple:
         value = list(value)
-    expected = TYPES.get(stated) or type_of(options) or str
+    given = type_of(options)
+    expected = TYPES.get(stated) or given or str
     inner = TYPES.get(items) if expected is list else None
     # A value of the gold's type instead of the schema's stands for a variable's name.
     variable = type(value) is not expected
-    if variable and type(value) is not type_of(options):
+    if variable and type(value) is not given:
         return "wrong type"
     fits = lambda option: type(option) is not list or all(type(v) in (inner, type_of(option)) for v in value)
     if not variable and inner and not any(map(fits, options)):
         return "wrong type"
-    if variable or type_of(options) not in (expected, None) or expected not in (dict, list, str):
+    if variable or given not in (expected, None):
         right = value in options
-    elif expected is dict:
-        right = any(same_dict(value, o) for o in options)
-    elif inner is dict:
-        right = any(len(value) == len(o) and all(map(same_dict, value, o)) for o in options)
-    elif expected is list:
-        right = [plain(v) for v in value] in [[plain(v) for v in o] for o in options]
     else:
-        right = plain(value) in map(plain, options)
+        right = any(same_value(value, option, expected, inner) for option in options)
     return None if right else "wrong value"
 
 
@@ -1187,9 +1188,12 @@ def stated_types(schema):
     """The names of the type and of the items' type that a schema states, each None if it states none or
     several.
     """
-    schemas = [schema, schema.get("items")] if isinstance(schema, dict) else [None, None]
-    kinds = [s.get("type") if isinstance(s, dict) else None for s in schemas]
-    return [kind if isinstance(kind, str) else None for kind in kinds]
+    kinds = []
+    for _ in range(2):
+        schema = schema if isinstance(schema, dict) else {}
+        kind, schema = schema.get("type"), schema.get("items")
+        kinds.append(kind if isinstance(kind, str) else None)
+    return kinds
 
 
 def type_of(options):
@@ -1202,13 +1206,17 @@ def plain(value):
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if type(value) is str else value
 
 
-def same_dict(value, gold):
-    """Whether each value is among those that the gold has for its key, and no key is missing but such as may
-    be left out.
+def same_value(value, gold, kind=None, inner=None):
+    """Whether a value is the gold one. In an object each value must be among those that the gold has for its
+    key, and no key missing but such as may be left out.
     """
-    if gold == "" or not all(k in gold and plain(v) in map(plain, gold[k]) for k, v in value.items()):
-        return False
-    return all(k in value or "" in options for k, options in gold.items())
+    if kind is dict:
+        known = gold != "" and all(k in gold and plain(v) in map(plain, gold[k]) for k, v in value.items())
+        return known and all(k in value or "" in gold[k] for k in gold)
+    if kind is list:
+        kind = dict if inner is dict else None
+        return len(value) == len(gold) and all(same_value(v, g, kind) for v, g in zip(value, gold))
+    return plain(value) == plain(gold)
 
 
 def as_gold(tools, calls):
@@ -1216,30 +1224,32 @@ def as_gold(tools, calls):
 
     For "" stands " ", to BFCL the same text: "" would let the parameter be left out.
     """
-    schemas = {t["name"]: (t.get("parameters") or {}).get("properties") or {} for t in tools}
-
     def wrap(value, kind, inner=None):
-        if type(value) is dict and TYPES.get(kind, dict) is dict:
+        kind = type(value) if TYPES.get(kind, type(value)) is type(value) else None
+        if kind is dict:
             return {k: [v] for k, v in value.items()}
-        if type(value) is list and TYPES.get(kind, list) is list and inner:
-            return [wrap(v, inner) for v in value]
-        return value
+        return [wrap(v, inner) for v in value] if kind is list and inner else value
 
-    return [{name: {p: [" " if v == "" else wrap(v, *stated_types(schemas.get(name, {}).get(p)))]
-                    for p, v in arguments.items()}} for name, arguments in calls]
+    options = lambda value, schema: [" " if value == "" else wrap(value, *stated_types(schema))]
+    return [{name: arguments} for name, arguments in converted(tools, calls, options)]
 
 
-def with_floats(tools, calls):
-    """Calls [(name, arguments)] with floats for integers, except where a schema allows integers and no other
-    numbers.
+def converted(tools, calls, convert):
+    """Calls [(name, arguments)] with convert(value, its schema if there is one) for each value."""
+    schemas = {t["name"]: (t.get("parameters") or {}).get("properties") or {} for t in tools}
+    return [(name, {p: convert(v, schemas.get(name, {}).get(p)) for p, v in arguments.items()})
+            for name, arguments in calls]
+
+
+def with_floats(value, schema):
+    """A value with floats for integers, except where the schema allows integers and no other numbers.
 
     BFCL takes an integer for a float, but neither in a list nor where a schema states several types.
     """
-    schemas = {(t["name"], p): json.dumps(schema) for t in tools
-               for p, schema in t["parameters"].get("properties", {}).items()}
-    whole = {key for key, text in schemas.items() if '"integer"' in text and '"number"' not in text}
-    return [(name, {p: v if (name, p) in whole else json.loads(json.dumps(v), parse_int=float)
-                    for p, v in arguments.items()}) for name, arguments in calls]
+    stated = json.dumps(schema)
+    if '"integer"' in stated and '"number"' not in stated:
+        return value
+    return json.loads(json.dumps(value), parse_int=float)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1247,22 +1257,21 @@ def with_floats(tools, calls):
 # patterns match what BFCL's match, but some of those take exponential or quartic time on what a model that
 # repeats itself writes.
 
-NUMBER = r"-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
-LITERALS = {  # (language, type): what is converted, and to what
-    ("java", "byte"): (r"(-?\d+)$", int), ("java", "short"): (r"(-?\d+)$", int),
-    ("java", "integer"): (r"(-?\d+)$", int), ("java", "long"): (r"(-?\d+)[lL]$", int),
-    ("java", "float"): (rf"({NUMBER})[fF]$", float), ("java", "double"): (rf"({NUMBER})$", float),
-    ("javascript", "integer"): (r"(-?\d+)$", int), ("javascript", "Bigint"): (r"(-?\d+)n$", int),
-    ("javascript", "float"): (r"(-?\d+(?:\.\d+)?)$", float)}
-QUOTES = {"java": '"', "javascript": "\"'"}
-TRIED = {"java": ("boolean", "long", "float"), "javascript": ("boolean",)}  # types, where none is known
+DIGITS, DECIMAL = r"(-?\d+)", r"(-?\d+(?:\.\d+)?)"
+NUMBER = r"(-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)"
+LITERALS = {
+    "java": {"byte": DIGITS, "short": DIGITS, "integer": DIGITS, "long": f"{DIGITS}[lL]",
+             "float": f"{NUMBER}[fF]", "double": NUMBER},
+    "javascript": {"integer": DIGITS, "Bigint": f"{DIGITS}n", "float": DECIMAL}}
+UNTYPED = {  # quotes of texts, and the types that are tried where none is known
+    "java": ('"', ("boolean", "long", "float")), "javascript": ("\"'", ("boolean",))}
 PARTS = r"(?:^|,)([^,]*)"  # what stands between commas
 JAVA = {  # type: [(pattern, what its parts are in the group)], of which the first that is found counts
     "ArrayList": [
         (r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)", PARTS),
         (r"(?s)new\s+ArrayList<\w*>\(\)\s*\{\{\s*+(.+?)\}\}", r"add\((.+?)\)"),
         (r"new\s+ArrayList<\w*>\(\)()", r"add\((.+?)\)")],
-    "Array": [(r"new\s+\w+\[\]\s*\{(.*?)\}", PARTS)],
+    "Array": [(r"new\s+\w+\[\]\s*\{(.*?)\}", r"[^,\s](?:[^,]*[^,\s])?")],  # no part of an array is blank
     "HashMap": [
         (r"(?s)new\s+HashMap<.*?>\s*\(\)\s*\{([^}]*)\}", r'put\("(.*?)",\s*(.*?)\)'),
         (r"new\s+HashMap<.*?>\s*\(\)()", r'put\("(.*?)",\s*(.*?)\)')]}
@@ -1272,18 +1281,20 @@ def literal(text, language, kind):
     """The number or truth value that a text is in a language, else the text."""
     if kind in ("boolean", "Boolean") and text in ("true", "false"):
         return text == "true"
-    pattern, convert = LITERALS.get((language, kind), ("(?!)", None))
-    found = re.match(pattern, text)
-    return convert(found[1]) if found else text
+    found = re.match(LITERALS[language].get(kind, "(?!)") + "$", text)
+    return TYPES[kind](found[1]) if found else text
+
+
+def unquoted(text, quotes="\"'"):
+    """A text without the quotes around it."""
+    return text[1:-1] if text and text[0] in quotes and text[0] == text[-1] else text
 
 
 def untyped(text, language):
     """The value of a text whose type is not known."""
-    text = text.strip()
-    if text and text[0] == text[-1] and text[0] in QUOTES[language]:
-        return text[1:-1]
-    for kind in TRIED[language]:
-        if (value := literal(text, language, kind)) is not text:
+    text, (quotes, kinds) = text.strip(), UNTYPED[language]
+    for value in (unquoted(text, quotes), *(literal(text, language, kind) for kind in kinds)):
+        if value is not text:
             return value
     for convert in (int, float):
         with contextlib.suppress(ValueError):
@@ -1299,17 +1310,15 @@ def java_value(text, kind, nested=None):
     >>> java_value('new HashMap<>() {{ put("a", 1f); }}', "HashMap")
     {'a': 1.0}
     """
-    def element(part):
-        if kind == "ArrayList" and nested in ("char", "String"):
-            return part.strip()[1:-1]  # without quotes, which an Array keeps
-        return java_value(part.strip(), nested) if nested else untyped(part, "java")
-
     for pattern, part in JAVA.get(kind, []):
         if found := re.search(pattern, text):
             parts = re.findall(part, found[1])
             if kind == "HashMap":
                 return {key: untyped(value, "java") for key, value in parts}
-            return [element(part) for part in parts if kind == "ArrayList" or part.strip()]
+            parts = map(str.strip, parts)
+            if kind == "ArrayList" and nested in ("char", "String"):
+                return [part[1:-1] for part in parts]  # without quotes, which an Array keeps
+            return [java_value(part, nested) if nested else untyped(part, "java") for part in parts]
     return literal(text, "java", kind)
 
 
@@ -1322,43 +1331,36 @@ def javascript_value(text, kind, nested=None):
     {'a': [1], 'b': True}
     """
     if kind == "String":
-        return text[1:-1] if text[:1] in ("'", '"') and text[0] == text[-1] else text
-    if kind == "array":
-        text = text.strip()
-        joined = re.sub(r"\]\s*,\s*\[", "],[", text)  # no line feed in a value, but perhaps between arrays
-        if found := re.match(r"\[\s*\[.*?\]\s*\]|new\s+Array\(\s*\[.*?\]\s*\)", joined):
-            rows = [row.strip() for row in re.findall(r"\[(.*?)\]", found[0])]
-            rows[0] = rows[0].removeprefix("[")
-            return [[untyped(value, "javascript") for value in row.split(",")] for row in rows]
-        if not (found := re.match(r"\[(.*?)\]|new\s+Array\((.*?)\)", text)):
-            return text
-        parts = (found[1] or found[2] or "").strip()
-        parts = parts.split(",") if parts else []
-        if nested:
-            return [javascript_value(part.strip(), nested) for part in parts]
-        return [untyped(part, "javascript") for part in parts]
+        return unquoted(text)
+    if kind not in ("array", "dict"):
+        return literal(text, "javascript", kind)
+    text = text.strip()
     if kind == "dict":
-        text = text.strip()
         if not (found := re.match(r"\{(.*?)\}", text)):
             return text
         result = {}
         for key, value in re.findall(r"([^:]+):\s*(.*?)(?:,\s*(?=[^,]+:)|$)", found[1]):
-            value = value.strip()
-            if value.startswith("[") and value.endswith("]"):
-                value = javascript_value(value, "array")
-            else:
-                value = untyped(value.strip("'\""), "javascript")
+            value, listed = value.strip(), re.fullmatch(r"\[.*\]", value)
+            value = javascript_value(value, "array") if listed else untyped(value.strip("'\""), "javascript")
             result[key.strip().strip("'\"")] = value
         return result
-    return literal(text, "javascript", kind)
+    joined = re.sub(r"\]\s*,\s*\[", "],[", text)  # no line feed in a value, but perhaps between arrays
+    if found := re.match(r"\[\s*\[.*?\]\s*\]|new\s+Array\(\s*\[.*?\]\s*\)", joined):
+        first, *rows = re.findall(r"\[(.*?)\]", found[0])
+        rows = [first.strip().removeprefix("["), *rows]
+        return [[untyped(value, "javascript") for value in row.split(",")] for row in rows]
+    if not (found := re.match(r"\[(.*?)\]|new\s+Array\((.*?)\)", text)):
+        return text
+    parts = found[found.lastindex].strip()
+    return [javascript_value(part.strip(), nested) if nested else untyped(part, "javascript")
+            for part in (parts.split(",") if parts else [])]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Calls written as source text: parsed, never run
 
-OPERATORS = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow}
+OPERATORS = {"Add": "add", "Sub": "sub", "Mult": "mul", "Div": "truediv", "FloorDiv": "floordiv",
+             "Mod": "mod", "Pow": "pow"}  # {class of ast: function of operator}
 
 
 def parse_python_calls(text):
@@ -1369,20 +1371,17 @@ def parse_python_calls(text):
     [('f.g', {'a': [1, -2.5], 'b': {'c': None}}), ('h', {'d': 'name'})]
     >>> parse_python_calls("No function fits.")
     """
-    text = text.strip("`\n ")
-    text = "[" * (not text.startswith("[")) + text + "]" * (not text.endswith("]"))
+    text = text.strip("`\n ").removeprefix("[").removesuffix("]")
     try:
         with warnings.catch_warnings():  # of backslashes in strings
             warnings.simplefilter("ignore")
-            return [python_call(node) for node in ast.parse(text, mode="eval").body.elts]
+            return [python_call(node) for node in ast.parse(f"[{text}]", mode="eval").body.elts]
     except UNREADABLE:
         return None
 
 
 def python_call(node):
     """(name, keyword arguments) of a call's node, its positional arguments left out, as BFCL does."""
-    if not isinstance(node, ast.Call):
-        raise ValueError
     names, function = [], node.func
     while isinstance(function, ast.Attribute):
         names.append(function.attr)
@@ -1402,19 +1401,17 @@ def python_value(node):
         case ast.UnaryOp(operand=ast.Constant()):
             return -node.operand.value  # whichever the operator is
         case ast.List():
-            return [python_value(n) for n in node.elts]
+            return [*map(python_value, node.elts)]
         case ast.Tuple():
-            return tuple(python_value(n) for n in node.elts)
+            return tuple(map(python_value, node.elts))
         case ast.Dict():
-            return {python_value(k): python_value(v) for k, v in zip(node.keys, node.values)}
+            return dict(zip(map(python_value, node.keys), map(python_value, node.values)))
         case ast.BinOp():
             return calculate(node)
         case ast.Name():
             return node.id
-        case ast.Call(keywords=[_, *_]):
-            return dict([python_call(node)])
         case ast.Call():
-            return ast.unparse(node)
+            return dict([python_call(node)]) if node.keywords else ast.unparse(node)
         case ast.Subscript():
             return f"{ast.unparse(node.value)}[{ast.unparse(node.slice)}]"
     raise ValueError
@@ -1427,7 +1424,7 @@ def calculate(node):
             left, right = calculate(node.left), calculate(node.right)
             if isinstance(node.op, ast.Pow) and max(abs(left), abs(right)) > 1000:
                 raise ValueError
-            value = OPERATORS[type(node.op)](left, right)
+            value = getattr(operator, OPERATORS[type(node.op).__name__])(left, right)
             if isinstance(value, int) and value.bit_length() > 10_000:  # a product of large numbers
                 raise ValueError
             return value
@@ -1444,22 +1441,24 @@ CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def split_source(text):
-    """A text cut at the commas and semicolons outside brackets, quotes and type parameters; None if these do
-    not balance.
+    """Yield the pieces of a text between the commas and semicolons outside brackets, quotes and type
+    parameters. Raises LookupError or ValueError if these do not balance.
     """
-    pieces, start, expected = [], 0, []
+    start, expected = 0, []
     for token in SOURCE_TOKEN.finditer(text):
         if token[0] in CLOSING:
             expected.append(CLOSING[token[0]])
-        elif token[0] in (")", "]", "}"):
-            if not expected or expected.pop() != token[0]:
-                return None
-        elif token[0] in (",", ";") and not expected:
-            pieces.append(text[start:token.start()])
+        elif token[0] in ")]}" and expected.pop() != token[0]:
+            raise ValueError
+        elif token[0] in ",;" and not expected:
+            yield text[start:token.start()]
             start = token.end()
-        elif token[0] in ('"', "'", "`"):
-            return None  # never closed
-    return None if expected else [*pieces, text[start:]]
+        elif token[0] in "\"'`":
+            raise ValueError  # never closed
+    if expected:
+        raise ValueError
+    if text.strip():
+        yield text[start:]
 
 
 def parse_source_calls(text):
@@ -1473,22 +1472,26 @@ def parse_source_calls(text):
     [('A.f', {'a': 'x', 'b': 'new HashMap<String, Object>()', 'c': '-5L'})]
     >>> parse_source_calls("f(a=(1)")
     """
-    calls, text = [], text.strip("`\n ").removeprefix("[").removesuffix("]").strip().removesuffix(";")
-    for piece in split_source(text) or [""] if text else []:
-        found = re.fullmatch(r"\s*([\w.$]+)\s*\((.*)\)\s*", piece, re.S)
-        parts = split_source(found[2]) if found else None
-        if parts is None:
-            return None
-        arguments = {}
-        for part in parts if found[2].strip() else []:
-            name, value = re.fullmatch(r"\s*(?:([\w.$]+)\s*=(?![=>]))?\s*(.*?)\s*", part, re.S).groups()
-            if name in arguments or not value:
-                return None
-            if name or re.fullmatch(r"[^\W\d]\w*", value):  # of values without a name BFCL sees only names
-                quoted = name and value[0] == value[-1] and value[0] in "\"'"
-                arguments[name] = value[1:-1] if quoted else value
-        calls.append((found[1], arguments))
-    return calls
+    text = text.strip("`\n ").removeprefix("[").removesuffix("]").strip().removesuffix(";")
+    try:
+        return [source_call(piece) for piece in split_source(text)]
+    except UNREADABLE:
+        return None
+
+
+def source_call(text):
+    """(name, arguments) of a call's source text. Raises one of UNREADABLE if it is none."""
+    name, inside = re.fullmatch(r"(?s)\s*([\w.$]+)\s*\((.*)\)\s*", text).groups()
+    arguments = {}
+    for part in split_source(inside):
+        p, value = re.fullmatch(r"(?s)\s*(?:([\w.$]+)\s*=(?![=>]))?\s*(.*?)\s*", part).groups()
+        if p in arguments or not value:
+            raise ValueError
+        if p:
+            arguments[p] = unquoted(value)
+        elif re.fullmatch(r"[^\W\d]\w*", value):  # of values without a name BFCL sees only names
+            arguments[p] = value
+    return name, arguments
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1496,16 +1499,15 @@ def parse_source_calls(text):
 # several. Rules of bfcl-eval 2026.3.23.
 
 LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}
-SINGLE_TURN = (
-    "simple_python", "simple_java", "simple_javascript", "multiple", "parallel", "parallel_multiple",
-    "irrelevance", "live_simple", "live_multiple", "live_parallel", "live_parallel_multiple",
-    "live_irrelevance", "live_relevance")
-MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+SINGLE_TURN = """
+    simple_python simple_java simple_javascript multiple parallel parallel_multiple irrelevance live_simple
+    live_multiple live_parallel live_parallel_multiple live_irrelevance live_relevance""".split()
+MULTI_TURN = "multi_turn_base multi_turn_miss_func multi_turn_miss_param multi_turn_long_context".split()
 SIMULATED = {
     "GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
     "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
     "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"}
+JSON_TYPES = {TYPES[name]: name for name in "string integer number boolean array object".split()}
 NAMED = {"python": "Python 3", "java": "Java 8", "javascript": "JavaScript"}
 PROMPT = """You answer requests by calling functions. Write nothing but the calls, as one list in this form:
 [function(a=1, b="x"), other.function(c=[2.5, True])]
@@ -1519,7 +1521,7 @@ def bfcl(args):
     """Single-turn categories of BFCL v4, of which v1 and v2 are subsets, and v3's multi-turn ones where the
     package bfcl-eval is installed.
     """
-    episodes = []
+    episodes, docs = [], {}
     for category in SINGLE_TURN + MULTI_TURN:
         found = find_data(args.data, f"BFCL_v4_{category}.json")
         path = next(p for p in found if p.parent.name != "possible_answer")
@@ -1535,7 +1537,7 @@ def bfcl(args):
                 print(f"bfcl: no multi-turn categories without {error.name}: "
                       "pip install --no-deps bfcl-eval mpmath")
                 break
-        play = partial(multi_turn, docs) if category in MULTI_TURN else single_turn
+        play = partial(multi_turn, docs) if docs else single_turn
         episodes += [(entry["id"], partial(play, entry, gold.get(entry["id"]), category, args))
                      for entry in entries]
     return episodes
@@ -1547,13 +1549,12 @@ def single_turn(entry, gold, category, args):
     """
     language, functions = LANGUAGES.get(category, "python"), entry["function"]
     answer = yield ask(entry["question"][0], [described(f, language) for f in functions], args)
-    calls, why = calls_of(answer, language, args), ""
-    if gold is None:
-        right = bool(calls) != category.endswith("irrelevance")
-    else:
+    calls, wanted = calls_of(answer, language, args), not category.endswith("irrelevance")
+    right, why = bool(calls) == wanted, ""
+    if gold is not None:
         right, why = check_call(functions, calls or [], gold, language)
-    item = verdict(answer, calls, not category.endswith("irrelevance"), right, why)
     scores = {category: float(right and not answer.error)}
+    item = verdict(answer, calls, wanted, right, why)
     return item | {"scores": scores, "calls": show(calls), "gold": gold}
 
 
@@ -1569,20 +1570,18 @@ def described(function, language="python"):
             kind = schema["type"] + (f" of {json.dumps(inner)}" if inner else "")
             hint = f"Its type is {kind}, given as {NAMED[language]} source text in a string."
             schema |= {"type": "string", "description": f"{schema.get('description', '')} {hint}"}
-    function["parameters"] = json_schema(function["parameters"])
+    rename_types(function["parameters"])
     return function
 
 
-def json_schema(schema):
-    """A schema with BFCL's types as one with JSON Schema's. What names no known type is a string, as
+def rename_types(schema):
+    """Change BFCL's types in a schema to JSON Schema's. What names no known type is a string, as
     officially.
     """
-    schema = schema | {"type": JSON_TYPES[TYPES.get(schema.get("type"), str)]}
-    if "items" in schema:
-        schema["items"] = json_schema(schema["items"])
-    if "properties" in schema:
-        schema["properties"] = {name: json_schema(inner) for name, inner in schema["properties"].items()}
-    return schema
+    schema["type"] = JSON_TYPES[TYPES.get(schema.get("type"), str)]
+    for inner in [*schema.get("properties", {}).values(), schema.get("items")]:
+        if inner is not None:
+            rename_types(inner)
 
 
 def ask(messages, functions, args):
@@ -1662,13 +1661,12 @@ class World:
         for name, api in self.apis.items():
             if name != "MathAPI":  # has no state
                 api._load_scenario(copy.deepcopy(entry["initial_config"].get(name, {})), long_context=long)
-            members = inspect.getmembers(api, inspect.ismethod)
-            self.methods |= {n: method for n, method in members if not n.startswith("_")}
+            self.methods |= inspect.getmembers(api, inspect.ismethod)
 
     def call(self, name, arguments, positional=()):
         """The result of a call as text, or the text of its error."""
         try:
-            if name not in self.methods:
+            if name.startswith("_") or name not in self.methods:
                 raise NameError(f"name {name!r} is not defined")
             powers = [arguments.get(k) for k in ("exponent", "precision", "decimal_places")]
             numbers = all(isinstance(v, (int, float)) for v in arguments.values())
@@ -1693,62 +1691,57 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
     counts.
     """
     ours, theirs = World(entry), World(entry)
-    functions = [f for name in entry["involved_classes"] for f in docs[name]]
-    withheld = {int(at): names for at, names in entry.get("missed_function", {}).items()}  # until that turn
-    messages, results, outputs, made = [], [], [], []
-
-    def record(calls, right, why=""):
-        item = verdict(answer, calls, True, right, why)
-        return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold,
-                       "output": "\n\n".join(outputs)}
-
+    functions = [described(f) for name in entry["involved_classes"] for f in docs[name]]
+    withheld = entry.get("missed_function", {})  # {number of a turn: the names of functions until then}
+    messages, results, outputs, made, why = [], [], [], [], ""
     for number, (request, expected) in enumerate(zip(entry["question"], gold)):
         made.append([])
-        if number in withheld:
-            del withheld[number]
+        if str(number) in withheld:
             request = [chat_message("user", "There are more functions now. Go on with them.")]
-        hidden = {name for names in withheld.values() for name in names}
-        known = [described(f) for f in functions if f["name"] not in hidden]
+        hidden = {name for at, names in withheld.items() if int(at) > number for name in names}
+        known = [f for f in functions if f["name"] not in hidden]
         messages = messages + request
         for _ in range(max_steps + 1):
             answer = yield ask(messages, known, args)
             outputs.append(answer.text)
-            if answer.error:
-                return record(None, False)
+            messages = [*messages, turn(answer, args.mode)]
             calls = calls_of(answer, "python", args)
-            said = turn(answer) if args.mode == "native" else chat_message("assistant", answer.text)
-            messages = messages + [said]
             if not calls:
                 break
             made[-1].append(show(calls))
-            step = [ours.call(name, arguments) for name, arguments in calls]
+            step = [ours.call(*call) for call in calls]
             messages += tool_messages(calls, step, args)[1:]
             results += step
-        else:
-            return record(made, False, "too many steps")
         wanted = [theirs.call(*gold_call(text)) for text in expected]
-        if expected and not made[-1]:
-            return record(calls, False)
-        if expected and ours.differs(theirs):
-            return record(made, False, "wrong state")
-        if any(results.count(result) < wanted.count(result) for result in wanted):
-            return record(made, False, "wrong result")
-    return record(made, True)
+        if answer.error or expected and not made[-1]:
+            break
+        if calls:
+            why = "too many steps"
+        elif expected and ours.differs(theirs):
+            why = "wrong state"
+        elif Counter(wanted) - Counter(results):
+            why = "wrong result"
+        calls = made
+        if why:
+            break
+    item = verdict(answer, calls, True, not why, why)
+    return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold,
+                   "output": "\n\n".join(outputs)}
 
 
 def gold_call(text):
     """(name, keyword arguments, positional arguments) of a gold call's source text."""
     node = ast.parse(text, mode="eval").body
-    return *python_call(node), [python_value(n) for n in node.args]
+    return *python_call(node), [*map(python_value, node.args)]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Totals
 
-SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+SIMPLE = "simple_python simple_java simple_javascript".split()
 NON_LIVE = (SIMPLE, "multiple", "parallel", "parallel_multiple")
-LIVE = frozenset(("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple"))
-# The official formulas, from the repository's eval_runner_helper.py: a tuple is the mean of its parts, a set
+LIVE = frozenset("live_simple live_multiple live_parallel live_parallel_multiple".split())
+# The official formulas, from the repository's eval_runner_helper.py: a list is the mean of its parts, a set
 # the mean over all its items. The first three are parts of version 4's score, "overall" is their mean; "v3"
 # was the overall score from April to August 2025, "v2" that of August 2024 but for four sets of executed
 # calls, which have been withdrawn.
@@ -1769,73 +1762,65 @@ AGENTBENCH_DB_TOTALS = {"overall": ("SELECT", "INSERT", "UPDATE")}  # the mean o
 TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
 
 
-class Environment(NamedTuple):
-    """What AgentBench's rounds take place in."""
-    prompt: str    # the system message
-    form: str      # what this says in the mode prompt about how to call
-    read: object   # function of a text in this form: the calls, or None
-    tools: list    # the first runs something, the others commit an answer
-    rounds: tuple  # in the modes native and prompt
-    most: int      # calls of a turn that count
-
-
-class Final(NamedTuple):
-    """What a model commits, which ends its rounds; None where it only says that it has finished."""
-    answer: object
-
-
 def run_rounds(environment, task, mode, run, judge):
     """An episode's rounds; returns the start of its record.
 
-    run(text) carries out what a model gives to the environment's first tool, and returns its result or Final;
-    judge(Final or None) is whether all is right in the end. In the mode prompt, turns are plain text, and one
-    that cannot be read ends the episode.
+    environment: prompt, the system message; form, what this says in the mode prompt about how to call; read,
+    a function of a text in this form that gives the calls, or None; tools, of which the first runs something,
+    and the others commit an answer; rounds, in the modes native and prompt; most, how many calls of a turn
+    count. run(text) carries out what a model gives to the first tool, and returns its result, or None if
+    nothing can follow; judge(committed) is whether all is right in the end, given a list of the answer that
+    was committed, which may be None, or an empty one. In the mode prompt, turns are plain text, and one that
+    cannot be read ends the episode.
     """
     prompted, (runs, *commits) = mode == "prompt", [t["function"]["name"] for t in environment.tools]
     system = environment.prompt + environment.form * prompted
     messages = [chat_message("system", system), chat_message("user", task)]
-    made, log, final = [], [], None
-
-    def act(name, arguments):
-        value = next(iter(arguments.values()), None)
-        if name == runs and isinstance(value, str):
-            return run(value)
-        if name in commits and (arguments or name == "finish_action"):
-            return Final(value)
-        return "Error: there is no such tool, or it wants other arguments."
-
+    made, log, committed = [], [], []
     for _ in range(environment.rounds[prompted]):
         answer = yield messages, None if prompted else environment.tools
         calls = environment.read(answer.text) if prompted else answer.calls
         results = []
         for name, arguments in (calls or [])[:environment.most]:
             made.append((name, arguments))
-            results.append(act(name, arguments))
-            if isinstance(results[-1], Final):
-                final = results.pop()
+            value = next(iter(arguments.values()), None)
+            result = "Error: there is no such tool, or it wants other arguments."
+            if name == runs and isinstance(value, str):
+                result = run(value)
+            elif name in commits and (arguments or name == "finish_action"):
+                result = None
+            if result is None:
+                committed = [value]
                 break
+            results.append(result)
         log += [answer.text, *results]
-        if final or answer.error or prompted and calls is None:
+        if committed or answer.error or prompted and calls is None:
             break
         if calls:
             results += ["Not run: too many calls in a turn."] * (len(calls) - len(results))
         else:
             results = ["There is no call in this that can be read. Call one of the tools."]
-        if prompted or not calls:
-            replies = [chat_message("user", text) for text in results]
-        else:
+        replies = [chat_message("user", text) for text in results]
+        if calls and not prompted:
             replies = result_messages(results)
-        messages = messages + [chat_message("assistant", answer.text) if prompted else turn(answer), *replies]
-    right = judge(final)
+        messages = [*messages, turn(answer, mode), *replies]
+    right = judge(committed)
     if calls is not None or right:  # a table may be right though the last turn cannot be read
         calls = made
-    why = "another result than expected" if final else "nothing committed"
+    why = "another result than expected" if committed else "nothing committed"
     return verdict(answer, calls, True, right, why) | {"output": "\n\n".join(log)}
 
 
 def scored(record, gold, metrics):
     """A record with its scores: 1 in each of the metrics if it is right, else 0."""
     return record | {"gold": gold, "scores": dict.fromkeys(metrics, float(record["verdict"] == "right"))}
+
+
+def limited(rows, args):
+    """The items (id, episode) of rows (category, id, episode): --limit of each category at most."""
+    number = defaultdict(itertools.count)
+    most = args.limit or len(rows)
+    return [(name, episode) for category, name, episode in rows if next(number[category]) < most]
 
 
 def tool(name, description, /, **parameters):
@@ -1854,27 +1839,24 @@ def agentbench_db(args):
     """An item is a question about a table (right: the values) or a modification of it (right: the hash of the
     table as it then is).
     """
-    episodes, count = [], Counter()
-    development = sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
+    rows, development = [], sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
     for path in find_data(args.data, "dbbench/standard.jsonl") + development:
-        split = "" if path.stem == "standard" else f"{path.stem}: "
-        for i, item in enumerate(read_all(path)):
-            count[split + item["type"][0]] += 1
-            if not args.limit or count[split + item["type"][0]] <= args.limit:
-                episodes.append((f"{path.stem}-{i}", partial(db_episode, item, split, args.mode)))
-    return episodes
+        split = "dev: " * (path.stem == "dev")
+        rows += [(split + item["type"][0], f"{path.stem}-{i}", partial(db_episode, item, split, args.mode))
+                 for i, item in enumerate(read_all(path))]
+    return limited(rows, args)
 
 
 def db_episode(item, split, mode):
     """Rounds with a database."""
     kind, table = item["type"][0], item["table"]
     with contextlib.closing(open_table(table)) as database:
-        def judge(final):
+        def judge(committed):
             if kind not in MODIFICATIONS:
-                return bool(final) and same_values(final.answer, item["label"])
-            hashed = re.search(r"[0-9a-f]{32}", item["answer_md5"])[0]
+                return committed and same_values(committed[0], item["label"])
             # In its prompt mode the original looks at the table however the rounds end.
-            return bool(final or mode == "prompt") and hashed in table_hashes(database, table)
+            hashes = table_hashes(database, table) if committed or mode == "prompt" else ()
+            return any(hashed in item["answer_md5"] for hashed in hashes)
 
         asked = f"{item['description']}\n{item['add_description']}".strip()
         record = yield from run_rounds(DB, asked, mode, partial(run_sql, database), judge)
@@ -1892,18 +1874,18 @@ def read_db_action(text):
     """
     action = re.search(r"Action: (.*?)\n", text)
     if action and action[1] == "Operation":
-        sql = re.search(r"```sql\n(.*?)\n```", text, re.S)
-        return [("execute_sql", {"query": sql[1].strip().replace("\n", " ")})] if sql else None
+        sql = re.search(r"(?s)```sql\n(.*?)\n```", text)
+        return sql and [("execute_sql", {"query": sql[1].strip().replace("\n", " ")})]
     final = re.search(r"\nFinal Answer:(.*)", text)
-    return [("commit_final_answer", {"answers": final[1]})] if final else None
+    return final and [("commit_final_answer", {"answers": final[1]})]
 
 
-DB = Environment(
-    """You work with a table in a SQLite database, to answer a question about it or to change it as \
+DB = SimpleNamespace(
+    prompt="""You work with a table in a SQLite database, to answer a question about it or to change it as \
 you are asked. In each turn run one SQL statement and look at what it returns. When you are done, commit the \
 final answer: exactly the values that are asked for and nothing else; after a change of the table any answer \
 will do.""",
-    """ To run a statement, on one line, write
+    form=""" To run a statement, on one line, write
 
 Action: Operation
 ```sql
@@ -1914,8 +1896,8 @@ and to commit the answer
 
 Action: Answer
 Final Answer: ["first value", "second value"]""",
-    read_db_action,
-    [
+    read=read_db_action,
+    tools=[
         tool("execute_sql", "Run one SQL statement and see what it returns.",
              query={"type": "string", "description": "the statement"}),
         tool("commit_final_answer", "Give the final answer, once all is done.",
@@ -1934,10 +1916,11 @@ def open_table(table):
     """A database in memory with the item's table, every column TEXT as in the original; it reaches nothing
     else.
     """
-    name, columns = quote(table["table_name"]), [quote(c["name"]) for c in table["table_info"]["columns"]]
     database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
     database.create_collation("mysql", lambda a, b: (fold(a) > fold(b)) - (fold(a) < fold(b)))
-    database.execute(f"CREATE TABLE {name} ({', '.join(f'{c} TEXT COLLATE mysql' for c in columns)})")
+    name, columns = quote(table["table_name"]), columns_of(table)
+    typed = ", ".join(f"{column} TEXT COLLATE mysql" for column in columns)
+    database.execute(f"CREATE TABLE {name} ({typed})")
     row = ", ".join("?" * len(columns))
     database.executemany(f"INSERT INTO {name} VALUES ({row})", table["table_info"]["rows"])
     # No file; 64 MiB; 128 MiB for all of them.
@@ -1947,6 +1930,11 @@ def open_table(table):
     database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 20_000)
     database.set_authorizer(authorize)
     return database
+
+
+def columns_of(table):
+    """The names of an item's columns, as SQL has them."""
+    return [quote(column["name"]) for column in table["table_info"]["columns"]]
 
 
 def authorize(action, _, name, *__):
@@ -1987,10 +1975,10 @@ def run_sql(database, sql):
 
 
 MYSQL_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
-SQL_TOKEN = re.compile(  # strings, names in quotes of three kinds, comments of two, words
-    r"""(?s)'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*"|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/|\w+""")
-
-
+# Strings, names in quotes of three kinds, comments of two, numbers, names that begin with a digit, words.
+SQL_TOKEN = re.compile(
+    r"""(?s)(?P<string>'(?:[^'\\]|\\.|'')*'|"(?:[^"\\]|\\.|"")*")|`[^`]*`|\[[^\]]*\]|--[^\n]*|/\*.*?\*/"""
+    r"""|(?i:\d+(?:e\d*)?|0x[0-9a-f]+)\b|(?P<name>\d\w*)|\w+""")
 def to_sqlite(sql):
     r"""SQL whose strings with MySQL's backslashes, and names that begin with a digit, are written as in
     SQLite.
@@ -2002,13 +1990,12 @@ def to_sqlite(sql):
         return MYSQL_ESCAPES.get(match[1], match[1] or match[2])
 
     def rewrite(match):
-        token = match[0]
-        if token[0] in "'\"" and "\\" in token:
-            text = re.sub(r"(?s)\\(.)|(['\"])\2", unescape, token[1:-1])
+        if match["name"]:
+            return f"`{match[0]}`"
+        if match["string"] and "\\" in match[0]:
+            text = re.sub(r"(?s)\\(.)|(['\"])\2", unescape, match[0][1:-1])
             return "'" + text.replace("'", "''") + "'"
-        if token[0].isdigit() and not re.fullmatch(r"\d+(e\d*)?|0x[0-9a-f]+", token, re.I):
-            return f"`{token}`"
-        return token
+        return match[0]
 
     return SQL_TOKEN.sub(rewrite, sql)
 
@@ -2021,12 +2008,12 @@ def table_hashes(database, table):
     def md5(text):
         return hashlib.md5(text.encode("utf-8", "replace")).hexdigest()
 
-    columns = ", ".join(quote(c["name"]) for c in table["table_info"]["columns"])
+    sql = f"SELECT {', '.join(columns_of(table))} FROM {quote(table['table_name'])}"
     try:
-        rows = list(execute(database, f"SELECT {columns} FROM {quote(table['table_name'])}"))
+        rows = [",".join(str(v) for v in row if v is not None) for row in execute(database, sql)]
     except (sqlite3.Error, MemoryError):
         return set()
-    joined = ",".join(sorted(md5(",".join(str(v) for v in row if v is not None))[:5] for row in rows))
+    joined = ",".join(sorted(md5(row)[:5] for row in rows))
     return {md5(joined), md5(joined[:1024])}
 
 
@@ -2043,7 +2030,7 @@ def same_values(answer, gold):
     try:
         given_numbers, left = [float(v) for v in given], [float(v) for v in wanted]
     except ValueError:
-        return set(given) == set(wanted) if len(given) != 1 or len(wanted) != 1 else given == wanted
+        return {*given} == {*wanted} if len(given) != 1 or len(wanted) != 1 else given == wanted
     for number in given_numbers:
         match = next((n for n in left if abs(number - n) <= 0.01), None)
         if match is None:
@@ -2052,14 +2039,14 @@ def same_values(answer, gold):
     return not left
 
 
-NOTHING = ("none", "null", "undefined", "nan", "inf", "infinity", "-inf", "-infinity", "")
+NOTHING = {"", *"none null undefined nan inf infinity -inf -infinity".split()}
 
 
 def compared_values(answer):
     """An answer's values as texts: no quotes around them, no percent sign, no commas, and 0 for all that
     stands for nothing.
     """
-    if isinstance(answer, str) and re.fullmatch(r"\s*\[.*\]\s*", answer, re.S):
+    if isinstance(answer, str) and re.fullmatch(r"(?s)\s*\[.*\]\s*", answer):
         parsed = literal_value(answer.strip())
         if not isinstance(parsed, list):  # commas divide it but within quotes of any kind, which are lost
             parts = re.findall(r"""(?:['"][^'"]*(?:['"]|$)|[^,'"])+""", answer.strip()[1:-1])
@@ -2070,10 +2057,11 @@ def compared_values(answer):
         text = str(value[0] if isinstance(value, tuple) and len(value) == 1 else value)
         text = text.strip().strip("'\"").strip()
         if text.endswith("%"):
-            values.append(text[:-1].strip())
-            continue
-        text = text if text.startswith("[") or text.endswith("]") else text.replace(",", "")
-        values.append("0" if text.lower() in NOTHING else text)
+            text = text[:-1].strip()
+        else:
+            text = text if re.search(r"^\[|\]$", text) else text.replace(",", "")
+            text = "0" if text.lower() in NOTHING else text
+        values.append(text)
     return values
 
 
@@ -2082,8 +2070,8 @@ def compared_values(answer):
 
 CHECKS = {  # what the original's scripts of these names do with the answer and what the example puts out
     "integer-match.py": lambda answer, output: int(answer) == int(output),
-    "string-match.py": lambda answer, output: answer == output,
-    "containing.py": lambda answer, output: output in answer,
+    "string-match.py": operator.eq,
+    "containing.py": operator.contains,
     "in.py": lambda answer, output: answer in output,
     "size-match.py": lambda answer, output: size_of(answer) == size_of(output)}
 
@@ -2101,27 +2089,22 @@ def agentbench_os(args):
         Sandbox().close()
     except (OSError, SandboxEnded) as error:
         fail(f"agentbench-os needs a sandbox, and bubblewrap makes none here: {error}")
-    episodes, count, left_out = [], Counter(), Counter()
+    rows, left_out = [], Counter()
     for path in find_data(args.data, "os_interaction/**/*.json"):
         folder = "dev" if path.stem == "dev" else path.parent.name
         if folder not in ("dev", *"1234567") or "scripts" in path.parts:
             continue
+        name, metric = {"dev": ("dev-001", "dev: accuracy")}.get(folder, (f"std-00{folder}", "accuracy"))
         for i, item in enumerate(read_all(path)):
             try:
-                task = os_task(item, path, folder)
+                episode = partial(os_episode, os_task(item, path, folder), metric, args.mode)
+                rows.append((name, f"{name}-{path.stem}-{i}", episode))
             except LookupError as error:
                 left_out[error.args[0]] += 1
-                continue
-            metric, name = "accuracy", f"std-00{folder}"
-            if folder == "dev":
-                metric, name = "dev: accuracy", "dev-001"
-            count[name] += 1
-            if not args.limit or count[name] <= args.limit:
-                episodes.append((f"{name}-{path.stem}-{i}", partial(os_episode, task, metric, args.mode)))
     if left_out:
-        needs = [f"{n} items that need {what}" for what, n in sorted(left_out.items())]
-        print("agentbench-os: left out " + ", ".join(needs))
-    return episodes
+        needs = ", ".join(f"{n} items that need {what}" for what, n in sorted(left_out.items()))
+        print(f"agentbench-os: left out {needs}")
+    return limited(rows, args)
 
 
 def os_task(item, path, folder):
@@ -2132,15 +2115,14 @@ def os_task(item, path, folder):
         if value is None:  # as the first check: what the example puts out is compared with the answer
             value = evaluation["example"]
         value = {"code": value} if isinstance(value, str) else value
-        name = Path(value.get("file", "")).name
-        if name in CHECKS:
-            return name
-        if name:
-            places = [directory / "scripts" / folder / value["file"] for directory in path.parents]
-            file = next((place for place in places if place.is_file()), None)
-            if not file:
-                raise LookupError(value["file"])
-        text = file.read_text(encoding="utf-8") if name else value["code"]
+        if name := value.get("file"):
+            if Path(name).name in CHECKS:
+                return Path(name).name
+            places = [directory / "scripts" / folder / name for directory in path.parents]
+            files = [place for place in places if place.is_file()]
+            if not files:
+                raise LookupError(name)
+        text = files[0].read_text(encoding="utf-8") if name else value["code"]
         if re.search(r"\bapt(-get)? ", text):
             raise LookupError("the network")
         return value.get("language", "bash"), text
@@ -2151,26 +2133,24 @@ def os_task(item, path, folder):
 
     evaluation, create = item["evaluation"], item.get("create")
     match = evaluation.get("match")
-    match = {"answer": match, "strip": True} if isinstance(match, str) else match
-    init = scripts(create, "init") if isinstance(create, dict) else []
-    return {"description": item["description"], "init": init, "start": scripts(item, "start"), "match": match,
+    return {"description": item["description"],
+            "init": scripts(create, "init") if isinstance(create, dict) else [],
+            "start": scripts(item, "start"),
+            "match": {"answer": match, "strip": True} if isinstance(match, str) else match,
             "check": scripts(evaluation, "check"), "example": scripts(evaluation, "example")}
 
 
 def os_episode(task, metric, mode):
     """Rounds with a shell."""
     def run(script):
-        try:
+        with contextlib.suppress(SandboxEnded):
             output = sandbox.run(script)[1]
-        except SandboxEnded:
-            return Final(None)
-        output = output if len(output) <= 800 else output[:780] + "\n[cut: the output is too long]"
-        return f"Output of the system:\n\n{output}" if output else "The system puts out nothing."
+            output = output if len(output) <= 800 else output[:780] + "\n[cut: the output is too long]"
+            return f"Output of the system:\n\n{output}" if output else "The system puts out nothing."
 
-    def judge(final):
-        return bool(final) and not sandbox.ended and os_right(sandbox, task, final.answer)
+    def judge(committed):
+        return committed and not sandbox.ended and os_right(sandbox, task, committed[0])
 
-    gold = task["match"] or [*task["check"], *task["example"]]
     try:
         with contextlib.closing(Sandbox()) as sandbox:
             for script in task["init"]:
@@ -2184,7 +2164,7 @@ def os_episode(task, metric, mode):
                 record["failure"] = sandbox.ended
     except (OSError, SandboxEnded) as error:
         record = verdict(Answer("", error=f"cannot be set up: {error}"), None, True, False)
-    return scored(record, gold, [metric])
+    return scored(record, task["match"] or task["check"] + task["example"], [metric])
 
 
 def os_right(sandbox, task, answer):
@@ -2195,26 +2175,23 @@ def os_right(sandbox, task, answer):
         if not isinstance(answer, str):
             return False
         answer = answer.strip() if match.get("strip") else answer
-        return answer == match["answer"] if "answer" in match else bool(re.search(match["regex"], answer))
+        return answer == match["answer"] if "answer" in match else re.search(match["regex"], answer)
+    given = [str(answer)]
     try:
         sandbox.settle()
-    except SandboxEnded:
-        return False
-    given = [str(answer)]
-    for script in task["check"]:
-        try:
+        for script in task["check"]:
             if isinstance(script, str):
                 compared = (text.replace("\r\n", "\n").strip() for text in given[:2])
                 status, output = not CHECKS[script](*compared), ""
             else:
                 status, output = sandbox.run_apart(script, *given)
-        except (ValueError, SandboxEnded):
-            return False
-        # What an example puts out counts though find ends with status 1, as it does where only the host's
-        # root may look.
-        if status and not (script in task["example"] and output.strip()):
-            return False
-        given.append(output)
+            # What an example puts out counts though find ends with status 1, as it does where only the
+            # host's root may look.
+            if status and not (script in task["example"] and output.strip()):
+                return False
+            given.append(output)
+    except (ValueError, SandboxEnded):
+        return False
     return True
 
 
@@ -2235,23 +2212,21 @@ def read_os_action(text):
     ([('finish_action', {})], None)
     """
     for action in reversed(re.findall(r"Act:\s*(.+)", text)):
-        kind = action.lower()
-        if kind.startswith("bash"):
-            scripts = re.findall(r"```bash\n(.*?)\n```", text, re.S)
+        found = re.match(r"(?ai)(bash)|(finish)|answer.*?\((.*)\)", action)
+        if found and found[1]:
+            scripts = re.findall(r"(?s)```bash\n(.*?)\n```", text)
             return [("bash_action", {"script": "\n\n".join(scripts)})]
-        if kind.startswith("finish"):
-            return [("finish_action", {})]
-        if kind.startswith("answer") and (inside := re.search(r"\((.*)\)", action[6:])):
-            return [("answer_action", {"answer": inside[1]})]
+        if found:
+            return [("finish_action", {}) if found[2] else ("answer_action", {"answer": found[3]})]
     return None
 
 
-OS = Environment(
-    """You work as root in the shell of a Linux system, to do what you are asked or to answer a \
+OS = SimpleNamespace(
+    prompt="""You work as root in the shell of a Linux system, to do what you are asked or to answer a \
 question about the system. In each turn think first, then do one of three things: run a script in bash and \
 look at its output; give the answer, exactly and without a sentence around it; or finish, if no answer is \
 asked for. A script must not wait for input, and of a long output only the beginning is shown.""",
-    """ Write it in one of these forms:
+    form=""" Write it in one of these forms:
 
 Think: your thoughts
 
@@ -2262,8 +2237,8 @@ the script
 ```
 
 or, as the last line, `Act: answer(the answer)` or `Act: finish`.""",
-    read_os_action,
-    [
+    read=read_os_action,
+    tools=[
         tool("bash_action", "Run a script in the shell and see its output.",
              script={"type": "string", "description": "what to run, in bash"}),
         tool("answer_action", "Answer the question, which ends the task.",
@@ -2557,44 +2532,41 @@ def api_bank(args):
     At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and
     what it has found so far.
     """
-    search = bank_tool("ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})
-    known = {"ToolSearcher": search}
+    known = {"ToolSearcher": bank_tool(
+        "ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
     for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
-        stated = re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"])
-        described = {key: literal_value(text) for key, text in stated}
-        name = row["类名"]
-        known[name] = bank_tool(name, described.get("description"), described.get("input_parameters"))
+        stated = dict(re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"]))
+        described = [literal_value(stated.get(key)) for key in ("description", "input_parameters")]
+        known[row["类名"]] = bank_tool(row["类名"], *described)
     episodes = []
     for path in find_data(args.data, "*level*.jsonl"):
         lines = read_all(path)
-        dialogues = [line for line in lines if "turns" in line]
         if "role" in lines[0]:  # the file is one dialogue, a turn a line
-            dialogues = [{"file": path.name, "turns": lines}]
-        episodes += [episode for dialogue in dialogues for episode in bank_dialogue(dialogue, known, args)]
+            lines = [{"file": path.name, "turns": lines}]
+        for dialogue in lines:
+            if "turns" in dialogue:
+                episodes += bank_dialogue(dialogue, known, args)
     return episodes[:args.limit]
 
 
 def bank_dialogue(dialogue, known, args):
-    """The items of one dialogue."""
-    name, turns, messages, episodes = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], [], []
+    """Yield the items of one dialogue."""
+    name, turns, messages = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], []
     level = re.search(r"level-\d", name)[0].replace("-", " ")
-    called = {t["api_name"] for t in turns if t["role"] == "API"}
-    called = ["ToolSearcher"] if "ToolSearcher" in called else sorted(called)
+    called = sorted({t["api_name"] for t in turns if t["role"] == "API"})
+    called = ["ToolSearcher"] if "ToolSearcher" in called else called
     tools = {n: known.get(n) or bank_tool(n) for n in called}
 
     def episode(messages, tools, gold):
         answer = yield ask(messages, tools, args)
-        calls = calls_of(answer, "python", args)
-        right = False
-        with contextlib.suppress(TypeError, ValueError, RecursionError):  # of values that JSON does not know
-            right = json.dumps(calls, sort_keys=True) == json.dumps([gold], sort_keys=True)
-        why = "wrong arguments"
+        calls, why = calls_of(answer, "python", args), "wrong arguments"
         if len(calls or []) != 1:
             why = "wrong count"
         elif calls[0][0] != gold[0]:
             why = "wrong name"
-        item = verdict(answer, calls, True, right, why)
+        right = same_json(calls, [gold])
         scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
+        item = verdict(answer, calls, True, right, why)
         return item | {"scores": scores, "calls": show(calls), "gold": [gold]}
 
     for n, t in enumerate(turns):
@@ -2602,13 +2574,12 @@ def bank_dialogue(dialogue, known, args):
             messages.append(chat_message("user" if t["role"] == "User" else "assistant", t["text"]))
             continue
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
-        episodes.append((f"{name}:{n}", partial(episode, list(messages), list(tools.values()), gold)))
+        yield f"{name}:{n}", partial(episode, [*messages], [*tools.values()], gold)
         text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
         messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
             for f in output if isinstance(output, list) else [output]:
                 tools[f["name"]] = bank_tool(f["name"], f["description"], f["input_parameters"])
-    return episodes
 
 
 def bank_tool(name, description="", parameters=None):
@@ -2624,19 +2595,17 @@ def mmlu(args):
     """Multiple choice (Hendrycks et al. 2021, arXiv 2009.03300): the likeliest of the letters after five
     examples of the subject, or as many as the model's window has room for.
     """
-    examples = {}
-    for question in questions(args.data, "dev"):
-        examples.setdefault(question["subject"], []).append(question)
+    examples = questions(args.data, "dev")
 
-    def show(question, answer=""):
+    def shown(question):
         options = "".join(f"\n{letter}. {choice}" for letter, choice in zip("ABCD", question["choices"]))
-        return f"{question['question']}{options}\nAnswer:{answer}"
+        return f"{question['question']}{options}\nAnswer:"
 
     def episode(question):
-        subject, asked = question["subject"], show(question)
-        head = "The following are multiple choice questions (with answers) about "
-        head += f"{subject.replace('_', ' ')}.\n\n"
-        shots = [show(q, f" {q['answer']}\n\n") for q in examples.get(subject, [])[:5]]
+        subject, asked, gold = question["subject"], shown(question), question["answer"]
+        head = ("The following are multiple choice questions (with answers) about "
+                f"{subject.replace('_', ' ')}.\n\n")
+        shots = [f"{shown(q)} {q['answer']}\n\n" for q in examples if q["subject"] == subject][:5]
         for n in range(len(shots), -1, -1):
             context = head + "".join(shots[:n]) + asked
             likelihoods = yield [(context, f" {letter}") for letter in "ABCD"]
@@ -2645,9 +2614,9 @@ def mmlu(args):
         else:
             return {"verdict": "error", "failure": "too long for the window", "scores": {"accuracy": 0.0},
                     "question": asked}
-        right = "ABCD"[np.argmax(likelihoods)] == question["answer"]
+        right = "ABCD"[np.argmax(likelihoods)] == gold
         item = {"verdict": "right" if right else "wrong", "scores": {"accuracy": float(right)},
-                "question": asked, "gold": question["answer"], "log_likelihoods": likelihoods, "shots": n}
+                "question": asked, "gold": gold, "log_likelihoods": likelihoods, "shots": n}
         return item if right else item | {"failure": "another letter"}
 
     asked = questions(args.data, "test") or questions(args.data, "val")
@@ -2670,61 +2639,46 @@ def questions(directory, split):
 # Numbers and their uncertainty, and the report
 
 
-def total_of(formula, means, sizes):
-    """A total from the means of metrics and their numbers of items: a tuple is the mean of its parts, a set
-    the mean over all its items.
+def total_of(formula, means, rows):
+    """A total's means and its items, from those of metrics: a list is the mean of its parts, a set the mean
+    over all its items.
     """
-    if isinstance(formula, tuple):
-        return sum(total_of(part, means, sizes) for part in formula) / len(formula)
-    if isinstance(formula, frozenset):
-        weighted = sum(means[part] * sizes[part] for part in sorted(formula))
-        return weighted / sum(sizes[part] for part in formula)
-    return means[formula]
-
-
-def parts_of(formula):
-    """The metrics in a total."""
     if isinstance(formula, str):
-        return [formula]
-    return [metric for part in formula for metric in parts_of(part)]
-
-
-def markdown(rows):
-    """Rows of texts, the head first, as a table in Markdown, without the columns that are empty below it."""
-    used = [c for c, column in enumerate(zip(*rows)) if any(column[1:])]
-    widths = {c: max(len(row[c]) for row in rows) for c in used}
-    head, *body = ["| " + " | ".join(row[c].ljust(widths[c]) for c in used) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (widths[c] + 2) for c in used) + "|"
-    return "\n".join([head, rule, *body])
+        return means[formula], rows[formula]
+    pooled = isinstance(formula, frozenset)
+    parts = [total_of(part, means, rows) for part in (sorted(formula) if pooled else formula)]
+    weights = [len(items) if pooled else 1 for _, items in parts]
+    mean = sum(mean * weight for (mean, _), weight in zip(parts, weights)) / sum(weights)
+    return mean, [item for _, items in parts for item in items]
 
 
 def read_reference(path, measured):
     """The published scores in a file, as rows of the table; exits with what is wrong with it. Those of suites
     that are not measured are left out, and said to be.
     """
-    texts, found = ("model", "metric", "source", "suite"), []
-    if not path:
-        return found
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = read_json(Path(path)) if path else []
+        if not isinstance(given, list):
+            raise ValueError
     except OSError as error:
         fail(f"--reference {path}: {error.strerror}")
     except (ValueError, RecursionError):
-        given = None
-    if not isinstance(given, list):
         fail(f"--reference {path}: not a JSON list")
+    found, texts = [], ("model", "metric", "source", "suite")
     for n, row in enumerate(given, 1):
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
             fail(f"--reference {path}, entry {n}: it needs {', '.join(texts)}, each a text, and score")
         score, most = row.get("score"), float("inf") if row["suite"] == "loss" else 1
         if type(score) not in (int, float) or not 0 <= score <= most:
             fail(f"--reference {path}, entry {n}: the score is a share, from 0 to 1")
-        row = row | {key: visible(" ".join(row[key].split())).replace("|", "/") for key in texts}
-        found.append(row | {"model": f"{row['model']} (published: {row['source']})"})
+        model, metric, source, suite = (
+            visible(" ".join(row[key].split())).replace("|", "/") for key in texts)
+        found.append({"model": f"{model} (published: {source})", "suite": suite, "metric": metric,
+                      "score": score})
     suites = {suite.removesuffix("-constrained") for suite in measured}
     if others := sorted({row["suite"] for row in found} - suites):
         print(f"--reference {path}: left out {', '.join(others)}, which is not measured")
-    return [{key: row[key] for key in ("model", "suite", "metric", "score")} for row in found]
+    return found
 
 
 def resample(values, resamples=2000):
@@ -2737,56 +2691,46 @@ def resample(values, resamples=2000):
     return counts @ values / n
 
 
-def failures(suite, items, models, longest=600):
+def failures(suite, items, models):
     """What failed in a suite, by kind, for each model, with an example of each kind of the last."""
-    failed = {model: [item for item in items[model] if "failure" in item] for model in models}
-    lines = [f"## What failed in {suite}\n"] * any(failed.values())
+    lines = []
     for model in models:
-        kinds = Counter(item["failure"] for item in failed[model])
+        failed = [item for item in items[model] if "failure" in item]
+        kinds = [f"{kind} {n:,}" for kind, n in Counter(item["failure"] for item in failed).most_common()]
         if kinds:
-            lines.append(f"- {model}: " + ", ".join(f"{kind} {n:,}" for kind, n in kinds.most_common()))
-    examples = {item["failure"]: item for item in reversed(failed[models[-1]])}
-    for kind, item in examples.items():
+            lines.append(f"- {model}: {', '.join(kinds)}")
+    for kind, item in {item["failure"]: item for item in reversed(failed)}.items():
         asked = item["prompt"][0][-1]["content"] if "prompt" in item else item.get("question", "")
         gold = json.dumps(item.get("gold", ""), ensure_ascii=False)
-        shown = {"asked": asked[-longest:], "written": item.get("output", "")[:longest],
-                 "expected": gold[:longest]}
-        lines.append(f"\n{kind}, {item['id']}\n")
-        for name, text in shown.items():
-            lines[-1] += f"\n    {name}: " + text.replace("\n", "\n    ")
-    return "\n".join(lines) + "\n"
+        shown = f"\nasked: {asked[-600:]}\nwritten: {item.get('output', '')[:600]}\nexpected: {gold[:600]}"
+        lines.append(f"\n{kind}, {item['id']}\n" + shown.replace("\n", "\n    "))
+    heading = [f"## What failed in {suite}\n"] * bool(lines)
+    return "\n".join([*heading, *lines]) + "\n"
 
 
 def draw(results, models, paths, out, pyplot):
     """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training
     as curves.
     """
-    suites, logs = list(dict.fromkeys(r["suite"] for r in results)), {}
-    for model, path in zip(models, paths):
-        if (log := Path(path, "metrics.jsonl")).exists():
-            logs[model] = [json.loads(line) for line in log.read_text().splitlines()]
-    n = len(suites) + bool(logs)
+    suites = dict.fromkeys(r["suite"] for r in results)
+    logs = {model: log for model, path in zip(models, paths) if (log := read_metrics(Path(path)))}
+    n, width = len(suites) + bool(logs), 1 / (len(models) + 1)
     figure, axes = pyplot.subplots(n, 1, figsize=(12, 4 * n), layout="constrained", squeeze=False)
-    for axis, suite in zip(axes[:, 0], suites):
-        width = 1 / (len(models) + 1)
+    for axis, suite in zip(axes.flat, suites):
         for m, model in enumerate(models):
-            rows = [r for r in results if r["suite"] == suite and r["model"] == model]
-            score = np.array([r["score"] for r in rows])
-            reach = np.abs(np.array([[r["low"] for r in rows], [r["high"] for r in rows]]) - score)
-            axis.bar(np.arange(len(rows)) + m * width, score, width, yerr=reach, label=model)
+            rows = [r for r in results if (r["suite"], r["model"]) == (suite, model)]
+            score, *ends = np.array([[r[key] for r in rows] for key in ("score", "low", "high")])
+            axis.bar(np.arange(len(rows)) + m * width, score, width, yerr=np.abs(ends - score), label=model)
         axis.set_xticks(range(len(rows)), [r["metric"] for r in rows], rotation=20, ha="right", fontsize=8)
-        axis.set_ylim(bottom=0)
-        axis.set_title(suite)
-        axis.legend(fontsize=8)
+        axis.set(title=suite, ylim=(0, None))
     for c, (model, lines) in enumerate(logs.items()):
-        lines = [line for line in lines if "tokens" not in line]
         for style, domain in zip(("-", "--", ":", "-."), VALIDATED):
             key = f"loss/{domain}"
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes[-1, 0].plot(*zip(*points), style, color=f"C{c}", label=f"{model}, {domain}")
-    if logs:
         axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
-        axes[-1, 0].legend(fontsize=8)
+    for axis in axes.flat:
+        axis.legend(fontsize=8)
     figure.savefig(out / "report.png", dpi=100)
 
 
