@@ -756,8 +756,11 @@ class Constraint:
 
     def __init__(self, tokenizer, tools=(), schema=None):
         self.tokenizer, self.schema = tokenizer, schema
-        functions = [[tool["function"] for tool in row] for row in tools]
-        self.tools = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in functions]
+        self.scans = [partial(scan_answer, schema=schema)]  # of each row: what reads its answer
+        if schema is None:
+            functions = [[tool["function"] for tool in row] for row in tools]
+            known = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in functions]
+            self.scans = [partial(scan_calls, tools=row) for row in known]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
@@ -767,14 +770,8 @@ class Constraint:
                 continue
             if self.schema is None and start not in ids:
                 return token
-            if token == self.tokenizer.end_of_text:
-                continue
             text = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != end).decode("latin-1")
-            if self.schema is not None:
-                legal = may_become(partial(scan_answer, schema=self.schema), text, finished=token == end)
-            else:
-                legal = self.legal(text[text.index("<tool_call>"):], self.tools[row], finished=token == end)
-            if legal:
+            if token != self.tokenizer.end_of_text and may_become(self.scans[row], text, token == end):
                 return token
         return end
 
@@ -791,30 +788,27 @@ def latin1(text):
 
 def read_schema(schema):
     """A copy of a JSON Schema to compare texts with. A token may end within a character, so bytes are
-    compared, each written as one character (Latin-1). What "$ref" names stands in its place, so that a schema
-    may hold itself.
+    compared, each written as one character (Latin-1). What a "$ref" such as "#/$defs/name" names stands in
+    its place, so that a schema may hold itself.
     """
-    schema = json.loads(latin1(json.dumps(schema, ensure_ascii=False)))
-    holder, seen = [schema], set()
-    todo = [holder]
-    while todo:
-        node = todo.pop()
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            with contextlib.suppress(LookupError, TypeError):  # what is nowhere stays as it is
-                for _ in range(9):  # a name of a name; one of itself has no end
-                    value = node[key] = named_schema(value["$ref"], schema)
-            if isinstance(value, (dict, list)) and id(value) not in seen:
-                seen.add(id(value))
-                todo.append(value)
-    return holder[0]
+    references = []
 
+    def note(part):
+        if "$ref" in part:
+            references.append(part)
+        return part
 
-def named_schema(name, schema):
-    """The part of a schema that a "$ref" such as "#/$defs/name" names. Raises LookupError or TypeError."""
-    if not name.startswith("#"):
-        raise LookupError(name)
-    for part in name.split("/")[1:]:
-        schema = schema[part.replace("~1", "/").replace("~0", "~")]
+    schema = json.loads(latin1(json.dumps(schema, ensure_ascii=False)), object_hook=note)
+    whole = schema | {}
+    for part in references:
+        with contextlib.suppress(LookupError, TypeError, AttributeError):  # what is nowhere stays as it is
+            for _ in range(9):  # a name of a name; one of itself has no end
+                named = whole
+                for step in part["$ref"].removeprefix("#").split("/")[1:]:
+                    named = named[step.replace("~1", "/").replace("~0", "~")]
+                named = named | {}
+                part.clear()
+                part.update(named)
     return schema
 
 
@@ -822,117 +816,115 @@ class Incomplete(Exception):
     """The text ends where more is needed: so far it is legal."""
 
 
+END = "\uffff"  # stands after a text that is finished; no byte is written so
+
+
+def may_become(scan_all, text, finished):
+    """Whether a text is the beginning (or, if finished, the whole) of what a function reads up to END."""
+    try:
+        scan_all(text + END * finished)
+    except Incomplete:
+        return True
+    except (ValueError, RecursionError):  # brackets in brackets without end
+        return False
+    return True
+
+
 def scan(text, at, options):
     """The position after the longest of the options that stands at `at`. Raises Incomplete or ValueError."""
-    if any(o.startswith(text[at:]) and o != text[at:] for o in options):
+    rest = text[at:]
+    if any(o.startswith(rest) and o != rest for o in options):
         raise Incomplete
-    found = [o for o in options if text.startswith(o, at)]
+    found = [o for o in options if rest.startswith(o)]
     if not found:
         raise ValueError
     return at + len(max(found, key=len))
 
 
-def may_become(scan_all, text, finished):
-    """Whether a text is the beginning (or, if finished, the whole) of what a function reads."""
-    try:
-        scan_all(text)
-        return True
-    except Incomplete:
-        return not finished
-    except (ValueError, RecursionError):  # brackets in brackets without end
-        return False
-
-
 def scan_answer(text, schema):
     """Read a text that is one value. Raises Incomplete or ValueError."""
-    try:
-        end = scan_value(text, 0, schema)
-    except Incomplete:
-        with contextlib.suppress(Incomplete, ValueError):
-            if scan_value(text + " ", 0, schema) == len(text):  # a number, which may go on but need not
-                return
-        raise
-    if end != len(text):
-        raise ValueError
+    scan(text, scan_value(text, 0, schema), [END])
 
 
 def scan_calls(text, tools):
-    """Read a text that is one or more calls. Raises Incomplete or ValueError."""
-    at = scan_call(text, 0, tools)
-    while at < len(text):
-        at = scan_call(text, scan(text, at, ["\n"]), tools)
-
-
-def scan_call(text, at, tools):
-    """The position after the call at `at`: a tool's name, then its parameters, each at most once and all
-    required ones.
+    """Read a text from its first call on: one or more, each of a tool with its parameters. Raises Incomplete
+    or ValueError.
     """
-    start = scan(text, at, ['<tool_call>\n{"name": "'])
-    at = scan(text, start, [f'{name}", "arguments": {{' for name in tools])
-    name = next(n for n in tools if text.startswith(f'{n}", "arguments": {{', start))
-    return scan_members(text, at, tools[name] | {"additionalProperties": False}, "}}\n</tool_call>")
+    begin, end = '<tool_call>\n{"name": "', "}\n</tool_call>"
+    schemas = {f'{name}", "arguments": {{': schema | {"additionalProperties": False}
+               for name, schema in tools.items()}
+    at = scan(text, text.index("<tool_call>"), [begin])
+    while not text.endswith(END, 0, at):
+        after = scan(text, at, schemas)
+        after = scan_members(text, after, schemas[text[at:after]])
+        at = scan(text, after, [f"{end}\n{begin}", end + END])
 
 
-def scan_members(text, at, schema, end):
-    """The position after the members of an object, and its end, at `at`: each at most once and all required
-    ones; of other names only where the schema allows others, or states none.
+def scan_members(text, at, schema):
+    """The position after the members of an object, and its bracket, at `at`: each at most once and all
+    required ones; of other names only where the schema allows others, or states none.
     """
     required, properties = schema.get("required") or [], schema.get("properties") or {}
-    left = {name: {} for name in required} | properties
-    others, missing = schema.get("additionalProperties", not properties), set(required)
-    names, separator = set(), ""
+    known = {name: {} for name in required} | properties
+    others = schema.get("additionalProperties", not properties)
+    seen, separator = set(), ""
     while True:
-        ends = [] if missing else [end]
-        if others is False:
-            options = [f"{separator}{json.dumps(name, ensure_ascii=False)}" for name in left]
-            after = scan(text, at, options + ends)
-        else:
-            after = scan(text, at, [f'{separator}"', *ends])
-        if ends and text.startswith(end, at):
+        names = ['"'] if others is not False else [in_json(name) for name in known if name not in seen]
+        brackets = ["}"] if seen.issuperset(required) else []
+        after = scan(text, at, [separator + name for name in names] + brackets)
+        if text[after - 1] == "}":
             return after
         begin = at + len(separator)
-        if others is not False:
-            after = scan_value(text, begin, {"type": "string"})
+        after = scan_value(text, begin, {"type": "string"})
         name = json.loads(text[begin:after])
-        if name in names:
+        if name in seen:
             raise ValueError
-        names.add(name)
-        missing.discard(name)
-        at = scan_value(text, scan(text, after, [": "]), left.pop(name, others))
+        seen.add(name)
+        at = scan_value(text, scan(text, after, [": "]), known.get(name, others))
         separator = ", "
 
 
-INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
+def in_json(value):
+    """A value in JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f\uffff]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
 WHOLE = {
-    "integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"',
-    "boolean": "true|false", "null": "null"}
+    "integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"'}
 BEGUN = {  # what may go on
     "integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
-    "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?',
-    "boolean": "t|tr|tru|f|fa|fal|fals", "null": "n|nu|nul"}
+    "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
+FEW = {"boolean": [True, False], "null": [None]}  # types that have these values only
+SCHEMA_TYPES = (*WHOLE, *FEW, "array", "object")
 FIRST = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
 
 
 def scan_value(text, at, schema):
-    """The position after the JSON value at `at` that has the schema (or any, where it is True)."""
+    """The position after the JSON value at `at` that has the schema (or any, where it is True). Of one that
+    has any of several, it is the longest; it is Incomplete if one may go on.
+    """
     if schema is False:
         raise ValueError
-    schema = schema if isinstance(schema, dict) else {}
-    listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    choices = schema.get("anyOf") or schema.get("oneOf")
-    if schema.get("nullable"):
-        choices = [schema | {"nullable": False}, {"type": "null"}]
-    elif not choices and isinstance(schema.get("type"), list) and not listed:
-        choices = [schema | {"type": kind} for kind in schema["type"]]
-    if choices:
-        return scan_one_of(text, at, choices)
-    if listed:
-        return scan(text, at, [json.dumps(value, ensure_ascii=False) for value in listed])
     if at == len(text):
         raise Incomplete
-    kind = schema.get("type")
-    if kind not in (*WHOLE, "array", "object"):  # none is stated, or one that JSON does not have
+    schema = schema if isinstance(schema, dict) else {}
+    kind, choices = schema.get("type"), schema.get("anyOf") or schema.get("oneOf")
+    if schema.get("nullable"):
+        choices = [schema | {"nullable": False}, {"type": "null"}]
+    elif isinstance(kind, list):
+        choices = [schema | {"type": one} for one in kind]
+    if choices:
+        ends = []
+        for choice in choices:
+            with contextlib.suppress(ValueError):
+                ends.append(scan_value(text, at, choice))
+        return max(ends)  # a ValueError if there is none
+    if kind not in SCHEMA_TYPES:  # none is stated, or one that JSON does not have
         kind = FIRST.get(text[at], "number")
+    listed = [schema["const"]] if "const" in schema else schema.get("enum") or FEW.get(kind)
+    if listed:
+        return scan(text, at, [in_json(value) for value in listed])
     if kind in WHOLE:
         if re.compile(BEGUN[kind]).fullmatch(text, at):  # a number at the end of the text may go on, too
             raise Incomplete
@@ -941,7 +933,7 @@ def scan_value(text, at, schema):
             raise ValueError
         return whole.end()
     if kind == "object":
-        return scan_members(text, scan(text, at, ["{"]), schema, "}")
+        return scan_members(text, scan(text, at, ["{"]), schema)
     at = scan(text, at, ["["])
     if text.startswith("]", at):
         return at + 1
@@ -950,19 +942,6 @@ def scan_value(text, at, schema):
         at = scan(text, at, [", ", "]"])
         if text[at - 1] == "]":
             return at
-
-
-def scan_one_of(text, at, schemas):
-    """The position after the longest value at `at` that has one of the schemas. Raises Incomplete if one may
-    go on.
-    """
-    ends = []
-    for schema in schemas:
-        with contextlib.suppress(ValueError):
-            ends.append(scan_value(text, at, schema))
-    if not ends:
-        raise ValueError
-    return max(ends)
 
 
 # ------------------------------------------------------------------------------------------------------------
