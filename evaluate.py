@@ -80,7 +80,7 @@ from tqdm import tqdm
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, claim, definition, fail,
-                     read_values, run_main, source_apis, source_tool, unit_hash, visible)
+                     fits, read_values, run_main, source_apis, source_tool, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -2830,7 +2830,6 @@ FIELDS = {  # of a request: (type, lowest, highest, default, also for null); oth
     "top_logprobs": (int, 0, 20, 0),
     "parallel_tool_calls": (bool, False, True, True),
     "stream": (bool, False, True, False)}
-RANGES = {int: "an integer from {} to {}", float: "a number from {} to {}", bool: "true or false"}
 
 
 def serve(args):
@@ -2850,73 +2849,72 @@ def serve(args):
 
 
 class Row:
-    """An answer that the engine writes for a client. `events` gets what can be sent, as (text, scores), then
-    None.
+    """An answer that the engine writes for a client. `events` gets its tokens, each with its entry in
+    logprobs, if these are asked for, and None in the end; the client's thread makes the text of them.
     """
 
     def __init__(self, tokenizer, ids, options):
         self.tokenizer, self.ids, self.options, self.events = tokenizer, ids, options, queue.SimpleQueue()
         self.random = random.Random(None if options.seed is None else f"{options.seed}:0").random
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
-        self.text, self.sent, self.new, self.reason, self.error = options.begun, 0, [], None, None
-        # Of tokens: (id, log-probability, the likeliest, where its text begins).
-        self.scores, self.scores_sent = [], 0
+        self.new, self.reason, self.error = [], None, None  # the engine's
+        self.text, self.scores, self.stopped = options.begun, [], False  # scores: (place in the text, entry)
 
     def append_token(self, token, logits):
-        """Go on by a token, unless it, or the text that it ends, is a stop."""
-        o, at, stopped = self.options, len(self.text), token in self.options.stop_ids
-        if not stopped:
-            self.new.append(token)
-            if o.logprobs:
-                self.scores.append(score_token(logits, token, o.top_logprobs, at))
-        last = stopped or len(self.new) == o.limit
-        self.text += self.decoder.decode(b"" if stopped else self.tokenizer.token_bytes(token), last)
-        places = [self.text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
-        found = [place for place in places if place >= 0]
-        if found:
-            self.text = self.text[:min(found)]
-            self.scores = [score for score in self.scores if score[3] < len(self.text)]
-        if found or last:
-            self.finish("stop" if found or stopped else "length")
-        elif o.tools and o.single and self.text.endswith("</tool_call>") and parse_calls(self.text, 1):
-            self.finish("stop")
-        elif o.stream and (ready := self.ready()) > self.sent:
-            self.events.put((self.text[self.sent:ready], self.scores[self.scores_sent:]))
-            self.sent, self.scores_sent = ready, len(self.scores)
-
-    def ready(self):
-        """How much of the text can be sent: up to what may begin a stop, or begin a call or stand before
-        one.
-        """
-        end = len(self.text)
-        for mark in [*self.options.stop, *["<tool_call>"] * bool(self.options.tools)]:
-            begun = (n for n in range(len(mark) - 1, 0, -1) if self.text.endswith(mark[:n]))
-            end = min(end, len(self.text) - next(begun, 0))
-        if self.options.tools:
-            return len(self.text[:end].partition("<tool_call>")[0].rstrip("\n"))
-        return end
+        """Go on by a token, unless it is a stop."""
+        if token in self.options.stop_ids:
+            return self.finish("stop")
+        self.new.append(token)
+        self.events.put((token, self.options.logprobs and self.score(token, logits.log_softmax(-1))))
+        if len(self.new) == self.options.limit:
+            self.finish("length")
 
     def finish(self, reason, error=None):
         self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
         self.events.put(None)
 
+    def score(self, token, logprobs):
+        """The entry in logprobs of a token, with the likeliest ones."""
+        def entry(i):
+            data = self.tokenizer.token_bytes(i)
+            text = data.decode("utf-8", "replace")
+            return {"token": text, "logprob": logprobs[i].item(), "bytes": list(data)}
+
+        best = logprobs.topk(min(self.options.top_logprobs, len(logprobs))).indices.tolist()
+        return entry(token) | {"top_logprobs": [entry(i) for i in best]}
+
+    def read(self, events):
+        """Make the text of events, up to a stop or, where one call is asked for, its end. Yields how much can
+        be sent, as numbers of characters and scores: nothing that may still become a stop or a call, nor line
+        ends before one.
+        """
+        o = self.options
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+        held = max(map(len, [*o.stop, "<tool_call>" * bool(o.tools), "."])) - 1
+        for token, entry in events:
+            at = len(self.text)
+            self.scores.append((at, entry))
+            text = self.text + decoder.decode(self.tokenizer.token_bytes(token))
+            places = [text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
+            self.text = text[:min((place for place in places if place >= 0), default=None)]
+            whole = o.single and text.endswith("</tool_call>") and parse_calls(text, 1)
+            if whole or self.text != text:
+                self.stopped = True
+                return
+            head = text.partition("<tool_call>")[0] if o.tools else text
+            yield len(head[:max(0, len(text) - held)].rstrip("\n")), len(self.scores)
+        self.text += decoder.decode(b"", True)
+
     def result(self):
         """(content, calls, finish_reason) of a text that has ended."""
-        single = self.options.tools and self.options.single
+        single, reason = self.options.single, "stop" if self.stopped else self.reason
         calls = parse_calls(self.text, 1 if single else None) if self.options.tools else None
         if not calls:
-            return self.text, [], self.reason
+            return self.text, [], reason
         message = turn(Answer(self.text, calls))
-        calls = [call | {"id": f"call_{uuid.uuid4().hex}"} for call in message["tool_calls"]]
-        whole = single or self.reason == "stop"  # nothing after a single call is lost
-        return message["content"] or None, calls, "tool_calls" if whole else self.reason
-
-
-def score_token(logits, token, top, at):
-    """What Row.scores has, of a token that the logits (V,) gave."""
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(top, len(logprobs)))
-    return token, logprobs[token].item(), list(zip(best.indices.tolist(), best.values.tolist())), at
+        calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
+                 for i, call in enumerate(message["tool_calls"])]
+        # Nothing after a single call is lost.
+        return message["content"] or None, calls, "tool_calls" if single or reason == "stop" else reason
 
 
 class Engine:
@@ -2925,7 +2923,7 @@ class Engine:
     """
 
     def __init__(self, local, size):
-        self.local, self.size, self.waiting, self.closed = local, size, queue.SimpleQueue(), False
+        self.model, self.size, self.waiting, self.closed = local.model, size, queue.SimpleQueue(), False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -2935,10 +2933,10 @@ class Engine:
         self.thread.join()
 
     def run(self):
-        while True:
+        while not self.closed:
             rows = []
             try:
-                return self.go_on(transformer.Batch(self.local.model), rows)
+                self.go_on(transformer.Batch(self.model), rows)
             except Exception as error:  # out of memory, say: what was under way has failed, not the server
                 for row in rows:
                     if not row.reason:
@@ -2947,15 +2945,16 @@ class Engine:
     @torch.inference_mode()
     def go_on(self, batch, rows):
         """Continue rows (a list, which is changed) as they come."""
-        logits, at = None, 0
-        while not self.closed:
+        logits = None
+        for at in itertools.count():
             if at % 8 == 0 or all(row.reason for row in rows):
                 left = [i for i, row in enumerate(rows) if not row.reason]
                 if len(left) < len(rows):
                     batch.keep(left)
                     rows[:], logits = [rows[i] for i in left], logits[left]
                 while len(rows) < self.size and not (rows and self.waiting.empty()):
-                    if (row := self.waiting.get()) is None:
+                    row = self.waiting.get()
+                    if self.closed:
                         return
                     if not row.reason:  # else its client is gone
                         rows.append(row)
@@ -2974,70 +2973,58 @@ class Engine:
                         row.finish("error", error)
             if not all(row.reason for row in rows):
                 logits = batch.step(chosen)
-            at += 1
 
 
 class HTTPError(Exception):
-    """A request that is answered by an error: (status, its object in the API's form)."""
+    """A request that is answered by an error: (status, the answer)."""
 
 
 def require(ok, message, param=None, status=400, code=None):
     """Refuse a request if something is not as it should be."""
     if not ok:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        raise HTTPError(status, {"message": message, "type": kind, "param": param, "code": code})
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        raise HTTPError(status, {"error": error})
 
 
 class Api(BaseHTTPRequestHandler):
-    """A connection."""
+    """A connection, for one request: none stays open and idle."""
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that the other side may be silent while it is read or written to
+    error_content_type = "application/json"  # of what http.server itself refuses
+    error_message_format = ('{"error": {"message": "%(explain)s", "type": "invalid_request_error", '
+                            '"param": null, "code": null}}')
 
     def do_POST(self):
-        self.row = None  # what is being written for this request
-        try:
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client is gone
             try:
                 self.respond(self.path.partition("?")[0], self.read_body())
             except HTTPError as refused:
-                self.send_json(refused.args[0], {"error": refused.args[1]})
-        except OSError:  # the client is gone
-            self.close_connection = True
-        finally:
-            if self.row:
-                self.row.reason = self.row.reason or "abandoned"
+                self.send_json(*refused.args)
 
     do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
 
     def log_message(self, *args):
         pass
 
-    def send_error(self, code, message=None, explain=None):
-        """What http.server itself refuses."""
-        self.close_connection = True
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        self.send_json(code, {"error": error})
-
     def send_json(self, status, value):
-        data = json.dumps(value).encode()
-        self.send_head(status, {"Content-Type": "application/json", "Content-Length": len(data)})
-        self.wfile.write(data if self.command != "HEAD" else b"")
+        self.send_head(status, "application/json")
+        self.wfile.write(json.dumps(value).encode())
 
-    def send_head(self, status, headers):
+    def send_head(self, status, kind):
         self.send_response(status)
-        connection = "close" if self.close_connection else "keep-alive"
-        for name, value in (headers | {"Connection": connection}).items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Connection", "close")
         self.end_headers()
 
     def read_body(self):
         """The bytes that were sent."""
-        default = [""] if self.command == "POST" else ["0"]
-        length = ",".join(self.headers.get_all("Content-Length", default))
-        going, self.close_connection = self.close_connection, True
         # A page whose own name leads here, by DNS rebinding, has that name as its host.
         host = ",".join(self.headers.get_all("Host", []))
         require(re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host, re.I),
                 f"this answers on localhost, not as {short(host)}", status=403)
+        length = ",".join(self.headers.get_all("Content-Length", ["0"]))
         require(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers,
                 "one Content-Length is needed", status=411)
         length = int(length)
@@ -3045,7 +3032,6 @@ class Api(BaseHTTPRequestHandler):
             for _ in range(min(length, 16 * MAX_BODY) // 2**16):  # most clients send all before they read
                 self.rfile.read(2**16)
         require(length <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
-        self.close_connection = going
         return self.rfile.read(length)
 
     def respond(self, path, data):
@@ -3060,26 +3046,61 @@ class Api(BaseHTTPRequestHandler):
         require(self.headers.get_content_type() == "application/json",
                 "Content-Type must be application/json", status=415)
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            body = None
-        require(isinstance(body, dict), "the body is not a JSON object")
-        require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
-                "model", 404, "model_not_found")
-        self.row = row = read_chat(body, self.server.local)
+            row = read_chat(json.loads(data), self.server.local, names)
+        except UNREADABLE:
+            require(False, "the body is not a JSON object that can be read")
         self.server.engine.waiting.put(row)
-        head = {"id": f"chat-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
-                "model": names[0]}
-        if row.options.stream:
-            return self.stream(row, head)
-        for _ in self.watch(row):
-            pass
+        try:
+            self.answer(row, {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": names[0]})
+        finally:
+            row.reason = row.reason or "abandoned"
+
+    def answer(self, row, head):
+        """Send a row's answer, whole or, as a stream, in server-sent events: an object for each piece of the
+        text, then [DONE]. Calls are sent when they are whole.
+        """
+        stream, sent, shown, more = row.options.stream, 0, 0, {"role": "assistant"}
+        head["object"], key = ("chat.completion.chunk", "delta") if stream else ("chat.completion", "message")
+
+        def choice(content, more, scores=(), reason=None):
+            entries = [entry for _, entry in scores]
+            logprobs = {"content": entries, "refusal": None} if row.options.logprobs else None
+            message = {"content": content} | more
+            return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
+
+        def send(*choices, **more):
+            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
+
+        if stream:
+            self.send_head(200, "text/event-stream")
+            send(choice("", more))
+            more = {}
+        try:
+            for end, scored in row.read(self.watch(row)):
+                if stream and end > sent:
+                    send(choice(row.text[sent:end], {}, row.scores[shown:scored]))
+                    sent, shown = end, scored
+        except HTTPError as failed:
+            if not stream:
+                raise
+            return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())  # too late for a status
         content, calls, reason = row.result()
-        message = choice(row, "message", content, calls, row.scores, reason, role="assistant")
-        self.send_json(200, head | {"choices": [message], "usage": usage(row)})
+        scores = [score for score in row.scores[shown:] if not row.stopped or score[0] < len(row.text)]
+        if calls:
+            more["tool_calls"] = calls
+        last = choice(content and content[sent:], more, scores, reason)
+        prompt, completion = len(row.ids), len(row.scores)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion,
+                 "total_tokens": prompt + completion}
+        if not stream:
+            return self.send_json(200, head | {"choices": [last], "usage": usage})
+        send(last)
+        if row.options.include_usage:
+            send(usage=usage)
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def watch(self, row):
-        """Yields what the row puts out until it has ended or the client is gone."""
+        """Yields the row's events until it has ended or the client is gone."""
         while True:
             try:
                 event = row.events.get(timeout=1)
@@ -3093,103 +3114,119 @@ class Api(BaseHTTPRequestHandler):
                 return
             yield event
 
-    def stream(self, row, head):
-        """Server-sent events: a JSON object for each piece of the text, then [DONE]. Calls are sent when they
-        are whole.
-        """
-        counted = row.options.include_usage
-        head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if counted else {})
 
-        def send(*choices, **more):
-            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
-
-        self.close_connection = True
-        self.send_head(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        try:
-            send(choice(row, "delta", "", role="assistant"))
-            for text, scores in self.watch(row):
-                send(choice(row, "delta", text, scores=scores))
-            content, calls, reason = row.result()
-            rest, calls = (content or "")[row.sent:], [call | {"index": i} for i, call in enumerate(calls)]
-            send(choice(row, "delta", rest, calls, row.scores[row.scores_sent:], reason))
-            if counted:
-                send(usage=usage(row))
-            self.wfile.write(b"data: [DONE]\n\n")
-        except HTTPError as refused:  # too late for a status
-            self.wfile.write(f"data: {json.dumps({'error': refused.args[1]})}\n\n".encode())
-
-
-def read_chat(body, local):
+def read_chat(body, local, names):
     """The Row that a request asks for. Special tokens in messages are text. A call that must be made is
     begun, and kept within the tools' schemas.
     """
-    tokenizer, options = local.tokenizer, read_fields(body)
+    require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
+            "model", 404, "model_not_found")
+    tokenizer, options = local.tokenizer, SimpleNamespace()
+    for name, (kind, low, high, default) in FIELDS.items():
+        value = body.get(name)
+        require(value is None or type(value) in (int, kind) and low <= value <= high,
+                f"{name} must be {kind.__name__}, from {low} to {high}, not {short(value)}", name)
+        setattr(options, name, default if value is None else value)
     tools = read_list(body, "tools", read_tool, "a function with a name and a schema")
-    wanted = "a role with a text, or list of texts, as its content"
-    messages = read_list(body, "messages", read_message, wanted)
+    messages = read_list(body, "messages", read_message,
+                         "a role with a text, or list of texts, as its content")
     require(messages, "messages must be a list, and not empty", "messages")
-    stop, stop_ids = body.get("stop") or [], body.get("stop_token_ids") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    require(isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) for s in stop)
-            and all(0 < len(s) <= 1000 for s in stop),  # each token is compared with them
-            "stop must be a string or a list of at most 16 strings, of 1 to 1,000 characters", "stop")
-    require(isinstance(stop_ids, list) and all(type(i) is int for i in stop_ids),
-            "stop_token_ids must be a list of integers", "stop_token_ids")
-    called, chosen = tools, body.get("tool_choice") or "auto"
-    named = isinstance(chosen, dict)
-    if named:
-        function = chosen.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        called = [tool for tool in tools if tool["function"]["name"] == name]
-    forced = chosen not in ("auto", "none")
-    require(not forced or called and (named or chosen == "required"),
+    options.stop = read_list(body, "stop", read_stop, "a string of 1 to 1,000 characters", most=16)
+    stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
+    options.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
+    options.include_usage = (body.get("stream_options") or {}).get("include_usage") is True
+
+    chosen, schema = body.get("tool_choice") or "auto", read_format(body.get("response_format"))
+    named = [tool for tool in tools if isinstance(chosen, dict)
+             and chosen.get("function") == {"name": tool["function"]["name"]}]
+    called = tools if chosen == "required" else named
+    require(called or chosen in ("auto", "none"),
             f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
     options.tools = [] if chosen == "none" else tools
-    options.single = named or not options.parallel_tool_calls
-    options.stop, options.stop_ids = stop, {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
-    more = body.get("stream_options")
-    options.include_usage = isinstance(more, dict) and more.get("include_usage") is True
-    options.begun, options.choose, schema = "", None, read_format(body.get("response_format"))
+    options.single = bool(options.tools) and (bool(named) or not options.parallel_tool_calls)
     require(schema is None or not options.tools, "response_format does not go with tools", "response_format")
-    ids = tokenizer.render(messages, options.tools, answer=True)[0]
-    if schema is not None:
-        options.choose = partial(Constraint(tokenizer, schema=schema), 0)
-    if forced:
-        start, constraint = tokenizer.special["<tool_call>"], Constraint(tokenizer, [called])
-        ids += [start]
-        options.begun = "<tool_call>"
-        options.choose = lambda new, logits: constraint(0, [start, *new], logits)
-    context = local.model.config.max_seq_len
+    begun = [tokenizer.special["<tool_call>"]] * bool(called)
+    options.begun, options.choose = tokenizer.decode(begun), None
+    if called or schema is not None:
+        constraint = Constraint(tokenizer, [called], schema)
+        options.choose = lambda new, logits: constraint(0, begun + new, logits)
+
+    ids, context = tokenizer.render(messages, options.tools, answer=True)[0], local.model.config.max_seq_len
+    ids += begun
     require(len(ids) <= context, f"a prompt of {len(ids)} tokens exceeds the context length of {context}",
             "messages", code="context_length_exceeded")
     options.limit = min(options.max_completion_tokens or options.max_tokens, context - len(ids) + 1)
     return Row(tokenizer, ids, options)
 
 
-def read_fields(body):
-    """The values that a request has for FIELDS."""
-    found = SimpleNamespace()
-    for name, (kind, low, high, default) in FIELDS.items():
-        value = body.get(name)
-        require(value is None or type(value) in (int, kind) and low <= value <= high,
-                f"{name} must be {RANGES[kind].format(low, high)}, not {short(value)}", name)
-        setattr(found, name, default if value is None else value)
+def read_list(body, name, read, wanted, most=10**6):
+    """What `read` makes of each value of a list in a request, or of one string instead. Where it raises one
+    of UNREADABLE, the value is not what is wanted.
+    """
+    values, found = body.get(name) or [], []
+    values = [values] if isinstance(values, str) else values
+    require(isinstance(values, list) and len(values) <= most, f"{name} must be a list of at most {most}", name)
+    for n, value in enumerate(values):
+        try:
+            found.append(read(value))
+        except UNREADABLE:
+            require(False, f"{name}[{n}] is not {wanted}: {short(value)}", name)
     return found
 
 
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
-               "$schema", "$id", "$comment", "$defs", "definitions"}
-KEYWORDS = {  # of the schema of an answer: whether decoding keeps to a value; others are refused
-    "type": lambda value: all(kind in (*WHOLE, "array", "object")
-                              for kind in (value if isinstance(value, list) else [value])),
-    "properties": lambda value: isinstance(value, dict),
-    "required": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    "additionalProperties": lambda value: isinstance(value, (dict, bool)),
-    "items": lambda value: isinstance(value, (dict, bool)),
-    "anyOf": lambda value: isinstance(value, list) and len(value) > 0,
-    "enum": lambda value: isinstance(value, list) and len(value) > 0,
-    "const": lambda value: True,
-    "nullable": lambda value: isinstance(value, bool)}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+
+
+def read_message(message):
+    """A message of a chat, with its content as a string."""
+    role, content, calls = ROLES[message["role"]], message.get("content"), message.get("tool_calls") or []
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    if content or role != "assistant":
+        string(content)
+    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
+    return {"role": role, "content": content, "tool_calls": [{"function": call} for call in calls]}
+
+
+def read_tool(tool):
+    """A tool of a chat, with parameters."""
+    f = tool["function"]
+    f["parameters"] = f.get("parameters") or {}
+    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
+    string(f["name"])
+    string(f.get("description") or "")
+    schemas = all(isinstance(schema, dict) for schema in properties.values())
+    if not schemas or not set(required) <= properties.keys():
+        raise ValueError
+    return tool
+
+
+def read_stop(value):
+    """A string that ends an answer. It is short, as each token is compared with it."""
+    if not 0 < len(string(value)) <= 1000:
+        raise ValueError
+    return value
+
+
+def string(value):
+    """A value that must be a string. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def short(value):
+    """The beginning of a value, for a message."""
+    return json.dumps(value)[:100]
+
+
+ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment $defs "
+                  "definitions".split())
+KEYWORDS = {  # of the schema of an answer, each with the schema of its value; others are refused
+    "type": {"anyOf": [{"enum": SCHEMA_TYPES}, {"type": "array", "items": {"enum": SCHEMA_TYPES}}]},
+    "properties": {"type": "object"}, "required": {"type": "array", "items": {"type": "string"}},
+    "additionalProperties": {"type": ["object", "boolean"]}, "items": {"type": ["object", "boolean"]},
+    "anyOf": {"type": "array"}, "enum": {"type": "array"}, "const": {}, "nullable": {"type": "boolean"}}
 
 
 def read_format(value):
@@ -3203,12 +3240,9 @@ def read_format(value):
     given = value.get("json_schema")
     given = given.get("schema") if isinstance(given, dict) else None
     require(isinstance(given, dict), f"{where} has no object as its json_schema.schema", where)
-    try:
-        size = len(json.dumps(given))
-        require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
-        schema = read_schema(given)
-    except RecursionError:
-        require(False, f"{where} has a schema that is too deep", where)
+    size = len(json.dumps(given))
+    require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
+    schema = read_schema(given)
     wrong = unsupported(schema)
     require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
     return schema
@@ -3224,87 +3258,16 @@ def unsupported(schema):
         seen.add(id(node))
         if not isinstance(node, dict):
             return short(node)
-        stated = node.keys() - ANNOTATIONS
-        for key in sorted(stated):
-            if key not in KEYWORDS or not KEYWORDS[key](node[key]):
+        stated = sorted(node.keys() - ANNOTATIONS)
+        for key in stated:
+            empty = key != "required" and node[key] == []
+            if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
                 return key
         if "anyOf" in stated and len(stated) > 1:
-            return "anyOf beside " + min(stated - {"anyOf"})
+            return f"anyOf beside {stated[stated[0] == 'anyOf']}"
         todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
                  node.get("items", True), node.get("additionalProperties", True)]
     return None
-
-
-def read_list(body, name, read, wanted):
-    """What `read` makes of each value of a list in a request. Where it raises one of UNREADABLE, the value is
-    not what is wanted.
-    """
-    values, found = body.get(name) or [], []
-    require(isinstance(values, list), f"{name} must be a list", name)
-    for n, value in enumerate(values):
-        try:
-            found.append(read(value))
-        except UNREADABLE:
-            require(False, f"{name}[{n}] is not {wanted}: {short(value)}", name)
-    return found
-
-
-def string(value):
-    """A value that must be a string. Raises TypeError."""
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def read_message(message):
-    """A message of a chat, with its content as a string."""
-    role, content, calls = message["role"], message.get("content"), message.get("tool_calls") or []
-    if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise ValueError
-    if isinstance(content, list) and all(part["type"] == "text" for part in content):
-        content = "\n".join(part["text"] for part in content)
-    if content or role != "assistant":
-        string(content)
-    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
-    return {"role": "system" if role == "developer" else role, "content": content,
-            "tool_calls": [{"function": call} for call in calls]}
-
-
-def read_tool(tool):
-    """A tool of a chat, with parameters."""
-    f = tool["function"]
-    f["parameters"] = f.get("parameters") or {}
-    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
-    string(f["name"])
-    string(f.get("description") or "")
-    if not all(isinstance(schema, dict) for schema in properties.values()):
-        raise ValueError
-    if not set(required) <= properties.keys():
-        raise ValueError
-    return tool
-
-
-def short(value):
-    """The beginning of a value, for a message."""
-    return json.dumps(value)[:100]
-
-
-def usage(row):
-    """The tokens that a request's prompt has, and those that were written."""
-    prompt, completion = len(row.ids), len(row.new)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def choice(row, key, content, calls=(), scores=(), reason=None, **role):
-    """The choice of a chat completion, as its message, or what is new of one, as its delta."""
-    def entry(token, value):
-        data = row.tokenizer.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
-
-    message = role | {"content": content} | ({"tool_calls": calls} if calls else {})
-    shown = [entry(i, v) | {"top_logprobs": [entry(*pair) for pair in best]} for i, v, best, _ in scores]
-    logprobs = {"content": shown, "refusal": None} if row.options.logprobs else None
-    return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
 
 
 if __name__ == "__main__":
