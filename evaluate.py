@@ -2849,24 +2849,41 @@ def serve(args):
 
 
 class Row:
-    """An answer that the engine writes for a client. `events` gets its tokens, each with its entry in
-    logprobs, if these are asked for, and None in the end; the client's thread makes the text of them.
+    """An answer that the engine writes for a client. `events` gets how much of a stream can be sent, as
+    numbers of characters and scores, and None in the end.
     """
 
     def __init__(self, tokenizer, ids, options):
         self.tokenizer, self.ids, self.options, self.events = tokenizer, ids, options, queue.SimpleQueue()
         self.random = random.Random(None if options.seed is None else f"{options.seed}:0").random
-        self.new, self.reason, self.error = [], None, None  # the engine's
-        self.text, self.scores, self.stopped = options.begun, [], False  # scores: (place in the text, entry)
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+        self.text, self.new, self.reason, self.error = options.begun, [], None, None
+        self.scores = []  # of tokens: (where its text begins, its entry in logprobs)
 
     def append_token(self, token, logits):
-        """Go on by a token, unless it is a stop."""
-        if token in self.options.stop_ids:
-            return self.finish("stop")
-        self.new.append(token)
-        self.events.put((token, self.options.logprobs and self.score(token, logits.log_softmax(-1))))
-        if len(self.new) == self.options.limit:
+        """Go on by a token, up to a stop or, where one call is asked for, its end. Nothing is sent that may
+        still become a stop or a call, nor line ends before one.
+        """
+        o, at, data = self.options, len(self.text), b""
+        stopped = token in o.stop_ids
+        if not stopped:
+            data = self.tokenizer.token_bytes(token)
+            self.new.append(token)
+            if o.logprobs:
+                self.scores.append((at, self.score(token, logits.log_softmax(-1))))
+        last = stopped or len(self.new) == o.limit
+        text = self.text + self.decoder.decode(data, last)
+        places = [text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
+        self.text = text[:min((place for place in places if place >= 0), default=None)]
+        single = o.tools and o.single and text.endswith("</tool_call>") and parse_calls(text, 1)
+        if stopped or single or self.text != text:
+            self.finish("stop")
+        elif last:
             self.finish("length")
+        elif o.stream:
+            head = text.partition("<tool_call>")[0] if o.tools else text
+            held = max(map(len, [*o.stop, "<tool_call>" if o.tools else "."])) - 1
+            self.events.put((len(head[:max(0, len(text) - held)].rstrip("\n")), len(self.scores)))
 
     def finish(self, reason, error=None):
         self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
@@ -2882,31 +2899,9 @@ class Row:
         best = logprobs.topk(min(self.options.top_logprobs, len(logprobs))).indices.tolist()
         return entry(token) | {"top_logprobs": [entry(i) for i in best]}
 
-    def read(self, events):
-        """Make the text of events, up to a stop or, where one call is asked for, its end. Yields how much can
-        be sent, as numbers of characters and scores: nothing that may still become a stop or a call, nor line
-        ends before one.
-        """
-        o = self.options
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
-        held = max(map(len, [*o.stop, "<tool_call>" * bool(o.tools), "."])) - 1
-        for token, entry in events:
-            at = len(self.text)
-            self.scores.append((at, entry))
-            text = self.text + decoder.decode(self.tokenizer.token_bytes(token))
-            places = [text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
-            self.text = text[:min((place for place in places if place >= 0), default=None)]
-            whole = o.single and text.endswith("</tool_call>") and parse_calls(text, 1)
-            if whole or self.text != text:
-                self.stopped = True
-                return
-            head = text.partition("<tool_call>")[0] if o.tools else text
-            yield len(head[:max(0, len(text) - held)].rstrip("\n")), len(self.scores)
-        self.text += decoder.decode(b"", True)
-
     def result(self):
         """(content, calls, finish_reason) of a text that has ended."""
-        single, reason = self.options.single, "stop" if self.stopped else self.reason
+        single, reason = self.options.single, self.reason
         calls = parse_calls(self.text, 1 if single else None) if self.options.tools else None
         if not calls:
             return self.text, [], reason
@@ -3076,7 +3071,7 @@ class Api(BaseHTTPRequestHandler):
             send(choice("", more))
             more = {}
         try:
-            for end, scored in row.read(self.watch(row)):
+            for end, scored in self.watch(row):
                 if stream and end > sent:
                     send(choice(row.text[sent:end], {}, row.scores[shown:scored]))
                     sent, shown = end, scored
@@ -3085,11 +3080,11 @@ class Api(BaseHTTPRequestHandler):
                 raise
             return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())  # too late for a status
         content, calls, reason = row.result()
-        scores = [score for score in row.scores[shown:] if not row.stopped or score[0] < len(row.text)]
+        scores = [score for score in row.scores[shown:] if score[0] < len(row.text)]  # of what is sent
         if calls:
             more["tool_calls"] = calls
         last = choice(content and content[sent:], more, scores, reason)
-        prompt, completion = len(row.ids), len(row.scores)
+        prompt, completion = len(row.ids), len(row.new)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                  "total_tokens": prompt + completion}
         if not stream:
