@@ -75,12 +75,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
-from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, claim, definition, fail,
-                     fits, read_values, run_main, source_apis, source_tool, unit_hash, visible)
+from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
+                     definition, fail, fits, read_values, run_main, source_apis, source_tool, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -486,16 +487,17 @@ def open_model(path, corpus, args):
 
 
 def name_model(path, paths):
-    """What a model is called in tables: the last part of its path, if no other's is the same."""
+    """What a model is called in tables: the last part of its path, if no other's is the same. A password in
+    a URL is left out.
+    """
     def safe(text):
-        return re.sub(r"[^\w.-]+", "_", text)
+        return re.sub(r"[^\w.-]+", "_", re.sub("//[^/]*@", "//", text))
 
     def last(path):
-        if "#" in path:
-            return safe(path.rpartition("#")[2])
-        return safe(path.partition("://")[2] or Path(path).resolve().name)
+        name = re.sub(".*(#|://([^/]*@)?)", "", path)
+        return safe(name if name != path else Path(path).resolve().name)
 
-    return last(path) if sum(last(path) == last(p) for p in paths) == 1 else safe(path)
+    return last(path) if [last(p) for p in paths].count(last(path)) == 1 else safe(path)
 
 
 class Local:
@@ -567,9 +569,7 @@ class Local:
         fit = sorted((ids for ids in wanted if len(ids) <= longest), key=len)  # little padding
         for at in range(0, len(fit), self.args.batch_size):
             rows = fit[at:at + self.args.batch_size]
-            ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
-            for row, tokens in zip(ids, rows):
-                row[:len(tokens)] = torch.tensor(tokens)
+            ids = pad_sequence([torch.tensor(tokens) for tokens in rows], batch_first=True)
             for x, tokens in zip(self.model.hidden(ids.to(self.args.device)), rows):  # (T, C)
                 for i, continuation in wanted[tokens]:
                     logits = self.model.lm_head(x[len(tokens) - len(continuation):len(tokens)]).float()
@@ -597,13 +597,13 @@ class Endpoint:
     backoff = 1.0              # seconds between the first two, then doubled
 
     def __init__(self, url, args):
-        self.workers = args.parallel
-        self.limit, self.options = "max_tokens", {"temperature": 0}
-        self.url, _, self.name = url.partition("#")
+        self.workers, self.limit, self.options = args.parallel, "max_tokens", {"temperature": 0}
+        self.url, self.name = canonical(url), url.partition("#")[2]
         try:
             self.name = self.name or self.ask("models")["data"][0]["id"]
         except (OSError, LookupError, TypeError) as error:
-            fail(f"--model {url}: {why_failed(error, 'it lists no model, URL#NAME names one')}")
+            reason = why_failed(error, "it lists no model, URL#NAME names one")
+            fail(f"--model {self.url or url}: {reason}")
         self.identity = [self.url, self.name]
 
     def reply(self, requests, max_tokens, constrained=False):
@@ -614,7 +614,8 @@ class Endpoint:
         """The Answer to a chat. One that fails after all tries has its `error`."""
         names = {allowed(tool)["function"]["name"]: tool["function"]["name"] for tool in tools or []}
         body = {"model": self.name, "messages": for_servers(messages), "seed": 0}
-        body |= {"tools": [allowed(tool) for tool in tools]} if tools else {}
+        if tools:
+            body["tools"] = [allowed(tool) for tool in tools]
         try:
             choice = self.complete(body, max_tokens)["choices"][0]
             text = choice["message"].get("content") or ""
@@ -635,37 +636,19 @@ class Endpoint:
         try:
             return self.ask("chat/completions", body | options | {limit: max_tokens})
         except OSError as error:
-            said = str(error)
-            if limit == "max_tokens" and "max_completion_tokens" in said:
+            if limit == "max_tokens" and "max_completion_tokens" in str(error):
                 self.limit = "max_completion_tokens"
-            elif options and "temperature" in said:
+            elif options and "temperature" in str(error):
                 self.options = {}
             else:
                 raise
             return self.complete(body, max_tokens)
 
     def ask(self, path, body=None):
-        """The JSON object in the server's answer. Raises OSError with the reason if there is none after all
-        tries.
-        """
-        key, page = os.environ.get("OPENAI_API_KEY", "").strip(), None
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        """The server's answer. Raises OSError with the reason if there is none after all tries."""
         backoff = self.backoff * random.uniform(0.5, 1.5)  # what failed together shall not return together
-        web = Web(None, True, rate=1e9, timeout=self.timeout, max_bytes=2**26, retries=self.tries - 1,
-                  backoff=backoff)
-        try:
-            page = web.persist(f"{self.url.rstrip('/')}/{path}", headers, body and json.dumps(body).encode())
-            answer = json.loads(page.body)
-            if page.status == 200:
-                return answer
-            said = str(answer["error"]["message"])[:300]
-        except WebError as error:
-            raise OSError(error) from None
-        except (ValueError, LookupError, TypeError, RecursionError):  # whose text may show the key
-            said = "no JSON that says more"
-        if not page:
-            raise OSError("not asked, for a fault in the URL or in OPENAI_API_KEY")
-        raise OSError(f"status {page.status}: {said.replace(key, '***') if key else said}")
+        url = f"{self.url.rstrip('/')}/{path}"
+        return ask_endpoint(url, body, self.timeout, self.tries - 1, backoff)
 
 
 def why_failed(error, otherwise):
@@ -698,14 +681,13 @@ def for_servers(messages):
 def hermes_call(name, arguments):
     """A call, whose arguments are JSON or an object, as Tokenizer.render writes it."""
     if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    arguments = arguments.replace("<tool_call>", r"\u003ctool_call>")
-    arguments = arguments.replace("</tool_call>", r"\u003c/tool_call>")
-    call = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+        arguments = in_json(arguments)
+    call = f'{{"name": {in_json(name)}, "arguments": ' + arguments + "}"
+    call = re.sub("<(/?tool_call>)", r"\\u003c\1", call)
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
-SPACE = re.compile(r"\s*")
+BEGIN_CALL, END_CALL = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 
 
 def parse_calls(output, most=None):
@@ -718,17 +700,14 @@ def parse_calls(output, most=None):
     ([], None)
     """
     output, calls, at = without_thoughts(output), [], 0
-    while len(calls) != most and (start := output.find("<tool_call>", at)) >= 0:
+    while len(calls) != most and (tag := BEGIN_CALL.search(output, at)):
         try:  # JSON says where it ends: its strings may hold the tags
-            begin = SPACE.match(output, start + len("<tool_call>")).end()
-            call, end = json.JSONDecoder().raw_decode(output, begin)
+            call, end = json.JSONDecoder().raw_decode(output, tag.end())
             name, arguments = call["name"], call["arguments"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            at = END_CALL.match(output, end).end()
+        except UNREADABLE:
             return None
-        at = SPACE.match(output, end).end()
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        if not output.startswith("</tool_call>", at):
             return None
         calls.append((name, arguments))
     return calls
@@ -738,11 +717,9 @@ def without_thoughts(output):
     """An answer without what stands between <think> and </think>, which is neither a call nor words for the
     user.
     """
-    parts, at = [], 0
-    while (start := output.find("<think>", at)) >= 0 and (end := output.find("</think>", start)) >= 0:
-        parts.append(output[at:start])
-        at = end + len("</think>")
-    return "".join([*parts, output[at:]])
+    *thoughts, rest = output.split("</think>")
+    before = [part.partition("<think>")[0] if "<think>" in part else f"{part}</think>" for part in thoughts]
+    return "".join([*before, rest])
 
 
 # ------------------------------------------------------------------------------------------------------------
