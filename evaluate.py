@@ -2237,6 +2237,7 @@ or, as the last line, `Act: answer(the answer)` or `Act: finish`.""",
 # processes and of memory, together and each; of every file system; of the time and the output of one script.
 
 PROCESSES, MEMORY, DISK, OUTPUT = 64, 1 << 30, 128 << 20, 32 << 20  # all but the first in bytes
+CHUNK = 1 << 16  # bytes of output that are read at once
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --hostname linux --new-session
     --die-with-parent --clearenv --setenv PATH {PATHS} --setenv HOME /root --setenv LANG C.UTF-8
@@ -2295,29 +2296,28 @@ class Sandbox:
     """
 
     def __init__(self):
-        self.ended, pipes, options = None, (), {}
+        self.ended, options = None, {}
         calls, commands, results = seccomp_filter(), os.pipe(), os.pipe()
         inside = [calls, commands[0], results[1]]
         command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
                    str(commands[0]), str(results[1])]
-        if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
+        root = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+        if root:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
-            base, pipes = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), [*os.pipe(), *os.pipe()]
-            limits = ["prlimit", f"--nproc={PROCESSES}"]
-            descriptors = ["--info-fd", str(pipes[1]), "--userns-block-fd", str(pipes[2])]
-            command = [*limits, "bwrap", *descriptors, *command[1:]]
+            base, info, go = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), os.pipe(), os.pipe()
+            command[:1] = ["prlimit", f"--nproc={PROCESSES}", "bwrap", "--info-fd", str(info[1]),
+                           "--userns-block-fd", str(go[0])]
+            inside += [info[1], go[0]]
             options = {"user": base, "group": base, "extra_groups": []}
         # A process in the sandbox can read the environment that is given here.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, cwd="/", bufsize=0, env={"PATH": PATHS},
-                                        pass_fds=[*inside, *pipes[1:3]], **options)
+                                        pass_fds=inside, **options)
         for descriptor in inside:
             os.close(descriptor)
-        if pipes:  # bwrap says its child's number, and waits until that has its users
-            os.close(pipes[1])
-            os.close(pipes[2])
-            with open(pipes[0], "rb") as info, open(pipes[3], "wb") as go:
+        if root:  # bwrap says its child's number, and waits until that has its users
+            with open(info[0], "rb") as info, open(go[1], "wb") as go:
                 if said := info.read():
                     for kind in ("uid_map", "gid_map"):
                         Path(f"/proc/{json.loads(said)['child-pid']}/{kind}").write_text(f"0 {base} 65536")
@@ -2334,7 +2334,7 @@ class Sandbox:
 
     def watch(self):
         while self.process.poll() is None:
-            if sum(map(resident, processes(self.process.pid))) > MEMORY:
+            if sum(state_of(pid)[1] for pid in processes(self.process.pid)) > MEMORY:
                 self.close("it took too much memory")
             time.sleep(0.2)
 
@@ -2355,9 +2355,10 @@ class Sandbox:
         # reads on.
         text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
         todo = text.replace("\0", "").encode("utf-8", "replace")
-        output, size, deadline = b"", 0, time.monotonic() + seconds
+        found = re.compile(rf"{mark} (\d+) {mark}\n".encode())
+        output, deadline = bytearray(), time.monotonic() + seconds
         inp, out = (file.fileno() for file in shell or self.shell)
-        while not (end := re.search(rf"{mark} (\d+) {mark}\n".encode(), output)):
+        while not (end := found.search(output, max(0, len(output) - 2 * CHUNK))):
             poll, left = select.poll(), deadline - time.monotonic()
             poll.register(out, select.POLLIN)
             if todo:
@@ -2368,18 +2369,17 @@ class Sandbox:
                     todo = todo[os.write(inp, todo[:4096]):]
                 except OSError:  # nobody reads it any more
                     todo = b""
-            chunk = os.read(out, 1 << 16) if out in ready else b""
-            size += len(chunk)
-            output = (output if len(output) < 1 << 17 else output[:1 << 16] + output[-1024:]) + chunk
-            if left <= 0 or size > OUTPUT or out in ready and not chunk:
-                if left <= 0:
-                    why = "its time was up"
-                elif chunk:
-                    why = "it put out too much"
-                else:
-                    why = f"it ended {output[-300:].decode(errors='replace')}"
-                self.close(why.strip())
-                raise SandboxEnded(self.ended)
+            chunk = os.read(out, CHUNK) if out in ready else None
+            output += chunk or b""
+            if left <= 0:
+                self.close("its time was up")
+            elif len(output) > OUTPUT:
+                self.close("it put out too much")
+            elif chunk == b"":
+                self.close(f"it ended {output[-300:].decode(errors='replace')}".strip())
+            else:
+                continue
+            raise SandboxEnded(self.ended)
         return int(end[1]), output[:end.start()].decode(errors="replace")
 
     def run_apart(self, script, *arguments):
@@ -2401,7 +2401,7 @@ class Sandbox:
             for pid in others:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-            if not any(map(is_running, others)):
+            if all(state_of(pid)[0] in "TtZXD" for pid in others):  # stopped, dead, or waiting in the kernel
                 break
             time.sleep(0.01)
         else:
@@ -2473,11 +2473,7 @@ def seccomp_filter():
 
 def processes(pid):
     """The numbers of a process and all beneath it."""
-    found, todo = set(), [pid]
-    while todo:
-        found.add(pid := todo.pop())
-        todo += children(pid)
-    return found
+    return {pid}.union(*map(processes, children(pid)))
 
 
 def children(pid):
@@ -2488,18 +2484,12 @@ def children(pid):
     return []
 
 
-def resident(pid):
-    """Bytes of memory that a process holds; none if it has gone."""
+def state_of(pid):
+    """(the letter of its state, bytes of memory that it holds) of a process."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def is_running(pid):
-    """Whether a process may go on: it is not stopped, dead, or waiting in the kernel."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TtZXD"
-    return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    return "X", 0
 
 
 # ------------------------------------------------------------------------------------------------------------
