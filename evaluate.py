@@ -81,7 +81,8 @@ from tqdm import tqdm
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
-                     definition, fail, fits, read_values, run_main, source_apis, source_tool, unit_hash, visible)
+                     definition, fail, fits, read_values, run_main, source_apis, source_tool, unit_hash,
+                     visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -735,9 +736,9 @@ class Constraint:
         self.tokenizer, self.schema = tokenizer, schema
         self.scans = [partial(scan_answer, schema=schema)]  # of each row: what reads its answer
         if schema is None:
-            functions = [[tool["function"] for tool in row] for row in tools]
-            known = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in functions]
-            self.scans = [partial(scan_calls, tools=row) for row in known]
+            rows = [[tool["function"] for tool in row] for row in tools]
+            rows = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in rows]
+            self.scans = [partial(scan_calls, tools=row) for row in rows]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
@@ -2301,7 +2302,8 @@ class Sandbox:
         inside = [calls, commands[0], results[1]]
         command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
                    str(commands[0]), str(results[1])]
-        root = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
+        users = Path("/proc/self/uid_map").read_text().split()
+        root = os.geteuid() == 0 and users == ["0", "0", "4294967295"]
         if root:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
@@ -2459,15 +2461,24 @@ def seccomp_filter():
     if platform.machine() not in MACHINES:
         raise OSError(f"the numbers of system calls are not known for {platform.machine()}")
     architecture, refused = MACHINES[platform.machine()]
-    load, equal, at_least, end, refuse, allow = 0x20, 0x15, 0x35, 0x06, 0x00050001, 0x7FFF0000
-    # Each step: (code, steps to skip if so, if not, value).
-    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, refuse),
-             (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]
+    program = f"""
+        20 0 0 4                  load the architecture
+        15 1 0 {architecture:x}   skip a step if it is this machine's
+        06 0 0 50001              refuse
+        20 0 0 0                  load the call's number
+        35 0 1 40000000           skip a step if it is none of x32's
+        06 0 0 50001"""
     for number in refused:
-        steps += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+        program += f"""
+        15 0 1 {number:x}         skip a step if it is not this number
+        06 0 0 50001"""
+    program += """
+        06 0 0 7fff0000           allow"""
+    # Each step: code, steps to skip if so, if not, value.
+    steps = [[int(number, 16) for number in line.split()[:4]] for line in program.splitlines()[1:]]
     reader, writer = os.pipe()
     with open(writer, "wb") as file:
-        file.write(b"".join(struct.pack("HBBI", *step) for step in [*steps, (end, 0, 0, allow)]))
+        file.write(b"".join(struct.pack("HBBI", *step) for step in steps))
     return reader
 
 
@@ -2752,11 +2763,10 @@ def show_answer(args):
     except ValueError as error:  # it does not fit
         fail(error)
     print(visible(local.tokenizer.decode(prompt)), end="")
-    pieces = [visible(local.tokenizer.decode([i])) for i in ids]
-    print("".join(coloured(piece, n, True) for n, piece in enumerate(pieces)))
+    print(*(coloured(visible(local.tokenizer.decode([i])), n, True) for n, i in enumerate(ids)), sep="")
     calls = parse_calls(local.tokenizer.decode(ids))
-    found = show(calls) or ["none" if calls == [] else "none that can be read"]
-    print(visible("\n".join(["", "calls, not made:", *found])))
+    found = show(calls) or ["none that can be read" if calls is None else "none"]
+    print("\ncalls, not made:", *map(visible, found), sep="\n")
 
 
 def read_tools(path):
@@ -3012,8 +3022,9 @@ class Api(BaseHTTPRequestHandler):
         except UNREADABLE:
             require(False, "the body is not a JSON object that can be read")
         self.server.engine.waiting.put(row)
+        head = {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": names[0]}
         try:
-            self.answer(row, {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": names[0]})
+            self.answer(row, head)
         finally:
             row.reason = row.reason or "abandoned"
 
@@ -3045,7 +3056,8 @@ class Api(BaseHTTPRequestHandler):
         except HTTPError as failed:
             if not stream:
                 raise
-            return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())  # too late for a status
+            # It is too late for a status.
+            return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())
         content, calls, reason = row.result()
         scores = [score for score in row.scores[shown:] if score[0] < len(row.text)]  # of what is sent
         if calls:
@@ -3127,7 +3139,8 @@ def read_list(body, name, read, wanted, most=10**6):
     """
     values, found = body.get(name) or [], []
     values = [values] if isinstance(values, str) else values
-    require(isinstance(values, list) and len(values) <= most, f"{name} must be a list of at most {most}", name)
+    require(isinstance(values, list) and len(values) <= most,
+            f"{name} must be a list of at most {most:,}", name)
     for n, value in enumerate(values):
         try:
             found.append(read(value))
@@ -3182,8 +3195,8 @@ def short(value):
     return json.dumps(value)[:100]
 
 
-ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment $defs "
-                  "definitions".split())
+ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment "
+                  "$defs definitions".split())
 KEYWORDS = {  # of the schema of an answer, each with the schema of its value; others are refused
     "type": {"anyOf": [{"enum": SCHEMA_TYPES}, {"type": "array", "items": {"enum": SCHEMA_TYPES}}]},
     "properties": {"type": "object"}, "required": {"type": "array", "items": {"type": "string"}},
