@@ -81,8 +81,8 @@ from tqdm import tqdm
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
-                     definition, fail, fits, read_values, run_main, source_apis, source_tool, unit_hash,
-                     visible)
+                     definition, fail, fits, mapping, read_values, run_main, source_apis, source_tool,
+                     unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional
 
 VERDICTS = ("right", "wrong", "abstained", "unparseable", "error")
@@ -480,7 +480,7 @@ def open_model(path, corpus, args):
     if not re.match("https?://", path):
         return Local(path, corpus, args)
     local = {"--constrained": args.constrained, "--suite heldout": corpus,
-             "--suite mmlu": "mmlu" in args.suite}
+             "--suite mmlu": "mmlu" in args.suite, "--ask": args.ask is not None}
     for flag, given in local.items():
         if given:
             fail(f"--model {path}: {flag} needs a checkpoint directory")
@@ -2284,7 +2284,7 @@ exec setpriv --inh-caps -all --bounding-set {CAPABILITIES} bash -c 'while :; do 
 MACHINES = {"x86_64": (0xC000003E, (29, 319, 447)), "aarch64": (0xC00000B7, (194, 279, 447))}
 PROGRAMS = [Path(place) for place in ("bin", "sbin", "local/bin", "local/sbin")]  # below /usr
 LINKS = ("bin", "sbin", "lib", "lib64")  # to their namesakes there
-LOADED = ("etc", "etc/alternatives", "etc/ld.so.cache", "etc/ld.so.preload")  # what a program is found by
+LOADED = ("/etc", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.preload")  # what a program is found by
 
 
 class SandboxEnded(Exception):
@@ -2417,17 +2417,20 @@ class Sandbox:
         """Whether programs or libraries are not what they are on the host, or others come before them. New
         programs are allowed, and whatever /usr/share and the like have besides.
         """
-        root, upper = Path(f"/proc/{self.main}/root"), Path(f"/proc/{self.first}/root/mnt/upper")
-        pairs = [(root / path, Path("/", path)) for path in LOADED]
-        pairs += [(root / path.relative_to("/"), path) for path in Path("/etc/alternatives").glob("*")]
+        def inside(path):
+            return Path(f"/proc/{self.main}/root{path}")
+
+        upper = Path(f"/proc/{self.first}/root/mnt/upper")
+        same = [*map(Path, LOADED), *Path("/etc/alternatives").glob("*")]
+        pairs = [(inside(path), path) for path in same]
         for folder, directories, files in os.walk(upper):
             for path in (Path(folder, name) for name in directories + files):
                 if path.is_symlink() or not path.is_dir():
                     pairs += [(path, original) for original in originals(path.relative_to(upper))]
         programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
         try:
-            return not (all(is_kept(root / path.relative_to("/"), path) for path in programs)
-                        and all(os.readlink(root / name) == f"usr/{name}" for name in LINKS)
+            return not (all(is_kept(inside(path), path) for path in programs)
+                        and all(os.readlink(inside(f"/{name}")) == f"usr/{name}" for name in LINKS)
                         and all(content(path) == content(original) for path, original in pairs))
         except OSError:
             return True
@@ -2754,9 +2757,7 @@ def draw(results, models, paths, out, pyplot):
 def show_answer(args):
     """Print the prompt as the model sees it, what it writes, token by token in two shades, and its calls."""
     path, tools = args.model[0] if args.model else f"{args.out}/ours", read_tools(args.tools)
-    if re.match("https?://", path):
-        fail(f"--model {path}: --ask needs a checkpoint directory")
-    local = Local(path, None, args)
+    local = open_model(path, None, args)
     prompt = local.tokenizer.render([chat_message("user", args.ask)], tools, answer=True)[0]
     try:
         [ids] = local.generate([prompt], [tools], args.max_tokens or 1024, args.constrained)
@@ -3108,11 +3109,10 @@ def read_chat(body, local, names):
     options.stop = read_list(body, "stop", read_stop, "a string of 1 to 1,000 characters", most=16)
     stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
     options.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
-    options.include_usage = (body.get("stream_options") or {}).get("include_usage") is True
+    options.include_usage = mapping(body, "stream_options").get("include_usage") is True
 
     chosen, schema = body.get("tool_choice") or "auto", read_format(body.get("response_format"))
-    named = [tool for tool in tools if isinstance(chosen, dict)
-             and chosen.get("function") == {"name": tool["function"]["name"]}]
+    named = [tool for tool in tools if mapping(chosen, "function") == {"name": tool["function"]["name"]}]
     called = tools if chosen == "required" else named
     require(called or chosen in ("auto", "none"),
             f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
@@ -3207,13 +3207,12 @@ KEYWORDS = {  # of the schema of an answer, each with the schema of its value; o
 def read_format(value):
     """The schema that a request's response_format has; None if an answer is a text."""
     where = "response_format"
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = mapping(value).get("type")
     require(value is None or kind in ("text", "json_object", "json_schema"),
             f"{where} must have the type text, json_object or json_schema, not {short(value)}", where)
     if kind != "json_schema":
         return {"type": "object"} if kind == "json_object" else None
-    given = value.get("json_schema")
-    given = given.get("schema") if isinstance(given, dict) else None
+    given = mapping(value, "json_schema").get("schema")
     require(isinstance(given, dict), f"{where} has no object as its json_schema.schema", where)
     size = len(json.dumps(given))
     require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
