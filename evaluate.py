@@ -875,7 +875,6 @@ BEGUN = {  # what may go on
     "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
 FEW = {"boolean": [True, False], "null": [None]}  # types that have these values only
 SCHEMA_TYPES = (*WHOLE, *FEW, "array", "object")
-FIRST = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
 
 
 def scan_value(text, at, schema):
@@ -890,16 +889,15 @@ def scan_value(text, at, schema):
     kind, choices = schema.get("type"), schema.get("anyOf") or schema.get("oneOf")
     if schema.get("nullable"):
         choices = [schema | {"nullable": False}, {"type": "null"}]
-    elif isinstance(kind, list):
-        choices = [schema | {"type": one} for one in kind]
+    elif kind not in SCHEMA_TYPES and not choices:  # several, none, or one that JSON does not have
+        several = kind if kind and isinstance(kind, list) else SCHEMA_TYPES
+        choices = [schema | {"type": one} for one in several]
     if choices:
         ends = []
         for choice in choices:
             with contextlib.suppress(ValueError):
                 ends.append(scan_value(text, at, choice))
         return max(ends)  # a ValueError if there is none
-    if kind not in SCHEMA_TYPES:  # none is stated, or one that JSON does not have
-        kind = FIRST.get(text[at], "number")
     listed = [schema["const"]] if "const" in schema else schema.get("enum") or FEW.get(kind)
     if listed:
         return scan(text, at, [in_json(value) for value in listed])
