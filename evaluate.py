@@ -2916,8 +2916,8 @@ class Engine:
     @torch.inference_mode()
     def go_on(self, batch, rows):
         """Continue rows (a list, which is changed) as they come."""
-        logits = None
-        for at in itertools.count():
+        logits, at = None, 0
+        while not self.closed:
             if at % 8 == 0 or all(row.reason for row in rows):
                 left = [i for i, row in enumerate(rows) if not row.reason]
                 if len(left) < len(rows):
@@ -2925,7 +2925,7 @@ class Engine:
                     rows[:], logits = [rows[i] for i in left], logits[left]
                 while len(rows) < self.size and not (rows and self.waiting.empty()):
                     row = self.waiting.get()
-                    if self.closed:
+                    if row is None:
                         return
                     if not row.reason:  # else its client is gone
                         rows.append(row)
@@ -2944,6 +2944,7 @@ class Engine:
                         row.finish("error", error)
             if not all(row.reason for row in rows):
                 logits = batch.step(chosen)
+            at += 1
 
 
 class HTTPError(Exception):
