@@ -6249,7 +6249,7 @@ def llm_synthesise(apis, args):
     """What the model writes about each API, as Records and rejections, in the order of the APIs. Takes a few
     at a time.
     """
-    apis, endpoint = iter(apis), Endpoint(args)
+    apis, endpoint = iter(apis), Synthesizer(args)
     with ThreadPoolExecutor(args.llm_parallel) as pool:
         while batch := list(itertools.islice(apis, 8 * args.llm_parallel)):
             for found in pool.map(lambda api: [api] if "reason" in api else ask_about(api, endpoint), batch):
@@ -6342,26 +6342,22 @@ def fits(value, schema):
     )
 
 
-class Endpoint:
-    """A server of chat completions, with its answers so far on disk and a budget. Threads may share it."""
+class Synthesizer:
+    """The language model behind --llm-url, with its answers so far on disk and a budget. Threads may share
+    it.
+    """
 
     def __init__(self, args):
         self.args, self.paid, self.failures = args, [], 0
-        self.url = canonical(args.llm_url.rstrip("/") + "/chat/completions")
-        self.web = Web(args.llm_cache, True, 1e9, args.llm_timeout, 2**20, LLM_RETRIES, LLM_BACKOFF)
         args.llm_cache.mkdir(parents=True, exist_ok=True)
 
     def complete(self, prompt):
         """The model's answer to a prompt, from disk or else from the server. Raises OSError with the reason
         if there is none.
         """
-        args, key = self.args, os.environ.get("OPENAI_API_KEY", "").strip()
-        body = {
-            "model": args.llm_model,
-            "messages": [chat_message("user", prompt)],
-            "temperature": 0,
-            "max_tokens": 2048,
-        }
+        args = self.args
+        body = {"model": args.llm_model, "messages": [chat_message("user", prompt)], "temperature": 0,
+                "max_tokens": 2048}
         path = args.llm_cache / f"{hashlib.sha256(json.dumps(body).encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError):  # not there, or spoilt
             return json.loads(path.read_text(encoding="utf-8"))
@@ -6369,34 +6365,44 @@ class Endpoint:
             raise OSError(
                 f"not asked: the budget of tokens is spent, or {LLM_FAILURES} requests failed in a row"
             )
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        page = None
+        url = args.llm_url.rstrip("/") + "/chat/completions"
         try:
-            page = self.web.persist(self.url, headers, json.dumps(body).encode())
-            answer = json.loads(page.body)
-            text, tokens = answer["choices"][0]["message"]["content"] or "", mapping(
-                mapping(answer).get("usage")
-            ).get("total_tokens")
-            self.paid.append(
-                tokens if type(tokens) is int and tokens > 0 else len(prompt + text) // 4
-            )  # or a guess
-        except (
-            ValueError,
-            TypeError,
-            LookupError,
-            RecursionError,
-        ) as error:  # of others than WebError the text may show the key
+            answer = ask_endpoint(url, body, args.llm_timeout, LLM_RETRIES, LLM_BACKOFF)
+            text = answer["choices"][0]["message"]["content"] or ""
+            tokens = mapping(answer.get("usage")).get("total_tokens")
+            guess = len(prompt + text) // 4
+            self.paid.append(tokens if type(tokens) is int and tokens > 0 else guess)
+        except (OSError, TypeError, LookupError, AttributeError) as error:
             self.failures += 1
-            reason = (
-                str(error)
-                if isinstance(error, WebError)
-                else f"status {page.status}" if page else type(error).__name__
-            )
-            raise OSError(f"endpoint: {reason}: no chat completion") from None
+            reason = error if isinstance(error, OSError) else "not a chat completion"
+            raise OSError(f"endpoint: {reason}") from None
         self.failures = 0
         with writing(path) as file:
             json.dump(text, file)
         return text
+
+
+def ask_endpoint(url, body, timeout, retries, backoff):
+    """The JSON value that a server of OpenAI's API answers, to a POST if there is a body. Raises OSError with
+    the reason if there is none after all tries; the key in OPENAI_API_KEY is not in it.
+    """
+    key, page, url = os.environ.get("OPENAI_API_KEY", "").strip(), None, canonical(url)
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    web = Web(None, True, rate=1e9, timeout=timeout, max_bytes=2**26, retries=retries, backoff=backoff)
+    try:
+        page = url and web.persist(url, headers, body and json.dumps(body).encode())
+        answer = json.loads(page.body)
+        if page.status == 200:
+            return answer
+        said = str(answer["error"]["message"])
+    except WebError as error:
+        raise OSError(error) from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # its text may show the key
+        said = "no JSON that says more"
+    if not page:
+        raise OSError("not asked, for a fault in the URL or in OPENAI_API_KEY")
+    said = said.replace(key, "***") if key else said
+    raise OSError(f"status {page.status}: {said[:300]}")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -26,8 +26,7 @@ Suites
   bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the
                  package bfcl-eval is installed
   agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds an item
-  api-bank       API-Bank's calls, by exact match of name and arguments, which is stricter than its own
-                 execution
+  api-bank       API-Bank's calls, by exact match of name and arguments; its own execution is less strict
   mmlu           multiple choice by likelihood, for what is kept of general ability
 
 Likelihoods (heldout, mmlu) need a checkpoint directory. Each model is compared with the first by a paired
@@ -75,12 +74,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, read_json, sha256, write
-from collect import (TYPE_NAMES, HelpFormatter, Record, Web, WebError, chat_message, claim, definition, fail,
-                     fingerprint, read_values, run_main, source_apis, source_tool, unit_hash, visible)
+from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
+                     definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
+                     source_tool, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
 
 VERDICTS = "right wrong abstained unparseable error".split()
@@ -89,9 +90,7 @@ HELDOUT = "loss choice next calls calls-constrained".split()  # what the suite h
 
 
 def suites():
-    """{name: function of the options (and of the corpus, for those of HELDOUT) that gives its items}. An item
-    is (id, function that begins its episode).
-    """
+    """{name: function of the corpus, for those of HELDOUT, and the options, that gives (id, episode) items}"""
     return {
         "loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
         "calls-constrained": partial(heldout_calls, most=300),
@@ -475,7 +474,7 @@ def open_model(path, corpus, args):
     if not re.match("https?://", path):
         return Local(path, corpus, args)
     local = {"--constrained": args.constrained, "--suite heldout": corpus,
-             "--suite mmlu": "mmlu" in args.suite}
+             "--suite mmlu": "mmlu" in args.suite, "--ask": args.ask is not None}
     for flag, given in local.items():
         if given:
             fail(f"--model {path}: {flag} needs a checkpoint directory")
@@ -483,16 +482,17 @@ def open_model(path, corpus, args):
 
 
 def name_model(path, paths):
-    """What a model is called in tables: the last part of its path, if no other's is the same."""
+    """What a model is called in tables: the last part of its path, if no other's is the same. A password in
+    a URL is left out.
+    """
     def safe(text):
-        return re.sub(r"[^\w.-]+", "_", text)
+        return re.sub(r"[^\w.-]+", "_", re.sub("//[^/]*@", "//", text))
 
     def last(path):
-        if "#" in path:
-            return safe(path.rpartition("#")[2])
-        return safe(path.partition("://")[2] or Path(path).resolve().name)
+        name = re.sub(".*(#|://([^/]*@)?)", "", path)
+        return safe(name if name != path else Path(path).resolve().name)
 
-    return last(path) if sum(last(path) == last(p) for p in paths) == 1 else safe(path)
+    return last(path) if [last(p) for p in paths].count(last(path)) == 1 else safe(path)
 
 
 class Local:
@@ -564,9 +564,7 @@ class Local:
         fit = sorted((ids for ids in wanted if len(ids) <= longest), key=len)  # little padding
         for at in range(0, len(fit), self.args.batch_size):
             rows = fit[at:at + self.args.batch_size]
-            ids = torch.zeros(len(rows), len(rows[-1]), dtype=torch.long)
-            for row, tokens in zip(ids, rows):
-                row[:len(tokens)] = torch.tensor(tokens)
+            ids = pad_sequence([torch.tensor(tokens) for tokens in rows], batch_first=True)
             for x, tokens in zip(self.model.hidden(ids.to(self.args.device)), rows):  # (T, C)
                 for i, continuation in wanted[tokens]:
                     logits = self.model.lm_head(x[len(tokens) - len(continuation):len(tokens)]).float()
@@ -594,13 +592,13 @@ class Endpoint:
     backoff = 1.0              # seconds between the first two, then doubled
 
     def __init__(self, url, args):
-        self.workers = args.parallel
-        self.limit, self.options = "max_tokens", {"temperature": 0}
-        self.url, _, self.name = url.partition("#")
+        self.workers, self.limit, self.options = args.parallel, "max_tokens", {"temperature": 0}
+        self.url, self.name = canonical(url), url.partition("#")[2]
         try:
             self.name = self.name or self.ask("models")["data"][0]["id"]
         except (OSError, LookupError, TypeError) as error:
-            fail(f"--model {url}: {why_failed(error, 'it lists no model, URL#NAME names one')}")
+            reason = why_failed(error, "it lists no model, URL#NAME names one")
+            fail(f"--model {self.url or url}: {reason}")
         self.identity = [self.url, self.name]
 
     def reply(self, requests, max_tokens, constrained=False):
@@ -611,7 +609,8 @@ class Endpoint:
         """The Answer to a chat. One that fails after all tries has its `error`."""
         names = {allowed(tool)["function"]["name"]: tool["function"]["name"] for tool in tools or []}
         body = {"model": self.name, "messages": for_servers(messages), "seed": 0}
-        body |= {"tools": [allowed(tool) for tool in tools]} if tools else {}
+        if tools:
+            body["tools"] = [allowed(tool) for tool in tools]
         try:
             choice = self.complete(body, max_tokens)["choices"][0]
             text = choice["message"].get("content") or ""
@@ -632,37 +631,19 @@ class Endpoint:
         try:
             return self.ask("chat/completions", body | options | {limit: max_tokens})
         except OSError as error:
-            said = str(error)
-            if limit == "max_tokens" and "max_completion_tokens" in said:
+            if limit == "max_tokens" and "max_completion_tokens" in str(error):
                 self.limit = "max_completion_tokens"
-            elif options and "temperature" in said:
+            elif options and "temperature" in str(error):
                 self.options = {}
             else:
                 raise
             return self.complete(body, max_tokens)
 
     def ask(self, path, body=None):
-        """The JSON object in the server's answer. Raises OSError with the reason if there is none after all
-        tries.
-        """
-        key, page = os.environ.get("OPENAI_API_KEY", "").strip(), None
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        """The server's answer. Raises OSError with the reason if there is none after all tries."""
         backoff = self.backoff * random.uniform(0.5, 1.5)  # what failed together shall not return together
-        web = Web(None, True, rate=1e9, timeout=self.timeout, max_bytes=2**26, retries=self.tries - 1,
-                  backoff=backoff)
-        try:
-            page = web.persist(f"{self.url.rstrip('/')}/{path}", headers, body and json.dumps(body).encode())
-            answer = json.loads(page.body)
-            if page.status == 200:
-                return answer
-            said = str(answer["error"]["message"])[:300]
-        except WebError as error:
-            raise OSError(error) from None
-        except (ValueError, LookupError, TypeError, RecursionError):  # whose text may show the key
-            said = "no JSON that says more"
-        if not page:
-            raise OSError("not asked, for a fault in the URL or in OPENAI_API_KEY")
-        raise OSError(f"status {page.status}: {said.replace(key, '***') if key else said}")
+        url = f"{self.url.rstrip('/')}/{path}"
+        return ask_endpoint(url, body, self.timeout, self.tries - 1, backoff)
 
 
 def why_failed(error, otherwise):
@@ -695,14 +676,13 @@ def for_servers(messages):
 def hermes_call(name, arguments):
     """A call, whose arguments are JSON or an object, as Tokenizer.render writes it."""
     if isinstance(arguments, dict):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    arguments = arguments.replace("<tool_call>", r"\u003ctool_call>")
-    arguments = arguments.replace("</tool_call>", r"\u003c/tool_call>")
-    call = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": {arguments}}}'
+        arguments = in_json(arguments)
+    call = f'{{"name": {in_json(name)}, "arguments": ' + arguments + "}"
+    call = re.sub("<(/?tool_call>)", r"\\u003c\1", call)
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
-SPACE = re.compile(r"\s*")
+BEGIN_CALL, END_CALL = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 
 
 def parse_calls(output, most=None):
@@ -715,17 +695,14 @@ def parse_calls(output, most=None):
     ([], None)
     """
     output, calls, at = without_thoughts(output), [], 0
-    while len(calls) != most and (start := output.find("<tool_call>", at)) >= 0:
+    while len(calls) != most and (tag := BEGIN_CALL.search(output, at)):
         try:  # JSON says where it ends: its strings may hold the tags
-            begin = SPACE.match(output, start + len("<tool_call>")).end()
-            call, end = json.JSONDecoder().raw_decode(output, begin)
+            call, end = json.JSONDecoder().raw_decode(output, tag.end())
             name, arguments = call["name"], call["arguments"]
-        except (ValueError, TypeError, KeyError, RecursionError):
+            at = END_CALL.match(output, end).end()
+        except UNREADABLE:
             return None
-        at = SPACE.match(output, end).end()
         if not isinstance(name, str) or not isinstance(arguments, dict):
-            return None
-        if not output.startswith("</tool_call>", at):
             return None
         calls.append((name, arguments))
     return calls
@@ -735,11 +712,9 @@ def without_thoughts(output):
     """An answer without what stands between <think> and </think>, which is neither a call nor words for the
     user.
     """
-    parts, at = [], 0
-    while (start := output.find("<think>", at)) >= 0 and (end := output.find("</think>", start)) >= 0:
-        parts.append(output[at:start])
-        at = end + len("</think>")
-    return "".join([*parts, output[at:]])
+    *thoughts, rest = output.split("</think>")
+    before = [part.partition("<think>")[0] if "<think>" in part else f"{part}</think>" for part in thoughts]
+    return "".join([*before, rest])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -753,8 +728,11 @@ class Constraint:
 
     def __init__(self, tokenizer, tools=(), schema=None):
         self.tokenizer, self.schema = tokenizer, schema
-        functions = [[tool["function"] for tool in row] for row in tools]
-        self.tools = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in functions]
+        self.scans = [partial(scan_answer, schema=schema)]  # of each row: what reads its answer
+        if schema is None:
+            rows = [[tool["function"] for tool in row] for row in tools]
+            rows = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in rows]
+            self.scans = [partial(scan_calls, tools=row) for row in rows]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
@@ -764,14 +742,8 @@ class Constraint:
                 continue
             if self.schema is None and start not in ids:
                 return token
-            if token == self.tokenizer.end_of_text:
-                continue
             text = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != end).decode("latin-1")
-            if self.schema is not None:
-                legal = may_become(partial(scan_answer, schema=self.schema), text, finished=token == end)
-            else:
-                legal = self.legal(text[text.index("<tool_call>"):], self.tools[row], finished=token == end)
-            if legal:
+            if token != self.tokenizer.end_of_text and may_become(self.scans[row], text, token == end):
                 return token
         return end
 
@@ -788,30 +760,27 @@ def latin1(text):
 
 def read_schema(schema):
     """A copy of a JSON Schema to compare texts with. A token may end within a character, so bytes are
-    compared, each written as one character (Latin-1). What "$ref" names stands in its place, so that a schema
-    may hold itself.
+    compared, each written as one character (Latin-1). What a "$ref" such as "#/$defs/name" names stands in
+    its place, so that a schema may hold itself.
     """
-    schema = json.loads(latin1(json.dumps(schema, ensure_ascii=False)))
-    holder, seen = [schema], set()
-    todo = [holder]
-    while todo:
-        node = todo.pop()
-        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
-            with contextlib.suppress(LookupError, TypeError):  # what is nowhere stays as it is
-                for _ in range(9):  # a name of a name; one of itself has no end
-                    value = node[key] = named_schema(value["$ref"], schema)
-            if isinstance(value, (dict, list)) and id(value) not in seen:
-                seen.add(id(value))
-                todo.append(value)
-    return holder[0]
+    references = []
 
+    def note(part):
+        if "$ref" in part:
+            references.append(part)
+        return part
 
-def named_schema(name, schema):
-    """The part of a schema that a "$ref" such as "#/$defs/name" names. Raises LookupError or TypeError."""
-    if not name.startswith("#"):
-        raise LookupError(name)
-    for part in name.split("/")[1:]:
-        schema = schema[part.replace("~1", "/").replace("~0", "~")]
+    schema = json.loads(latin1(json.dumps(schema, ensure_ascii=False)), object_hook=note)
+    whole = schema | {}
+    for part in references:
+        with contextlib.suppress(LookupError, TypeError, AttributeError):  # what is nowhere stays as it is
+            for _ in range(9):  # a name of a name; one of itself has no end
+                named = whole
+                for step in part["$ref"].removeprefix("#").split("/")[1:]:
+                    named = named[step.replace("~1", "/").replace("~0", "~")]
+                named = named | {}
+                part.clear()
+                part.update(named)
     return schema
 
 
@@ -819,117 +788,113 @@ class Incomplete(Exception):
     """The text ends where more is needed: so far it is legal."""
 
 
+END = "\uffff"  # stands after a text that is finished; no byte is written so
+
+
+def may_become(scan_all, text, finished):
+    """Whether a text is the beginning (or, if finished, the whole) of what a function reads up to END."""
+    try:
+        scan_all(text + END * finished)
+    except Incomplete:
+        return True
+    except (ValueError, RecursionError):  # brackets in brackets without end
+        return False
+    return True
+
+
 def scan(text, at, options):
     """The position after the longest of the options that stands at `at`. Raises Incomplete or ValueError."""
-    if any(o.startswith(text[at:]) and o != text[at:] for o in options):
+    rest = text[at:]
+    if any(o.startswith(rest) and o != rest for o in options):
         raise Incomplete
-    found = [o for o in options if text.startswith(o, at)]
+    found = [o for o in options if rest.startswith(o)]
     if not found:
         raise ValueError
     return at + len(max(found, key=len))
 
 
-def may_become(scan_all, text, finished):
-    """Whether a text is the beginning (or, if finished, the whole) of what a function reads."""
-    try:
-        scan_all(text)
-        return True
-    except Incomplete:
-        return not finished
-    except (ValueError, RecursionError):  # brackets in brackets without end
-        return False
-
-
 def scan_answer(text, schema):
     """Read a text that is one value. Raises Incomplete or ValueError."""
-    try:
-        end = scan_value(text, 0, schema)
-    except Incomplete:
-        with contextlib.suppress(Incomplete, ValueError):
-            if scan_value(text + " ", 0, schema) == len(text):  # a number, which may go on but need not
-                return
-        raise
-    if end != len(text):
-        raise ValueError
+    scan(text, scan_value(text, 0, schema), [END])
 
 
 def scan_calls(text, tools):
-    """Read a text that is one or more calls. Raises Incomplete or ValueError."""
-    at = scan_call(text, 0, tools)
-    while at < len(text):
-        at = scan_call(text, scan(text, at, ["\n"]), tools)
-
-
-def scan_call(text, at, tools):
-    """The position after the call at `at`: a tool's name, then its parameters, each at most once and all
-    required ones.
+    """Read a text from its first call on: one or more, each of a tool with its parameters. Raises Incomplete
+    or ValueError.
     """
-    start = scan(text, at, ['<tool_call>\n{"name": "'])
-    at = scan(text, start, [f'{name}", "arguments": {{' for name in tools])
-    name = next(n for n in tools if text.startswith(f'{n}", "arguments": {{', start))
-    return scan_members(text, at, tools[name] | {"additionalProperties": False}, "}}\n</tool_call>")
+    begin, end = '<tool_call>\n{"name": "', "}\n</tool_call>"
+    schemas = {f'{name}", "arguments": {{': schema | {"additionalProperties": False}
+               for name, schema in tools.items()}
+    at = scan(text, text.index("<tool_call>"), [begin])
+    while not text.endswith(END, 0, at):
+        after = scan(text, at, schemas)
+        after = scan_members(text, after, schemas[text[at:after]])
+        at = scan(text, after, [f"{end}\n{begin}", end + END])
 
 
-def scan_members(text, at, schema, end):
-    """The position after the members of an object, and its end, at `at`: each at most once and all required
-    ones; of other names only where the schema allows others, or states none.
+def scan_members(text, at, schema):
+    """The position after the members of an object, and its bracket, at `at`: each at most once and all
+    required ones; of other names only where the schema allows others, or states none.
     """
     required, properties = schema.get("required") or [], schema.get("properties") or {}
-    left = {name: {} for name in required} | properties
-    others, missing = schema.get("additionalProperties", not properties), set(required)
-    names, separator = set(), ""
+    known = {name: {} for name in required} | properties
+    others = schema.get("additionalProperties", not properties)
+    seen, separator = set(), ""
     while True:
-        ends = [] if missing else [end]
-        if others is False:
-            options = [f"{separator}{json.dumps(name, ensure_ascii=False)}" for name in left]
-            after = scan(text, at, options + ends)
-        else:
-            after = scan(text, at, [f'{separator}"', *ends])
-        if ends and text.startswith(end, at):
+        names = ['"'] if others is not False else [in_json(name) for name in known if name not in seen]
+        brackets = ["}"] if seen.issuperset(required) else []
+        after = scan(text, at, [separator + name for name in names] + brackets)
+        if text[after - 1] == "}":
             return after
         begin = at + len(separator)
-        if others is not False:
-            after = scan_value(text, begin, {"type": "string"})
+        after = scan_value(text, begin, {"type": "string"})
         name = json.loads(text[begin:after])
-        if name in names:
+        if name in seen:
             raise ValueError
-        names.add(name)
-        missing.discard(name)
-        at = scan_value(text, scan(text, after, [": "]), left.pop(name, others))
+        seen.add(name)
+        at = scan_value(text, scan(text, after, [": "]), known.get(name, others))
         separator = ", "
 
 
-INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
+def in_json(value):
+    """A value in JSON."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f\uffff]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
 WHOLE = {
-    "integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"',
-    "boolean": "true|false", "null": "null"}
+    "integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"'}
 BEGUN = {  # what may go on
     "integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
-    "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?',
-    "boolean": "t|tr|tru|f|fa|fal|fals", "null": "n|nu|nul"}
-FIRST = {"{": "object", "[": "array", '"': "string", "t": "boolean", "f": "boolean", "n": "null"}
+    "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
+FEW = {"boolean": [True, False], "null": [None]}  # types that have these values only
+SCHEMA_TYPES = (*WHOLE, *FEW, "array", "object")
 
 
 def scan_value(text, at, schema):
-    """The position after the JSON value at `at` that has the schema (or any, where it is True)."""
+    """The position after the JSON value at `at` that has the schema (or any, where it is True). Of one that
+    has any of several, it is the longest; it is Incomplete if one may go on.
+    """
     if schema is False:
         raise ValueError
-    schema = schema if isinstance(schema, dict) else {}
-    listed = [schema["const"]] if "const" in schema else schema.get("enum")
-    choices = schema.get("anyOf") or schema.get("oneOf")
-    if schema.get("nullable"):
-        choices = [schema | {"nullable": False}, {"type": "null"}]
-    elif not choices and isinstance(schema.get("type"), list) and not listed:
-        choices = [schema | {"type": kind} for kind in schema["type"]]
-    if choices:
-        return scan_one_of(text, at, choices)
-    if listed:
-        return scan(text, at, [json.dumps(value, ensure_ascii=False) for value in listed])
     if at == len(text):
         raise Incomplete
-    kind = schema.get("type")
-    if kind not in (*WHOLE, "array", "object"):  # none is stated, or one that JSON does not have
-        kind = FIRST.get(text[at], "number")
+    schema = schema if isinstance(schema, dict) else {}
+    kind, choices = schema.get("type"), schema.get("anyOf") or schema.get("oneOf")
+    if schema.get("nullable"):
+        choices = [schema | {"nullable": False}, {"type": "null"}]
+    elif kind not in SCHEMA_TYPES and not choices:  # several, none, or one that JSON does not have
+        several = kind if kind and isinstance(kind, list) else SCHEMA_TYPES
+        choices = [schema | {"type": one} for one in several]
+    if choices:
+        ends = []
+        for choice in choices:
+            with contextlib.suppress(ValueError):
+                ends.append(scan_value(text, at, choice))
+        return max(ends)  # a ValueError if there is none
+    listed = [schema["const"]] if "const" in schema else schema.get("enum") or FEW.get(kind)
+    if listed:
+        return scan(text, at, [in_json(value) for value in listed])
     if kind in WHOLE:
         if re.compile(BEGUN[kind]).fullmatch(text, at):  # a number at the end of the text may go on, too
             raise Incomplete
@@ -938,7 +903,7 @@ def scan_value(text, at, schema):
             raise ValueError
         return whole.end()
     if kind == "object":
-        return scan_members(text, scan(text, at, ["{"]), schema, "}")
+        return scan_members(text, scan(text, at, ["{"]), schema)
     at = scan(text, at, ["["])
     if text.startswith("]", at):
         return at + 1
@@ -947,19 +912,6 @@ def scan_value(text, at, schema):
         at = scan(text, at, [", ", "]"])
         if text[at - 1] == "]":
             return at
-
-
-def scan_one_of(text, at, schemas):
-    """The position after the longest value at `at` that has one of the schemas. Raises Incomplete if one may
-    go on.
-    """
-    ends = []
-    for schema in schemas:
-        with contextlib.suppress(ValueError):
-            ends.append(scan_value(text, at, schema))
-    if not ends:
-        raise ValueError
-    return max(ends)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2256,6 +2208,7 @@ or, as the last line, `Act: answer(the answer)` or `Act: finish`.""",
 # processes and of memory, together and each; of every file system; of the time and the output of one script.
 
 PROCESSES, MEMORY, DISK, OUTPUT = 64, 1 << 30, 128 << 20, 32 << 20  # all but the first in bytes
+CHUNK = 1 << 16  # bytes of output that are read at once
 PATHS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --hostname linux --new-session
     --die-with-parent --clearenv --setenv PATH {PATHS} --setenv HOME /root --setenv LANG C.UTF-8
@@ -2301,7 +2254,7 @@ exec setpriv --inh-caps -all --bounding-set {CAPABILITIES} bash -c 'while :; do 
 MACHINES = {"x86_64": (0xC000003E, (29, 319, 447)), "aarch64": (0xC00000B7, (194, 279, 447))}
 PROGRAMS = [Path(place) for place in ("bin", "sbin", "local/bin", "local/sbin")]  # below /usr
 LINKS = ("bin", "sbin", "lib", "lib64")  # to their namesakes there
-LOADED = ("etc", "etc/alternatives", "etc/ld.so.cache", "etc/ld.so.preload")  # what a program is found by
+LOADED = ("/etc", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.preload")  # what a program is found by
 
 
 class SandboxEnded(Exception):
@@ -2314,29 +2267,29 @@ class Sandbox:
     """
 
     def __init__(self):
-        self.ended, pipes, options = None, (), {}
+        self.ended, options = None, {}
         calls, commands, results = seccomp_filter(), os.pipe(), os.pipe()
         inside = [calls, commands[0], results[1]]
         command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
                    str(commands[0]), str(results[1])]
-        if os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]:
+        users = Path("/proc/self/uid_map").read_text().split()
+        root = os.geteuid() == 0 and users == ["0", "0", "4294967295"]
+        if root:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
-            base, pipes = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), [*os.pipe(), *os.pipe()]
-            limits = ["prlimit", f"--nproc={PROCESSES}"]
-            descriptors = ["--info-fd", str(pipes[1]), "--userns-block-fd", str(pipes[2])]
-            command = [*limits, "bwrap", *descriptors, *command[1:]]
+            base, info, go = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), os.pipe(), os.pipe()
+            command[:1] = ["prlimit", f"--nproc={PROCESSES}", "bwrap", "--info-fd", str(info[1]),
+                           "--userns-block-fd", str(go[0])]
+            inside += [info[1], go[0]]
             options = {"user": base, "group": base, "extra_groups": []}
         # A process in the sandbox can read the environment that is given here.
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.STDOUT, cwd="/", bufsize=0, env={"PATH": PATHS},
-                                        pass_fds=[*inside, *pipes[1:3]], **options)
+                                        pass_fds=inside, **options)
         for descriptor in inside:
             os.close(descriptor)
-        if pipes:  # bwrap says its child's number, and waits until that has its users
-            os.close(pipes[1])
-            os.close(pipes[2])
-            with open(pipes[0], "rb") as info, open(pipes[3], "wb") as go:
+        if root:  # bwrap says its child's number, and waits until that has its users
+            with open(info[0], "rb") as info, open(go[1], "wb") as go:
                 if said := info.read():
                     for kind in ("uid_map", "gid_map"):
                         Path(f"/proc/{json.loads(said)['child-pid']}/{kind}").write_text(f"0 {base} 65536")
@@ -2353,7 +2306,7 @@ class Sandbox:
 
     def watch(self):
         while self.process.poll() is None:
-            if sum(map(resident, processes(self.process.pid))) > MEMORY:
+            if sum(state_of(pid)[1] for pid in processes(self.process.pid)) > MEMORY:
                 self.close("it took too much memory")
             time.sleep(0.2)
 
@@ -2374,9 +2327,10 @@ class Sandbox:
         # reads on.
         text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
         todo = text.replace("\0", "").encode("utf-8", "replace")
-        output, size, deadline = b"", 0, time.monotonic() + seconds
+        found = re.compile(rf"{mark} (\d+) {mark}\n".encode())
+        output, deadline = bytearray(), time.monotonic() + seconds
         inp, out = (file.fileno() for file in shell or self.shell)
-        while not (end := re.search(rf"{mark} (\d+) {mark}\n".encode(), output)):
+        while not (end := found.search(output, max(0, len(output) - 2 * CHUNK))):
             poll, left = select.poll(), deadline - time.monotonic()
             poll.register(out, select.POLLIN)
             if todo:
@@ -2387,18 +2341,17 @@ class Sandbox:
                     todo = todo[os.write(inp, todo[:4096]):]
                 except OSError:  # nobody reads it any more
                     todo = b""
-            chunk = os.read(out, 1 << 16) if out in ready else b""
-            size += len(chunk)
-            output = (output if len(output) < 1 << 17 else output[:1 << 16] + output[-1024:]) + chunk
-            if left <= 0 or size > OUTPUT or out in ready and not chunk:
-                if left <= 0:
-                    why = "its time was up"
-                elif chunk:
-                    why = "it put out too much"
-                else:
-                    why = f"it ended {output[-300:].decode(errors='replace')}"
-                self.close(why.strip())
-                raise SandboxEnded(self.ended)
+            chunk = os.read(out, CHUNK) if out in ready else None
+            output += chunk or b""
+            if left <= 0:
+                self.close("its time was up")
+            elif len(output) > OUTPUT:
+                self.close("it put out too much")
+            elif chunk == b"":
+                self.close(f"it ended {output[-300:].decode(errors='replace')}".strip())
+            else:
+                continue
+            raise SandboxEnded(self.ended)
         return int(end[1]), output[:end.start()].decode(errors="replace")
 
     def run_apart(self, script, *arguments):
@@ -2420,7 +2373,7 @@ class Sandbox:
             for pid in others:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-            if not any(map(is_running, others)):
+            if all(state_of(pid)[0] in "TtZXD" for pid in others):  # stopped, dead, or waiting in the kernel
                 break
             time.sleep(0.01)
         else:
@@ -2434,17 +2387,20 @@ class Sandbox:
         """Whether programs or libraries are not what they are on the host, or others come before them. New
         programs are allowed, and whatever /usr/share and the like have besides.
         """
-        root, upper = Path(f"/proc/{self.main}/root"), Path(f"/proc/{self.first}/root/mnt/upper")
-        pairs = [(root / path, Path("/", path)) for path in LOADED]
-        pairs += [(root / path.relative_to("/"), path) for path in Path("/etc/alternatives").glob("*")]
+        def inside(path):
+            return Path(f"/proc/{self.main}/root{path}")
+
+        upper = Path(f"/proc/{self.first}/root/mnt/upper")
+        same = [*map(Path, LOADED), *Path("/etc/alternatives").glob("*")]
+        pairs = [(inside(path), path) for path in same]
         for folder, directories, files in os.walk(upper):
             for path in (Path(folder, name) for name in directories + files):
                 if path.is_symlink() or not path.is_dir():
                     pairs += [(path, original) for original in originals(path.relative_to(upper))]
         programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
         try:
-            return not (all(is_kept(root / path.relative_to("/"), path) for path in programs)
-                        and all(os.readlink(root / name) == f"usr/{name}" for name in LINKS)
+            return not (all(is_kept(inside(path), path) for path in programs)
+                        and all(os.readlink(inside(f"/{name}")) == f"usr/{name}" for name in LINKS)
                         and all(content(path) == content(original) for path, original in pairs))
         except OSError:
             return True
@@ -2478,25 +2434,30 @@ def seccomp_filter():
     if platform.machine() not in MACHINES:
         raise OSError(f"the numbers of system calls are not known for {platform.machine()}")
     architecture, refused = MACHINES[platform.machine()]
-    load, equal, at_least, end, refuse, allow = 0x20, 0x15, 0x35, 0x06, 0x00050001, 0x7FFF0000
-    # Each step: (code, steps to skip if so, if not, value).
-    steps = [(load, 0, 0, 4), (equal, 1, 0, architecture), (end, 0, 0, refuse),
-             (load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (end, 0, 0, refuse)]
+    program = f"""
+        20 0 0 4                  load the architecture
+        15 1 0 {architecture:x}   skip a step if it is this machine's
+        06 0 0 50001              refuse
+        20 0 0 0                  load the call's number
+        35 0 1 40000000           skip a step if it is none of x32's
+        06 0 0 50001"""
     for number in refused:
-        steps += [(equal, 0, 1, number), (end, 0, 0, refuse)]
+        program += f"""
+        15 0 1 {number:x}         skip a step if it is not this number
+        06 0 0 50001"""
+    program += """
+        06 0 0 7fff0000           allow"""
+    # Each step: code, steps to skip if so, if not, value.
+    steps = [[int(number, 16) for number in line.split()[:4]] for line in program.splitlines()[1:]]
     reader, writer = os.pipe()
     with open(writer, "wb") as file:
-        file.write(b"".join(struct.pack("HBBI", *step) for step in [*steps, (end, 0, 0, allow)]))
+        file.write(b"".join(struct.pack("HBBI", *step) for step in steps))
     return reader
 
 
 def processes(pid):
     """The numbers of a process and all beneath it."""
-    found, todo = set(), [pid]
-    while todo:
-        found.add(pid := todo.pop())
-        todo += children(pid)
-    return found
+    return {pid}.union(*map(processes, children(pid)))
 
 
 def children(pid):
@@ -2507,18 +2468,12 @@ def children(pid):
     return []
 
 
-def resident(pid):
-    """Bytes of memory that a process holds; none if it has gone."""
+def state_of(pid):
+    """(the letter of its state, bytes of memory that it holds) of a process."""
     with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def is_running(pid):
-    """Whether a process may go on: it is not stopped, dead, or waiting in the kernel."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "TtZXD"
-    return False
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+    return "X", 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2741,20 +2696,17 @@ def draw(results, models, paths, out, pyplot):
 def show_answer(args):
     """Print the prompt as the model sees it, what it writes, token by token in two shades, and its calls."""
     path, tools = args.model[0] if args.model else f"{args.out}/ours", read_tools(args.tools)
-    if re.match("https?://", path):
-        fail(f"--model {path}: --ask needs a checkpoint directory")
-    local = Local(path, None, args)
+    local = open_model(path, None, args)
     prompt = local.tokenizer.render([chat_message("user", args.ask)], tools, answer=True)[0]
     try:
         [ids] = local.generate([prompt], [tools], args.max_tokens or 1024, args.constrained)
     except ValueError as error:  # it does not fit
         fail(error)
     print(visible(local.tokenizer.decode(prompt)), end="")
-    pieces = [visible(local.tokenizer.decode([i])) for i in ids]
-    print("".join(coloured(piece, n, True) for n, piece in enumerate(pieces)))
+    print(*(coloured(visible(local.tokenizer.decode([i])), n, True) for n, i in enumerate(ids)), sep="")
     calls = parse_calls(local.tokenizer.decode(ids))
-    found = show(calls) or ["none" if calls == [] else "none that can be read"]
-    print(visible("\n".join(["", "calls, not made:", *found])))
+    found = show(calls) or ["none that can be read" if calls is None else "none"]
+    print("\ncalls, not made:", *map(visible, found), sep="\n")
 
 
 def read_tools(path):
@@ -2795,7 +2747,6 @@ FIELDS = {  # of a request: (type, lowest, highest, default, also for null); oth
     "top_logprobs": (int, 0, 20, 0),
     "parallel_tool_calls": (bool, False, True, True),
     "stream": (bool, False, True, False)}
-RANGES = {int: "an integer from {} to {}", float: "a number from {} to {}", bool: "true or false"}
 
 
 def serve(args):
@@ -2815,73 +2766,67 @@ def serve(args):
 
 
 class Row:
-    """An answer that the engine writes for a client. `events` gets what can be sent, as (text, scores), then
-    None.
+    """An answer that the engine writes for a client. `events` gets how much of a stream can be sent, as
+    numbers of characters and scores, and None in the end.
     """
 
     def __init__(self, tokenizer, ids, options):
         self.tokenizer, self.ids, self.options, self.events = tokenizer, ids, options, queue.SimpleQueue()
         self.random = random.Random(None if options.seed is None else f"{options.seed}:0").random
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
-        self.text, self.sent, self.new, self.reason, self.error = options.begun, 0, [], None, None
-        # Of tokens: (id, log-probability, the likeliest, where its text begins).
-        self.scores, self.scores_sent = [], 0
+        self.text, self.new, self.reason, self.error = options.begun, [], None, None
+        self.scores = []  # of tokens: (where its text begins, its entry in logprobs)
 
     def append_token(self, token, logits):
-        """Go on by a token, unless it, or the text that it ends, is a stop."""
-        o, at, stopped = self.options, len(self.text), token in self.options.stop_ids
+        """Go on by a token, up to a stop or, where one call is asked for, its end. Nothing is sent that may
+        still become a stop or a call, nor line ends before one.
+        """
+        o, at, data = self.options, len(self.text), b""
+        stopped = token in o.stop_ids
         if not stopped:
+            data = self.tokenizer.token_bytes(token)
             self.new.append(token)
             if o.logprobs:
-                self.scores.append(score_token(logits, token, o.top_logprobs, at))
+                self.scores.append((at, self.score(token, logits.log_softmax(-1))))
         last = stopped or len(self.new) == o.limit
-        self.text += self.decoder.decode(b"" if stopped else self.tokenizer.token_bytes(token), last)
-        places = [self.text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
-        found = [place for place in places if place >= 0]
-        if found:
-            self.text = self.text[:min(found)]
-            self.scores = [score for score in self.scores if score[3] < len(self.text)]
-        if found or last:
-            self.finish("stop" if found or stopped else "length")
-        elif o.tools and o.single and self.text.endswith("</tool_call>") and parse_calls(self.text, 1):
+        text = self.text + self.decoder.decode(data, last)
+        places = [text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
+        self.text = text[:min((place for place in places if place >= 0), default=None)]
+        single = o.tools and o.single and text.endswith("</tool_call>") and parse_calls(text, 1)
+        if stopped or single or self.text != text:
             self.finish("stop")
-        elif o.stream and (ready := self.ready()) > self.sent:
-            self.events.put((self.text[self.sent:ready], self.scores[self.scores_sent:]))
-            self.sent, self.scores_sent = ready, len(self.scores)
-
-    def ready(self):
-        """How much of the text can be sent: up to what may begin a stop, or begin a call or stand before
-        one.
-        """
-        end = len(self.text)
-        for mark in [*self.options.stop, *["<tool_call>"] * bool(self.options.tools)]:
-            begun = (n for n in range(len(mark) - 1, 0, -1) if self.text.endswith(mark[:n]))
-            end = min(end, len(self.text) - next(begun, 0))
-        if self.options.tools:
-            return len(self.text[:end].partition("<tool_call>")[0].rstrip("\n"))
-        return end
+        elif last:
+            self.finish("length")
+        elif o.stream:
+            head = text.partition("<tool_call>")[0] if o.tools else text
+            held = max(map(len, [*o.stop, "<tool_call>" if o.tools else "."])) - 1
+            self.events.put((len(head[:max(0, len(text) - held)].rstrip("\n")), len(self.scores)))
 
     def finish(self, reason, error=None):
         self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
         self.events.put(None)
 
+    def score(self, token, logprobs):
+        """The entry in logprobs of a token, with the likeliest ones."""
+        def entry(i):
+            data = self.tokenizer.token_bytes(i)
+            text = data.decode("utf-8", "replace")
+            return {"token": text, "logprob": logprobs[i].item(), "bytes": list(data)}
+
+        best = logprobs.topk(min(self.options.top_logprobs, len(logprobs))).indices.tolist()
+        return entry(token) | {"top_logprobs": [entry(i) for i in best]}
+
     def result(self):
         """(content, calls, finish_reason) of a text that has ended."""
-        single = self.options.tools and self.options.single
+        single, reason = self.options.single, self.reason
         calls = parse_calls(self.text, 1 if single else None) if self.options.tools else None
         if not calls:
-            return self.text, [], self.reason
+            return self.text, [], reason
         message = turn(Answer(self.text, calls))
-        calls = [call | {"id": f"call_{uuid.uuid4().hex}"} for call in message["tool_calls"]]
-        whole = single or self.reason == "stop"  # nothing after a single call is lost
-        return message["content"] or None, calls, "tool_calls" if whole else self.reason
-
-
-def score_token(logits, token, top, at):
-    """What Row.scores has, of a token that the logits (V,) gave."""
-    logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(top, len(logprobs)))
-    return token, logprobs[token].item(), list(zip(best.indices.tolist(), best.values.tolist())), at
+        calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
+                 for i, call in enumerate(message["tool_calls"])]
+        # Nothing after a single call is lost.
+        return message["content"] or None, calls, "tool_calls" if single or reason == "stop" else reason
 
 
 class Engine:
@@ -2890,7 +2835,7 @@ class Engine:
     """
 
     def __init__(self, local, size):
-        self.local, self.size, self.waiting, self.closed = local, size, queue.SimpleQueue(), False
+        self.model, self.size, self.waiting, self.closed = local.model, size, queue.SimpleQueue(), False
         self.thread = threading.Thread(target=self.run, daemon=True)
         self.thread.start()
 
@@ -2900,10 +2845,10 @@ class Engine:
         self.thread.join()
 
     def run(self):
-        while True:
+        while not self.closed:
             rows = []
             try:
-                return self.go_on(transformer.Batch(self.local.model), rows)
+                self.go_on(transformer.Batch(self.model), rows)
             except Exception as error:  # out of memory, say: what was under way has failed, not the server
                 for row in rows:
                     if not row.reason:
@@ -2920,7 +2865,8 @@ class Engine:
                     batch.keep(left)
                     rows[:], logits = [rows[i] for i in left], logits[left]
                 while len(rows) < self.size and not (rows and self.waiting.empty()):
-                    if (row := self.waiting.get()) is None:
+                    row = self.waiting.get()
+                    if row is None:
                         return
                     if not row.reason:  # else its client is gone
                         rows.append(row)
@@ -2943,66 +2889,55 @@ class Engine:
 
 
 class HTTPError(Exception):
-    """A request that is answered by an error: (status, its object in the API's form)."""
+    """A request that is answered by an error: (status, the answer)."""
 
 
 def require(ok, message, param=None, status=400, code=None):
     """Refuse a request if something is not as it should be."""
     if not ok:
         kind = "server_error" if status >= 500 else "invalid_request_error"
-        raise HTTPError(status, {"message": message, "type": kind, "param": param, "code": code})
+        error = {"message": message, "type": kind, "param": param, "code": code}
+        raise HTTPError(status, {"error": error})
 
 
 class Api(BaseHTTPRequestHandler):
-    """A connection."""
+    """A connection, for one request: none stays open and idle."""
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that the other side may be silent while it is read or written to
+    error_content_type = "application/json"  # of what http.server itself refuses
+    error_message_format = ('{"error": {"message": "%(explain)s", "type": "invalid_request_error", '
+                            '"param": null, "code": null}}')
 
     def do_POST(self):
-        self.row = None  # what is being written for this request
-        try:
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client is gone
             try:
                 self.respond(self.path.partition("?")[0], self.read_body())
             except HTTPError as refused:
-                self.send_json(refused.args[0], {"error": refused.args[1]})
-        except OSError:  # the client is gone
-            self.close_connection = True
-        finally:
-            if self.row:
-                self.row.reason = self.row.reason or "abandoned"
+                self.send_json(*refused.args)
 
     do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
 
     def log_message(self, *args):
         pass
 
-    def send_error(self, code, message=None, explain=None):
-        """What http.server itself refuses."""
-        self.close_connection = True
-        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        self.send_json(code, {"error": error})
-
     def send_json(self, status, value):
-        data = json.dumps(value).encode()
-        self.send_head(status, {"Content-Type": "application/json", "Content-Length": len(data)})
-        self.wfile.write(data if self.command != "HEAD" else b"")
+        self.send_head(status, "application/json")
+        self.wfile.write(json.dumps(value).encode())
 
-    def send_head(self, status, headers):
+    def send_head(self, status, kind):
         self.send_response(status)
-        connection = "close" if self.close_connection else "keep-alive"
-        for name, value in (headers | {"Connection": connection}).items():
-            self.send_header(name, value)
+        self.send_header("Content-Type", kind)
+        self.send_header("Connection", "close")
         self.end_headers()
 
     def read_body(self):
         """The bytes that were sent."""
-        default = [""] if self.command == "POST" else ["0"]
-        length = ",".join(self.headers.get_all("Content-Length", default))
-        going, self.close_connection = self.close_connection, True
         # A page whose own name leads here, by DNS rebinding, has that name as its host.
         host = ",".join(self.headers.get_all("Host", []))
         require(re.fullmatch(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", host, re.I),
                 f"this answers on localhost, not as {short(host)}", status=403)
+        length = ",".join(self.headers.get_all("Content-Length", ["0"]))
         require(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers,
                 "one Content-Length is needed", status=411)
         length = int(length)
@@ -3010,7 +2945,6 @@ class Api(BaseHTTPRequestHandler):
             for _ in range(min(length, 16 * MAX_BODY) // 2**16):  # most clients send all before they read
                 self.rfile.read(2**16)
         require(length <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
-        self.close_connection = going
         return self.rfile.read(length)
 
     def respond(self, path, data):
@@ -3025,26 +2959,63 @@ class Api(BaseHTTPRequestHandler):
         require(self.headers.get_content_type() == "application/json",
                 "Content-Type must be application/json", status=415)
         try:
-            body = json.loads(data)
-        except (ValueError, RecursionError):
-            body = None
-        require(isinstance(body, dict), "the body is not a JSON object")
-        require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
-                "model", 404, "model_not_found")
-        self.row = row = read_chat(body, self.server.local)
+            row = read_chat(json.loads(data), self.server.local, names)
+        except UNREADABLE:
+            require(False, "the body is not a JSON object that can be read")
         self.server.engine.waiting.put(row)
-        head = {"id": f"chat-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
-                "model": names[0]}
-        if row.options.stream:
-            return self.stream(row, head)
-        for _ in self.watch(row):
-            pass
+        head = {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": names[0]}
+        try:
+            self.answer(row, head)
+        finally:
+            row.reason = row.reason or "abandoned"
+
+    def answer(self, row, head):
+        """Send a row's answer, whole or, as a stream, in server-sent events: an object for each piece of the
+        text, then [DONE]. Calls are sent when they are whole.
+        """
+        stream, sent, shown, more = row.options.stream, 0, 0, {"role": "assistant"}
+        head["object"], key = ("chat.completion.chunk", "delta") if stream else ("chat.completion", "message")
+
+        def choice(content, more, scores=(), reason=None):
+            entries = [entry for _, entry in scores]
+            logprobs = {"content": entries, "refusal": None} if row.options.logprobs else None
+            message = {"content": content} | more
+            return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
+
+        def send(*choices, **more):
+            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
+
+        if stream:
+            self.send_head(200, "text/event-stream")
+            send(choice("", more))
+            more = {}
+        try:
+            for end, scored in self.watch(row):
+                if stream and end > sent:
+                    send(choice(row.text[sent:end], {}, row.scores[shown:scored]))
+                    sent, shown = end, scored
+        except HTTPError as failed:
+            if not stream:
+                raise
+            # It is too late for a status.
+            return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())
         content, calls, reason = row.result()
-        message = choice(row, "message", content, calls, row.scores, reason, role="assistant")
-        self.send_json(200, head | {"choices": [message], "usage": usage(row)})
+        scores = [score for score in row.scores[shown:] if score[0] < len(row.text)]  # of what is sent
+        if calls:
+            more["tool_calls"] = calls
+        last = choice(content and content[sent:], more, scores, reason)
+        prompt, completion = len(row.ids), len(row.new)
+        usage = {"prompt_tokens": prompt, "completion_tokens": completion,
+                 "total_tokens": prompt + completion}
+        if not stream:
+            return self.send_json(200, head | {"choices": [last], "usage": usage})
+        send(last)
+        if row.options.include_usage:
+            send(usage=usage)
+        self.wfile.write(b"data: [DONE]\n\n")
 
     def watch(self, row):
-        """Yields what the row puts out until it has ended or the client is gone."""
+        """Yields the row's events until it has ended or the client is gone."""
         while True:
             try:
                 event = row.events.get(timeout=1)
@@ -3058,122 +3029,134 @@ class Api(BaseHTTPRequestHandler):
                 return
             yield event
 
-    def stream(self, row, head):
-        """Server-sent events: a JSON object for each piece of the text, then [DONE]. Calls are sent when they
-        are whole.
-        """
-        counted = row.options.include_usage
-        head = head | {"object": "chat.completion.chunk"} | ({"usage": None} if counted else {})
 
-        def send(*choices, **more):
-            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
-
-        self.close_connection = True
-        self.send_head(200, {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"})
-        try:
-            send(choice(row, "delta", "", role="assistant"))
-            for text, scores in self.watch(row):
-                send(choice(row, "delta", text, scores=scores))
-            content, calls, reason = row.result()
-            rest, calls = (content or "")[row.sent:], [call | {"index": i} for i, call in enumerate(calls)]
-            send(choice(row, "delta", rest, calls, row.scores[row.scores_sent:], reason))
-            if counted:
-                send(usage=usage(row))
-            self.wfile.write(b"data: [DONE]\n\n")
-        except HTTPError as refused:  # too late for a status
-            self.wfile.write(f"data: {json.dumps({'error': refused.args[1]})}\n\n".encode())
-
-
-def read_chat(body, local):
+def read_chat(body, local, names):
     """The Row that a request asks for. Special tokens in messages are text. A call that must be made is
     begun, and kept within the tools' schemas.
     """
-    tokenizer, options = local.tokenizer, read_fields(body)
+    require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
+            "model", 404, "model_not_found")
+    tokenizer, options = local.tokenizer, SimpleNamespace()
+    for name, (kind, low, high, default) in FIELDS.items():
+        value = body.get(name)
+        require(value is None or type(value) in (int, kind) and low <= value <= high,
+                f"{name} must be {kind.__name__}, from {low} to {high}, not {short(value)}", name)
+        setattr(options, name, default if value is None else value)
     tools = read_list(body, "tools", read_tool, "a function with a name and a schema")
-    wanted = "a role with a text, or list of texts, as its content"
-    messages = read_list(body, "messages", read_message, wanted)
+    messages = read_list(body, "messages", read_message,
+                         "a role with a text, or list of texts, as its content")
     require(messages, "messages must be a list, and not empty", "messages")
-    stop, stop_ids = body.get("stop") or [], body.get("stop_token_ids") or []
-    stop = [stop] if isinstance(stop, str) else stop
-    require(isinstance(stop, list) and len(stop) <= 16 and all(isinstance(s, str) for s in stop)
-            and all(0 < len(s) <= 1000 for s in stop),  # each token is compared with them
-            "stop must be a string or a list of at most 16 strings, of 1 to 1,000 characters", "stop")
-    require(isinstance(stop_ids, list) and all(type(i) is int for i in stop_ids),
-            "stop_token_ids must be a list of integers", "stop_token_ids")
-    called, chosen = tools, body.get("tool_choice") or "auto"
-    named = isinstance(chosen, dict)
-    if named:
-        function = chosen.get("function")
-        name = function.get("name") if isinstance(function, dict) else None
-        called = [tool for tool in tools if tool["function"]["name"] == name]
-    forced = chosen not in ("auto", "none")
-    require(not forced or called and (named or chosen == "required"),
+    options.stop = read_list(body, "stop", read_stop, "a string of 1 to 1,000 characters", most=16)
+    stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
+    options.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
+    options.include_usage = mapping(body, "stream_options").get("include_usage") is True
+
+    chosen, schema = body.get("tool_choice") or "auto", read_format(body.get("response_format"))
+    named = [tool for tool in tools if mapping(chosen, "function") == {"name": tool["function"]["name"]}]
+    called = tools if chosen == "required" else named
+    require(called or chosen in ("auto", "none"),
             f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
     options.tools = [] if chosen == "none" else tools
-    options.single = named or not options.parallel_tool_calls
-    options.stop, options.stop_ids = stop, {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
-    more = body.get("stream_options")
-    options.include_usage = isinstance(more, dict) and more.get("include_usage") is True
-    options.begun, options.choose, schema = "", None, read_format(body.get("response_format"))
+    options.single = bool(options.tools) and (bool(named) or not options.parallel_tool_calls)
     require(schema is None or not options.tools, "response_format does not go with tools", "response_format")
-    ids = tokenizer.render(messages, options.tools, answer=True)[0]
-    if schema is not None:
-        options.choose = partial(Constraint(tokenizer, schema=schema), 0)
-    if forced:
-        start, constraint = tokenizer.special["<tool_call>"], Constraint(tokenizer, [called])
-        ids += [start]
-        options.begun = "<tool_call>"
-        options.choose = lambda new, logits: constraint(0, [start, *new], logits)
-    context = local.model.config.max_seq_len
+    begun = [tokenizer.special["<tool_call>"]] * bool(called)
+    options.begun, options.choose = tokenizer.decode(begun), None
+    if called or schema is not None:
+        constraint = Constraint(tokenizer, [called], schema)
+        options.choose = lambda new, logits: constraint(0, begun + new, logits)
+
+    ids, context = tokenizer.render(messages, options.tools, answer=True)[0], local.model.config.max_seq_len
+    ids += begun
     require(len(ids) <= context, f"a prompt of {len(ids)} tokens exceeds the context length of {context}",
             "messages", code="context_length_exceeded")
     options.limit = min(options.max_completion_tokens or options.max_tokens, context - len(ids) + 1)
     return Row(tokenizer, ids, options)
 
 
-def read_fields(body):
-    """The values that a request has for FIELDS."""
-    found = SimpleNamespace()
-    for name, (kind, low, high, default) in FIELDS.items():
-        value = body.get(name)
-        require(value is None or type(value) in (int, kind) and low <= value <= high,
-                f"{name} must be {RANGES[kind].format(low, high)}, not {short(value)}", name)
-        setattr(found, name, default if value is None else value)
+def read_list(body, name, read, wanted, most=10**6):
+    """What `read` makes of each value of a list in a request, or of one string instead. Where it raises one
+    of UNREADABLE, the value is not what is wanted.
+    """
+    values, found = body.get(name) or [], []
+    values = [values] if isinstance(values, str) else values
+    require(isinstance(values, list) and len(values) <= most,
+            f"{name} must be a list of at most {most:,}", name)
+    for n, value in enumerate(values):
+        try:
+            found.append(read(value))
+        except UNREADABLE:
+            require(False, f"{name}[{n}] is not {wanted}: {short(value)}", name)
     return found
 
 
-ANNOTATIONS = {"title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly",
-               "$schema", "$id", "$comment", "$defs", "definitions"}
-KEYWORDS = {  # of the schema of an answer: whether decoding keeps to a value; others are refused
-    "type": lambda value: all(kind in (*WHOLE, "array", "object")
-                              for kind in (value if isinstance(value, list) else [value])),
-    "properties": lambda value: isinstance(value, dict),
-    "required": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    "additionalProperties": lambda value: isinstance(value, (dict, bool)),
-    "items": lambda value: isinstance(value, (dict, bool)),
-    "anyOf": lambda value: isinstance(value, list) and len(value) > 0,
-    "enum": lambda value: isinstance(value, list) and len(value) > 0,
-    "const": lambda value: True,
-    "nullable": lambda value: isinstance(value, bool)}
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+
+
+def read_message(message):
+    """A message of a chat, with its content as a string."""
+    role, content, calls = ROLES[message["role"]], message.get("content"), message.get("tool_calls") or []
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    if content or role != "assistant":
+        string(content)
+    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
+    return {"role": role, "content": content, "tool_calls": [{"function": call} for call in calls]}
+
+
+def read_tool(tool):
+    """A tool of a chat, with parameters."""
+    f = tool["function"]
+    f["parameters"] = f.get("parameters") or {}
+    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
+    string(f["name"])
+    string(f.get("description") or "")
+    schemas = all(isinstance(schema, dict) for schema in properties.values())
+    if not schemas or not set(required) <= properties.keys():
+        raise ValueError
+    return tool
+
+
+def read_stop(value):
+    """A string that ends an answer. It is short, as each token is compared with it."""
+    if not 0 < len(string(value)) <= 1000:
+        raise ValueError
+    return value
+
+
+def string(value):
+    """A value that must be a string. Raises TypeError."""
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def short(value):
+    """The beginning of a value, for a message."""
+    return json.dumps(value)[:100]
+
+
+ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment "
+                  "$defs definitions".split())
+KEYWORDS = {  # of the schema of an answer, each with the schema of its value; others are refused
+    "type": {"anyOf": [{"enum": SCHEMA_TYPES}, {"type": "array", "items": {"enum": SCHEMA_TYPES}}]},
+    "properties": {"type": "object"}, "required": {"type": "array", "items": {"type": "string"}},
+    "additionalProperties": {"type": ["object", "boolean"]}, "items": {"type": ["object", "boolean"]},
+    "anyOf": {"type": "array"}, "enum": {"type": "array"}, "const": {}, "nullable": {"type": "boolean"}}
 
 
 def read_format(value):
     """The schema that a request's response_format has; None if an answer is a text."""
     where = "response_format"
-    kind = value.get("type") if isinstance(value, dict) else None
+    kind = mapping(value).get("type")
     require(value is None or kind in ("text", "json_object", "json_schema"),
             f"{where} must have the type text, json_object or json_schema, not {short(value)}", where)
     if kind != "json_schema":
         return {"type": "object"} if kind == "json_object" else None
-    given = value.get("json_schema")
-    given = given.get("schema") if isinstance(given, dict) else None
+    given = mapping(value, "json_schema").get("schema")
     require(isinstance(given, dict), f"{where} has no object as its json_schema.schema", where)
-    try:
-        size = len(json.dumps(given))
-        require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
-        schema = read_schema(given)
-    except RecursionError:
-        require(False, f"{where} has a schema that is too deep", where)
+    size = len(json.dumps(given))
+    require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
+    schema = read_schema(given)
     wrong = unsupported(schema)
     require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
     return schema
@@ -3189,87 +3172,16 @@ def unsupported(schema):
         seen.add(id(node))
         if not isinstance(node, dict):
             return short(node)
-        stated = node.keys() - ANNOTATIONS
-        for key in sorted(stated):
-            if key not in KEYWORDS or not KEYWORDS[key](node[key]):
+        stated = sorted(node.keys() - ANNOTATIONS)
+        for key in stated:
+            empty = key != "required" and node[key] == []
+            if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
                 return key
         if "anyOf" in stated and len(stated) > 1:
-            return "anyOf beside " + min(stated - {"anyOf"})
+            return f"anyOf beside {stated[stated[0] == 'anyOf']}"
         todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
                  node.get("items", True), node.get("additionalProperties", True)]
     return None
-
-
-def read_list(body, name, read, wanted):
-    """What `read` makes of each value of a list in a request. Where it raises one of UNREADABLE, the value is
-    not what is wanted.
-    """
-    values, found = body.get(name) or [], []
-    require(isinstance(values, list), f"{name} must be a list", name)
-    for n, value in enumerate(values):
-        try:
-            found.append(read(value))
-        except UNREADABLE:
-            require(False, f"{name}[{n}] is not {wanted}: {short(value)}", name)
-    return found
-
-
-def string(value):
-    """A value that must be a string. Raises TypeError."""
-    if not isinstance(value, str):
-        raise TypeError
-    return value
-
-
-def read_message(message):
-    """A message of a chat, with its content as a string."""
-    role, content, calls = message["role"], message.get("content"), message.get("tool_calls") or []
-    if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise ValueError
-    if isinstance(content, list) and all(part["type"] == "text" for part in content):
-        content = "\n".join(part["text"] for part in content)
-    if content or role != "assistant":
-        string(content)
-    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
-    return {"role": "system" if role == "developer" else role, "content": content,
-            "tool_calls": [{"function": call} for call in calls]}
-
-
-def read_tool(tool):
-    """A tool of a chat, with parameters."""
-    f = tool["function"]
-    f["parameters"] = f.get("parameters") or {}
-    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
-    string(f["name"])
-    string(f.get("description") or "")
-    if not all(isinstance(schema, dict) for schema in properties.values()):
-        raise ValueError
-    if not set(required) <= properties.keys():
-        raise ValueError
-    return tool
-
-
-def short(value):
-    """The beginning of a value, for a message."""
-    return json.dumps(value)[:100]
-
-
-def usage(row):
-    """The tokens that a request's prompt has, and those that were written."""
-    prompt, completion = len(row.ids), len(row.new)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def choice(row, key, content, calls=(), scores=(), reason=None, **role):
-    """The choice of a chat completion, as its message, or what is new of one, as its delta."""
-    def entry(token, value):
-        data = row.tokenizer.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": value, "bytes": list(data)}
-
-    message = role | {"content": content} | ({"tool_calls": calls} if calls else {})
-    shown = [entry(i, v) | {"top_logprobs": [entry(*pair) for pair in best]} for i, v, best, _ in scores]
-    logprobs = {"content": shown, "refusal": None} if row.options.logprobs else None
-    return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
 
 
 if __name__ == "__main__":
