@@ -90,7 +90,7 @@ HELDOUT = "loss choice next calls calls-constrained".split()  # what the suite h
 
 
 def suites():
-    """{name: function of the corpus, for those of HELDOUT, and the options, that gives (id, episode) items}"""
+    """{name: function of the options (for HELDOUT, of corpus and options) that gives (id, episode) items}"""
     return {
         "loss": document_losses, "choice": tool_choices, "next": next_calls, "calls": heldout_calls,
         "calls-constrained": partial(heldout_calls, most=300),

@@ -297,10 +297,11 @@ def learning_rate(step, steps, args):
 # ------------------------------------------------------------------------------------------------------------
 # Flags, and the defaults for a base
 
-# The peak rate of a model of up to so many parameters, for a base and from scratch. From scratch: Llama 3 8B's
-# (arXiv 2407.21783, table 3), and higher for smaller ones. For a base a tenth of it (1e-4 to 3e-4 for small
-# ones: huggingface.co/codelion/SmolLM2-70M): re-warm to a rate such as the base's training ended with, then
-# decay (arXiv 2407.07263); higher rates learn more of the new and forget more of the old (arXiv 2403.08763).
+# The peak rate of a model of up to so many parameters, for a base and from scratch. From scratch: Llama 3
+# 8B's (arXiv 2407.21783, table 3), and higher for smaller ones. For a base a tenth of it (1e-4 to 3e-4 for
+# small ones: huggingface.co/codelion/SmolLM2-70M): re-warm to a rate such as the base's training ended with,
+# then decay (arXiv 2407.07263); higher rates learn more of the new and forget more of the old (arXiv
+# 2403.08763).
 RATES = [(5e8, 2e-4, 2e-3), (3e9, 1e-4, 1e-3), (math.inf, 3e-5, 3e-4)]
 # From a billion parameters on, on GPUs: the sequences and the batch that the largest Llama 3 began with
 # (arXiv 2407.21783, section 3.4). Below, the flags' defaults: an eighth of that batch.
@@ -1406,8 +1407,8 @@ def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
 # ------------------------------------------------------------------------------------------------------------
 # For tiny models only: copying what stands in the context, which large models learn by themselves
 
-# The default run, and the scaling law's: minutes on two cores. A base, or another preset, gets nothing of what
-# stands in this section.
+# The default run, and the scaling law's: minutes on two cores. A base, or another preset, gets nothing of
+# what stands in this section.
 TINY = {"base_tokens": 1_200_000, "stage1_tokens": 1_600_000, "stage2_tokens": 2_400_000, "seq_len": 384,
         "batch_tokens": 1536, "lr": 1.5e-3, "attention_lr": 0.3, "practice": 0.1}
 
