@@ -31,6 +31,7 @@ import hashlib
 import heapq
 import json
 import multiprocessing
+import operator
 import os
 import re
 import sys
@@ -1121,7 +1122,19 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LONGEST_RUN = 20_000  # characters
+# The special tokens that the code which reads Llama 3's tokenizer.model adds to its ranks.
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
+                 "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
+LONGEST_RUN = 20_000  # characters without white space, or of nothing else, that are encoded together
+# Tiles a text. The group matches what to cut off a longer run: where possible after a letter and before a
+# sign, where every tokenizer here cuts as well.
+RUNS = re.compile(r"((?=\S{%d})(?:\S{%d,%d}(?<=[^\W\d_])(?=[^\w\s])|\S{%d})|\s{%d}(?=\s))|\s+|\S+" % (
+    LONGEST_RUN + 1, LONGEST_RUN - 999, LONGEST_RUN - 1, LONGEST_RUN, LONGEST_RUN))
+# How turns begin, but for an assistant's. What no special token divides is encoded at once, as who reads the
+# text as a whole does.
+TURNS = {"system": "<|im_start|>system\n{}", "user": "<|im_start|>user\n{}",
+         "tool": "<|im_start|>tool\n<tool_response>\n{}\n</tool_response>"}
 
 
 class Tokenizer:
@@ -1133,23 +1146,24 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks, special=None, pattern=PATTERN, normal_form=None, base=None):
+    def __init__(self, ranks, added=(), pattern=PATTERN, normal_form=None, base=None):
         self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))  # {bytes: id}
-        self.special = special or {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
+        self.special = {token["content"]: token["id"] for token in self.added_tokens}
         self.pattern, self.normal_form = pattern, normal_form
-        self.base = base  # the tokenizer.json that it was read from, if it is another's
+        self.base = base  # the tokenizer.json that it was read from
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
-        model, tokens = (base["model"], base["added_tokens"]) if base else ({}, [])
-        self.unknown = model["vocab"][model["unk_token"]] if model.get("unk_token") else None
+        model = base["model"] if base else {"vocab": {}}
+        self.unknown = model["vocab"].get(model.get("unk_token"))
         self.fuse_unknown = bool(model.get("fuse_unk"))  # missing bytes in a row are one unknown token
         self.lost = 0  # bytes that it was given and has no token for
-        ordinary = [t for t in tokens if not t.get("special") and t["content"] not in SPECIAL_TOKENS]
-        self.added = {t["content"]: t for t in ordinary}
-        by_length = sorted(ordinary, key=lambda token: -len(token["content"]))
-        self.find_added = re.compile("(%s)" % ("|".join(map(added_pattern, by_length)) or "(?!)"))
+        # Added tokens that are not special count in text.
+        self.added = {t["content"]: t for t in self.added_tokens
+                      if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
+        patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
+        self.find_added = re.compile("(%s)" % ("|".join(patterns) or "(?!)"))
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
-        ends = ("<|endoftext|>", "<|end_of_text|>")
-        self.end_of_text = next(self.special[t] for t in ends if t in self.special)
+        self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
         self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
@@ -1158,20 +1172,11 @@ class Tokenizer:
     @classmethod
     def find(cls, name):
         """By the name of a directory, a tokenizer.json, Llama 3's tokenizer.model, or an encoding that
-        tiktoken knows.
+        tiktoken knows. This one downloads the ranks, once; without a network that may hang, so it gets ten
+        seconds.
         """
-        path = Path(name)
-        if name in tiktoken.list_encoding_names() and not path.exists():
-            return cls.from_tiktoken(name)
-        if not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
-            path = path / "tokenizer.model"
-        return cls.load(path) if path.suffix != ".model" else cls.from_llama(path)
-
-    @classmethod
-    def from_tiktoken(cls, name):
-        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may
-        hang, so it gets ten seconds.
-        """
+        if name not in tiktoken.list_encoding_names() or Path(name).exists():
+            return cls.load(name)
         try:
             encoding = ThreadPool(1).apply_async(tiktoken.get_encoding, [name]).get(10)
         except Exception as error:
@@ -1181,51 +1186,35 @@ class Tokenizer:
                 place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url},"
             fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name "
                  "that in TIKTOKEN_CACHE_DIR")
-        special = with_chat_tokens(dict(encoding._special_tokens), encoding.n_vocab)
-        return cls(dict(encoding._mergeable_ranks), special, encoding._pat_str)
+        added = [added_token(*token) for token in encoding._special_tokens.items()]
+        return cls(encoding._mergeable_ranks, added, encoding._pat_str)
 
     @classmethod
-    def from_llama(cls, path):
-        """From Meta's tokenizer.model of Llama 3: ranks, to which the code that reads them adds 256
-        special tokens.
+    def load(cls, place):
+        """From a file or the directory with it: a tokenizer.json, ours or that of a model with byte-level
+        BPE such as GPT-2, Llama 3 and Qwen, or Meta's tokenizer.model of Llama 3.
         """
+        place = Path(place)
+        path, *_ = *place.glob("tokenizer.json"), *place.glob("tokenizer.model"), place
         try:
-            ranks = read_ranks(path)
-        except FileNotFoundError:
-            fail(f"{path}: no such file")
-        except ValueError:
-            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level "
-                 "BPE, and cannot be read here)")
-        names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-        names[0:0] = ["<|begin_of_text|>", "<|end_of_text|>"]
-        names[6:6] = ["<|start_header_id|>", "<|end_header_id|>"]
-        names[9:9] = ["<|eot_id|>"]
-        special = {name: len(ranks) + i for i, name in enumerate(names)}
-        return cls(ranks, with_chat_tokens(special, len(ranks) + 256), LLAMA_PATTERN)
-
-    @classmethod
-    def load(cls, directory):
-        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as
-        GPT-2, Llama 3 and Qwen.
-        """
-        path = Path(directory) / "tokenizer.json" if Path(directory).suffix != ".json" else Path(directory)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            pattern = read_pattern(content["pre_tokenizer"])
-            normal_form = read_normal_form(content["normalizer"])
-            special = {token["content"]: token["id"] for token in content["added_tokens"]}
-            ranks = read_vocabulary(content["model"], special)
-            ordinary = [token for token in content["added_tokens"] if not token.get("special")]
-            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in ordinary)
-            if takes_space and any(token["content"][:1].isspace() for token in ordinary):
+            if path.suffix == ".model":
+                ranks = read_ranks(path)
+                added = [added_token(name, len(ranks) + i) for i, name in enumerate(LLAMA_SPECIAL)]
+                return cls(ranks, added, LLAMA_PATTERN)
+            content = read_json(path)
+            ranks = read_vocabulary(content["model"], {token["content"] for token in content["added_tokens"]})
+            pattern, normal_form = read_pattern(content["pre_tokenizer"], content["normalizer"])
+            tokenizer = cls(ranks, content["added_tokens"], pattern, normal_form, content)
+            added = tokenizer.added.values()
+            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in added)
+            if takes_space and any(token["content"][:1].isspace() for token in added):
                 raise ValueError("added tokens of white space, and others that take white space along")
-            is_ours = special.keys() <= {*SPECIAL_TOKENS}
-        except FileNotFoundError:
-            fail(f"{path}: no such file; a directory with a tokenizer has one")
+            return tokenizer
+        except OSError:
+            fail(f"{path}: no such file; a directory with a tokenizer has a tokenizer.json")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r})")
-        special = with_chat_tokens(special, max(*ranks.values(), *special.values(), -1) + 1)
-        return cls(ranks, special, pattern, normal_form, base=None if is_ours else content)
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r}); a SentencePiece "
+                 "model, as Llama 2's, is none")
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -1251,7 +1240,7 @@ class Tokenizer:
         arrays = []
         for part in self.parts(text):
             for i, run in enumerate(self.find_added.split(part)):
-                if i % 2:  # added tokens that are not special count in text; flags take white space along
+                if i % 2:  # flags take white space along
                     token = self.added.get(run) or self.added[run.strip()]
                     arrays.append([token["id"]])
                 else:
@@ -1264,40 +1253,28 @@ class Tokenizer:
         """
         if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        ids = []
+        ids, missing = [], b"[" + re.escape(self.missing) + b"]" + b"+" * self.fuse_unknown
         for piece in regex.findall(self.pattern, text):
             piece = piece.encode("utf-8", "replace")
-            known = piece.translate(None, self.missing)
-            self.lost += len(piece) - len(known)
-            missing = b"([" + re.escape(self.missing) + b"]+)"
-            runs = [known] if self.unknown is None else re.split(missing, piece)
+            runs = re.split(missing, piece)
+            self.lost += len(piece) - sum(map(len, runs))
+            if self.unknown is None:
+                runs = [b"".join(runs)]
             for i, run in enumerate(runs):
-                if i % 2:  # what has no token
-                    ids += [self.unknown] * (1 if self.fuse_unknown else len(run))
-                elif run:
-                    ids += self.encoding._encode_single_piece(run)
+                ids += [self.unknown] * (i > 0)  # for what stood between two runs
+                ids += self.encoding._encode_single_piece(run) if run else []
         return np.array(ids, np.uint32)
 
     def normalised(self, text):
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def parts(self, text):
-        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that
-        tiktoken's expressions would run out of stack on. These are cut, where possible after a letter and
-        before a sign, where every tokenizer here cuts as well.
+        """The text as it is encoded: at once, but for RUNS that tiktoken's expressions would run out of
+        stack on, which are cut.
         """
         text = self.normalised(text)
-        if len(text) <= LONGEST_RUN:
-            return [text]
-        bounds = [0]
-        for run in re.finditer(r"\s+|\S+", text):
-            at = run.start() + LONGEST_RUN
-            while at < run.end():
-                safe = [m.end() for m in re.finditer(r"[^\W\d_](?=[^\w\s])", text[at - 1000:at])]
-                at = at - 1000 + safe[-1] if safe else at
-                bounds.append(at)
-                at += LONGEST_RUN
-        return [text[a:b] for a, b in zip(bounds, [*bounds[1:], len(text)])]
+        cuts = [run.end() for run in RUNS.finditer(text) if run[1]] if len(text) > LONGEST_RUN else []
+        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
     def token_bytes(self, id):
         """The bytes of a token; none of an id that stands for nothing, as in a padded vocabulary."""
@@ -1339,16 +1316,12 @@ class Tokenizer:
                 add("{}\n", json.dumps(definition, ensure_ascii=False))
             add("</tools><|im_end|>\n")
         for message in messages:
-            role, content = message["role"], message.get("content") or ""
-            thought, target = message.get("reasoning_content"), int(role == "assistant")
-            # What no special token divides is encoded at once, as who reads the text as a whole does, but for
-            # where an answer begins.
-            if role in ("system", "user"):
-                add("<|im_start|>" + role + "\n{}", content)
-            elif role == "tool":
-                add("<|im_start|>tool\n<tool_response>\n{}\n</tool_response>", content)
+            role, content, target = message["role"], message.get("content") or "", 0
+            if role in TURNS:
+                add(TURNS[role], content)
             else:
                 add("<|im_start|>assistant\n")
+                thought, target = message.get("reasoning_content"), int(role == "assistant")
                 if thought:
                     add("<think>\n{}\n</think>", thought, 1)
                 add("\n\n{}" if thought else "{}", content, 1)
@@ -1384,7 +1357,8 @@ class Tokenizer:
         """
         directory = Path(directory)
         write(directory / "tokenizer.tiktoken", self.tiktoken_file())
-        write(directory / "tokenizer.json", json.dumps(self.hugging_face(), ensure_ascii=False))
+        content = (self.base or self.hugging_face()) | {"added_tokens": self.added_tokens}
+        write(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
             "pad_token": self.decode([self.end_of_text]), "clean_up_tokenization_spaces": False,
@@ -1394,28 +1368,17 @@ class Tokenizer:
         write(directory / "generation_config.json", json.dumps(stops))
 
     def hugging_face(self):
-        """What tokenizer.json holds: a base's own, to which the chat format's tokens are added, or one of
-        ours.
-        """
-        kept = {(t["id"], t["content"]): t for t in self.base["added_tokens"]} if self.base else {}
-        added = []
-        for token, i in sorted(self.special.items(), key=lambda entry: entry[1]):
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            new = {"id": i, "content": token, **flags, "special": token not in TAGS}
-            added.append(kept.get((i, token), new))
-        if self.base:
-            return self.base | {"added_tokens": added}
-        normalizer, symbol = self.normal_form and {"type": self.normal_form}, byte_symbols()
+        """What a tokenizer.json holds, from the ranks."""
+        symbol = byte_symbols()
         written = {token: "".join(symbol[b] for b in token) for token in self.ranks}
         vocabulary = dict(zip(written.values(), self.ranks.values()))
-        merged = [token for token in self.ranks if len(token) > 1]
-        merges = [[written[half] for half in halves(token, self.ranks)] for token in merged]
-        values = added, normalizer, self.pattern, vocabulary, merges
-        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, values)))
+        merges = [[written[half] for half in halves(token, self.ranks)]
+                  for token in self.ranks if len(token) > 1]
+        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, (self.pattern, vocabulary, merges))))
 
 
 TOKENIZER_JSON = """{
-"version": "1.0", "truncation": null, "padding": null, "added_tokens": %s, "normalizer": %s,
+"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
     {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Isolated", "invert": false},
     {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]},
@@ -1433,17 +1396,25 @@ def added_pattern(token):
     return r"\s*" * bool(token.get("lstrip")) + text + r"\s*" * bool(token.get("rstrip"))
 
 
-def with_chat_tokens(special, end):
-    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved
-    ones, or new ones from `end`.
+def added_token(content, i):
+    """A token of id i as tokenizer.json lists added ones."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, **flags, "special": content not in TAGS}
+
+
+def with_chat_tokens(added, ranks):
+    """Added tokens, in the order of their ids, with those of the chat format: missing ones take the
+    places of reserved ones, or new ones at the end.
     """
-    reserved = sorted((t for t in special if re.search(r"reserved|unused|extra", t)), key=special.get)
-    for token in SPECIAL_TOKENS:
-        if token in special or token == "<|endoftext|>" and "<|end_of_text|>" in special:
+    tokens = {token["content"]: token for token in sorted(added, key=lambda token: token["id"])}
+    reserved = [name for name in tokens if re.search(r"reserved|unused|extra", name)]
+    for name in SPECIAL_TOKENS:
+        if name in tokens or name == "<|endoftext|>" and "<|end_of_text|>" in tokens:
             continue
-        special[token] = special.pop(reserved.pop(0)) if reserved else end
-        end = max(end, special[token] + 1)
-    return special
+        ids = [*ranks.values(), *(token["id"] for token in tokens.values())]
+        tokens[name] = added_token(name, tokens.pop(reserved.pop(0))["id"] if reserved else max(ids) + 1)
+    return sorted(tokens.values(), key=lambda token: token["id"])
+
 
 # What Tokenizer.render writes, as a template for servers.
 CHAT_TEMPLATE = """\
@@ -1474,48 +1445,41 @@ CHAT_TEMPLATE = """\
 def train_bpe(words, vocab_size):
     """Ranks {token: id} after merging the most frequent pair of neighbouring tokens again and again.
 
-    words: {bytes: count}. Ties go to the pair of lower ids. Only the words that hold the merged pair are
-    touched, and a heap holds the pairs; its entries may be stale, so the count is checked when one comes up.
+    words: {bytes: count}. Ties go to the pair of lower ids. A token is written as the character of its id, so
+    that a word is a text, and a merge replaces two characters by one. Only the words that hold the merged
+    pair are touched, and a heap holds the pairs; its entries may be stale, so the count is checked when one
+    comes up.
     """
     tokens = [bytes([b]) for b in range(256)]
-    pieces, counts = [list(word) for word in words], list(words.values())
-    pair_counts, pair_words = Counter(), defaultdict(set)
-    heap, changed = [], set()
+    texts, counts = [word.decode("latin-1") for word in words], list(words.values())
+    totals, holders, heap = Counter(), defaultdict(set), []  # holders: the words that may hold a pair
+    changes, new = defaultdict(int), ""  # of the totals by the last merge, and the token that it made
 
-    def count_pairs(i, sign):
-        for pair in zip(pieces[i], pieces[i][1:]):
-            pair_counts[pair] += sign * counts[i]
-            pair_words[pair].add(i)
-            changed.add(pair)
+    def count_pairs(i, count):
+        for pair in map(operator.add, texts[i], texts[i][1:]):
+            changes[pair] += count
+            if new in pair:
+                holders[pair].add(i)
 
-    for i in range(len(pieces)):
-        count_pairs(i, 1)
+    for i in range(len(texts)):
+        count_pairs(i, counts[i])
     while len(tokens) < vocab_size:
-        for pair in changed:
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, (-pair_counts[pair], pair))
-        changed.clear()
-        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
+        for pair, change in changes.items():
+            if change:
+                totals[pair] += change
+                heapq.heappush(heap, (-totals[pair], pair))
+        while heap and -heap[0][0] != totals[heap[0][1]]:
             heapq.heappop(heap)
-        if not heap:
+        if not heap or not heap[0][0]:
             break
-        _, pair = heapq.heappop(heap)
-        for i in pair_words.pop(pair):
-            count_pairs(i, -1)
-            pieces[i] = merge(pieces[i], pair, len(tokens))
-            count_pairs(i, 1)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        pair, new = heap[0][1], chr(len(tokens))
+        changes.clear()
+        for i in holders.pop(pair):
+            count_pairs(i, -counts[i])
+            texts[i] = texts[i].replace(pair, new)
+            count_pairs(i, counts[i])
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
     return {token: i for i, token in enumerate(tokens)}
-
-
-def merge(word, pair, new):
-    """The ids of a word with each occurrence of the pair replaced by the new id."""
-    merged, at = [], 0
-    while at < len(word):
-        hit = tuple(word[at:at + 2]) == pair
-        merged.append(new if hit else word[at])
-        at += 1 + hit
-    return merged
 
 
 def halves(token, ranks):
@@ -1532,7 +1496,7 @@ def read_vocabulary(model, special):
     BPE.
     """
     byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
-    vocab = model["vocab"]
+    vocab, unknown = model["vocab"], model.get("unk_token")
     ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
     merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     rejected = {
@@ -1540,48 +1504,39 @@ def read_vocabulary(model, special):
             model["type"] != "BPE" or merged != sorted(merged),
         "a BPE with prefixes or suffixes":
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "an unknown token that is not in the vocabulary":
-            model.get("unk_token") and model["unk_token"] not in vocab,
+        "an unknown token that is not in the vocabulary": unknown and unknown not in vocab,
         "a BPE with bytes for what is unknown":
             model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
         "a vocabulary without all of ASCII":  # rare bytes may be missing
-            any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127)))}
-    for reason, holds in rejected.items():
-        if holds:
-            raise ValueError(reason)
+            not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}}
+    if faults := [fault for fault, holds in rejected.items() if holds]:
+        raise ValueError("; ".join(faults))
     return ranks
 
 
-def read_pattern(pre_tokenizer):
-    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for
-    others than byte-level ones.
+def read_pattern(pre_tokenizer, normalizer):
+    """The pattern by which a tokenizer.json cuts text and the Unicode form to which it brings it, None for
+    none, from its description there. Raises ValueError for others than byte-level ones.
     """
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    *cuts, last = steps
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
-        raise ValueError(f"pre_tokenizer {last}")
-    match cuts, last.get("use_regex", True):
-        case [], True:
-            return GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True}], True:
-            return DIGITS_PATTERN
-        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}], False:
-            return split["Regex"]
-    raise ValueError(f"pre_tokenizer {steps}")
-
-
-def read_normal_form(normalizer):
-    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other
-    changes to the text.
-    """
-    match normalizer:
-        case None | {"type": "Sequence", "normalizers": []}:
-            return None
-        case {"type": "Sequence", "normalizers": [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]}:
-            return form
-        case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
-            return form
-    raise ValueError(f"normalizer {normalizer}")
+    cuts, changes = ([] if not step else step.get("pretokenizers", step.get("normalizers", [step]))
+                     for step in (pre_tokenizer, normalizer))
+    match cuts:
+        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            pattern = GPT2_PATTERN
+        case [{"type": "Digits", "individual_digits": True},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+            pattern = DIGITS_PATTERN
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
+              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
+            pass
+        case _:
+            raise ValueError(f"pre_tokenizer {cuts}")
+    match changes:
+        case []:
+            return pattern, None
+        case [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]:
+            return pattern, form
+    raise ValueError(f"normalizer {changes}")
 
 
 def byte_symbols():
