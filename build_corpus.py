@@ -49,8 +49,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, python_calls, read_values,
-                     run_main, unit_hash)
+from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, list_or_none, python_calls,
+                     read_values, run_main, unit_hash)
 
 SPLITS = ("train", "heldout")
 BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
@@ -73,7 +73,7 @@ def main():
         hashes = dict(zip(shards + pool, threads.map(sha256, shards + pool)))
     options = {
         "tokenizer": tokenizer and tokenizer.fingerprint(),
-        "benchmarks": [sha256(file) for file in benchmark_files(args.benchmarks)],
+        "benchmarks": [sha256(file) for file in args.benchmarks],
         "inputs": {shard.name: hashes[shard] for shard in shards},
         "pool": {shard.name: hashes[shard] for shard in pool},
         "encoder": encoder_hashes(args.encoder)}
@@ -146,26 +146,38 @@ def drop_duplicates(documents, args):
     longest, the lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their
     bands and compared in full, a part by each process; neither needs the texts in memory.
     """
-    pairs = documents.file("pairs.npz", args.near_duplicates)
-    run_jobs(find_pairs, [(pairs, documents, args.near_duplicates)], 0, "look for near duplicates")
-    starts = range(0, len(np.load(pairs)["similar"]), PAIRS)
-    parts = [(pairs.with_name(f"{key_of(pairs)}.{start}.similar.npy"), start) for start in starts]
-    shared = documents, pairs, args.near_duplicates
+    index, reason, copy_of = documents.index, documents.reason, documents.copy_of
+    best = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
+    _, first, value = np.unique(index["digest"][best], return_index=True, return_inverse=True)
+    copy_of[best] = best[first[value]]
+    documents.drop(copy_of != np.arange(len(documents)), "duplicate")
+    path, best = documents.file("pairs.npz", args.near_duplicates), best[documents.kept[best]]
+    run_jobs(find_pairs, [(path, documents, best, args.near_duplicates)], 0, "look for near duplicates")
+    pairs = np.load(path)["pairs"]
+    parts = [(documents.file(f"{start}.similar.npy", args.near_duplicates), pairs[start:start + PAIRS])
+             for start in range(0, len(pairs), PAIRS)]
+    shared = documents, args.near_duplicates
     run_jobs(compare_pairs, parts, args.workers, "compare near duplicates", shared)
-    choose_copies(documents, pairs, [path for path, _ in parts])
+    similar = np.concatenate([np.zeros(0, bool), *(np.load(path) for path, _ in parts)])
+    for j, i in pairs[similar].tolist():  # from the best j on: what became of i is known
+        if not reason[i] and not reason[j]:
+            documents.drop(j, "near duplicate")
+            copy_of[j] = i
+    for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
+        kept = copy_of[copy_of[j]]  # a document may equal one that resembles another
+        documents.copies_apis[int(kept)].update(documents[j].apis)
 
 
 def drop_contaminated(documents, args):
     """Drop the documents that share something with the test data. Sets documents.match, what it is."""
-    files = benchmark_files(args.benchmarks)
-    if not files:
+    if not args.benchmarks:
         return
-    jobs = documents.jobs("matches.json", [sha256(file) for file in files])
-    benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
+    jobs = documents.jobs("matches.json", [sha256(file) for file in args.benchmarks])
+    benchmarks = Benchmarks(args.benchmarks) if not all(path.exists() for path, _ in jobs) else None
     run_jobs(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
     for path, n in jobs:
         for row, *match in read_json(path):
-            i = int(documents.first[n]) + row
+            i = documents.rows(n)[row]
             if not documents.reason[i]:
                 documents.match[i] = match
     documents.drop(list(documents.match), "shares words or a call with a benchmark")
@@ -185,21 +197,20 @@ def retrieve(documents, args):
     depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
     path = documents.file("scorer.npz", depends)
     run_jobs(train_scorer, [(path, documents, seed, pool, args.encoder)], 0, "train the classifier")
-    scorer = dict(np.load(path))
-    jobs = [job for job in documents.jobs("scores.npy", depends) if documents.pieces[job[1]].pool]
+    scorer = np.load(path)
+    jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
     workers = 0 if args.encoder else args.workers
-    run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
+    run_jobs(score_piece, jobs, workers, "score the pool", (documents, dict(scorer), args.encoder))
     for path, n in jobs:
-        documents.score[documents.first[n]:documents.first[n + 1]] = sigmoid(np.load(path))
+        documents.score[documents.rows(n)] = sigmoid(np.load(path))
     if args.retrieve_above is not None:
         taken = pool & (documents.score >= args.retrieve_above)
     else:
         best = np.lexsort((documents.index["id"], -documents.score, ~pool))
         taken = np.isin(np.arange(len(documents)), best[:round(args.retrieve * pool.sum())])
     documents.drop(pool & ~taken, "not of the seed's kind")
-    figures = ("precision", "recall", "f1", "calibration_error", "tested")
-    figures = {name: float(scorer[name]) for name in figures}
     least = float(documents.score[taken].min(initial=1.0))
+    figures = dict(zip(FIGURES, scorer["figures"].tolist()))
     return figures | {"pool": int(pool.sum()), "taken": int(taken.sum()), "least": least}
 
 
@@ -239,10 +250,9 @@ def tokenize(documents, split, tokenizer, args):
     """
     jobs, depends = [], hash_of(tokenizer.fingerprint(), sorted(split.heldout), args.fold)
     for n, name in enumerate(documents.names):
-        rows = range(documents.first[n], documents.first[n + 1])
-        copies = [(row, sorted(split.copies_apis[i])) for row, i in enumerate(rows) if i in split.copies_apis]
-        key = hash_of(name, documents.reason[rows.start:rows.stop], copies, depends)
-        jobs.append((documents.work / f"{key}.tokens.npy", n))
+        rows = documents.rows(n)
+        copies = [sorted(split.copies_apis.get(i, ())) for i in rows]
+        jobs.append((documents.work / f"{hash_of(name, documents.reason[rows], copies, depends)}.tokens.npy", n))
     run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
     return [path for path, _ in jobs]
 
@@ -252,10 +262,13 @@ def tokenize_piece(path, n, documents, split, tokenizer):
     conversations for tuning are among them (.mask.npy), and for each document of the piece what became of it.
     """
     end_of_text = np.array([tokenizer.end_of_text], np.uint32)
-    entries = np.zeros(documents.first[n + 1] - documents.first[n], TOKENS)
+    entries = np.zeros(len(documents.rows(n)), TOKENS)
     ids, masks, has_mask = [], [], False
-    for row, (i, record) in enumerate(documents.of_piece(n)):
-        name = None if documents.reason[i] else split(i, record, BINS[documents.index["bin"][i]])
+    for row, i in enumerate(documents.rows(n)):
+        if documents.reason[i]:
+            continue
+        record = documents[i]
+        name = split(i, record, BINS[documents.index["bin"][i]])
         if name is None:
             continue
         lost = tokenizer.lost
@@ -318,8 +331,10 @@ def parse_args():
             fail(f"--{flag.replace('_', '-')} {value}: must be between 0 and 1")
     if args.workers < 1:
         fail(f"--workers {args.workers}: at least one is needed")
-    if args.benchmarks and not benchmark_files(args.benchmarks):
+    files = benchmark_files(args.benchmarks)
+    if args.benchmarks and not files:
         fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
+    args.benchmarks = files
     least = 256 + len(SPECIAL_TOKENS)
     if args.vocab_size < least:
         fail(f"--vocab-size {args.vocab_size}: must be at least {least}, the bytes and the special tokens")
@@ -628,6 +643,7 @@ def outside_limits(record, measured):
 SHINGLE = 5          # words that are hashed together
 # A pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5.
 BANDS, ROWS = 18, 7
+NEAR = 16            # documents with the same hash of a band, each of which is compared with a next one
 PAIRS = 20_000       # are compared by one job
 # What divides words outside ASCII, and what are words by themselves, in scripts that write no spaces.
 DIVIDER = regex.compile(r"[^\p{L}\p{M}\p{N}\x00-\x7f]")
@@ -650,7 +666,7 @@ class Documents:
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
         self.index = np.concatenate([np.zeros(0, INDEX), *parts])  # (N,)
         self.reason = np.zeros(len(self), np.uint8)   # (N,)
-        self.copy_of = np.full(len(self), -1)         # (N,) the document that is kept instead, -1 for none
+        self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
         self.match = {}                               # {document: (words or call, benchmark file)}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
@@ -665,15 +681,9 @@ class Documents:
         # Seeking would move the file's position for all processes.
         return Record.from_json(os.pread(file.fileno(), self.index["size"][i], self.index["start"][i]))
 
-    def of_piece(self, n):
-        """Yields the number and the Record of each document of a piece."""
-        lines = (self.work / f"{self.names[n]}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        return ((i, Record(**json.loads(line))) for i, line in enumerate(lines, int(self.first[n])))
-
-    def bands(self, band):
-        """(N,) uint64: the hashes of a band."""
-        paths = [self.work / f"{name}.bands.npy" for name in self.names]
-        return np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])
+    def rows(self, n):
+        """The numbers of the documents of a piece."""
+        return range(self.first[n], self.first[n + 1])
 
     def is_in(self, *bins):
         """(N,) Whether each belongs to one of these bins."""
@@ -753,64 +763,34 @@ def band_keys(signatures):
     return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64)).T
 
 
-def find_pairs(path, documents, threshold):
-    """Write pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and
-    `similar` ones to be compared.
+def find_pairs(path, documents, best, threshold):
+    """Write the pairs (later, earlier) of documents, given from the best on, that are to be compared: a
+    document with the best that has the hash of one of its bands, and with the NEAR before it.
     """
-    index, n = documents.index, len(documents)
-    order = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
-    _, first, value = np.unique(index["digest"][order], return_index=True, return_inverse=True)
-    earlier = first[value]
-    copies = np.flatnonzero(earlier < np.arange(n))
-    codes = np.zeros(0, np.int64)
-    if threshold:
-        others = np.delete(np.arange(n), copies)
-        for band in tqdm(range(BANDS), desc="bands", disable=None):
-            later, same = others[band_pairs(documents.bands(band)[order[others]])].T
-            codes = np.union1d(codes, later * n + same)
-    similar = np.stack(np.divmod(codes, n), 1)
-    write(path, equal=order[np.stack([copies, earlier[copies]], 1)], similar=order[similar])
+    pairs, n = np.zeros(0, np.int64), len(best)  # a pair is later * n + earlier, of places in `best`
+    for band in tqdm(range(BANDS if threshold else 0), desc="bands", disable=None):
+        paths = [documents.work / f"{name}.bands.npy" for name in documents.names]
+        keys = np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])[best]
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
+        later = np.flatnonzero(heads < np.arange(n))
+        found = [order[later] * n + order[heads[later]]]
+        for step in range(1, NEAR + 1):
+            later = later[later - step > heads[later]]
+            found.append(order[later] * n + order[later - step])
+        pairs = np.unique(np.concatenate([pairs, *found]))
+    write(path, pairs=best[np.stack(np.divmod(pairs, n), 1)])
 
 
-def band_pairs(keys, near=16):
-    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with
-    the `near` before it.
-    """
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
-    found = [np.stack([order, order[heads]], 1)[heads < np.arange(len(keys))]]
-    for step in range(1, near + 1):
-        equal = np.flatnonzero(keys[step:] == keys[:-step])
-        found.append(np.stack([order[equal + step], order[equal]], 1))
-    return np.concatenate(found)
-
-
-def compare_pairs(path, start, documents, pairs, threshold):
-    """Write for PAIRS pairs whether the Jaccard similarity of their shingles reaches the threshold."""
+def compare_pairs(path, pairs, documents, threshold):
+    """Write for some pairs whether the Jaccard similarity of their shingles reaches the threshold."""
     sets = lru_cache(20_000)(lambda i: np.unique(shingle_hashes([content_of(documents[i])])[0]))
     similar = []
-    for j, i in np.load(pairs)["similar"][start:start + PAIRS].tolist():
+    for j, i in pairs.tolist():
         common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
         similar.append(common >= threshold * (len(sets(i)) + len(sets(j)) - common))
     write(path, np.array(similar, bool))
-
-
-def choose_copies(documents, pairs, parts):
-    """Set which documents are dropped, and for what: a document is, if it equals or resembles one before
-    it that is not.
-    """
-    found, reason, copy_of = np.load(pairs), documents.reason, documents.copy_of
-    copies, earlier = found["equal"].T
-    reason[copies], copy_of[copies] = 1, earlier
-    similar = np.concatenate([np.zeros(0, bool), *map(np.load, parts)])
-    for j, i in found["similar"][similar].tolist():  # in the order of j: what became of i is known
-        if not reason[i] and not reason[j]:
-            reason[j], copy_of[j] = 2, i
-    for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
-        kept = copy_of[j] if not reason[copy_of[j]] else copy_of[copy_of[j]]
-        documents.copies_apis[int(kept)].update(documents[j].apis)
-
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -820,27 +800,25 @@ OVERLAP = 13  # words in a row, as for GPT-3 (arXiv 2005.14165, appendix C)
 
 
 class Benchmarks:
-    """What test data holds: hashes of all runs of OVERLAP words with the file each is from, and the calls
-    by name.
+    """What test data holds: all telling runs of OVERLAP words with the file each is from, and the calls by
+    name.
     """
 
     def __init__(self, files):
         self.runs, self.calls = {}, defaultdict(list)
         for file in tqdm(files, desc="benchmarks", disable=None):
-            parts = [part for _, value in read_values(file) for part in parts_of(value)]
-            for name, accepted in (call for part in parts for call in gold_calls(part)):
-                self.calls[name].append(accepted)
-            texts = [part for part in parts if isinstance(part, str)]
-            for text, runs in zip(texts, whole_runs(texts)):
-                for run in runs[telling(text)].tolist():
-                    self.runs.setdefault(run, file.name)
+            for part in (part for _, value in read_values(file) for part in parts_of(value)):
+                for name, accepted in gold_calls(part):
+                    self.calls[name].append(accepted)
+                for run in runs_of(part) if isinstance(part, str) else []:
+                    if is_telling(run):
+                        self.runs.setdefault(run, file.name)
 
     def match(self, text, messages):
         """What a document has in common with a file, as (words or call, file's name), or None."""
-        [runs] = whole_runs([text])
-        for at, run in enumerate(runs.tolist()):
+        for run in runs_of(text):
             if run in self.runs:
-                return " ".join(words_of(text)[at:at + OVERLAP]), self.runs[run]
+                return run, self.runs[run]
         for function in (call["function"] for m in messages or [] for call in m.get("tool_calls") or []):
             given = {k: json.dumps(v, sort_keys=True) for k, v in json.loads(function["arguments"]).items()}
             for accepted in self.calls.get(function["name"], []):
@@ -862,49 +840,44 @@ def gold_calls(part):
     """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"},
     Python's f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
     """
-    accepted, reader = [], None
-    if isinstance(part, str) and re.match(r"\[?[\w.]+\(", part):
-        reader = python_calls
-    elif isinstance(part, dict) and {"name", "arguments"} <= part.keys():
-        reader = calls_in
-    elif isinstance(part, dict) and len(part) == 1:
+    calls, accepted = [], []
+    if isinstance(part, str):
+        calls = list_or_none(python_calls, part) if re.match(r"\[?[\w.]+\(", part) else []
+    elif {"name", "arguments"} <= part.keys():
+        calls = list_or_none(calls_in, part)
+    elif len(part) == 1:
         [(name, given)] = part.items()
         if isinstance(given, dict) and all(isinstance(values, list) for values in given.values()):
             accepted = [(name, given)]
-    calls = attempt(reader, part) if reader else []
-    for function in (call["function"] for call in calls if isinstance(calls, list)):
+    for function in (call["function"] for call in calls):
         given = json.loads(function["arguments"])
         accepted.append((function["name"], {k: [v] for k, v in given.items()}))
     return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})
             for name, given in accepted]
 
 
-def words_of(text):
-    """The words as shingle_hashes() tells them apart."""
-    return re.findall(r"[a-z0-9\u0080-\U0010ffff]+", divided(text))
+def runs_of(text):
+    """Every run of OVERLAP words of a text, which shingle_hashes() tells apart alike."""
+    words = re.findall(r"[a-z0-9\u0080-\U0010ffff]+", divided(text))
+    return [" ".join(words[i:i + OVERLAP]) for i in range(len(words) - OVERLAP + 1)]
 
 
-def telling(text):
-    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting
-    and JSON have not.
-    """
-    words = [w if (len(w) > 1 or not w.isascii()) and not w.isdigit() else "" for w in words_of(text)]
-    return np.array([len({*words[i:i + OVERLAP]} - {""}) >= 8 for i in range(len(words) - OVERLAP + 1)], bool)
-
-
-def whole_runs(texts):
-    """The hashes of each text's runs of exactly OVERLAP words."""
-    hashes, starts = shingle_hashes(texts, OVERLAP)
-    return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
+def is_telling(run):
+    """Whether it has eight different words of two letters or more: counting and JSON have not."""
+    words = {w for w in run.split() if (len(w) > 1 or not w.isascii()) and not w.isdigit()}
+    return len(words) >= 8
 
 
 def find_matches(path, n, documents, benchmarks):
     """Write [row, words or call, file] of the documents of a piece that share something with the
     benchmarks.
     """
-    matches = [(row, benchmarks.match(content_of(record), record.messages))
-               for row, (_, record) in enumerate(documents.of_piece(n))]
-    write(path, json.dumps([[row, *match] for row, match in matches if match]))
+    found = []
+    for row, i in enumerate(documents.rows(n)):
+        record = documents[i]
+        if match := benchmarks.match(content_of(record), record.messages):
+            found.append((row, *match))
+    write(path, json.dumps(found))
 
 
 def benchmark_files(path):
@@ -921,6 +894,7 @@ def benchmark_files(path):
 BUCKETS = 2**20  # places for the hashed n-grams
 SAMPLE = 100_000  # documents of each kind, at most, that the classifier learns from
 LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
+FIGURES = ("precision", "recall", "f1", "calibration_error", "tested")  # of it, on documents it did not see
 
 
 def plain_text(record):
@@ -936,39 +910,39 @@ def plain_text(record):
 
 
 def train_scorer(path, documents, seed, pool, encoder):
-    """Write what log_odds() needs, with its figures on documents it did not see: as many of the seed as
-    of the pool.
+    """Write what log_odds() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
+    pool.
     """
     seed, pool = documents.ordered(seed), documents.ordered(pool)
     count = min(SAMPLE, len(seed), len(pool))
     if count < 50:
         fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
              "classifier needs 50 of each")
-    chosen = np.stack([seed[:count], pool[:count]])
-    texts = np.array([[plain_text(documents[i]) for i in row] for row in chosen], object)  # (2, count)
-    parts = np.split(np.arange(count), [int(0.8 * count), int(0.9 * count)])
-    train, tune, test = (texts[:, rows].ravel() for rows in parts)
-    train_labels, tune_labels, test_labels = (np.repeat([1.0, 0.0], len(rows)) for rows in parts)
+    rows = [[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)]
+    parts = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
+    (seed, pool), tune, test = parts
     if encoder:
-        learned = {"seeds": encode_texts(encoder, train[:len(parts[0])][:4096])}
+        learned = {"seeds": encode_texts(encoder, seed[:4096])}
     else:
-        learned = {"weights": fit_ngrams(train, train_labels)}
+        learned = {"weights": fit_ngrams(seed, pool)}
         # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which
         # may well be of its kind.
-        negatives = train[len(parts[0]):]
-        order = np.argsort(raw_scores(negatives, learned, None))
-        hard = negatives[order[len(order) // 2:len(order) * 9 // 10]]
-        labels = np.append(train_labels, np.zeros(len(hard)))
-        learned = {"weights": fit_ngrams(np.append(train, hard), labels)}
-    learned["slope"], learned["offset"] = calibrate(raw_scores(tune, learned, encoder), tune_labels)
-    p = sigmoid(log_odds(test, learned, encoder))
-    found = p >= 0.5
-    hits = (found & (test_labels == 1)).sum()
-    bins = np.minimum((p * 10).astype(int), 9)
-    error = sum(abs(p[bins == b].sum() - test_labels[bins == b].sum()) for b in range(10)) / len(p)
-    precision, recall = hits / max(1, found.sum()), hits / test_labels.sum()
+        order = np.argsort(raw_scores(pool, learned, None))
+        hard = pool[order[len(order) // 2:len(order) * 9 // 10]]
+        learned = {"weights": fit_ngrams(seed, np.append(pool, hard))}
+    learned["slope"], learned["offset"] = calibrate(raw_scores(tune.ravel(), learned, encoder))
+    p = sigmoid(log_odds(test.ravel(), learned, encoder))
+    found, is_seed, bins = p >= 0.5, first_half(p), np.minimum((p * 10).astype(int), 9)
+    hits = (found & is_seed).sum()
+    error = sum(abs(p[bins == b].sum() - is_seed[bins == b].sum()) for b in range(10)) / len(p)
+    precision, recall = hits / max(1, found.sum()), hits / is_seed.sum()
     f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    write(path, **learned, precision=precision, recall=recall, f1=f1, calibration_error=error, tested=len(p))
+    write(path, **learned, figures=[precision, recall, f1, error, len(p)])
+
+
+def first_half(values):
+    """(N,) Whether each is in the first half, that of the seed."""
+    return np.arange(len(values)) < len(values) // 2
 
 
 def log_odds(texts, learned, encoder):
@@ -994,7 +968,7 @@ def sigmoid(x):
 def score_piece(path, n, documents, learned, encoder):
     """Write the logarithm of the odds of each document of a piece of the pool."""
     scores = [np.zeros(0)]
-    records = (record for _, record in documents.of_piece(n))
+    records = map(documents.__getitem__, documents.rows(n))
     for batch in batches(records, lambda record: len(record.text), 500_000):
         scores.append(log_odds([plain_text(record) for record in batch], learned, encoder))
     write(path, np.concatenate(scores))
@@ -1007,33 +981,31 @@ def ngrams(texts):
         words, starts = shingle_hashes(batch, 1)
         pairs, _ = shingle_hashes(batch, 2)  # as many as words: the last is one word
         for a, b in zip(starts, starts[1:]):
-            places += [(hashes[a:b] % BUCKETS).astype(np.int32) for hashes in (words, pairs)]
+            places += [words[a:b], pairs[a:b]]
             counts.append(2 * (b - a))
-    return np.concatenate(places), np.cumsum(counts)
+    return (np.concatenate(places) % BUCKETS).astype(np.int32), np.cumsum(counts)
 
 
-def fit_ngrams(texts, labels, epochs=3, batch_size=64):
-    """The number (BUCKETS,) of each n-gram by which the mean over a text tells its label best."""
+def fit_ngrams(seed, pool, epochs=3, batch_size=64):
+    """The number (BUCKETS,) of each n-gram by whose mean over a text those of the seed are told best."""
     import torch  # here, since only --pool needs it
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums under torchrun, which sets their number
-    places, starts = ngrams(texts)
-    grams = torch.from_numpy(places).tensor_split(torch.from_numpy(starts[1:-1]))
-    bag = torch.nn.EmbeddingBag(BUCKETS, 1, mode="mean", sparse=True)
-    torch.nn.init.zeros_(bag.weight)
-    optimizer = torch.optim.SparseAdam(bag.parameters(), lr=0.1)
-    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(texts)), epochs))
+    places, starts = map(torch.from_numpy, ngrams(np.append(seed, pool)))
+    grams = places.tensor_split(starts[1:-1])
+    weights = torch.zeros(BUCKETS, 1, requires_grad=True)
+    optimizer = torch.optim.SparseAdam([weights], lr=0.1)
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(grams)), epochs))
     parts = np.split(order, range(batch_size, len(order), batch_size))
     for batch in tqdm(parts, desc="classifier", disable=None):
-        offsets = torch.tensor([0, *(len(grams[i]) for i in batch[:-1])]).cumsum(0)
-        score = bag(torch.cat([grams[i] for i in batch]).long(), offsets)[:, 0]
-        target = torch.from_numpy(labels[batch]).float()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, target)
+        rows = [grams[i] for i in batch]
+        offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
+        bags = torch.nn.functional.embedding_bag(torch.cat(rows).long(), weights, offsets, mode="mean", sparse=True)
+        target = torch.from_numpy(batch < len(seed)).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(bags[:, 0], target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.set_num_threads(threads)
-    return bag.weight.detach()[:, 0].numpy()
+    return weights.detach()[:, 0].numpy()
 
 
 def encoder_hashes(directory):
@@ -1067,15 +1039,15 @@ def encode_texts(directory, texts, longest=512):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def calibrate(scores, labels):
-    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a
-    weak prior keeps them finite.
+def calibrate(scores):
+    """Slope and offset by which scores, the first half of the seed, become the logarithm of odds (Platt
+    1999), by Newton's method; a weak prior keeps them finite.
     """
     x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
     for _ in range(50):
         p = sigmoid(x @ w)
         hessian = (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2)
-        w -= np.linalg.solve(hessian, x.T @ (p - labels) + 0.01 * w)
+        w -= np.linalg.solve(hessian, x.T @ (p - first_half(p)) + 0.01 * w)
     return w[0] / scores.std(), w[1]
 
 
@@ -1639,7 +1611,7 @@ def account(documents):
         if reasons[reason] > MAX_REJECTED:
             continue
         example = {"reason": reason, "id": name(i)}
-        if copy_of >= 0:
+        if copy_of != i:
             example["of"] = name(copy_of)
         if i in documents.match:
             example["match"], example["file"] = documents.match[i]
