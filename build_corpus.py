@@ -26,7 +26,6 @@ input.
 """
 import argparse
 import base64
-import contextlib
 import hashlib
 import heapq
 import json
@@ -66,8 +65,7 @@ def main():
     if args.show is not None:
         return show(args)
     started, out = time.time(), Path(args.out)
-    shards = find_shards(args.raw, "Run `python collect.py` first, or name the directory with --raw")
-    pool = find_shards(args.pool, "name another with --pool") if args.pool else []
+    shards, pool = find_shards(args.raw), find_shards(args.pool) if args.pool else []
     tokenizer = Tokenizer.find(args.tokenizer) if args.tokenizer else None
     with ThreadPool(args.workers) as threads:
         hashes = dict(zip(shards + pool, threads.map(sha256, shards + pool)))
@@ -98,9 +96,9 @@ def main():
     heldout_apis = sorted(api for api in apis if in_fold(api, args.heldout, args.fold))
     split = Split(heldout_apis, args.fold, documents.copies_apis)
     tokenizer = tokenizer or train_tokenizer(documents, split, args)
-    tokenized = tokenize(documents, split, tokenizer, args)
+    tokenize(documents, split, tokenizer, args)
     if is_main():
-        manifest = assemble(out, documents, tokenized, heldout_apis, tokenizer)
+        manifest = assemble(out, documents, heldout_apis, tokenizer)
         manifest |= {"options": options, "retrieval": retrieval}
         write(out / "manifest.json", json.dumps(manifest, indent=1))
         report(manifest, time.time() - started)
@@ -245,25 +243,26 @@ class Split:
 
 
 def tokenize(documents, split, tokenizer, args):
-    """Tokenize the kept documents of each piece. Returns for each piece the path of what tokenize_piece()
-    wrote.
+    """Tokenize the kept documents of each piece. Sets documents.tokenized, the paths of what
+    tokenize_piece() wrote of each, and returns them.
     """
     jobs, depends = [], hash_of(tokenizer.fingerprint(), sorted(split.heldout), args.fold)
     for n, name in enumerate(documents.names):
         rows = documents.rows(n)
         copies = [sorted(split.copies_apis.get(i, ())) for i in rows]
-        jobs.append((documents.work / f"{hash_of(name, documents.reason[rows], copies, depends)}.tokens.npy", n))
+        key = hash_of(name, documents.reason[rows], copies, depends)
+        jobs.append((documents.work / f"{key}.tokens.npy", n))
     run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
-    return [path for path, _ in jobs]
+    documents.tokenized = [path for path, _ in jobs]
+    return documents.tokenized
 
 
 def tokenize_piece(path, n, documents, split, tokenizer):
-    """Write the ids of a piece's kept documents, each with an end of text (.bin.npy), their loss mask if
-    conversations for tuning are among them (.mask.npy), and for each document of the piece what became of it.
+    """Write the ids of a piece's kept documents, each with an end of text (.bin), their loss mask if
+    conversations for tuning are among them (.mask), and for each document of the piece what became of it.
     """
-    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
     entries = np.zeros(len(documents.rows(n)), TOKENS)
-    ids, masks, has_mask = [], [], False
+    ids, mask, start = [], [], 0
     for row, i in enumerate(documents.rows(n)):
         if documents.reason[i]:
             continue
@@ -274,16 +273,16 @@ def tokenize_piece(path, n, documents, split, tokenizer):
         lost = tokenizer.lost
         if record.text is not None:
             encoded = tokenizer.encode_to_numpy(record.text)
-            mask = np.zeros(len(encoded), np.uint8)
+            target = np.zeros(len(encoded))
         else:
-            encoded, mask = tokenizer.render(record.messages, record.tools)
-        ids += [encoded, end_of_text]
-        masks += [mask, [0]]
-        has_mask |= record.domain == "instruction"
-        entries[row] = len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
-    write(path.with_suffix(".bin.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
-    if has_mask:
-        write(path.with_suffix(".mask.npy"), np.concatenate(masks).astype(np.uint8))
+            encoded, target = tokenizer.render(record.messages, record.tools)
+        ids += [encoded, [tokenizer.end_of_text]]
+        mask += [target, [0]]
+        entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
+        start += len(encoded) + 1
+    write(path.with_suffix(".bin"), np.concatenate([[], *ids]).astype(tokenizer.dtype).tobytes())
+    if documents.is_in("instruction")[documents.rows(n)].any():
+        write(path.with_suffix(".mask"), np.concatenate([[], *mask]).astype(np.uint8).tobytes())
     write(path, entries)
 
 
@@ -295,35 +294,39 @@ def tokenize_piece(path, n, documents, split, tokenizer):
 # Options
 
 
+# A flag; its default or, if it has none, its type; and what it means.
+FLAGS = (
+    ("--raw DIR", "data/raw", "directory of records"),
+    ("--out DIR", "data/corpus", "directory for the corpus"),
+    ("--show N", int, "print N documents of the corpus with their tokens in two shades, target tokens in colour, "
+     "and their measures"),
+    ("--tokenizer NAME", str, "take the tokenizer of a base instead of training one: a model's directory or its "
+     "tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name that "
+     "tiktoken knows"),
+    ("--vocab-size N", 2048, "tokens of the tokenizer trained here, special ones included"),
+    ("--near-duplicates J", 0.8, "drop documents whose sets of 5-word runs have at least this Jaccard similarity "
+     "to those of a longer one; 0 keeps them. Below 0.75 not all are found"),
+    ("--benchmarks PATH", str, "drop documents that share 13 words in a row, or a call with its arguments, with "
+     "this file or directory of test data (JSON, JSON lines, CSV, text)"),
+    ("--pool DIR", str, "directory of records of general text and code, of which what is like the documentation "
+     "and trajectories is taken for stage 1, by a classifier that tells the two apart"),
+    ("--retrieve SHARE", 0.1, "share of the pool's documents to take"),
+    ("--retrieve-above P", float, "take instead all of at least this probability"),
+    ("--encoder DIR", str, "in place of the classifier: similarity of this model's mean hidden states to those of "
+     "the seed"),
+    ("--heldout SHARE", 0.08, "share of APIs kept from training"),
+    ("--fold N", 1, "which share of the APIs is held out, 0 being the first: choose settings on one fold and "
+     "report another (our defaults were chosen on fold 0)"),
+    ("--workers N", os.cpu_count(), "processes; the result is the same for any number"))
+
+
 def parse_args():
     """The flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--raw", default="data/raw", help="directory of records")
-    add("--out", default="data/corpus", help="directory for the corpus")
-    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two "
-        "shades, target tokens in colour, and their measures")
-    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's "
-        "directory or its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's "
-        "tokenizer.model, or a name that tiktoken knows")
-    add("--vocab-size", type=int, default=2048,
-        help="tokens of the tokenizer trained here, special ones included")
-    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word "
-        "runs have at least this Jaccard similarity to those of a longer one; 0 keeps them. Below 0.75 not "
-        "all are found")
-    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with "
-        "its arguments, with this file or directory of test data (JSON, JSON lines, CSV, text)")
-    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like "
-        "the documentation and trajectories is taken for stage 1, by a classifier that tells the two apart")
-    add("--retrieve", type=float, default=0.1, metavar="SHARE", help="share of the pool's documents to take")
-    add("--retrieve-above", type=float, metavar="P", help="take instead all of at least this probability")
-    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden "
-        "states to those of the seed")
-    add("--heldout", type=float, default=0.08, help="share of APIs kept from training")
-    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose "
-        "settings on one fold and report another (our defaults were chosen on fold 0)")
-    add("--workers", type=int, default=os.cpu_count(),
-        help="processes; the result is the same for any number")
+    for flag, default, meaning in FLAGS:
+        name, value = flag.split()
+        kind, default = (default, None) if isinstance(default, type) else (type(default), default)
+        parser.add_argument(name, type=kind, default=default, metavar=value, help=meaning)
     args = parser.parse_args()
     for flag in ("near_duplicates", "retrieve", "retrieve_above", "heldout"):
         value = getattr(args, flag)
@@ -346,24 +349,22 @@ def parse_args():
 
 
 class Piece(NamedTuple):
-    """The lines of a shard that begin from one byte on and before another. The key tells their content."""
+    """The lines of a shard that begin in the PIECE bytes from `start` on. The key tells their content."""
     key: str
     shard: Path
     start: int
-    end: int
     pool: bool
 
 
-def find_shards(directory, mend):
+def find_shards(directory):
     """The files of records in a directory."""
-    if shards := sorted(Path(directory).glob("*.jsonl")):
-        return shards
-    fail(f"{directory}: no *.jsonl files; {mend}")
+    shards = sorted(Path(directory).glob("*.jsonl"))
+    return shards or fail(f"{directory}: no *.jsonl files of records, such as `python collect.py` writes")
 
 
 def find_pieces(shards, hashes, pool):
     """The Pieces of some shards."""
-    return [Piece(hash_of(hashes[shard], start, pool), shard, start, start + PIECE, pool)
+    return [Piece(hash_of(hashes[shard], start, pool), shard, start, pool)
             for shard in shards for start in range(0, shard.stat().st_size, PIECE)]
 
 
@@ -484,28 +485,29 @@ def clean_piece(path, piece):
     """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
     report (.json) and their index (.npy).
     """
-    rejected, masked, lines, index, apis, size = [], Counter(), [], [], set(), 0
-    bands = [np.zeros((BANDS, 0), np.uint64)]
+    rejected, masked, kept, apis, bands = [], Counter(), [], set(), [np.zeros((BANDS, 0), np.uint64)]
     records = (clean(record, masked) for record in read_records(piece, rejected))
     texts = ((record, content_of(record)) for record in records)
     for batch in batches(texts, lambda pair: len(pair[1]), 500_000):
         hashes, starts = shingle_hashes([text for _, text in batch])
-        good = np.ones(len(batch), bool)
+        good = []
         for i, (record, text) in enumerate(batch):
             measured = measure(text, hashes[starts[i]:starts[i + 1]])
             if fault := outside_limits(record, measured):
-                good[i] = False
                 rejected.append({"reason": fault, "id": record.id, "value": round(float(measured[fault]), 3)})
                 continue
-            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
-            bin = BINS.index("retrieved" if piece.pool else record.domain)
-            index.append((*index_key(record.id), digest_of(text), size, len(lines[-1]), len(text), bin))
-            size += len(lines[-1])
+            good.append(i)
+            line = record.to_json().encode("utf-8", "replace") + b"\n"
+            kept.append((record.id, "retrieved" if piece.pool else record.domain, text, line))
             if record.domain == "api_doc" and not piece.pool:
                 apis.update(record.apis)
         bands.append(band_keys(minhash(hashes, starts))[:, good])
+    lines = [line for *_, line in kept]
+    starts = np.cumsum([0, *map(len, lines)])
+    index = [(*index_key(name), digest_of(text), start, len(line), len(text), BINS.index(bin))
+             for (name, bin, text, line), start in zip(kept, starts)]
     reasons = Counter(example["reason"] for example in rejected)
-    write(path.with_suffix(".jsonl"), b"".join(lines))
+    write(path.with_suffix(".jsonl"), lines)
     write(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
     write(path.with_suffix(".json"), json.dumps(
         {"reasons": reasons, "sample": sample_of(rejected), "masked": masked, "apis": sorted(apis)}))
@@ -518,7 +520,7 @@ def read_records(piece, rejected):
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line that begins in the piece before
-        while (at := file.tell()) < piece.end and (line := file.readline()):
+        while (at := file.tell()) < piece.start + PIECE and (line := file.readline()):
             try:
                 record = Record.from_json(line.decode("utf-8", "replace").removesuffix("\n"))
                 if piece.pool and record.text is None:
@@ -664,22 +666,26 @@ class Documents:
         self.reports = [read_json(work / f"{name}.json") for name in self.names]
         parts = [np.load(work / f"{name}.npy") for name in self.names]
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
+        self.piece = np.repeat(np.arange(len(parts)), np.diff(self.first))  # (N,)
         self.index = np.concatenate([np.zeros(0, INDEX), *parts])  # (N,)
         self.reason = np.zeros(len(self), np.uint8)   # (N,)
         self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
         self.match = {}                               # {document: (words or call, benchmark file)}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
-        self.open = lru_cache(500)(lambda n: open(work / f"{self.names[n]}.jsonl", "rb"))
+        self.open = lru_cache(500)(lambda path: open(path, "rb"))
 
     def __len__(self):
         return len(self.index)
 
     def __getitem__(self, i):
         """The Record of a document."""
-        file = self.open(np.searchsorted(self.first, i, side="right") - 1)
-        # Seeking would move the file's position for all processes.
-        return Record.from_json(os.pread(file.fileno(), self.index["size"][i], self.index["start"][i]))
+        path = self.work / f"{self.names[self.piece[i]]}.jsonl"
+        return Record.from_json(self.read(path, self.index["start"][i], self.index["size"][i]))
+
+    def read(self, path, start, size):
+        """Bytes of a file. Seeking would move the file's position for all processes."""
+        return os.pread(self.open(path).fileno(), size, start)
 
     def rows(self, n):
         """The numbers of the documents of a piece."""
@@ -697,6 +703,12 @@ class Documents:
     def of_split(self, bin, split):
         """The numbers of the documents of a bin, in its order, once they are tokenized."""
         return self.ordered(self.is_in(bin) & (self.tokens["split"] == 1 + SPLITS.index(split)))
+
+    def tokens_of(self, chosen, size, suffix):
+        """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
+        for i in chosen.tolist():
+            path = self.tokenized[self.piece[i]].with_suffix("." + suffix)
+            yield self.read(path, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
 
     @property
     def kept(self):
@@ -999,7 +1011,8 @@ def fit_ngrams(seed, pool, epochs=3, batch_size=64):
     for batch in tqdm(parts, desc="classifier", disable=None):
         rows = [grams[i] for i in batch]
         offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
-        bags = torch.nn.functional.embedding_bag(torch.cat(rows).long(), weights, offsets, mode="mean", sparse=True)
+        bags = torch.nn.functional.embedding_bag(torch.cat(rows).long(), weights, offsets, mode="mean",
+                                                 sparse=True)
         target = torch.from_numpy(batch < len(seed)).float()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(bags[:, 0], target)
         optimizer.zero_grad()
@@ -1521,14 +1534,13 @@ def train_tokenizer(documents, split, args):
     """The Tokenizer trained on a fair share of each domain's training text, or the one that was written
     when it was.
     """
+    def write_ranks(path):
+        tokenizer = Tokenizer.train(training_texts(documents, split), args.vocab_size)
+        write(path, tokenizer.tiktoken_file())
+
     path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
-    run_jobs(write_ranks, [(path, documents, split, args.vocab_size)], 0, "train the tokenizer")
+    run_jobs(write_ranks, [(path,)], 0, "train the tokenizer")
     return Tokenizer(read_ranks(path))
-
-
-def write_ranks(path, documents, split, vocab_size):
-    """Write the ranks of a tokenizer trained on what is kept for training."""
-    write(path, Tokenizer.train(training_texts(documents, split), vocab_size).tiktoken_file())
 
 
 def training_texts(documents, split, limit=12_000_000):
@@ -1558,16 +1570,16 @@ def read_ranks(path):
 # A bin's files, the bins that have them, and the type of their values; that of ids is the tokenizer's.
 FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"),
          "score": (["retrieved"], "<f4")}
-# What became of a document: its tokens, 1 + the place of its split in SPLITS or 0 for none, bytes that have
-# no token.
-TOKENS = np.dtype([("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
+# What became of a document: where its tokens begin in those of its piece, their number, 1 + the place of its
+# split in SPLITS or 0 for none, bytes that have no token.
+TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
 
 
-def assemble(out, documents, tokenized, heldout_apis, tokenizer):
+def assemble(out, documents, heldout_apis, tokenizer):
     """Write the corpus from what the steps wrote, and remove of that what this corpus does not need.
     Returns the manifest.
     """
-    documents.tokenized, documents.tokens = tokenized, np.concatenate([np.load(path) for path in tokenized])
+    documents.tokens = np.concatenate([np.load(path) for path in documents.tokenized])
     tokenizer.save(out)
     files = {}
     for bin in BINS:
@@ -1575,12 +1587,11 @@ def assemble(out, documents, tokenized, heldout_apis, tokenizer):
         documents.drop(mention, f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
-    chats = [documents[i].to_json() for i in documents.of_split("instruction", "heldout")]
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
-    write(out / "heldout.jsonl", "".join(chat + "\n" for chat in chats))
-    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in sample]
-    write(out / "rejected.jsonl", "".join(lines))
+    chats = documents.of_split("instruction", "heldout")
+    write(out / "heldout.jsonl", (documents[i].to_json() + "\n" for i in chats))
+    write(out / "rejected.jsonl", (json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
     for path in documents.work.iterdir():  # of other inputs and options
         if key_of(path) not in USED:
             path.unlink()
@@ -1604,18 +1615,14 @@ def account(documents):
         masked.update(report["masked"])
         rejected += report["sample"]
     name = lambda i: documents.index["id"][i].decode("utf-8", "replace")
-    dropped = np.flatnonzero(documents.reason).tolist()
-    for i in sorted(dropped, key=lambda i: (unit_hash(name(i)), name(i))):  # as sample_of() orders them
-        reason, copy_of = documents.REASONS[documents.reason[i]], documents.copy_of[i]
-        reasons[reason] += 1
-        if reasons[reason] > MAX_REJECTED:
-            continue
-        example = {"reason": reason, "id": name(i)}
-        if copy_of != i:
-            example["of"] = name(copy_of)
+    for i in np.flatnonzero(documents.reason).tolist():
+        example = {"reason": documents.REASONS[documents.reason[i]], "id": name(i)}
+        reasons[example["reason"]] += 1
+        if documents.copy_of[i] != i:
+            example["of"] = name(documents.copy_of[i])
         if i in documents.match:
             example["match"], example["file"] = documents.match[i]
-        elif documents.score[i] and "mentions" not in reason:
+        elif documents.score[i] and "mentions" not in example["reason"]:
             example["probability"] = round(float(documents.score[i]), 4)
         rejected.append(example)
     return reasons, sample_of(rejected), masked
@@ -1625,15 +1632,14 @@ def write_bin(out, bin, split, documents, dtype):
     """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen
     documents, in their order. Returns the manifest entries.
     """
-    chosen = documents.of_split(bin, split)
-    starts = np.append(0, np.cumsum(documents.tokens["length"][chosen], dtype=np.int64))
-    entries = {}
+    chosen, entries = documents.of_split(bin, split), {}
+    starts = np.cumsum([0, *documents.tokens["length"][chosen]])
     for suffix, (bins, stored) in FILES.items():
         if bin not in bins:
             continue
         path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
         if suffix in ("bin", "mask"):
-            copy_tokens(path, chosen, starts, documents)
+            write(path, documents.tokens_of(chosen, stored.itemsize, suffix))
         else:
             array = starts if suffix == "idx" else documents.score[chosen]
             write(path, array.astype(stored).tobytes())
@@ -1641,25 +1647,6 @@ def write_bin(out, bin, split, documents, dtype):
         entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
     entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
     return entries
-
-
-def copy_tokens(path, chosen, starts, documents):
-    """Fill a bin or a mask from what tokenize_piece() wrote, piece by piece: a document's tokens lie in
-    its piece behind those of the documents before it, and go to where the document starts in the bin.
-    """
-    order = np.argsort(chosen)
-    bounds = np.searchsorted(chosen[order], documents.first)
-    with replacing(path) as file:
-        for n, part in enumerate(documents.tokenized):
-            places = order[bounds[n]:bounds[n + 1]]
-            if not len(places):
-                continue
-            tokens, first = np.load(part.with_suffix(f"{path.suffix}.npy")), documents.first[n]
-            ends = np.cumsum(documents.tokens["length"][first:documents.first[n + 1]], dtype=np.int64)
-            for place in places:
-                end = ends[chosen[place] - first]
-                file.seek(starts[place] * tokens.itemsize)
-                file.write(tokens[end - (starts[place + 1] - starts[place]):end])
 
 
 class Corpus:
@@ -1697,28 +1684,22 @@ class Corpus:
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write to, which appears at the path whole or not at all."""
+def write(path, content=(), **arrays):
+    """Write a text, bytes, several of them, an array or, by name, several (in numpy's formats); the file
+    appears whole or not at all.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write(path, content=b"", **arrays):
-    """Write text, bytes, an array or, by name, several (in numpy's formats); the file appears whole or
-    not at all.
-    """
-    with replacing(path) as file:
         if arrays:
             np.savez(file, **arrays)
         elif isinstance(content, np.ndarray):
             np.save(file, content)
         else:
-            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            for part in [content] if isinstance(content, (str, bytes)) else content:
+                file.write(part.encode("utf-8", "replace") if isinstance(part, str) else part)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_json(path):
