@@ -144,24 +144,24 @@ def drop_duplicates(documents, args):
     longest, the lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their
     bands and compared in full, a part by each process; neither needs the texts in memory.
     """
-    index, reason, copy_of = documents.index, documents.reason, documents.copy_of
-    best = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
-    _, first, value = np.unique(index["digest"][best], return_index=True, return_inverse=True)
+    reason, copy_of, threshold = documents.reason, documents.copy_of, args.near_duplicates
+    about_apis = documents.is_in("api_doc", "trajectory", "instruction")
+    best = np.lexsort((documents.id, -documents.length.astype(np.int64), documents.is_in("retrieved")))
+    _, first, value = np.unique(documents.digest[best], return_index=True, return_inverse=True)
     copy_of[best] = best[first[value]]
     documents.drop(copy_of != np.arange(len(documents)), "duplicate")
-    path, best = documents.file("pairs.npz", args.near_duplicates), best[documents.kept[best]]
-    run_jobs(find_pairs, [(path, documents, best, args.near_duplicates)], 0, "look for near duplicates")
+    path, best = documents.file("pairs.npz", threshold), best[documents.kept[best]]
+    run_jobs(find_pairs, [(path, documents, best, threshold)], 0, "look for near duplicates")
     pairs = np.load(path)["pairs"]
-    parts = [(documents.file(f"{start}.similar.npy", args.near_duplicates), pairs[start:start + PAIRS])
-             for start in range(0, len(pairs), PAIRS)]
-    shared = documents, args.near_duplicates
-    run_jobs(compare_pairs, parts, args.workers, "compare near duplicates", shared)
-    similar = np.concatenate([np.zeros(0, bool), *(np.load(path) for path, _ in parts)])
+    parts = enumerate(np.split(pairs, range(PAIRS, len(pairs), PAIRS)))
+    jobs = [(documents.file(f"{k}.similar.npy", threshold), part) for k, part in parts]
+    run_jobs(compare_pairs, jobs, args.workers, "compare near duplicates", (documents, threshold))
+    similar = np.concatenate([np.load(path) for path, _ in jobs])
     for j, i in pairs[similar].tolist():  # from the best j on: what became of i is known
         if not reason[i] and not reason[j]:
             documents.drop(j, "near duplicate")
             copy_of[j] = i
-    for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
+    for j in np.flatnonzero(about_apis & ~documents.kept):
         kept = copy_of[copy_of[j]]  # a document may equal one that resembles another
         documents.copies_apis[int(kept)].update(documents[j].apis)
 
@@ -190,26 +190,24 @@ def retrieve(documents, args):
     and a logistic loss. With two classes a vector and the output layer make one number for each n-gram, so
     that number is what is learned.
     """
-    pool = documents.kept & documents.is_in("retrieved")
-    seed = documents.kept & documents.is_in("api_doc", "trajectory")
     depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
     path = documents.file("scorer.npz", depends)
-    run_jobs(train_scorer, [(path, documents, seed, pool, args.encoder)], 0, "train the classifier")
-    scorer = np.load(path)
+    run_jobs(train_scorer, [(path, documents, args.encoder)], 0, "train the classifier")
+    scorer = dict(np.load(path))
     jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
     workers = 0 if args.encoder else args.workers
-    run_jobs(score_piece, jobs, workers, "score the pool", (documents, dict(scorer), args.encoder))
+    run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
         documents.score[documents.rows(n)] = sigmoid(np.load(path))
+    pool = np.flatnonzero(documents.is_in("retrieved"))
+    pool = pool[np.lexsort((documents.id[pool], -documents.score[pool]))]  # the likeliest first
+    count = round(args.retrieve * len(pool))
     if args.retrieve_above is not None:
-        taken = pool & (documents.score >= args.retrieve_above)
-    else:
-        best = np.lexsort((documents.index["id"], -documents.score, ~pool))
-        taken = np.isin(np.arange(len(documents)), best[:round(args.retrieve * pool.sum())])
-    documents.drop(pool & ~taken, "not of the seed's kind")
-    least = float(documents.score[taken].min(initial=1.0))
+        count = int((documents.score[pool] >= args.retrieve_above).sum())
+    documents.drop(pool[count:], "not of the seed's kind")
     figures = dict(zip(FIGURES, scorer["figures"].tolist()))
-    return figures | {"pool": int(pool.sum()), "taken": int(taken.sum()), "least": least}
+    least = float(documents.score[pool[:count]].min(initial=1.0))
+    return figures | {"pool": len(pool), "taken": count, "least": least}
 
 
 def in_fold(name, share, fold):
@@ -267,7 +265,7 @@ def tokenize_piece(path, n, documents, split, tokenizer):
         if documents.reason[i]:
             continue
         record = documents[i]
-        name = split(i, record, BINS[documents.index["bin"][i]])
+        name = split(i, record, BINS[documents.bin[i]])
         if name is None:
             continue
         lost = tokenizer.lost
@@ -318,6 +316,8 @@ FLAGS = (
     ("--fold N", 1, "which share of the APIs is held out, 0 being the first: choose settings on one fold and "
      "report another (our defaults were chosen on fold 0)"),
     ("--workers N", os.cpu_count(), "processes; the result is the same for any number"))
+RANGES = {"near_duplicates": (0, 1), "retrieve": (0, 1), "retrieve_above": (0, 1), "heldout": (1e-6, 0.999),
+          "workers": (1, 10_000), "vocab_size": (267, 1_000_000)}  # bytes and special tokens at least
 
 
 def parse_args():
@@ -328,19 +328,14 @@ def parse_args():
         kind, default = (default, None) if isinstance(default, type) else (type(default), default)
         parser.add_argument(name, type=kind, default=default, metavar=value, help=meaning)
     args = parser.parse_args()
-    for flag in ("near_duplicates", "retrieve", "retrieve_above", "heldout"):
+    for flag, (least, most) in RANGES.items():
         value = getattr(args, flag)
-        if value is not None and not 0 <= value <= 1 or flag == "heldout" and value in (0, 1):
-            fail(f"--{flag.replace('_', '-')} {value}: must be between 0 and 1")
-    if args.workers < 1:
-        fail(f"--workers {args.workers}: at least one is needed")
+        if value is not None and not least <= value <= most:
+            fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
     files = benchmark_files(args.benchmarks)
     if args.benchmarks and not files:
         fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
     args.benchmarks = files
-    least = 256 + len(SPECIAL_TOKENS)
-    if args.vocab_size < least:
-        fail(f"--vocab-size {args.vocab_size}: must be at least {least}, the bytes and the special tokens")
     return args
 
 
@@ -578,17 +573,17 @@ def digest_of(text):
 
 def scrub_strings(value, masked, key=None):
     """A JSON value with its strings scrubbed, and those in the JSON that a call has for arguments."""
-    if isinstance(value, str) and key == "arguments":
-        given = attempt(json.loads, value)
-        after = scrub_strings(given, masked)
-        return value if after == given else json.dumps(after, ensure_ascii=False)
-    if isinstance(value, str):
-        return scrub(value, masked)
     if isinstance(value, list):
         return [scrub_strings(member, masked) for member in value]
     if isinstance(value, dict):
         return {k: scrub_strings(v, masked, k) for k, v in value.items()}
-    return value
+    if not isinstance(value, str):
+        return value
+    if key != "arguments":
+        return scrub(value, masked)
+    given = attempt(json.loads, value)
+    after = scrub_strings(given, masked)
+    return value if after == given else json.dumps(after, ensure_ascii=False)
 
 
 def scrub(text, masked):
@@ -667,7 +662,8 @@ class Documents:
         parts = [np.load(work / f"{name}.npy") for name in self.names]
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
         self.piece = np.repeat(np.arange(len(parts)), np.diff(self.first))  # (N,)
-        self.index = np.concatenate([np.zeros(0, INDEX), *parts])  # (N,)
+        index = np.concatenate([np.zeros(0, INDEX), *parts])
+        vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .order, ...
         self.reason = np.zeros(len(self), np.uint8)   # (N,)
         self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
@@ -676,12 +672,12 @@ class Documents:
         self.open = lru_cache(500)(lambda path: open(path, "rb"))
 
     def __len__(self):
-        return len(self.index)
+        return len(self.id)
 
     def __getitem__(self, i):
         """The Record of a document."""
         path = self.work / f"{self.names[self.piece[i]]}.jsonl"
-        return Record.from_json(self.read(path, self.index["start"][i], self.index["size"][i]))
+        return Record.from_json(self.read(path, self.start[i], self.size[i]))
 
     def read(self, path, start, size):
         """Bytes of a file. Seeking would move the file's position for all processes."""
@@ -692,17 +688,18 @@ class Documents:
         return range(self.first[n], self.first[n + 1])
 
     def is_in(self, *bins):
-        """(N,) Whether each belongs to one of these bins."""
-        return np.isin(self.index["bin"], [BINS.index(b) for b in bins])
+        """(N,) Whether each is kept and belongs to one of these bins."""
+        return self.kept & np.isin(self.bin, [BINS.index(b) for b in bins])
 
-    def ordered(self, chosen):
-        """The numbers of those chosen, in the order of a hash of their ids."""
+    def ordered(self, *bins, split=None):
+        """The numbers of the documents that are kept of these bins, in the order of a hash of their ids; of
+        one split, once they are tokenized.
+        """
+        chosen = self.is_in(*bins)
+        if split:
+            chosen &= self.tokens["split"] == 1 + SPLITS.index(split)
         chosen = np.flatnonzero(chosen)
-        return chosen[np.lexsort((self.index["id"][chosen], self.index["order"][chosen]))]
-
-    def of_split(self, bin, split):
-        """The numbers of the documents of a bin, in its order, once they are tokenized."""
-        return self.ordered(self.is_in(bin) & (self.tokens["split"] == 1 + SPLITS.index(split)))
+        return chosen[np.lexsort((self.id[chosen], self.order[chosen]))]
 
     def tokens_of(self, chosen, size, suffix):
         """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
@@ -921,18 +918,17 @@ def plain_text(record):
     return "\n".join(parts)
 
 
-def train_scorer(path, documents, seed, pool, encoder):
+def train_scorer(path, documents, encoder):
     """Write what log_odds() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
     pool.
     """
-    seed, pool = documents.ordered(seed), documents.ordered(pool)
+    seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
     count = min(SAMPLE, len(seed), len(pool))
     if count < 50:
         fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
              "classifier needs 50 of each")
     rows = [[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)]
-    parts = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
-    (seed, pool), tune, test = parts
+    (seed, pool), tune, test = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
     if encoder:
         learned = {"seeds": encode_texts(encoder, seed[:4096])}
     else:
@@ -1344,13 +1340,10 @@ class Tokenizer:
         write(directory / "tokenizer.tiktoken", self.tiktoken_file())
         content = (self.base or self.hugging_face()) | {"added_tokens": self.added_tokens}
         write(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-            "pad_token": self.decode([self.end_of_text]), "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE}
-        write(directory / "tokenizer_config.json", json.dumps(config, indent=1))
-        stops = {"eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}
-        write(directory / "generation_config.json", json.dumps(stops))
+        config = TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE))
+        write(directory / "tokenizer_config.json", config)
+        stops = GENERATION_CONFIG % (self.im_end, self.end_of_text, self.end_of_text)
+        write(directory / "generation_config.json", stops)
 
     def hugging_face(self):
         """What a tokenizer.json holds, from the ranks."""
@@ -1372,6 +1365,14 @@ TOKENIZER_JSON = """{
 "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
     "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
     "vocab": %s, "merges": %s}}"""
+TOKENIZER_CONFIG = """{
+ "tokenizer_class": "PreTrainedTokenizerFast",
+ "eos_token": "<|im_end|>",
+ "pad_token": "%s",
+ "clean_up_tokenization_spaces": false,
+ "chat_template": %s
+}"""
+GENERATION_CONFIG = '{"eos_token_id": [%d, %d], "pad_token_id": %d}'
 
 
 def added_pattern(token):
@@ -1549,7 +1550,7 @@ def training_texts(documents, split, limit=12_000_000):
     """
     for domain in DOMAINS:
         budget = limit // len(DOMAINS)
-        for i in documents.ordered(documents.kept & documents.is_in(domain)):
+        for i in documents.ordered(domain):
             record = documents[i]
             if split(i, record, domain) == "train":
                 budget -= len(text := content_of(record))
@@ -1583,13 +1584,12 @@ def assemble(out, documents, heldout_apis, tokenizer):
     tokenizer.save(out)
     files = {}
     for bin in BINS:
-        mention = documents.kept & documents.is_in(bin) & (documents.tokens["split"] == 0)
-        documents.drop(mention, f"{bin} mentions a held-out API")
+        documents.drop(documents.is_in(bin) & (documents.tokens["split"] == 0), f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
-    chats = documents.of_split("instruction", "heldout")
+    chats = documents.ordered("instruction", split="heldout")
     write(out / "heldout.jsonl", (documents[i].to_json() + "\n" for i in chats))
     write(out / "rejected.jsonl", (json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
     for path in documents.work.iterdir():  # of other inputs and options
@@ -1614,7 +1614,7 @@ def account(documents):
         reasons.update(report["reasons"])
         masked.update(report["masked"])
         rejected += report["sample"]
-    name = lambda i: documents.index["id"][i].decode("utf-8", "replace")
+    name = lambda i: documents.id[i].decode("utf-8", "replace")
     for i in np.flatnonzero(documents.reason).tolist():
         example = {"reason": documents.REASONS[documents.reason[i]], "id": name(i)}
         reasons[example["reason"]] += 1
@@ -1632,7 +1632,7 @@ def write_bin(out, bin, split, documents, dtype):
     """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen
     documents, in their order. Returns the manifest entries.
     """
-    chosen, entries = documents.of_split(bin, split), {}
+    chosen, entries = documents.ordered(bin, split=split), {}
     starts = np.cumsum([0, *documents.tokens["length"][chosen]])
     for suffix, (bins, stored) in FILES.items():
         if bin not in bins:
@@ -1659,15 +1659,13 @@ class Corpus:
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
         if not path.exists():
-            raise ValueError(f"{self.directory}: no manifest.json. Run `python build_corpus.py` to its end "
-                             "first")
+            raise ValueError(f"{path}: no such file. Run `python build_corpus.py` to its end first")
         self.manifest, self.sha256 = read_json(path), sha256(path)
         hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
         for name, expected in (hashes | {"tokenizer.json": self.manifest["tokenizer_sha256"]}).items():
             path = self.directory / name
-            if not path.exists() or sha256(path) != expected:
-                raise ValueError(f"{path}: missing or not what the manifest says. "
-                                 "Run `python build_corpus.py` again")
+            if attempt(sha256, path) != expected:
+                raise ValueError(f"{path}: missing or changed. Run `python build_corpus.py` again")
         self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):
@@ -1746,26 +1744,25 @@ def show(args):
         corpus = Corpus(args.out)
     except ValueError as error:
         fail(error)
-    files = corpus.manifest["files"]
+    files, decode = corpus.manifest["files"], corpus.tokenizer.decode
     present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):
-        bin, split = present[k % len(present)]
-        starts = corpus.read(bin, split, "idx").astype(np.int64)
+        name = bin, split = present[k % len(present)]
+        starts = corpus.read(*name, "idx")
         number = k // len(present) * 7919 % (len(starts) - 1)  # a prime, to come around
-        span = slice(*starts[number:number + 2])
-        ids, mask = corpus.read(bin, split)[span], np.zeros(span.stop - span.start)
-        text = corpus.tokenizer.decode(ids[:-1])
+        a, b = starts[number:number + 2].tolist()
+        ids, mask = corpus.read(*name)[a:b].tolist(), [0] * (b - a)
+        text = decode(ids[:-1])
         measured = measure(text, shingle_hashes([text])[0])
         scores = [f"{name} {value:,.2f}" for name, value in measured.items()]
         if bin == "instruction":
-            mask = corpus.read(bin, split, "mask")[span]
+            mask = corpus.read(*name, "mask")[a:b]
             scores.append(f"learned {mask.mean():.0%}")
         if bin == "retrieved":
-            scores.append(f"probability {corpus.read(bin, split, 'score')[number]:.3f}")
+            scores.append(f"probability {corpus.read(*name, 'score')[number]:.3f}")
         print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, "
               f"{len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
-        tokens = [corpus.tokenizer.decode([i]) for i in ids.tolist()]
-        print("".join(map(coloured, tokens, range(len(tokens)), mask)) + "\n")
+        print("".join(coloured(decode([i]), n, mask[n]) for n, i in enumerate(ids)) + "\n")
 
 
 def coloured(token, n, target):
