@@ -92,7 +92,7 @@ def main():
     drop_duplicates(documents, args)
     drop_contaminated(documents, args)
     retrieval = retrieve(documents, args) if pool else None
-    apis = {api for part in documents.reports for api in part["apis"]}
+    apis = {api for report in documents.reports for api in report["apis"]}
     heldout_apis = sorted(api for api in apis if in_fold(api, args.heldout, args.fold))
     split = Split(heldout_apis, args.fold, documents.copies_apis)
     tokenizer = tokenizer or train_tokenizer(documents, split, args)
@@ -296,22 +296,22 @@ def tokenize_piece(path, n, documents, split, tokenizer):
 FLAGS = (
     ("--raw DIR", "data/raw", "directory of records"),
     ("--out DIR", "data/corpus", "directory for the corpus"),
-    ("--show N", int, "print N documents of the corpus with their tokens in two shades, target tokens in colour, "
-     "and their measures"),
-    ("--tokenizer NAME", str, "take the tokenizer of a base instead of training one: a model's directory or its "
-     "tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name that "
-     "tiktoken knows"),
+    ("--show N", int, "print N documents of the corpus with their tokens in two shades, target tokens in "
+     "colour, and their measures"),
+    ("--tokenizer NAME", str, "take the tokenizer of a base instead of training one: a model's directory or "
+     "its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name "
+     "that tiktoken knows"),
     ("--vocab-size N", 2048, "tokens of the tokenizer trained here, special ones included"),
-    ("--near-duplicates J", 0.8, "drop documents whose sets of 5-word runs have at least this Jaccard similarity "
-     "to those of a longer one; 0 keeps them. Below 0.75 not all are found"),
-    ("--benchmarks PATH", str, "drop documents that share 13 words in a row, or a call with its arguments, with "
-     "this file or directory of test data (JSON, JSON lines, CSV, text)"),
-    ("--pool DIR", str, "directory of records of general text and code, of which what is like the documentation "
-     "and trajectories is taken for stage 1, by a classifier that tells the two apart"),
+    ("--near-duplicates J", 0.8, "drop documents whose sets of 5-word runs have at least this Jaccard "
+     "similarity to those of a longer one; 0 keeps them. Below 0.75 not all are found"),
+    ("--benchmarks PATH", str, "drop documents that share 13 words in a row, or a call with its arguments, "
+     "with this file or directory of test data (JSON, JSON lines, CSV, text)"),
+    ("--pool DIR", str, "directory of records of general text and code, of which what is like the "
+     "documentation and trajectories is taken for stage 1, by a classifier that tells the two apart"),
     ("--retrieve SHARE", 0.1, "share of the pool's documents to take"),
     ("--retrieve-above P", float, "take instead all of at least this probability"),
-    ("--encoder DIR", str, "in place of the classifier: similarity of this model's mean hidden states to those of "
-     "the seed"),
+    ("--encoder DIR", str, "in place of the classifier: similarity of this model's mean hidden states to "
+     "those of the seed"),
     ("--heldout SHARE", 0.08, "share of APIs kept from training"),
     ("--fold N", 1, "which share of the APIs is held out, 0 being the first: choose settings on one fold and "
      "report another (our defaults were chosen on fold 0)"),
@@ -480,7 +480,8 @@ def clean_piece(path, piece):
     """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
     report (.json) and their index (.npy).
     """
-    rejected, masked, kept, apis, bands = [], Counter(), [], set(), [np.zeros((BANDS, 0), np.uint64)]
+    rejected, masked, lines, index, apis = [], Counter(), [], [], set()
+    bands = [np.zeros((BANDS, 0), np.uint64)]
     records = (clean(record, masked) for record in read_records(piece, rejected))
     texts = ((record, content_of(record)) for record in records)
     for batch in batches(texts, lambda pair: len(pair[1]), 500_000):
@@ -492,21 +493,20 @@ def clean_piece(path, piece):
                 rejected.append({"reason": fault, "id": record.id, "value": round(float(measured[fault]), 3)})
                 continue
             good.append(i)
-            line = record.to_json().encode("utf-8", "replace") + b"\n"
-            kept.append((record.id, "retrieved" if piece.pool else record.domain, text, line))
+            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
+            bin = BINS.index("retrieved" if piece.pool else record.domain)
+            index.append((*index_key(record.id), digest_of(text), 0, len(lines[-1]), len(text), bin))
             if record.domain == "api_doc" and not piece.pool:
                 apis.update(record.apis)
         bands.append(band_keys(minhash(hashes, starts))[:, good])
-    lines = [line for *_, line in kept]
-    starts = np.cumsum([0, *map(len, lines)])
-    index = [(*index_key(name), digest_of(text), start, len(line), len(text), BINS.index(bin))
-             for (name, bin, text, line), start in zip(kept, starts)]
+    index = np.array(index, INDEX)
+    index["start"] = np.cumsum(index["size"]) - index["size"]
     reasons = Counter(example["reason"] for example in rejected)
     write(path.with_suffix(".jsonl"), lines)
     write(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
     write(path.with_suffix(".json"), json.dumps(
         {"reasons": reasons, "sample": sample_of(rejected), "masked": masked, "apis": sorted(apis)}))
-    write(path, np.array(index, INDEX))
+    write(path, index)
 
 
 def read_records(piece, rejected):
@@ -794,12 +794,9 @@ def find_pairs(path, documents, best, threshold):
 
 def compare_pairs(path, pairs, documents, threshold):
     """Write for some pairs whether the Jaccard similarity of their shingles reaches the threshold."""
-    sets = lru_cache(20_000)(lambda i: np.unique(shingle_hashes([content_of(documents[i])])[0]))
-    similar = []
-    for j, i in pairs.tolist():
-        common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
-        similar.append(common >= threshold * (len(sets(i)) + len(sets(j)) - common))
-    write(path, np.array(similar, bool))
+    shingles = lru_cache(2_000)(lambda i: set(shingle_hashes([content_of(documents[i])])[0].tolist()))
+    both = ((shingles(j), shingles(i)) for j, i in pairs.tolist())
+    write(path, np.array([len(a & b) >= threshold * len(a | b) for a, b in both], bool))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1161,12 +1158,10 @@ class Tokenizer:
         try:
             encoding = ThreadPool(1).apply_async(tiktoken.get_encoding, [name]).get(10)
         except Exception as error:
-            url = getattr(getattr(error, "request", None), "url", None)
-            place = "its file, named by the SHA-1 of its URL,"
-            if url:
-                place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url},"
-            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name "
-                 "that in TIKTOKEN_CACHE_DIR")
+            url = getattr(getattr(error, "request", None), "url", "")
+            place = f"as {hashlib.sha1(url.encode()).hexdigest()} " if url else "named by its URL's SHA-1 "
+            fail(f"--tokenizer {name}: tiktoken could not download its file {url}. Put it, {place}into a "
+                 "directory and name that in TIKTOKEN_CACHE_DIR")
         added = [added_token(*token) for token in encoding._special_tokens.items()]
         return cls(encoding._mergeable_ranks, added, encoding._pat_str)
 
@@ -1394,11 +1389,12 @@ def with_chat_tokens(added, ranks):
     """
     tokens = {token["content"]: token for token in sorted(added, key=lambda token: token["id"])}
     reserved = [name for name in tokens if re.search(r"reserved|unused|extra", name)]
+    last = max([*ranks.values(), *(token["id"] for token in added)])
     for name in SPECIAL_TOKENS:
         if name in tokens or name == "<|endoftext|>" and "<|end_of_text|>" in tokens:
             continue
-        ids = [*ranks.values(), *(token["id"] for token in tokens.values())]
-        tokens[name] = added_token(name, tokens.pop(reserved.pop(0))["id"] if reserved else max(ids) + 1)
+        last += not reserved
+        tokens[name] = added_token(name, tokens.pop(reserved.pop(0))["id"] if reserved else last)
     return sorted(tokens.values(), key=lambda token: token["id"])
 
 
@@ -1504,25 +1500,25 @@ def read_pattern(pre_tokenizer, normalizer):
     """The pattern by which a tokenizer.json cuts text and the Unicode form to which it brings it, None for
     none, from its description there. Raises ValueError for others than byte-level ones.
     """
-    cuts, changes = ([] if not step else step.get("pretokenizers", step.get("normalizers", [step]))
-                     for step in (pre_tokenizer, normalizer))
-    match cuts:
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+    *cuts, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    changes = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
+        raise ValueError(f"pre_tokenizer {last}")
+    match cuts, last.get("use_regex", True):
+        case [], True:
             pattern = GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+        case [{"type": "Digits", "individual_digits": True}], True:
             pattern = DIGITS_PATTERN
-        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}},
-              {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}]:
-            pass
+        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}], False:
+            pattern = split["Regex"]
         case _:
-            raise ValueError(f"pre_tokenizer {cuts}")
+            raise ValueError(f"pre_tokenizer {pre_tokenizer}")
     match changes:
         case []:
             return pattern, None
         case [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]:
             return pattern, form
-    raise ValueError(f"normalizer {changes}")
+    raise ValueError(f"normalizer {normalizer}")
 
 
 def byte_symbols():
@@ -1584,7 +1580,8 @@ def assemble(out, documents, heldout_apis, tokenizer):
     tokenizer.save(out)
     files = {}
     for bin in BINS:
-        documents.drop(documents.is_in(bin) & (documents.tokens["split"] == 0), f"{bin} mentions a held-out API")
+        no_split = documents.is_in(bin) & (documents.tokens["split"] == 0)
+        documents.drop(no_split, f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
     reasons, sample, masked = account(documents)
@@ -1634,15 +1631,15 @@ def write_bin(out, bin, split, documents, dtype):
     """
     chosen, entries = documents.ordered(bin, split=split), {}
     starts = np.cumsum([0, *documents.tokens["length"][chosen]])
+    arrays = {"idx": starts, "score": documents.score[chosen]}
     for suffix, (bins, stored) in FILES.items():
         if bin not in bins:
             continue
         path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
-        if suffix in ("bin", "mask"):
-            write(path, documents.tokens_of(chosen, stored.itemsize, suffix))
+        if suffix in arrays:
+            write(path, arrays[suffix].astype(stored).tobytes())
         else:
-            array = starts if suffix == "idx" else documents.score[chosen]
-            write(path, array.astype(stored).tobytes())
+            write(path, documents.tokens_of(chosen, stored.itemsize, suffix))
         count = path.stat().st_size // stored.itemsize
         entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
     entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
