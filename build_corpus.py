@@ -365,14 +365,8 @@ def find_pieces(shards, hashes, pool):
 
 def hash_of(*parts):
     """A name for what depends on these parts (JSON and arrays), and on this program."""
-    content = json.dumps([program_hash(), *parts], default=lambda array: hashlib.sha256(array).hexdigest())
+    content = json.dumps([sha256(__file__), *parts], default=lambda array: hashlib.sha256(array).hexdigest())
     return hashlib.sha256(content.encode()).hexdigest()[:20]
-
-
-@cache
-def program_hash():
-    """The SHA-256 of this file: another version of it does its work anew."""
-    return sha256(__file__)
 
 
 def is_main():
@@ -916,7 +910,7 @@ def plain_text(record):
 
 
 def train_scorer(path, documents, encoder):
-    """Write what log_odds() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
+    """Write what score() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
     pool.
     """
     seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
@@ -932,11 +926,11 @@ def train_scorer(path, documents, encoder):
         learned = {"weights": fit_ngrams(seed, pool)}
         # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which
         # may well be of its kind.
-        order = np.argsort(raw_scores(pool, learned, None))
+        order = np.argsort(score(pool, learned, None))
         hard = pool[order[len(order) // 2:len(order) * 9 // 10]]
         learned = {"weights": fit_ngrams(seed, np.append(pool, hard))}
-    learned["slope"], learned["offset"] = calibrate(raw_scores(tune.ravel(), learned, encoder))
-    p = sigmoid(log_odds(test.ravel(), learned, encoder))
+    learned["slope"], learned["offset"] = calibrate(score(tune.ravel(), learned, encoder))
+    p = sigmoid(score(test.ravel(), learned, encoder))
     found, is_seed, bins = p >= 0.5, first_half(p), np.minimum((p * 10).astype(int), 9)
     hits = (found & is_seed).sum()
     error = sum(abs(p[bins == b].sum() - is_seed[bins == b].sum()) for b in range(10)) / len(p)
@@ -950,19 +944,16 @@ def first_half(values):
     return np.arange(len(values)) < len(values) // 2
 
 
-def log_odds(texts, learned, encoder):
-    """(N,) The logarithm of the odds that each text is of the seed's kind."""
-    return learned["slope"] * raw_scores(texts, learned, encoder) + learned["offset"]
-
-
-def raw_scores(texts, learned, encoder):
-    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of
-    the seed.
+def score(texts, learned, encoder):
+    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of the
+    seed; once calibrated, the logarithm of the odds that it is of the seed's kind.
     """
     if encoder:
-        return np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
-    buckets, starts = ngrams(texts)
-    return np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
+        scores = np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
+    else:
+        buckets, starts = ngrams(texts)
+        scores = np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
+    return learned.get("slope", 1) * scores + learned.get("offset", 0)
 
 
 def sigmoid(x):
@@ -975,7 +966,7 @@ def score_piece(path, n, documents, learned, encoder):
     scores = [np.zeros(0)]
     records = map(documents.__getitem__, documents.rows(n))
     for batch in batches(records, lambda record: len(record.text), 500_000):
-        scores.append(log_odds([plain_text(record) for record in batch], learned, encoder))
+        scores.append(score([plain_text(record) for record in batch], learned, encoder))
     write(path, np.concatenate(scores))
 
 
@@ -1557,7 +1548,7 @@ def training_texts(documents, split, limit=12_000_000):
 
 def read_ranks(path):
     """{bytes: id} of a file in tiktoken's format: a token in base64 and its id in each line."""
-    lines = filter(None, Path(path).read_bytes().splitlines())
+    lines = filter(None, path.read_bytes().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
 
@@ -1675,7 +1666,7 @@ class Corpus:
 
     def documents(self, domain, split):
         """Each document's token ids."""
-        ids, starts = self.read(domain, split), self.read(domain, split, "idx").astype(np.int64)
+        ids, starts = self.read(domain, split), self.read(domain, split, "idx")
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
