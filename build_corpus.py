@@ -260,7 +260,7 @@ def tokenize_piece(path, n, documents, split, tokenizer):
     conversations for tuning are among them (.mask), and for each document of the piece what became of it.
     """
     entries = np.zeros(len(documents.rows(n)), TOKENS)
-    ids, mask, start = [], [], 0
+    end, ids, mask, start = np.array([tokenizer.end_of_text], np.uint32), [], [], 0
     for row, i in enumerate(documents.rows(n)):
         if documents.reason[i]:
             continue
@@ -271,14 +271,14 @@ def tokenize_piece(path, n, documents, split, tokenizer):
         lost = tokenizer.lost
         if record.text is not None:
             encoded = tokenizer.encode_to_numpy(record.text)
-            target = np.zeros(len(encoded))
+            target = np.zeros(len(encoded), np.uint8)
         else:
             encoded, target = tokenizer.render(record.messages, record.tools)
-        ids += [encoded, [tokenizer.end_of_text]]
+        ids += [encoded, end]
         mask += [target, [0]]
         entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
         start += len(encoded) + 1
-    write(path.with_suffix(".bin"), np.concatenate([[], *ids]).astype(tokenizer.dtype).tobytes())
+    write(path.with_suffix(".bin"), np.concatenate([end[:0], *ids]).astype(tokenizer.dtype).tobytes())
     if documents.is_in("instruction")[documents.rows(n)].any():
         write(path.with_suffix(".mask"), np.concatenate([[], *mask]).astype(np.uint8).tobytes())
     write(path, entries)
@@ -663,19 +663,19 @@ class Documents:
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
         self.match = {}                               # {document: (words or call, benchmark file)}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
-        self.open = lru_cache(500)(lambda path: open(path, "rb"))
+        self.open = lru_cache(500)(lambda name: open(work / name, "rb"))
 
     def __len__(self):
         return len(self.id)
 
     def __getitem__(self, i):
         """The Record of a document."""
-        path = self.work / f"{self.names[self.piece[i]]}.jsonl"
-        return Record.from_json(self.read(path, self.start[i], self.size[i]))
+        name = f"{self.names[self.piece[i]]}.jsonl"
+        return Record.from_json(self.read(name, self.start[i], self.size[i]))
 
-    def read(self, path, start, size):
-        """Bytes of a file. Seeking would move the file's position for all processes."""
-        return os.pread(self.open(path).fileno(), size, start)
+    def read(self, name, start, size):
+        """Bytes of a file in work/. Seeking would move the file's position for all processes."""
+        return os.pread(self.open(name).fileno(), size, start)
 
     def rows(self, n):
         """The numbers of the documents of a piece."""
@@ -699,7 +699,7 @@ class Documents:
         """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
         for i in chosen.tolist():
             path = self.tokenized[self.piece[i]].with_suffix("." + suffix)
-            yield self.read(path, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
+            yield self.read(path.name, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
 
     @property
     def kept(self):
