@@ -26,11 +26,11 @@ input.
 """
 import argparse
 import base64
-import contextlib
 import hashlib
 import heapq
 import json
 import multiprocessing
+import operator
 import os
 import re
 import sys
@@ -48,8 +48,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, python_calls, read_values,
-                     run_main, unit_hash)
+from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, list_or_none, python_calls,
+                     read_values, run_main, unit_hash)
 
 SPLITS = ("train", "heldout")
 BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
@@ -65,14 +65,13 @@ def main():
     if args.show is not None:
         return show(args)
     started, out = time.time(), Path(args.out)
-    shards = find_shards(args.raw, "Run `python collect.py` first, or name the directory with --raw")
-    pool = find_shards(args.pool, "name another with --pool") if args.pool else []
+    shards, pool = find_shards(args.raw), find_shards(args.pool) if args.pool else []
     tokenizer = Tokenizer.find(args.tokenizer) if args.tokenizer else None
     with ThreadPool(args.workers) as threads:
         hashes = dict(zip(shards + pool, threads.map(sha256, shards + pool)))
     options = {
         "tokenizer": tokenizer and tokenizer.fingerprint(),
-        "benchmarks": [sha256(file) for file in benchmark_files(args.benchmarks)],
+        "benchmarks": [sha256(file) for file in args.benchmarks],
         "inputs": {shard.name: hashes[shard] for shard in shards},
         "pool": {shard.name: hashes[shard] for shard in pool},
         "encoder": encoder_hashes(args.encoder)}
@@ -93,13 +92,13 @@ def main():
     drop_duplicates(documents, args)
     drop_contaminated(documents, args)
     retrieval = retrieve(documents, args) if pool else None
-    apis = {api for part in documents.reports for api in part["apis"]}
+    apis = {api for report in documents.reports for api in report["apis"]}
     heldout_apis = sorted(api for api in apis if in_fold(api, args.heldout, args.fold))
     split = Split(heldout_apis, args.fold, documents.copies_apis)
     tokenizer = tokenizer or train_tokenizer(documents, split, args)
-    tokenized = tokenize(documents, split, tokenizer, args)
+    tokenize(documents, split, tokenizer, args)
     if is_main():
-        manifest = assemble(out, documents, tokenized, heldout_apis, tokenizer)
+        manifest = assemble(out, documents, heldout_apis, tokenizer)
         manifest |= {"options": options, "retrieval": retrieval}
         write(out / "manifest.json", json.dumps(manifest, indent=1))
         report(manifest, time.time() - started)
@@ -145,26 +144,38 @@ def drop_duplicates(documents, args):
     longest, the lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their
     bands and compared in full, a part by each process; neither needs the texts in memory.
     """
-    pairs = documents.file("pairs.npz", args.near_duplicates)
-    run_jobs(find_pairs, [(pairs, documents, args.near_duplicates)], 0, "look for near duplicates")
-    starts = range(0, len(np.load(pairs)["similar"]), PAIRS)
-    parts = [(pairs.with_name(f"{key_of(pairs)}.{start}.similar.npy"), start) for start in starts]
-    shared = documents, pairs, args.near_duplicates
-    run_jobs(compare_pairs, parts, args.workers, "compare near duplicates", shared)
-    choose_copies(documents, pairs, [path for path, _ in parts])
+    reason, copy_of, threshold = documents.reason, documents.copy_of, args.near_duplicates
+    about_apis = documents.is_in("api_doc", "trajectory", "instruction")
+    best = np.lexsort((documents.id, -documents.length.astype(np.int64), documents.is_in("retrieved")))
+    _, first, value = np.unique(documents.digest[best], return_index=True, return_inverse=True)
+    copy_of[best] = best[first[value]]
+    documents.drop(copy_of != np.arange(len(documents)), "duplicate")
+    path, best = documents.file("pairs.npz", threshold), best[documents.kept[best]]
+    run_jobs(find_pairs, [(path, documents, best, threshold)], 0, "look for near duplicates")
+    pairs = np.load(path)["pairs"]
+    parts = enumerate(np.split(pairs, range(PAIRS, len(pairs), PAIRS)))
+    jobs = [(documents.file(f"{k}.similar.npy", threshold), part) for k, part in parts]
+    run_jobs(compare_pairs, jobs, args.workers, "compare near duplicates", (documents, threshold))
+    similar = np.concatenate([np.load(path) for path, _ in jobs])
+    for j, i in pairs[similar].tolist():  # from the best j on: what became of i is known
+        if not reason[i] and not reason[j]:
+            documents.drop(j, "near duplicate")
+            copy_of[j] = i
+    for j in np.flatnonzero(about_apis & ~documents.kept):
+        kept = copy_of[copy_of[j]]  # a document may equal one that resembles another
+        documents.copies_apis[int(kept)].update(documents[j].apis)
 
 
 def drop_contaminated(documents, args):
     """Drop the documents that share something with the test data. Sets documents.match, what it is."""
-    files = benchmark_files(args.benchmarks)
-    if not files:
+    if not args.benchmarks:
         return
-    jobs = documents.jobs("matches.json", [sha256(file) for file in files])
-    benchmarks = Benchmarks(files) if not all(path.exists() for path, _ in jobs) else None
+    jobs = documents.jobs("matches.json", [sha256(file) for file in args.benchmarks])
+    benchmarks = Benchmarks(args.benchmarks) if not all(path.exists() for path, _ in jobs) else None
     run_jobs(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
     for path, n in jobs:
         for row, *match in read_json(path):
-            i = int(documents.first[n]) + row
+            i = documents.rows(n)[row]
             if not documents.reason[i]:
                 documents.match[i] = match
     documents.drop(list(documents.match), "shares words or a call with a benchmark")
@@ -179,27 +190,24 @@ def retrieve(documents, args):
     and a logistic loss. With two classes a vector and the output layer make one number for each n-gram, so
     that number is what is learned.
     """
-    pool = documents.kept & documents.is_in("retrieved")
-    seed = documents.kept & documents.is_in("api_doc", "trajectory")
     depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
     path = documents.file("scorer.npz", depends)
-    run_jobs(train_scorer, [(path, documents, seed, pool, args.encoder)], 0, "train the classifier")
+    run_jobs(train_scorer, [(path, documents, args.encoder)], 0, "train the classifier")
     scorer = dict(np.load(path))
-    jobs = [job for job in documents.jobs("scores.npy", depends) if documents.pieces[job[1]].pool]
+    jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
     workers = 0 if args.encoder else args.workers
     run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
-        documents.score[documents.first[n]:documents.first[n + 1]] = sigmoid(np.load(path))
+        documents.score[documents.rows(n)] = sigmoid(np.load(path))
+    pool = np.flatnonzero(documents.is_in("retrieved"))
+    pool = pool[np.lexsort((documents.id[pool], -documents.score[pool]))]  # the likeliest first
+    count = round(args.retrieve * len(pool))
     if args.retrieve_above is not None:
-        taken = pool & (documents.score >= args.retrieve_above)
-    else:
-        best = np.lexsort((documents.index["id"], -documents.score, ~pool))
-        taken = np.isin(np.arange(len(documents)), best[:round(args.retrieve * pool.sum())])
-    documents.drop(pool & ~taken, "not of the seed's kind")
-    figures = ("precision", "recall", "f1", "calibration_error", "tested")
-    figures = {name: float(scorer[name]) for name in figures}
-    least = float(documents.score[taken].min(initial=1.0))
-    return figures | {"pool": int(pool.sum()), "taken": int(taken.sum()), "least": least}
+        count = int((documents.score[pool] >= args.retrieve_above).sum())
+    documents.drop(pool[count:], "not of the seed's kind")
+    figures = dict(zip(FIGURES, scorer["figures"].tolist()))
+    least = float(documents.score[pool[:count]].min(initial=1.0))
+    return figures | {"pool": len(pool), "taken": count, "least": least}
 
 
 def in_fold(name, share, fold):
@@ -233,43 +241,46 @@ class Split:
 
 
 def tokenize(documents, split, tokenizer, args):
-    """Tokenize the kept documents of each piece. Returns for each piece the path of what tokenize_piece()
-    wrote.
+    """Tokenize the kept documents of each piece. Sets documents.tokenized, the paths of what
+    tokenize_piece() wrote of each, and returns them.
     """
     jobs, depends = [], hash_of(tokenizer.fingerprint(), sorted(split.heldout), args.fold)
     for n, name in enumerate(documents.names):
-        rows = range(documents.first[n], documents.first[n + 1])
-        copies = [(row, sorted(split.copies_apis[i])) for row, i in enumerate(rows) if i in split.copies_apis]
-        key = hash_of(name, documents.reason[rows.start:rows.stop], copies, depends)
+        rows = documents.rows(n)
+        copies = [sorted(split.copies_apis.get(i, ())) for i in rows]
+        key = hash_of(name, documents.reason[rows], copies, depends)
         jobs.append((documents.work / f"{key}.tokens.npy", n))
     run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
-    return [path for path, _ in jobs]
+    documents.tokenized = [path for path, _ in jobs]
+    return documents.tokenized
 
 
 def tokenize_piece(path, n, documents, split, tokenizer):
-    """Write the ids of a piece's kept documents, each with an end of text (.bin.npy), their loss mask if
-    conversations for tuning are among them (.mask.npy), and for each document of the piece what became of it.
+    """Write the ids of a piece's kept documents, each with an end of text (.bin), their loss mask if
+    conversations for tuning are among them (.mask), and for each document of the piece what became of it.
     """
-    end_of_text = np.array([tokenizer.end_of_text], np.uint32)
-    entries = np.zeros(documents.first[n + 1] - documents.first[n], TOKENS)
-    ids, masks, has_mask = [], [], False
-    for row, (i, record) in enumerate(documents.of_piece(n)):
-        name = None if documents.reason[i] else split(i, record, BINS[documents.index["bin"][i]])
+    entries = np.zeros(len(documents.rows(n)), TOKENS)
+    end, ids, mask, start = np.array([tokenizer.end_of_text], np.uint32), [], [], 0
+    for row, i in enumerate(documents.rows(n)):
+        if documents.reason[i]:
+            continue
+        record = documents[i]
+        name = split(i, record, BINS[documents.bin[i]])
         if name is None:
             continue
         lost = tokenizer.lost
         if record.text is not None:
             encoded = tokenizer.encode_to_numpy(record.text)
-            mask = np.zeros(len(encoded), np.uint8)
+            target = np.zeros(len(encoded), np.uint8)
         else:
-            encoded, mask = tokenizer.render(record.messages, record.tools)
-        ids += [encoded, end_of_text]
-        masks += [mask, [0]]
-        has_mask |= record.domain == "instruction"
-        entries[row] = len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
-    write(path.with_suffix(".bin.npy"), np.concatenate([end_of_text[:0], *ids]).astype(tokenizer.dtype))
-    if has_mask:
-        write(path.with_suffix(".mask.npy"), np.concatenate(masks).astype(np.uint8))
+            encoded, target = tokenizer.render(record.messages, record.tools)
+        ids += [encoded, end]
+        mask += [target, [0]]
+        entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
+        start += len(encoded) + 1
+    write(path.with_suffix(".bin"), np.concatenate([end[:0], *ids]).astype(tokenizer.dtype).tobytes())
+    if documents.is_in("instruction")[documents.rows(n)].any():
+        write(path.with_suffix(".mask"), np.concatenate([[], *mask]).astype(np.uint8).tobytes())
     write(path, entries)
 
 
@@ -281,47 +292,50 @@ def tokenize_piece(path, n, documents, split, tokenizer):
 # Options
 
 
+# A flag; its default or, if it has none, its type; and what it means.
+FLAGS = (
+    ("--raw DIR", "data/raw", "directory of records"),
+    ("--out DIR", "data/corpus", "directory for the corpus"),
+    ("--show N", int, "print N documents of the corpus with their tokens in two shades, target tokens in "
+     "colour, and their measures"),
+    ("--tokenizer NAME", str, "take the tokenizer of a base instead of training one: a model's directory or "
+     "its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's tokenizer.model, or a name "
+     "that tiktoken knows"),
+    ("--vocab-size N", 2048, "tokens of the tokenizer trained here, special ones included"),
+    ("--near-duplicates J", 0.8, "drop documents whose sets of 5-word runs have at least this Jaccard "
+     "similarity to those of a longer one; 0 keeps them. Below 0.75 not all are found"),
+    ("--benchmarks PATH", str, "drop documents that share 13 words in a row, or a call with its arguments, "
+     "with this file or directory of test data (JSON, JSON lines, CSV, text)"),
+    ("--pool DIR", str, "directory of records of general text and code, of which what is like the "
+     "documentation and trajectories is taken for stage 1, by a classifier that tells the two apart"),
+    ("--retrieve SHARE", 0.1, "share of the pool's documents to take"),
+    ("--retrieve-above P", float, "take instead all of at least this probability"),
+    ("--encoder DIR", str, "in place of the classifier: similarity of this model's mean hidden states to "
+     "those of the seed"),
+    ("--heldout SHARE", 0.08, "share of APIs kept from training"),
+    ("--fold N", 1, "which share of the APIs is held out, 0 being the first: choose settings on one fold and "
+     "report another (our defaults were chosen on fold 0)"),
+    ("--workers N", os.cpu_count(), "processes; the result is the same for any number"))
+RANGES = {"near_duplicates": (0, 1), "retrieve": (0, 1), "retrieve_above": (0, 1), "heldout": (1e-6, 0.999),
+          "workers": (1, 10_000), "vocab_size": (267, 1_000_000)}  # bytes and special tokens at least
+
+
 def parse_args():
     """The flags, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--raw", default="data/raw", help="directory of records")
-    add("--out", default="data/corpus", help="directory for the corpus")
-    add("--show", type=int, metavar="N", help="print N documents of the corpus with their tokens in two "
-        "shades, target tokens in colour, and their measures")
-    add("--tokenizer", metavar="NAME", help="take the tokenizer of a base instead of training one: a model's "
-        "directory or its tokenizer.json (byte-level BPE: Llama 3, Qwen, GPT-2, ...), Llama 3's "
-        "tokenizer.model, or a name that tiktoken knows")
-    add("--vocab-size", type=int, default=2048,
-        help="tokens of the tokenizer trained here, special ones included")
-    add("--near-duplicates", type=float, default=0.8, metavar="J", help="drop documents whose sets of 5-word "
-        "runs have at least this Jaccard similarity to those of a longer one; 0 keeps them. Below 0.75 not "
-        "all are found")
-    add("--benchmarks", metavar="PATH", help="drop documents that share 13 words in a row, or a call with "
-        "its arguments, with this file or directory of test data (JSON, JSON lines, CSV, text)")
-    add("--pool", metavar="DIR", help="directory of records of general text and code, of which what is like "
-        "the documentation and trajectories is taken for stage 1, by a classifier that tells the two apart")
-    add("--retrieve", type=float, default=0.1, metavar="SHARE", help="share of the pool's documents to take")
-    add("--retrieve-above", type=float, metavar="P", help="take instead all of at least this probability")
-    add("--encoder", metavar="DIR", help="in place of the classifier: similarity of this model's mean hidden "
-        "states to those of the seed")
-    add("--heldout", type=float, default=0.08, help="share of APIs kept from training")
-    add("--fold", type=int, default=1, help="which share of the APIs is held out, 0 being the first: choose "
-        "settings on one fold and report another (our defaults were chosen on fold 0)")
-    add("--workers", type=int, default=os.cpu_count(),
-        help="processes; the result is the same for any number")
+    for flag, default, meaning in FLAGS:
+        name, value = flag.split()
+        kind, default = (default, None) if isinstance(default, type) else (type(default), default)
+        parser.add_argument(name, type=kind, default=default, metavar=value, help=meaning)
     args = parser.parse_args()
-    for flag in ("near_duplicates", "retrieve", "retrieve_above", "heldout"):
+    for flag, (least, most) in RANGES.items():
         value = getattr(args, flag)
-        if value is not None and not 0 <= value <= 1 or flag == "heldout" and value in (0, 1):
-            fail(f"--{flag.replace('_', '-')} {value}: must be between 0 and 1")
-    if args.workers < 1:
-        fail(f"--workers {args.workers}: at least one is needed")
-    if args.benchmarks and not benchmark_files(args.benchmarks):
+        if value is not None and not least <= value <= most:
+            fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
+    files = benchmark_files(args.benchmarks)
+    if args.benchmarks and not files:
         fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
-    least = 256 + len(SPECIAL_TOKENS)
-    if args.vocab_size < least:
-        fail(f"--vocab-size {args.vocab_size}: must be at least {least}, the bytes and the special tokens")
+    args.benchmarks = files
     return args
 
 
@@ -330,37 +344,29 @@ def parse_args():
 
 
 class Piece(NamedTuple):
-    """The lines of a shard that begin from one byte on and before another. The key tells their content."""
+    """The lines of a shard that begin in the PIECE bytes from `start` on. The key tells their content."""
     key: str
     shard: Path
     start: int
-    end: int
     pool: bool
 
 
-def find_shards(directory, mend):
+def find_shards(directory):
     """The files of records in a directory."""
-    if shards := sorted(Path(directory).glob("*.jsonl")):
-        return shards
-    fail(f"{directory}: no *.jsonl files; {mend}")
+    shards = sorted(Path(directory).glob("*.jsonl"))
+    return shards or fail(f"{directory}: no *.jsonl files of records, such as `python collect.py` writes")
 
 
 def find_pieces(shards, hashes, pool):
     """The Pieces of some shards."""
-    return [Piece(hash_of(hashes[shard], start, pool), shard, start, start + PIECE, pool)
+    return [Piece(hash_of(hashes[shard], start, pool), shard, start, pool)
             for shard in shards for start in range(0, shard.stat().st_size, PIECE)]
 
 
 def hash_of(*parts):
     """A name for what depends on these parts (JSON and arrays), and on this program."""
-    content = json.dumps([program_hash(), *parts], default=lambda array: hashlib.sha256(array).hexdigest())
+    content = json.dumps([sha256(__file__), *parts], default=lambda array: hashlib.sha256(array).hexdigest())
     return hashlib.sha256(content.encode()).hexdigest()[:20]
-
-
-@cache
-def program_hash():
-    """The SHA-256 of this file: another version of it does its work anew."""
-    return sha256(__file__)
 
 
 def is_main():
@@ -468,32 +474,33 @@ def clean_piece(path, piece):
     """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
     report (.json) and their index (.npy).
     """
-    rejected, masked, lines, index, apis, size = [], Counter(), [], [], set(), 0
+    rejected, masked, lines, index, apis = [], Counter(), [], [], set()
     bands = [np.zeros((BANDS, 0), np.uint64)]
     records = (clean(record, masked) for record in read_records(piece, rejected))
     texts = ((record, content_of(record)) for record in records)
     for batch in batches(texts, lambda pair: len(pair[1]), 500_000):
         hashes, starts = shingle_hashes([text for _, text in batch])
-        good = np.ones(len(batch), bool)
+        good = []
         for i, (record, text) in enumerate(batch):
             measured = measure(text, hashes[starts[i]:starts[i + 1]])
             if fault := outside_limits(record, measured):
-                good[i] = False
                 rejected.append({"reason": fault, "id": record.id, "value": round(float(measured[fault]), 3)})
                 continue
+            good.append(i)
             lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
             bin = BINS.index("retrieved" if piece.pool else record.domain)
-            index.append((*index_key(record.id), digest_of(text), size, len(lines[-1]), len(text), bin))
-            size += len(lines[-1])
+            index.append((*index_key(record.id), digest_of(text), 0, len(lines[-1]), len(text), bin))
             if record.domain == "api_doc" and not piece.pool:
                 apis.update(record.apis)
         bands.append(band_keys(minhash(hashes, starts))[:, good])
+    index = np.array(index, INDEX)
+    index["start"] = np.cumsum(index["size"]) - index["size"]
     reasons = Counter(example["reason"] for example in rejected)
-    write(path.with_suffix(".jsonl"), b"".join(lines))
+    write(path.with_suffix(".jsonl"), lines)
     write(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
     write(path.with_suffix(".json"), json.dumps(
         {"reasons": reasons, "sample": sample_of(rejected), "masked": masked, "apis": sorted(apis)}))
-    write(path, np.array(index, INDEX))
+    write(path, index)
 
 
 def read_records(piece, rejected):
@@ -502,7 +509,7 @@ def read_records(piece, rejected):
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line that begins in the piece before
-        while (at := file.tell()) < piece.end and (line := file.readline()):
+        while (at := file.tell()) < piece.start + PIECE and (line := file.readline()):
             try:
                 record = Record.from_json(line.decode("utf-8", "replace").removesuffix("\n"))
                 if piece.pool and record.text is None:
@@ -560,17 +567,17 @@ def digest_of(text):
 
 def scrub_strings(value, masked, key=None):
     """A JSON value with its strings scrubbed, and those in the JSON that a call has for arguments."""
-    if isinstance(value, str) and key == "arguments":
-        given = attempt(json.loads, value)
-        after = scrub_strings(given, masked)
-        return value if after == given else json.dumps(after, ensure_ascii=False)
-    if isinstance(value, str):
-        return scrub(value, masked)
     if isinstance(value, list):
         return [scrub_strings(member, masked) for member in value]
     if isinstance(value, dict):
         return {k: scrub_strings(v, masked, k) for k, v in value.items()}
-    return value
+    if not isinstance(value, str):
+        return value
+    if key != "arguments":
+        return scrub(value, masked)
+    given = attempt(json.loads, value)
+    after = scrub_strings(given, masked)
+    return value if after == given else json.dumps(after, ensure_ascii=False)
 
 
 def scrub(text, masked):
@@ -627,6 +634,7 @@ def outside_limits(record, measured):
 SHINGLE = 5          # words that are hashed together
 # A pair of Jaccard similarity s is found with probability 1 - (1 - s^7)^18: 0.99 at 0.8, 0.13 at 0.5.
 BANDS, ROWS = 18, 7
+NEAR = 16            # documents with the same hash of a band, each of which is compared with a next one
 PAIRS = 20_000       # are compared by one job
 # What divides words outside ASCII, and what are words by themselves, in scripts that write no spaces.
 DIVIDER = regex.compile(r"[^\p{L}\p{M}\p{N}\x00-\x7f]")
@@ -647,45 +655,51 @@ class Documents:
         self.reports = [read_json(work / f"{name}.json") for name in self.names]
         parts = [np.load(work / f"{name}.npy") for name in self.names]
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
-        self.index = np.concatenate([np.zeros(0, INDEX), *parts])  # (N,)
+        self.piece = np.repeat(np.arange(len(parts)), np.diff(self.first))  # (N,)
+        index = np.concatenate([np.zeros(0, INDEX), *parts])
+        vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .order, ...
         self.reason = np.zeros(len(self), np.uint8)   # (N,)
-        self.copy_of = np.full(len(self), -1)         # (N,) the document that is kept instead, -1 for none
+        self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
         self.match = {}                               # {document: (words or call, benchmark file)}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
-        self.open = lru_cache(500)(lambda n: open(work / f"{self.names[n]}.jsonl", "rb"))
+        self.open = lru_cache(500)(lambda name: open(work / name, "rb"))
 
     def __len__(self):
-        return len(self.index)
+        return len(self.id)
 
     def __getitem__(self, i):
         """The Record of a document."""
-        file = self.open(np.searchsorted(self.first, i, side="right") - 1)
-        # Seeking would move the file's position for all processes.
-        return Record.from_json(os.pread(file.fileno(), self.index["size"][i], self.index["start"][i]))
+        name = f"{self.names[self.piece[i]]}.jsonl"
+        return Record.from_json(self.read(name, self.start[i], self.size[i]))
 
-    def of_piece(self, n):
-        """Yields the number and the Record of each document of a piece."""
-        lines = (self.work / f"{self.names[n]}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-        return ((i, Record(**json.loads(line))) for i, line in enumerate(lines, int(self.first[n])))
+    def read(self, name, start, size):
+        """Bytes of a file in work/. Seeking would move the file's position for all processes."""
+        return os.pread(self.open(name).fileno(), size, start)
 
-    def bands(self, band):
-        """(N,) uint64: the hashes of a band."""
-        paths = [self.work / f"{name}.bands.npy" for name in self.names]
-        return np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])
+    def rows(self, n):
+        """The numbers of the documents of a piece."""
+        return range(self.first[n], self.first[n + 1])
 
     def is_in(self, *bins):
-        """(N,) Whether each belongs to one of these bins."""
-        return np.isin(self.index["bin"], [BINS.index(b) for b in bins])
+        """(N,) Whether each is kept and belongs to one of these bins."""
+        return self.kept & np.isin(self.bin, [BINS.index(b) for b in bins])
 
-    def ordered(self, chosen):
-        """The numbers of those chosen, in the order of a hash of their ids."""
+    def ordered(self, *bins, split=None):
+        """The numbers of the documents that are kept of these bins, in the order of a hash of their ids; of
+        one split, once they are tokenized.
+        """
+        chosen = self.is_in(*bins)
+        if split:
+            chosen &= self.tokens["split"] == 1 + SPLITS.index(split)
         chosen = np.flatnonzero(chosen)
-        return chosen[np.lexsort((self.index["id"][chosen], self.index["order"][chosen]))]
+        return chosen[np.lexsort((self.id[chosen], self.order[chosen]))]
 
-    def of_split(self, bin, split):
-        """The numbers of the documents of a bin, in its order, once they are tokenized."""
-        return self.ordered(self.is_in(bin) & (self.tokens["split"] == 1 + SPLITS.index(split)))
+    def tokens_of(self, chosen, size, suffix):
+        """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
+        for i in chosen.tolist():
+            path = self.tokenized[self.piece[i]].with_suffix("." + suffix)
+            yield self.read(path.name, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
 
     @property
     def kept(self):
@@ -752,64 +766,31 @@ def band_keys(signatures):
     return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64)).T
 
 
-def find_pairs(path, documents, threshold):
-    """Write pairs (later, earlier) of documents in the order in which they are kept: `equal` ones, and
-    `similar` ones to be compared.
+def find_pairs(path, documents, best, threshold):
+    """Write the pairs (later, earlier) of documents, given from the best on, that are to be compared: a
+    document with the best that has the hash of one of its bands, and with the NEAR before it.
     """
-    index, n = documents.index, len(documents)
-    order = np.lexsort((index["id"], -index["length"].astype(np.int64), documents.is_in("retrieved")))
-    _, first, value = np.unique(index["digest"][order], return_index=True, return_inverse=True)
-    earlier = first[value]
-    copies = np.flatnonzero(earlier < np.arange(n))
-    codes = np.zeros(0, np.int64)
-    if threshold:
-        others = np.delete(np.arange(n), copies)
-        for band in tqdm(range(BANDS), desc="bands", disable=None):
-            later, same = others[band_pairs(documents.bands(band)[order[others]])].T
-            codes = np.union1d(codes, later * n + same)
-    similar = np.stack(np.divmod(codes, n), 1)
-    write(path, equal=order[np.stack([copies, earlier[copies]], 1)], similar=order[similar])
+    pairs, n = np.zeros(0, np.int64), len(best)  # a pair is later * n + earlier, of places in `best`
+    for band in tqdm(range(BANDS if threshold else 0), desc="bands", disable=None):
+        paths = [documents.work / f"{name}.bands.npy" for name in documents.names]
+        keys = np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])[best]
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
+        later = np.flatnonzero(heads < np.arange(n))
+        found = [order[later] * n + order[heads[later]]]
+        for step in range(1, NEAR + 1):
+            later = later[later - step > heads[later]]
+            found.append(order[later] * n + order[later - step])
+        pairs = np.unique(np.concatenate([pairs, *found]))
+    write(path, pairs=best[np.stack(np.divmod(pairs, n), 1)])
 
 
-def band_pairs(keys, near=16):
-    """(M, 2) pairs j > i of documents of equal keys (N,): each with the first that has its key, and with
-    the `near` before it.
-    """
-    order = np.argsort(keys, kind="stable")
-    keys = keys[order]
-    heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
-    found = [np.stack([order, order[heads]], 1)[heads < np.arange(len(keys))]]
-    for step in range(1, near + 1):
-        equal = np.flatnonzero(keys[step:] == keys[:-step])
-        found.append(np.stack([order[equal + step], order[equal]], 1))
-    return np.concatenate(found)
-
-
-def compare_pairs(path, start, documents, pairs, threshold):
-    """Write for PAIRS pairs whether the Jaccard similarity of their shingles reaches the threshold."""
-    sets = lru_cache(20_000)(lambda i: np.unique(shingle_hashes([content_of(documents[i])])[0]))
-    similar = []
-    for j, i in np.load(pairs)["similar"][start:start + PAIRS].tolist():
-        common = len(np.intersect1d(sets(i), sets(j), assume_unique=True))
-        similar.append(common >= threshold * (len(sets(i)) + len(sets(j)) - common))
-    write(path, np.array(similar, bool))
-
-
-def choose_copies(documents, pairs, parts):
-    """Set which documents are dropped, and for what: a document is, if it equals or resembles one before
-    it that is not.
-    """
-    found, reason, copy_of = np.load(pairs), documents.reason, documents.copy_of
-    copies, earlier = found["equal"].T
-    reason[copies], copy_of[copies] = 1, earlier
-    similar = np.concatenate([np.zeros(0, bool), *map(np.load, parts)])
-    for j, i in found["similar"][similar].tolist():  # in the order of j: what became of i is known
-        if not reason[i] and not reason[j]:
-            reason[j], copy_of[j] = 2, i
-    for j in np.flatnonzero((reason > 0) & documents.is_in("api_doc", "trajectory", "instruction")):
-        kept = copy_of[j] if not reason[copy_of[j]] else copy_of[copy_of[j]]
-        documents.copies_apis[int(kept)].update(documents[j].apis)
-
+def compare_pairs(path, pairs, documents, threshold):
+    """Write for some pairs whether the Jaccard similarity of their shingles reaches the threshold."""
+    shingles = lru_cache(2_000)(lambda i: set(shingle_hashes([content_of(documents[i])])[0].tolist()))
+    both = ((shingles(j), shingles(i)) for j, i in pairs.tolist())
+    write(path, np.array([len(a & b) >= threshold * len(a | b) for a, b in both], bool))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -819,27 +800,25 @@ OVERLAP = 13  # words in a row, as for GPT-3 (arXiv 2005.14165, appendix C)
 
 
 class Benchmarks:
-    """What test data holds: hashes of all runs of OVERLAP words with the file each is from, and the calls
-    by name.
+    """What test data holds: all telling runs of OVERLAP words with the file each is from, and the calls by
+    name.
     """
 
     def __init__(self, files):
         self.runs, self.calls = {}, defaultdict(list)
         for file in tqdm(files, desc="benchmarks", disable=None):
-            parts = [part for _, value in read_values(file) for part in parts_of(value)]
-            for name, accepted in (call for part in parts for call in gold_calls(part)):
-                self.calls[name].append(accepted)
-            texts = [part for part in parts if isinstance(part, str)]
-            for text, runs in zip(texts, whole_runs(texts)):
-                for run in runs[telling(text)].tolist():
-                    self.runs.setdefault(run, file.name)
+            for part in (part for _, value in read_values(file) for part in parts_of(value)):
+                for name, accepted in gold_calls(part):
+                    self.calls[name].append(accepted)
+                for run in runs_of(part) if isinstance(part, str) else []:
+                    if is_telling(run):
+                        self.runs.setdefault(run, file.name)
 
     def match(self, text, messages):
         """What a document has in common with a file, as (words or call, file's name), or None."""
-        [runs] = whole_runs([text])
-        for at, run in enumerate(runs.tolist()):
+        for run in runs_of(text):
             if run in self.runs:
-                return " ".join(words_of(text)[at:at + OVERLAP]), self.runs[run]
+                return run, self.runs[run]
         for function in (call["function"] for m in messages or [] for call in m.get("tool_calls") or []):
             given = {k: json.dumps(v, sort_keys=True) for k, v in json.loads(function["arguments"]).items()}
             for accepted in self.calls.get(function["name"], []):
@@ -861,49 +840,44 @@ def gold_calls(part):
     """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"},
     Python's f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
     """
-    accepted, reader = [], None
-    if isinstance(part, str) and re.match(r"\[?[\w.]+\(", part):
-        reader = python_calls
-    elif isinstance(part, dict) and {"name", "arguments"} <= part.keys():
-        reader = calls_in
-    elif isinstance(part, dict) and len(part) == 1:
+    calls, accepted = [], []
+    if isinstance(part, str):
+        calls = list_or_none(python_calls, part) if re.match(r"\[?[\w.]+\(", part) else []
+    elif {"name", "arguments"} <= part.keys():
+        calls = list_or_none(calls_in, part)
+    elif len(part) == 1:
         [(name, given)] = part.items()
         if isinstance(given, dict) and all(isinstance(values, list) for values in given.values()):
             accepted = [(name, given)]
-    calls = attempt(reader, part) if reader else []
-    for function in (call["function"] for call in calls if isinstance(calls, list)):
+    for function in (call["function"] for call in calls):
         given = json.loads(function["arguments"])
         accepted.append((function["name"], {k: [v] for k, v in given.items()}))
     return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})
             for name, given in accepted]
 
 
-def words_of(text):
-    """The words as shingle_hashes() tells them apart."""
-    return re.findall(r"[a-z0-9\u0080-\U0010ffff]+", divided(text))
+def runs_of(text):
+    """Every run of OVERLAP words of a text, which shingle_hashes() tells apart alike."""
+    words = re.findall(r"[a-z0-9\u0080-\U0010ffff]+", divided(text))
+    return [" ".join(words[i:i + OVERLAP]) for i in range(len(words) - OVERLAP + 1)]
 
 
-def telling(text):
-    """(N,) Whether each run of OVERLAP words has eight different ones of two letters or more: counting
-    and JSON have not.
-    """
-    words = [w if (len(w) > 1 or not w.isascii()) and not w.isdigit() else "" for w in words_of(text)]
-    return np.array([len({*words[i:i + OVERLAP]} - {""}) >= 8 for i in range(len(words) - OVERLAP + 1)], bool)
-
-
-def whole_runs(texts):
-    """The hashes of each text's runs of exactly OVERLAP words."""
-    hashes, starts = shingle_hashes(texts, OVERLAP)
-    return [hashes[a:max(a, b - OVERLAP + 1)] for a, b in zip(starts, starts[1:])]
+def is_telling(run):
+    """Whether it has eight different words of two letters or more: counting and JSON have not."""
+    words = {w for w in run.split() if (len(w) > 1 or not w.isascii()) and not w.isdigit()}
+    return len(words) >= 8
 
 
 def find_matches(path, n, documents, benchmarks):
     """Write [row, words or call, file] of the documents of a piece that share something with the
     benchmarks.
     """
-    matches = [(row, benchmarks.match(content_of(record), record.messages))
-               for row, (_, record) in enumerate(documents.of_piece(n))]
-    write(path, json.dumps([[row, *match] for row, match in matches if match]))
+    found = []
+    for row, i in enumerate(documents.rows(n)):
+        record = documents[i]
+        if match := benchmarks.match(content_of(record), record.messages):
+            found.append((row, *match))
+    write(path, json.dumps(found))
 
 
 def benchmark_files(path):
@@ -920,6 +894,7 @@ def benchmark_files(path):
 BUCKETS = 2**20  # places for the hashed n-grams
 SAMPLE = 100_000  # documents of each kind, at most, that the classifier learns from
 LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
+FIGURES = ("precision", "recall", "f1", "calibration_error", "tested")  # of it, on documents it did not see
 
 
 def plain_text(record):
@@ -934,55 +909,51 @@ def plain_text(record):
     return "\n".join(parts)
 
 
-def train_scorer(path, documents, seed, pool, encoder):
-    """Write what log_odds() needs, with its figures on documents it did not see: as many of the seed as
-    of the pool.
+def train_scorer(path, documents, encoder):
+    """Write what score() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
+    pool.
     """
-    seed, pool = documents.ordered(seed), documents.ordered(pool)
+    seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
     count = min(SAMPLE, len(seed), len(pool))
     if count < 50:
         fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
              "classifier needs 50 of each")
-    chosen = np.stack([seed[:count], pool[:count]])
-    texts = np.array([[plain_text(documents[i]) for i in row] for row in chosen], object)  # (2, count)
-    parts = np.split(np.arange(count), [int(0.8 * count), int(0.9 * count)])
-    train, tune, test = (texts[:, rows].ravel() for rows in parts)
-    train_labels, tune_labels, test_labels = (np.repeat([1.0, 0.0], len(rows)) for rows in parts)
+    rows = [[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)]
+    (seed, pool), tune, test = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
     if encoder:
-        learned = {"seeds": encode_texts(encoder, train[:len(parts[0])][:4096])}
+        learned = {"seeds": encode_texts(encoder, seed[:4096])}
     else:
-        learned = {"weights": fit_ngrams(train, train_labels)}
+        learned = {"weights": fit_ngrams(seed, pool)}
         # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which
         # may well be of its kind.
-        negatives = train[len(parts[0]):]
-        order = np.argsort(raw_scores(negatives, learned, None))
-        hard = negatives[order[len(order) // 2:len(order) * 9 // 10]]
-        labels = np.append(train_labels, np.zeros(len(hard)))
-        learned = {"weights": fit_ngrams(np.append(train, hard), labels)}
-    learned["slope"], learned["offset"] = calibrate(raw_scores(tune, learned, encoder), tune_labels)
-    p = sigmoid(log_odds(test, learned, encoder))
-    found = p >= 0.5
-    hits = (found & (test_labels == 1)).sum()
-    bins = np.minimum((p * 10).astype(int), 9)
-    error = sum(abs(p[bins == b].sum() - test_labels[bins == b].sum()) for b in range(10)) / len(p)
-    precision, recall = hits / max(1, found.sum()), hits / test_labels.sum()
+        order = np.argsort(score(pool, learned, None))
+        hard = pool[order[len(order) // 2:len(order) * 9 // 10]]
+        learned = {"weights": fit_ngrams(seed, np.append(pool, hard))}
+    learned["slope"], learned["offset"] = calibrate(score(tune.ravel(), learned, encoder))
+    p = sigmoid(score(test.ravel(), learned, encoder))
+    found, is_seed, bins = p >= 0.5, first_half(p), np.minimum((p * 10).astype(int), 9)
+    hits = (found & is_seed).sum()
+    error = sum(abs(p[bins == b].sum() - is_seed[bins == b].sum()) for b in range(10)) / len(p)
+    precision, recall = hits / max(1, found.sum()), hits / is_seed.sum()
     f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    write(path, **learned, precision=precision, recall=recall, f1=f1, calibration_error=error, tested=len(p))
+    write(path, **learned, figures=[precision, recall, f1, error, len(p)])
 
 
-def log_odds(texts, learned, encoder):
-    """(N,) The logarithm of the odds that each text is of the seed's kind."""
-    return learned["slope"] * raw_scores(texts, learned, encoder) + learned["offset"]
+def first_half(values):
+    """(N,) Whether each is in the first half, that of the seed."""
+    return np.arange(len(values)) < len(values) // 2
 
 
-def raw_scores(texts, learned, encoder):
-    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of
-    the seed.
+def score(texts, learned, encoder):
+    """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of the
+    seed; once calibrated, the logarithm of the odds that it is of the seed's kind.
     """
     if encoder:
-        return np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
-    buckets, starts = ngrams(texts)
-    return np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
+        scores = np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
+    else:
+        buckets, starts = ngrams(texts)
+        scores = np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
+    return learned.get("slope", 1) * scores + learned.get("offset", 0)
 
 
 def sigmoid(x):
@@ -993,9 +964,9 @@ def sigmoid(x):
 def score_piece(path, n, documents, learned, encoder):
     """Write the logarithm of the odds of each document of a piece of the pool."""
     scores = [np.zeros(0)]
-    records = (record for _, record in documents.of_piece(n))
+    records = map(documents.__getitem__, documents.rows(n))
     for batch in batches(records, lambda record: len(record.text), 500_000):
-        scores.append(log_odds([plain_text(record) for record in batch], learned, encoder))
+        scores.append(score([plain_text(record) for record in batch], learned, encoder))
     write(path, np.concatenate(scores))
 
 
@@ -1006,33 +977,32 @@ def ngrams(texts):
         words, starts = shingle_hashes(batch, 1)
         pairs, _ = shingle_hashes(batch, 2)  # as many as words: the last is one word
         for a, b in zip(starts, starts[1:]):
-            places += [(hashes[a:b] % BUCKETS).astype(np.int32) for hashes in (words, pairs)]
+            places += [words[a:b], pairs[a:b]]
             counts.append(2 * (b - a))
-    return np.concatenate(places), np.cumsum(counts)
+    return (np.concatenate(places) % BUCKETS).astype(np.int32), np.cumsum(counts)
 
 
-def fit_ngrams(texts, labels, epochs=3, batch_size=64):
-    """The number (BUCKETS,) of each n-gram by which the mean over a text tells its label best."""
+def fit_ngrams(seed, pool, epochs=3, batch_size=64):
+    """The number (BUCKETS,) of each n-gram by whose mean over a text those of the seed are told best."""
     import torch  # here, since only --pool needs it
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the same sums under torchrun, which sets their number
-    places, starts = ngrams(texts)
-    grams = torch.from_numpy(places).tensor_split(torch.from_numpy(starts[1:-1]))
-    bag = torch.nn.EmbeddingBag(BUCKETS, 1, mode="mean", sparse=True)
-    torch.nn.init.zeros_(bag.weight)
-    optimizer = torch.optim.SparseAdam(bag.parameters(), lr=0.1)
-    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(texts)), epochs))
+    places, starts = map(torch.from_numpy, ngrams(np.append(seed, pool)))
+    grams = places.tensor_split(starts[1:-1])
+    weights = torch.zeros(BUCKETS, 1, requires_grad=True)
+    optimizer = torch.optim.SparseAdam([weights], lr=0.1)
+    order = np.random.default_rng(0).permutation(np.tile(np.arange(len(grams)), epochs))
     parts = np.split(order, range(batch_size, len(order), batch_size))
     for batch in tqdm(parts, desc="classifier", disable=None):
-        offsets = torch.tensor([0, *(len(grams[i]) for i in batch[:-1])]).cumsum(0)
-        score = bag(torch.cat([grams[i] for i in batch]).long(), offsets)[:, 0]
-        target = torch.from_numpy(labels[batch]).float()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(score, target)
+        rows = [grams[i] for i in batch]
+        offsets = torch.tensor([0, *map(len, rows[:-1])]).cumsum(0)
+        bags = torch.nn.functional.embedding_bag(torch.cat(rows).long(), weights, offsets, mode="mean",
+                                                 sparse=True)
+        target = torch.from_numpy(batch < len(seed)).float()
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(bags[:, 0], target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    torch.set_num_threads(threads)
-    return bag.weight.detach()[:, 0].numpy()
+    return weights.detach()[:, 0].numpy()
 
 
 def encoder_hashes(directory):
@@ -1066,15 +1036,15 @@ def encode_texts(directory, texts, longest=512):
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def calibrate(scores, labels):
-    """Slope and offset by which scores become the logarithm of odds (Platt 1999), by Newton's method; a
-    weak prior keeps them finite.
+def calibrate(scores):
+    """Slope and offset by which scores, the first half of the seed, become the logarithm of odds (Platt
+    1999), by Newton's method; a weak prior keeps them finite.
     """
     x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
     for _ in range(50):
         p = sigmoid(x @ w)
         hessian = (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2)
-        w -= np.linalg.solve(hessian, x.T @ (p - labels) + 0.01 * w)
+        w -= np.linalg.solve(hessian, x.T @ (p - first_half(p)) + 0.01 * w)
     return w[0] / scores.std(), w[1]
 
 
@@ -1121,7 +1091,19 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 DIGITS_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                  r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-LONGEST_RUN = 20_000  # characters
+# The special tokens that the code which reads Llama 3's tokenizer.model adds to its ranks.
+RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
+                 "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
+LONGEST_RUN = 20_000  # characters without white space, or of nothing else, that are encoded together
+# Tiles a text. The group matches what to cut off a longer run: where possible after a letter and before a
+# sign, where every tokenizer here cuts as well.
+RUNS = re.compile(r"((?=\S{%d})(?:\S{%d,%d}(?<=[^\W\d_])(?=[^\w\s])|\S{%d})|\s{%d}(?=\s))|\s+|\S+" % (
+    LONGEST_RUN + 1, LONGEST_RUN - 999, LONGEST_RUN - 1, LONGEST_RUN, LONGEST_RUN))
+# How turns begin, but for an assistant's. What no special token divides is encoded at once, as who reads the
+# text as a whole does.
+TURNS = {"system": "<|im_start|>system\n{}", "user": "<|im_start|>user\n{}",
+         "tool": "<|im_start|>tool\n<tool_response>\n{}\n</tool_response>"}
 
 
 class Tokenizer:
@@ -1133,23 +1115,24 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks, special=None, pattern=PATTERN, normal_form=None, base=None):
+    def __init__(self, ranks, added=(), pattern=PATTERN, normal_form=None, base=None):
         self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))  # {bytes: id}
-        self.special = special or {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
+        self.special = {token["content"]: token["id"] for token in self.added_tokens}
         self.pattern, self.normal_form = pattern, normal_form
-        self.base = base  # the tokenizer.json that it was read from, if it is another's
+        self.base = base  # the tokenizer.json that it was read from
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
-        model, tokens = (base["model"], base["added_tokens"]) if base else ({}, [])
-        self.unknown = model["vocab"][model["unk_token"]] if model.get("unk_token") else None
+        model = base["model"] if base else {"vocab": {}}
+        self.unknown = model["vocab"].get(model.get("unk_token"))
         self.fuse_unknown = bool(model.get("fuse_unk"))  # missing bytes in a row are one unknown token
         self.lost = 0  # bytes that it was given and has no token for
-        ordinary = [t for t in tokens if not t.get("special") and t["content"] not in SPECIAL_TOKENS]
-        self.added = {t["content"]: t for t in ordinary}
-        by_length = sorted(ordinary, key=lambda token: -len(token["content"]))
-        self.find_added = re.compile("(%s)" % ("|".join(map(added_pattern, by_length)) or "(?!)"))
+        # Added tokens that are not special count in text.
+        self.added = {t["content"]: t for t in self.added_tokens
+                      if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
+        patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
+        self.find_added = re.compile("(%s)" % ("|".join(patterns) or "(?!)"))
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
-        ends = ("<|endoftext|>", "<|end_of_text|>")
-        self.end_of_text = next(self.special[t] for t in ends if t in self.special)
+        self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
         self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
@@ -1158,74 +1141,47 @@ class Tokenizer:
     @classmethod
     def find(cls, name):
         """By the name of a directory, a tokenizer.json, Llama 3's tokenizer.model, or an encoding that
-        tiktoken knows.
+        tiktoken knows. This one downloads the ranks, once; without a network that may hang, so it gets ten
+        seconds.
         """
-        path = Path(name)
-        if name in tiktoken.list_encoding_names() and not path.exists():
-            return cls.from_tiktoken(name)
-        if not (path / "tokenizer.json").exists() and (path / "tokenizer.model").exists():
-            path = path / "tokenizer.model"
-        return cls.load(path) if path.suffix != ".model" else cls.from_llama(path)
-
-    @classmethod
-    def from_tiktoken(cls, name):
-        """By a name such as cl100k_base. tiktoken downloads the ranks, once; without a network that may
-        hang, so it gets ten seconds.
-        """
+        if name not in tiktoken.list_encoding_names() or Path(name).exists():
+            return cls.load(name)
         try:
             encoding = ThreadPool(1).apply_async(tiktoken.get_encoding, [name]).get(10)
         except Exception as error:
-            url = getattr(getattr(error, "request", None), "url", None)
-            place = "its file, named by the SHA-1 of its URL,"
-            if url:
-                place = f"the file {hashlib.sha1(url.encode()).hexdigest()}, downloaded from {url},"
-            fail(f"--tokenizer {name}: tiktoken could not download it. Put {place} into a directory and name "
-                 "that in TIKTOKEN_CACHE_DIR")
-        special = with_chat_tokens(dict(encoding._special_tokens), encoding.n_vocab)
-        return cls(dict(encoding._mergeable_ranks), special, encoding._pat_str)
+            url = getattr(getattr(error, "request", None), "url", "")
+            place = f"as {hashlib.sha1(url.encode()).hexdigest()} " if url else "named by its URL's SHA-1 "
+            fail(f"--tokenizer {name}: tiktoken could not download its file {url}. Put it, {place}into a "
+                 "directory and name that in TIKTOKEN_CACHE_DIR")
+        added = [added_token(*token) for token in encoding._special_tokens.items()]
+        return cls(encoding._mergeable_ranks, added, encoding._pat_str)
 
     @classmethod
-    def from_llama(cls, path):
-        """From Meta's tokenizer.model of Llama 3: ranks, to which the code that reads them adds 256
-        special tokens.
+    def load(cls, place):
+        """From a file or the directory with it: a tokenizer.json, ours or that of a model with byte-level
+        BPE such as GPT-2, Llama 3 and Qwen, or Meta's tokenizer.model of Llama 3.
         """
+        place = Path(place)
+        path, *_ = *place.glob("tokenizer.json"), *place.glob("tokenizer.model"), place
         try:
-            ranks = read_ranks(path)
-        except FileNotFoundError:
-            fail(f"{path}: no such file")
-        except ValueError:
-            fail(f"{path}: not ranks in tiktoken's format. (Llama 2's SentencePiece model is no byte-level "
-                 "BPE, and cannot be read here)")
-        names = [f"<|reserved_special_token_{i}|>" for i in range(251)]
-        names[0:0] = ["<|begin_of_text|>", "<|end_of_text|>"]
-        names[6:6] = ["<|start_header_id|>", "<|end_header_id|>"]
-        names[9:9] = ["<|eot_id|>"]
-        special = {name: len(ranks) + i for i, name in enumerate(names)}
-        return cls(ranks, with_chat_tokens(special, len(ranks) + 256), LLAMA_PATTERN)
-
-    @classmethod
-    def load(cls, directory):
-        """From the tokenizer.json in a directory: ours, or that of a model with byte-level BPE such as
-        GPT-2, Llama 3 and Qwen.
-        """
-        path = Path(directory) / "tokenizer.json" if Path(directory).suffix != ".json" else Path(directory)
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            pattern = read_pattern(content["pre_tokenizer"])
-            normal_form = read_normal_form(content["normalizer"])
-            special = {token["content"]: token["id"] for token in content["added_tokens"]}
-            ranks = read_vocabulary(content["model"], special)
-            ordinary = [token for token in content["added_tokens"] if not token.get("special")]
-            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in ordinary)
-            if takes_space and any(token["content"][:1].isspace() for token in ordinary):
+            if path.suffix == ".model":
+                ranks = read_ranks(path)
+                added = [added_token(name, len(ranks) + i) for i, name in enumerate(LLAMA_SPECIAL)]
+                return cls(ranks, added, LLAMA_PATTERN)
+            content = read_json(path)
+            ranks = read_vocabulary(content["model"], {token["content"] for token in content["added_tokens"]})
+            pattern, normal_form = read_pattern(content["pre_tokenizer"], content["normalizer"])
+            tokenizer = cls(ranks, content["added_tokens"], pattern, normal_form, content)
+            added = tokenizer.added.values()
+            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in added)
+            if takes_space and any(token["content"][:1].isspace() for token in added):
                 raise ValueError("added tokens of white space, and others that take white space along")
-            is_ours = special.keys() <= {*SPECIAL_TOKENS}
-        except FileNotFoundError:
-            fail(f"{path}: no such file; a directory with a tokenizer has one")
+            return tokenizer
+        except OSError:
+            fail(f"{path}: no such file; a directory with a tokenizer has a tokenizer.json")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r})")
-        special = with_chat_tokens(special, max(*ranks.values(), *special.values(), -1) + 1)
-        return cls(ranks, special, pattern, normal_form, base=None if is_ours else content)
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r}); a SentencePiece "
+                 "model, as Llama 2's, is none")
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -1251,7 +1207,7 @@ class Tokenizer:
         arrays = []
         for part in self.parts(text):
             for i, run in enumerate(self.find_added.split(part)):
-                if i % 2:  # added tokens that are not special count in text; flags take white space along
+                if i % 2:  # flags take white space along
                     token = self.added.get(run) or self.added[run.strip()]
                     arrays.append([token["id"]])
                 else:
@@ -1264,40 +1220,28 @@ class Tokenizer:
         """
         if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
-        ids = []
+        ids, missing = [], b"[" + re.escape(self.missing) + b"]" + b"+" * self.fuse_unknown
         for piece in regex.findall(self.pattern, text):
             piece = piece.encode("utf-8", "replace")
-            known = piece.translate(None, self.missing)
-            self.lost += len(piece) - len(known)
-            missing = b"([" + re.escape(self.missing) + b"]+)"
-            runs = [known] if self.unknown is None else re.split(missing, piece)
+            runs = re.split(missing, piece)
+            self.lost += len(piece) - sum(map(len, runs))
+            if self.unknown is None:
+                runs = [b"".join(runs)]
             for i, run in enumerate(runs):
-                if i % 2:  # what has no token
-                    ids += [self.unknown] * (1 if self.fuse_unknown else len(run))
-                elif run:
-                    ids += self.encoding._encode_single_piece(run)
+                ids += [self.unknown] * (i > 0)  # for what stood between two runs
+                ids += self.encoding._encode_single_piece(run) if run else []
         return np.array(ids, np.uint32)
 
     def normalised(self, text):
         return unicodedata.normalize(self.normal_form, text) if self.normal_form else text
 
     def parts(self, text):
-        """The text as it is encoded: at once, but for runs without white space, or of nothing else, that
-        tiktoken's expressions would run out of stack on. These are cut, where possible after a letter and
-        before a sign, where every tokenizer here cuts as well.
+        """The text as it is encoded: at once, but for RUNS that tiktoken's expressions would run out of
+        stack on, which are cut.
         """
         text = self.normalised(text)
-        if len(text) <= LONGEST_RUN:
-            return [text]
-        bounds = [0]
-        for run in re.finditer(r"\s+|\S+", text):
-            at = run.start() + LONGEST_RUN
-            while at < run.end():
-                safe = [m.end() for m in re.finditer(r"[^\W\d_](?=[^\w\s])", text[at - 1000:at])]
-                at = at - 1000 + safe[-1] if safe else at
-                bounds.append(at)
-                at += LONGEST_RUN
-        return [text[a:b] for a, b in zip(bounds, [*bounds[1:], len(text)])]
+        cuts = [run.end() for run in RUNS.finditer(text) if run[1]] if len(text) > LONGEST_RUN else []
+        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
 
     def token_bytes(self, id):
         """The bytes of a token; none of an id that stands for nothing, as in a padded vocabulary."""
@@ -1339,16 +1283,12 @@ class Tokenizer:
                 add("{}\n", json.dumps(definition, ensure_ascii=False))
             add("</tools><|im_end|>\n")
         for message in messages:
-            role, content = message["role"], message.get("content") or ""
-            thought, target = message.get("reasoning_content"), int(role == "assistant")
-            # What no special token divides is encoded at once, as who reads the text as a whole does, but for
-            # where an answer begins.
-            if role in ("system", "user"):
-                add("<|im_start|>" + role + "\n{}", content)
-            elif role == "tool":
-                add("<|im_start|>tool\n<tool_response>\n{}\n</tool_response>", content)
+            role, content, target = message["role"], message.get("content") or "", 0
+            if role in TURNS:
+                add(TURNS[role], content)
             else:
                 add("<|im_start|>assistant\n")
+                thought, target = message.get("reasoning_content"), int(role == "assistant")
                 if thought:
                     add("<think>\n{}\n</think>", thought, 1)
                 add("\n\n{}" if thought else "{}", content, 1)
@@ -1384,38 +1324,25 @@ class Tokenizer:
         """
         directory = Path(directory)
         write(directory / "tokenizer.tiktoken", self.tiktoken_file())
-        write(directory / "tokenizer.json", json.dumps(self.hugging_face(), ensure_ascii=False))
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-            "pad_token": self.decode([self.end_of_text]), "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE}
-        write(directory / "tokenizer_config.json", json.dumps(config, indent=1))
-        stops = {"eos_token_id": [self.im_end, self.end_of_text], "pad_token_id": self.end_of_text}
-        write(directory / "generation_config.json", json.dumps(stops))
+        content = (self.base or self.hugging_face()) | {"added_tokens": self.added_tokens}
+        write(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
+        config = TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE))
+        write(directory / "tokenizer_config.json", config)
+        stops = GENERATION_CONFIG % (self.im_end, self.end_of_text, self.end_of_text)
+        write(directory / "generation_config.json", stops)
 
     def hugging_face(self):
-        """What tokenizer.json holds: a base's own, to which the chat format's tokens are added, or one of
-        ours.
-        """
-        kept = {(t["id"], t["content"]): t for t in self.base["added_tokens"]} if self.base else {}
-        added = []
-        for token, i in sorted(self.special.items(), key=lambda entry: entry[1]):
-            flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-            new = {"id": i, "content": token, **flags, "special": token not in TAGS}
-            added.append(kept.get((i, token), new))
-        if self.base:
-            return self.base | {"added_tokens": added}
-        normalizer, symbol = self.normal_form and {"type": self.normal_form}, byte_symbols()
+        """What a tokenizer.json holds, from the ranks."""
+        symbol = byte_symbols()
         written = {token: "".join(symbol[b] for b in token) for token in self.ranks}
         vocabulary = dict(zip(written.values(), self.ranks.values()))
-        merged = [token for token in self.ranks if len(token) > 1]
-        merges = [[written[half] for half in halves(token, self.ranks)] for token in merged]
-        values = added, normalizer, self.pattern, vocabulary, merges
-        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, values)))
+        merges = [[written[half] for half in halves(token, self.ranks)]
+                  for token in self.ranks if len(token) > 1]
+        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, (self.pattern, vocabulary, merges))))
 
 
 TOKENIZER_JSON = """{
-"version": "1.0", "truncation": null, "padding": null, "added_tokens": %s, "normalizer": %s,
+"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
     {"type": "Split", "pattern": {"Regex": %s}, "behavior": "Isolated", "invert": false},
     {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": false, "use_regex": false}]},
@@ -1424,6 +1351,14 @@ TOKENIZER_JSON = """{
 "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
     "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": true,
     "vocab": %s, "merges": %s}}"""
+TOKENIZER_CONFIG = """{
+ "tokenizer_class": "PreTrainedTokenizerFast",
+ "eos_token": "<|im_end|>",
+ "pad_token": "%s",
+ "clean_up_tokenization_spaces": false,
+ "chat_template": %s
+}"""
+GENERATION_CONFIG = '{"eos_token_id": [%d, %d], "pad_token_id": %d}'
 
 
 def added_pattern(token):
@@ -1433,17 +1368,26 @@ def added_pattern(token):
     return r"\s*" * bool(token.get("lstrip")) + text + r"\s*" * bool(token.get("rstrip"))
 
 
-def with_chat_tokens(special, end):
-    """Special tokens {text: id} with those of the chat format: missing ones take the places of reserved
-    ones, or new ones from `end`.
+def added_token(content, i):
+    """A token of id i as tokenizer.json lists added ones."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": content, **flags, "special": content not in TAGS}
+
+
+def with_chat_tokens(added, ranks):
+    """Added tokens, in the order of their ids, with those of the chat format: missing ones take the
+    places of reserved ones, or new ones at the end.
     """
-    reserved = sorted((t for t in special if re.search(r"reserved|unused|extra", t)), key=special.get)
-    for token in SPECIAL_TOKENS:
-        if token in special or token == "<|endoftext|>" and "<|end_of_text|>" in special:
+    tokens = {token["content"]: token for token in sorted(added, key=lambda token: token["id"])}
+    reserved = [name for name in tokens if re.search(r"reserved|unused|extra", name)]
+    last = max([*ranks.values(), *(token["id"] for token in added)])
+    for name in SPECIAL_TOKENS:
+        if name in tokens or name == "<|endoftext|>" and "<|end_of_text|>" in tokens:
             continue
-        special[token] = special.pop(reserved.pop(0)) if reserved else end
-        end = max(end, special[token] + 1)
-    return special
+        last += not reserved
+        tokens[name] = added_token(name, tokens.pop(reserved.pop(0))["id"] if reserved else last)
+    return sorted(tokens.values(), key=lambda token: token["id"])
+
 
 # What Tokenizer.render writes, as a template for servers.
 CHAT_TEMPLATE = """\
@@ -1474,48 +1418,41 @@ CHAT_TEMPLATE = """\
 def train_bpe(words, vocab_size):
     """Ranks {token: id} after merging the most frequent pair of neighbouring tokens again and again.
 
-    words: {bytes: count}. Ties go to the pair of lower ids. Only the words that hold the merged pair are
-    touched, and a heap holds the pairs; its entries may be stale, so the count is checked when one comes up.
+    words: {bytes: count}. Ties go to the pair of lower ids. A token is written as the character of its id, so
+    that a word is a text, and a merge replaces two characters by one. Only the words that hold the merged
+    pair are touched, and a heap holds the pairs; its entries may be stale, so the count is checked when one
+    comes up.
     """
     tokens = [bytes([b]) for b in range(256)]
-    pieces, counts = [list(word) for word in words], list(words.values())
-    pair_counts, pair_words = Counter(), defaultdict(set)
-    heap, changed = [], set()
+    texts, counts = [word.decode("latin-1") for word in words], list(words.values())
+    totals, holders, heap = Counter(), defaultdict(set), []  # holders: the words that may hold a pair
+    changes, new = defaultdict(int), ""  # of the totals by the last merge, and the token that it made
 
-    def count_pairs(i, sign):
-        for pair in zip(pieces[i], pieces[i][1:]):
-            pair_counts[pair] += sign * counts[i]
-            pair_words[pair].add(i)
-            changed.add(pair)
+    def count_pairs(i, count):
+        for pair in map(operator.add, texts[i], texts[i][1:]):
+            changes[pair] += count
+            if new in pair:
+                holders[pair].add(i)
 
-    for i in range(len(pieces)):
-        count_pairs(i, 1)
+    for i in range(len(texts)):
+        count_pairs(i, counts[i])
     while len(tokens) < vocab_size:
-        for pair in changed:
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, (-pair_counts[pair], pair))
-        changed.clear()
-        while heap and -heap[0][0] != pair_counts[heap[0][1]]:
+        for pair, change in changes.items():
+            if change:
+                totals[pair] += change
+                heapq.heappush(heap, (-totals[pair], pair))
+        while heap and -heap[0][0] != totals[heap[0][1]]:
             heapq.heappop(heap)
-        if not heap:
+        if not heap or not heap[0][0]:
             break
-        _, pair = heapq.heappop(heap)
-        for i in pair_words.pop(pair):
-            count_pairs(i, -1)
-            pieces[i] = merge(pieces[i], pair, len(tokens))
-            count_pairs(i, 1)
-        tokens.append(tokens[pair[0]] + tokens[pair[1]])
+        pair, new = heap[0][1], chr(len(tokens))
+        changes.clear()
+        for i in holders.pop(pair):
+            count_pairs(i, -counts[i])
+            texts[i] = texts[i].replace(pair, new)
+            count_pairs(i, counts[i])
+        tokens.append(tokens[ord(pair[0])] + tokens[ord(pair[1])])
     return {token: i for i, token in enumerate(tokens)}
-
-
-def merge(word, pair, new):
-    """The ids of a word with each occurrence of the pair replaced by the new id."""
-    merged, at = [], 0
-    while at < len(word):
-        hit = tuple(word[at:at + 2]) == pair
-        merged.append(new if hit else word[at])
-        at += 1 + hit
-    return merged
 
 
 def halves(token, ranks):
@@ -1532,7 +1469,7 @@ def read_vocabulary(model, special):
     BPE.
     """
     byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
-    vocab = model["vocab"]
+    vocab, unknown = model["vocab"], model.get("unk_token")
     ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
     merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     rejected = {
@@ -1540,47 +1477,38 @@ def read_vocabulary(model, special):
             model["type"] != "BPE" or merged != sorted(merged),
         "a BPE with prefixes or suffixes":
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "an unknown token that is not in the vocabulary":
-            model.get("unk_token") and model["unk_token"] not in vocab,
+        "an unknown token that is not in the vocabulary": unknown and unknown not in vocab,
         "a BPE with bytes for what is unknown":
             model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
         "a vocabulary without all of ASCII":  # rare bytes may be missing
-            any(bytes([b]) not in ranks for b in b"\t\n" + bytes(range(32, 127)))}
-    for reason, holds in rejected.items():
-        if holds:
-            raise ValueError(reason)
+            not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}}
+    if faults := [fault for fault, holds in rejected.items() if holds]:
+        raise ValueError("; ".join(faults))
     return ranks
 
 
-def read_pattern(pre_tokenizer):
-    """The pattern by which a tokenizer.json cuts text, from its description there. Raises ValueError for
-    others than byte-level ones.
+def read_pattern(pre_tokenizer, normalizer):
+    """The pattern by which a tokenizer.json cuts text and the Unicode form to which it brings it, None for
+    none, from its description there. Raises ValueError for others than byte-level ones.
     """
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    *cuts, last = steps
+    *cuts, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    changes = normalizer.get("normalizers", [normalizer]) if normalizer else []
     if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
         raise ValueError(f"pre_tokenizer {last}")
     match cuts, last.get("use_regex", True):
         case [], True:
-            return GPT2_PATTERN
+            pattern = GPT2_PATTERN
         case [{"type": "Digits", "individual_digits": True}], True:
-            return DIGITS_PATTERN
+            pattern = DIGITS_PATTERN
         case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}], False:
-            return split["Regex"]
-    raise ValueError(f"pre_tokenizer {steps}")
-
-
-def read_normal_form(normalizer):
-    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for other
-    changes to the text.
-    """
-    match normalizer:
-        case None | {"type": "Sequence", "normalizers": []}:
-            return None
-        case {"type": "Sequence", "normalizers": [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]}:
-            return form
-        case {"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}:
-            return form
+            pattern = split["Regex"]
+        case _:
+            raise ValueError(f"pre_tokenizer {pre_tokenizer}")
+    match changes:
+        case []:
+            return pattern, None
+        case [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]:
+            return pattern, form
     raise ValueError(f"normalizer {normalizer}")
 
 
@@ -1594,14 +1522,13 @@ def train_tokenizer(documents, split, args):
     """The Tokenizer trained on a fair share of each domain's training text, or the one that was written
     when it was.
     """
+    def write_ranks(path):
+        tokenizer = Tokenizer.train(training_texts(documents, split), args.vocab_size)
+        write(path, tokenizer.tiktoken_file())
+
     path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
-    run_jobs(write_ranks, [(path, documents, split, args.vocab_size)], 0, "train the tokenizer")
+    run_jobs(write_ranks, [(path,)], 0, "train the tokenizer")
     return Tokenizer(read_ranks(path))
-
-
-def write_ranks(path, documents, split, vocab_size):
-    """Write the ranks of a tokenizer trained on what is kept for training."""
-    write(path, Tokenizer.train(training_texts(documents, split), vocab_size).tiktoken_file())
 
 
 def training_texts(documents, split, limit=12_000_000):
@@ -1610,7 +1537,7 @@ def training_texts(documents, split, limit=12_000_000):
     """
     for domain in DOMAINS:
         budget = limit // len(DOMAINS)
-        for i in documents.ordered(documents.kept & documents.is_in(domain)):
+        for i in documents.ordered(domain):
             record = documents[i]
             if split(i, record, domain) == "train":
                 budget -= len(text := content_of(record))
@@ -1621,7 +1548,7 @@ def training_texts(documents, split, limit=12_000_000):
 
 def read_ranks(path):
     """{bytes: id} of a file in tiktoken's format: a token in base64 and its id in each line."""
-    lines = filter(None, Path(path).read_bytes().splitlines())
+    lines = filter(None, path.read_bytes().splitlines())
     return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
 
@@ -1631,29 +1558,28 @@ def read_ranks(path):
 # A bin's files, the bins that have them, and the type of their values; that of ids is the tokenizer's.
 FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"),
          "score": (["retrieved"], "<f4")}
-# What became of a document: its tokens, 1 + the place of its split in SPLITS or 0 for none, bytes that have
-# no token.
-TOKENS = np.dtype([("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
+# What became of a document: where its tokens begin in those of its piece, their number, 1 + the place of its
+# split in SPLITS or 0 for none, bytes that have no token.
+TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
 
 
-def assemble(out, documents, tokenized, heldout_apis, tokenizer):
+def assemble(out, documents, heldout_apis, tokenizer):
     """Write the corpus from what the steps wrote, and remove of that what this corpus does not need.
     Returns the manifest.
     """
-    documents.tokenized, documents.tokens = tokenized, np.concatenate([np.load(path) for path in tokenized])
+    documents.tokens = np.concatenate([np.load(path) for path in documents.tokenized])
     tokenizer.save(out)
     files = {}
     for bin in BINS:
-        mention = documents.kept & documents.is_in(bin) & (documents.tokens["split"] == 0)
-        documents.drop(mention, f"{bin} mentions a held-out API")
+        no_split = documents.is_in(bin) & (documents.tokens["split"] == 0)
+        documents.drop(no_split, f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
-    chats = [documents[i].to_json() for i in documents.of_split("instruction", "heldout")]
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
-    write(out / "heldout.jsonl", "".join(chat + "\n" for chat in chats))
-    lines = [json.dumps(example, ensure_ascii=False) + "\n" for example in sample]
-    write(out / "rejected.jsonl", "".join(lines))
+    chats = documents.ordered("instruction", split="heldout")
+    write(out / "heldout.jsonl", (documents[i].to_json() + "\n" for i in chats))
+    write(out / "rejected.jsonl", (json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
     for path in documents.work.iterdir():  # of other inputs and options
         if key_of(path) not in USED:
             path.unlink()
@@ -1676,19 +1602,15 @@ def account(documents):
         reasons.update(report["reasons"])
         masked.update(report["masked"])
         rejected += report["sample"]
-    name = lambda i: documents.index["id"][i].decode("utf-8", "replace")
-    dropped = np.flatnonzero(documents.reason).tolist()
-    for i in sorted(dropped, key=lambda i: (unit_hash(name(i)), name(i))):  # as sample_of() orders them
-        reason, copy_of = documents.REASONS[documents.reason[i]], documents.copy_of[i]
-        reasons[reason] += 1
-        if reasons[reason] > MAX_REJECTED:
-            continue
-        example = {"reason": reason, "id": name(i)}
-        if copy_of >= 0:
-            example["of"] = name(copy_of)
+    name = lambda i: documents.id[i].decode("utf-8", "replace")
+    for i in np.flatnonzero(documents.reason).tolist():
+        example = {"reason": documents.REASONS[documents.reason[i]], "id": name(i)}
+        reasons[example["reason"]] += 1
+        if documents.copy_of[i] != i:
+            example["of"] = name(documents.copy_of[i])
         if i in documents.match:
             example["match"], example["file"] = documents.match[i]
-        elif documents.score[i] and "mentions" not in reason:
+        elif documents.score[i] and "mentions" not in example["reason"]:
             example["probability"] = round(float(documents.score[i]), 4)
         rejected.append(example)
     return reasons, sample_of(rejected), masked
@@ -1698,41 +1620,21 @@ def write_bin(out, bin, split, documents, dtype):
     """Write <bin>.<split>.bin and .idx, .mask for instructions, .score for what was retrieved: the chosen
     documents, in their order. Returns the manifest entries.
     """
-    chosen = documents.of_split(bin, split)
-    starts = np.append(0, np.cumsum(documents.tokens["length"][chosen], dtype=np.int64))
-    entries = {}
+    chosen, entries = documents.ordered(bin, split=split), {}
+    starts = np.cumsum([0, *documents.tokens["length"][chosen]])
+    arrays = {"idx": starts, "score": documents.score[chosen]}
     for suffix, (bins, stored) in FILES.items():
         if bin not in bins:
             continue
         path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
-        if suffix in ("bin", "mask"):
-            copy_tokens(path, chosen, starts, documents)
+        if suffix in arrays:
+            write(path, arrays[suffix].astype(stored).tobytes())
         else:
-            array = starts if suffix == "idx" else documents.score[chosen]
-            write(path, array.astype(stored).tobytes())
+            write(path, documents.tokens_of(chosen, stored.itemsize, suffix))
         count = path.stat().st_size // stored.itemsize
         entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
     entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
     return entries
-
-
-def copy_tokens(path, chosen, starts, documents):
-    """Fill a bin or a mask from what tokenize_piece() wrote, piece by piece: a document's tokens lie in
-    its piece behind those of the documents before it, and go to where the document starts in the bin.
-    """
-    order = np.argsort(chosen)
-    bounds = np.searchsorted(chosen[order], documents.first)
-    with replacing(path) as file:
-        for n, part in enumerate(documents.tokenized):
-            places = order[bounds[n]:bounds[n + 1]]
-            if not len(places):
-                continue
-            tokens, first = np.load(part.with_suffix(f"{path.suffix}.npy")), documents.first[n]
-            ends = np.cumsum(documents.tokens["length"][first:documents.first[n + 1]], dtype=np.int64)
-            for place in places:
-                end = ends[chosen[place] - first]
-                file.seek(starts[place] * tokens.itemsize)
-                file.write(tokens[end - (starts[place + 1] - starts[place]):end])
 
 
 class Corpus:
@@ -1745,15 +1647,13 @@ class Corpus:
         self.directory = Path(directory)
         path = self.directory / "manifest.json"
         if not path.exists():
-            raise ValueError(f"{self.directory}: no manifest.json. Run `python build_corpus.py` to its end "
-                             "first")
+            raise ValueError(f"{path}: no such file. Run `python build_corpus.py` to its end first")
         self.manifest, self.sha256 = read_json(path), sha256(path)
         hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
         for name, expected in (hashes | {"tokenizer.json": self.manifest["tokenizer_sha256"]}).items():
             path = self.directory / name
-            if not path.exists() or sha256(path) != expected:
-                raise ValueError(f"{path}: missing or not what the manifest says. "
-                                 "Run `python build_corpus.py` again")
+            if attempt(sha256, path) != expected:
+                raise ValueError(f"{path}: missing or changed. Run `python build_corpus.py` again")
         self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):
@@ -1766,32 +1666,26 @@ class Corpus:
 
     def documents(self, domain, split):
         """Each document's token ids."""
-        ids, starts = self.read(domain, split), self.read(domain, split, "idx").astype(np.int64)
+        ids, starts = self.read(domain, split), self.read(domain, split, "idx")
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
-@contextlib.contextmanager
-def replacing(path):
-    """A file to write to, which appears at the path whole or not at all."""
+def write(path, content=(), **arrays):
+    """Write a text, bytes, several of them, an array or, by name, several (in numpy's formats); the file
+    appears whole or not at all.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def write(path, content=b"", **arrays):
-    """Write text, bytes, an array or, by name, several (in numpy's formats); the file appears whole or
-    not at all.
-    """
-    with replacing(path) as file:
         if arrays:
             np.savez(file, **arrays)
         elif isinstance(content, np.ndarray):
             np.save(file, content)
         else:
-            file.write(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+            for part in [content] if isinstance(content, (str, bytes)) else content:
+                file.write(part.encode("utf-8", "replace") if isinstance(part, str) else part)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def read_json(path):
@@ -1838,26 +1732,25 @@ def show(args):
         corpus = Corpus(args.out)
     except ValueError as error:
         fail(error)
-    files = corpus.manifest["files"]
+    files, decode = corpus.manifest["files"], corpus.tokenizer.decode
     present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):
-        bin, split = present[k % len(present)]
-        starts = corpus.read(bin, split, "idx").astype(np.int64)
+        name = bin, split = present[k % len(present)]
+        starts = corpus.read(*name, "idx")
         number = k // len(present) * 7919 % (len(starts) - 1)  # a prime, to come around
-        span = slice(*starts[number:number + 2])
-        ids, mask = corpus.read(bin, split)[span], np.zeros(span.stop - span.start)
-        text = corpus.tokenizer.decode(ids[:-1])
+        a, b = starts[number:number + 2].tolist()
+        ids, mask = corpus.read(*name)[a:b].tolist(), [0] * (b - a)
+        text = decode(ids[:-1])
         measured = measure(text, shingle_hashes([text])[0])
         scores = [f"{name} {value:,.2f}" for name, value in measured.items()]
         if bin == "instruction":
-            mask = corpus.read(bin, split, "mask")[span]
+            mask = corpus.read(*name, "mask")[a:b]
             scores.append(f"learned {mask.mean():.0%}")
         if bin == "retrieved":
-            scores.append(f"probability {corpus.read(bin, split, 'score')[number]:.3f}")
+            scores.append(f"probability {corpus.read(*name, 'score')[number]:.3f}")
         print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, "
               f"{len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
-        tokens = [corpus.tokenizer.decode([i]) for i in ids.tolist()]
-        print("".join(map(coloured, tokens, range(len(tokens)), mask)) + "\n")
+        print("".join(coloured(decode([i]), n, mask[n]) for n, i in enumerate(ids)) + "\n")
 
 
 def coloured(token, n, target):
