@@ -86,15 +86,16 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, self.config = config, config
+        self.config = c = config
+        D = c.head_dim
         everywhere = c.model_type == "llama" and c.attention_bias
         bias = everywhere or c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=everywhere)
+        self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias)
+        self.o_proj = nn.Linear(c.n_heads * D, c.dim, everywhere)
         if c.model_type == "qwen3":
-            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(D, c.norm_eps), nn.RMSNorm(D, c.norm_eps)
 
     def forward(self, x, rope, attend, *cache):
         """rope: cosines and sines (B or 1, 1, T, D/2). attend: a function of q, k, v and, where there is one,
@@ -114,9 +115,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        C, hidden = config.dim, config.hidden_dim
+        self.gate_proj = nn.Linear(C, hidden, False)  # no biases
+        self.up_proj = nn.Linear(C, hidden, False)
+        self.down_proj = nn.Linear(hidden, C, False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -244,7 +246,7 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
         if not 0 < len(prompt) <= context_length:
             raise ValueError(f"a prompt of {len(prompt)} tokens: empty, or more than the model's "
                              f"{context_length} positions")
-    stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
+    stops = [[s] if isinstance(s, int) else list(s) for s in stop]
     # The last token needs no position.
     limits = [min(max_new_tokens, context_length - len(p) + 1) for p in prompts]
     uniforms = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed))
@@ -357,7 +359,8 @@ def checked_fields(config):
     }
     fields = {name: read(hf, ALLOWED.get(hf, 2**24), absent.get(hf)) for name, hf in HF_NAMES.items()}
     if heads % fields["n_kv_heads"] or fields["head_dim"] % 2:
-        raise ValueError("config.json: num_attention_heads no multiple of num_key_value_heads, or head_dim odd")
+        raise ValueError("config.json: num_attention_heads no multiple of num_key_value_heads, "
+                         "or head_dim odd")
     numbers = {key: read(key, math.inf) for key in ROPE_SCALING[rope_type]}
     window = None  # of mistral; where it says null, none
     if kind == "mistral" and config.get("sliding_window", 0) is not None:
@@ -478,12 +481,12 @@ def save(model, directory, weights=None, shard_bytes=5 * 10**9):
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = weights or dict(model.named_parameters())
-    names = [name for name, _ in model.named_parameters()]  # a tied head is listed once
-    tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
+    tensors = dict(model.named_parameters())  # a tied head is listed once
+    for name in tensors:
+        tensors[name] = (weights or tensors)[name].detach().cpu().contiguous()
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write(directory / "config.json", [json.dumps(model.config.to_hf(dtype), indent=1).encode()])
-    shards = in_groups(names, [t.nbytes for t in tensors.values()], shard_bytes)
+    shards = in_groups(tensors, [t.nbytes for t in tensors.values()], shard_bytes)
     single, index = "model.safetensors", directory / "model.safetensors.index.json"
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -539,15 +542,15 @@ def load(directory, device="cpu", dtype=torch.float32):
         head = tensors.pop("lm_head.weight")
         if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
             raise ValueError(f"{directory}: the head differs from the embedding, but config.json ties them")
-    expected = dict(model.named_parameters())
-    for name in sorted(expected.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ValueError(f"{directory}: tensor {name} is missing")
-        if name not in expected:
-            raise ValueError(f"{directory}: tensor {name} is unknown to this model")
-        found, shape = tuple(tensors[name].shape), tuple(expected[name].shape)
-        if found != shape:
-            raise ValueError(f"{directory}: tensor {name} has shape {found}, not {shape}")
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, _ in sorted(found.items() ^ expected.items()):
+        fault = f"has shape {found.get(name)}, not {expected.get(name)}"
+        if name not in found:
+            fault = "is missing"
+        elif name not in expected:
+            fault = "is unknown to this model"
+        raise ValueError(f"{directory}: tensor {name} {fault}")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     return model.requires_grad_()
@@ -596,8 +599,9 @@ def read_json(path):
 
 
 def write_safetensors(tensors, path):
-    """The safetensors format: the header's length (little-endian uint64), the header as JSON, the bytes. Their
-    CRC-32 stands in the header, where other readers pass over it.
+    """The safetensors format: the header's length (little-endian uint64), the header as JSON, the bytes.
+
+    The CRC-32 of the bytes stands in the header, where other readers pass over it.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
     data = [t.view(-1).view(torch.uint8).numpy() for t in tensors.values()]
@@ -614,8 +618,8 @@ def write_safetensors(tensors, path):
 
 
 def read_safetensors(path):
-    """[(name, tensor)] of a safetensors file, mapped into memory: its bytes are read when first used, or here,
-    where the header has their checksum.
+    """[(name, tensor)] of a safetensors file, mapped into memory: its bytes are read when first used, or here if
+    the header has their checksum.
 
     Raises ValueError if the file is not what its header says: entries must follow each other and fill it.
     """
@@ -638,8 +642,8 @@ def read_safetensors(path):
             known = ", ".join(SAFETENSORS_TYPES)
             raise ValueError(f"{path}: tensor {name} has dtype {kind} ({known} are read)")
         dtype = SAFETENSORS_TYPES[kind]
-        whole = end - start == math.prod(shape) * dtype.itemsize and min(shape, default=0) >= 0
-        if start != at or end > len(content) or not whole:
+        fits = end == at + math.prod(shape) * dtype.itemsize <= len(content) and min(shape, default=0) >= 0
+        if start != at or not fits:
             raise ValueError(f"{path}: tensor {name} is truncated or misplaced: "
                              f"bytes {start} to {end} of {len(content)}, shape {shape}")
         at = end
@@ -658,10 +662,10 @@ PREFILL = 2048  # tokens of prompts that are read at a time: what they activate 
 
 
 def prefill(model, prompts, cache):
-    """Read prompts (lists of ids) as the documents of one packed sequence, without padding. Returns the logits
-    (N, V) of what follows each.
+    """Read prompts (lists of ids) as the documents of one packed sequence, without padding. Returns the
+    logits (N, V) of what follows each.
 
-    cache: for every layer keys and values (2, N, K, S, D), which are put in from the first place on.
+    cache: see Batch, with a row for each prompt; their keys and values are put in.
     """
     with model.lm_head.weight.device:
         ids = torch.tensor([[i for prompt in prompts for i in prompt]])              # (1, T)
@@ -670,25 +674,27 @@ def prefill(model, prompts, cache):
     rows = starts.cumsum(0) - 1
 
     def attend(q, k, v, layer):
-        layer[0, rows, :, positions], layer[1, rows, :, positions] = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        for part, x in zip(layer, (k, v)):
+            part[rows, :, positions] = x[0].transpose(0, 1)                          # (T, K, D)
         return packed_attention(q, k, v, starts[None].cpu(), model.config.sliding_window)
 
     x = model.hidden(ids, positions=positions[None], attend=attend, cache=cache)[0]
-    return model.lm_head(x[starts.roll(-1)]).float()  # of the last token of each
+    return model.lm_head(x[starts.roll(-1)]).float()  # after the last token of each
 
 
 def decode_one_token(model, ids, positions, cache):
     """The logits (B, V) of what follows a token a row: ids and positions (B,).
 
-    cache: for every layer keys and values (2, B, K, S, D). Those of the tokens are put at their positions.
+    cache: see Batch. The tokens' keys and values are put in.
     """
     with ids.device:
-        rows, places = torch.arange(len(ids)), torch.arange(cache[0].shape[3])
+        rows, places = torch.arange(len(ids)), torch.arange(cache.shape[4])
     seen = is_seen(positions[:, None, None, None], places, model.config.sliding_window)
-    mask = torch.where(seen, 0.0, -math.inf).to(cache[0].dtype)                      # (B, 1, 1, S)
+    mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                         # (B, 1, 1, S)
 
     def attend(q, k, v, layer):
-        layer[0, rows, :, positions], layer[1, rows, :, positions] = k[:, :, 0], v[:, :, 0]
+        for part, x in zip(layer, (k, v)):
+            part[rows, :, positions] = x[:, :, 0]                                    # (B, K, D)
         return fused_attention(q, *layer, mask)
 
     x = model.hidden(ids[:, None], positions=positions[:, None], attend=attend, cache=cache)
@@ -703,14 +709,12 @@ class Batch:
     def __init__(self, model):
         c = model.config
         self.model, self.lengths = model, []  # tokens of each row
-        # Of each layer the keys and values (2, B, K, S, D), a token's at its position.
-        self.cache = [model.lm_head.weight.new_zeros(2, 0, c.n_kv_heads, 0, c.head_dim)] * c.n_layers
+        # Keys and values (layers, 2, B, K, S, D), each at its token's position.
+        self.cache = model.lm_head.weight.new_zeros(c.n_layers, 2, 0, c.n_kv_heads, 0, c.head_dim)
 
-    def resize(self, rows, spare, new_rows=0):
-        """Keep these rows of the cache, with new ones below, and room for `spare` tokens after the longest."""
-        size = max(self.lengths, default=0) + spare
-        for i, x in enumerate(self.cache):
-            self.cache[i] = F.pad(x[:, rows], (0, 0, 0, size - x.shape[3], 0, 0, 0, new_rows))
+    def resize(self, size, new_rows=0):
+        """Make room for `size` tokens a row, and for new rows below."""
+        self.cache = F.pad(self.cache, (0, 0, 0, size - self.cache.shape[4], 0, 0, 0, new_rows))
 
     def add(self, prompts, spare=64):
         """Read prompts (lists of ids), as rows below those there are. Returns the logits (N, V) after each.
@@ -719,26 +723,25 @@ class Batch:
         """
         lengths, logits, row = [len(prompt) for prompt in prompts], [], len(self.lengths)
         self.lengths += lengths
-        self.resize(slice(None), spare, len(prompts))
+        self.resize(max(self.lengths) + spare, len(prompts))
         for group in in_groups(prompts, lengths, PREFILL):
-            logits.append(prefill(self.model, group, [x[:, row:row + len(group)] for x in self.cache]))
+            logits.append(prefill(self.model, group, self.cache[:, :, row:row + len(group)]))
             row += len(group)
         return torch.cat(logits)
 
     def step(self, ids):
         """Go on by a token a row. Returns the logits (B, V) of what follows."""
         size = max(self.lengths) + 1
-        if size > self.cache[0].shape[3]:
-            self.resize(slice(None), 16 + size // 4)
-        ids, positions = torch.tensor([ids, self.lengths], device=self.cache[0].device)
+        if size > self.cache.shape[4]:
+            self.resize(size + 16 + size // 4)
+        ids, positions = torch.tensor([ids, self.lengths], device=self.cache.device)
         self.lengths = [n + 1 for n in self.lengths]
-        return decode_one_token(self.model, ids, positions, [x[:, :, :, :size] for x in self.cache])
+        return decode_one_token(self.model, ids, positions, self.cache[..., :size, :])
 
     def keep(self, rows):
         """Let go of all rows but these."""
-        spare = self.cache[0].shape[3] - max(self.lengths, default=0)
         self.lengths = [self.lengths[i] for i in rows]
-        self.resize(rows, spare)
+        self.cache = self.cache[:, :, rows]
 
 
 def sample(logits, temperature, top_p, uniforms):
@@ -792,12 +795,11 @@ def compiled_attention(q, k, v, mask, block=128):
     """The same, a block of queries at a time over the keys up to its end: what torch.compile makes of this on
     a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention).
     """
-    T, D = q.shape[2:]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))        # (B, H, T, D)
     blocks = []
-    for a in range(0, T, block):
-        b = min(T, a + block)
-        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5                 # (B, H, b - a, b)
+    for a in range(0, q.shape[2], block):
+        b = a + block
+        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * q.shape[3] ** -0.5        # (B, H, b - a, b)
         weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
         blocks.append(weights.to(v.dtype) @ v[:, :, :b])
     return torch.cat(blocks, 2)
