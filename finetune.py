@@ -19,10 +19,8 @@ Conversations are packed into windows whole; none sees another. What is longer t
 counted. The loop is pretrain.py's: killed or stopped, the same command goes on.
 """
 import argparse
-import bisect
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +32,12 @@ import torch.nn.functional as F
 import model as transformer
 from build_corpus import Tokenizer, coloured, write
 from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
-from pretrain import (ON_CPU, add_training_flags, count_parameters, held_out_windows, is_main,
+from pretrain import (ON_CPU, add_flags, add_training_flags, count_parameters, held_out_windows, is_main,
                       load_checkpoint, meta_model, number, open_corpus, plan_windows, rates_for, report,
                       settle_options, setup, train, training_options, with_defaults)
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL = "q,k,v,o,gate,up,down"  # the projections of a layer
+PROJECTIONS = [f"{name}_proj" for name in ALL.split(",")]
 # For models of up to so many parameters only: what has more was trained at length. Attention stays near what
 # pre-training made it.
 TINY, FOR_TINY = 5e7, {"lr": 5e-4, "attention_lr": 0.1, "batch_tokens": 1536, "seq_len": 768}
@@ -48,10 +47,8 @@ KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
 def main():
     """Tune both models, or the one of --init."""
     args = parse_args()
-    if args.keep_adapter and args.lora_rank < 1:
-        fail("--keep-adapter: there is no adapter without --lora-rank")
-    if args.lora_rank < 0:
-        fail("--lora-rank: at least 1, or 0 for none")
+    if args.lora_rank < 0 or args.keep_adapter and not args.lora_rank:
+        fail("--lora-rank: at least 1, or 0 for none, which leaves --keep-adapter nothing to write")
     if args.data and not args.init:
         fail("--data needs --init: the model to tune, whose tokenizer the conversations are written in")
     corpus = ChatFiles(args.data, args.init) if args.data else open_corpus(args.corpus)
@@ -59,9 +56,8 @@ def main():
         return show(corpus, args)
     setup(args)
     out = Path(args.out)
-    jobs = {"control": out / "control-stage2", "ours": out / "stage2"}
-    if args.init:
-        jobs = {args.name: Path(args.init)}
+    both = {"control": out / "control-stage2", "ours": out / "stage2"}
+    jobs = {args.name: Path(args.init)} if args.init else both
     for name, init in jobs.items():
         tune(out / name, init, corpus, args)
     if is_main():
@@ -72,10 +68,8 @@ def main():
 
 def tune(run, init, corpus, args):
     """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
-    windows, too_long = {}, 0
-    for kind, chosen in by_kind(corpus, args.mix).items():
-        windows[kind], left_out = pack(corpus, "train", chosen, args.seq_len)
-        too_long += left_out
+    kinds = by_kind(corpus, args.mix)
+    windows = {kind: pack(corpus, "train", chosen, args.seq_len)[0] for kind, chosen in kinds.items()}
     positions = sum(map(len, windows.values())) * args.seq_len
     batch_size = args.batch_tokens // args.seq_len
     tokens = int(args.epochs * positions) if args.epochs else args.tokens
@@ -108,10 +102,11 @@ def tune(run, init, corpus, args):
         merge(base, updates)
         transformer.save(base, run)
 
-    save = save_merged if args.lora_rank else transformer.save
-    train(run, make_model, get_batch, held_out, options, corpus, args, save)
+    train(run, make_model, get_batch, held_out, options, corpus, args,
+          save_merged if args.lora_rank else transformer.save)
     if is_main():
         lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
+        too_long = sum(map(len, kinds.values())) - len(lengths)
         print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, "
               f"{sum(lengths) / positions:.1%} of positions used, {too_long:,} too long for a window; epochs "
               + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
@@ -124,29 +119,21 @@ def pack(corpus, split, chosen, seq_len):
     Returns a list of windows, each a list of (start, end) in the bin, and the number of conversations too
     long for one.
     """
-    starts = corpus.read("instruction", split, "idx").astype(np.int64)
+    starts = read_starts(corpus, split)
     lengths = np.diff(starts)[chosen]
-    with_room = [[] for _ in range(seq_len + 1)]  # with_room[r]: windows with r tokens left
-    rooms, windows = [], []                       # rooms: such r, sorted
-    for i in np.argsort(-lengths, kind="stable"):
-        if lengths[i] > seq_len:
-            continue
-        at = bisect.bisect_left(rooms, lengths[i])
-        if at < len(rooms):
-            room, window = rooms[at], with_room[rooms[at]].pop()
-            if not with_room[room]:
-                del rooms[at]
-        else:
-            room, window = seq_len, len(windows)
-            windows.append([])
-        windows[window].append((starts[chosen[i]], starts[chosen[i] + 1]))
-        if not with_room[room - lengths[i]]:
-            bisect.insort(rooms, room - lengths[i])
+    too_long = (lengths > seq_len).sum()
+    windows, with_room = [], [[] for _ in range(seq_len + 1)]  # with_room[r]: windows with r tokens left
+    for i in np.argsort(-lengths, kind="stable")[too_long:]:
+        room = next((r for r in range(lengths[i], seq_len) if with_room[r]), seq_len)
+        window = with_room[room].pop() if room < seq_len else []
+        if not window:
+            windows.append(window)
+        window.append((starts[chosen[i]], starts[chosen[i] + 1]))
         with_room[room - lengths[i]].append(window)
     if not windows and split == "train":
         fail(f"{corpus.directory}: no conversation fits a window of {seq_len} tokens; "
              "see --seq-len and --mix")
-    return windows, int((lengths > seq_len).sum())
+    return windows, too_long
 
 
 def packed_batches(corpus, split, order, batch_size, args):
@@ -154,20 +141,20 @@ def packed_batches(corpus, split, order, batch_size, args):
     there is nothing to learn.
     """
     ids, mask = corpus.read("instruction", split), corpus.read("instruction", split, "mask")
-    padding, T = corpus.tokenizer.end_of_text, args.seq_len
 
     def get_batch(step, rows):
-        x = np.full((len(rows), T), padding, np.int64)
-        y = np.full((len(rows), T), -100, np.int64)
-        doc_ids = np.full((len(rows), T), -1, np.int32)
-        for row, window in enumerate(step * batch_size + np.asarray(rows)):
+        shape = len(rows), args.seq_len
+        x = np.full(shape, corpus.tokenizer.end_of_text, np.int64)  # padding
+        y = np.full(shape, -100, np.int64)
+        doc_ids = np.full(shape, -1, np.int32)
+        for i, row in enumerate(rows):
             at = 0
-            for n, (start, end) in enumerate(order[window]):
+            for n, (start, end) in enumerate(order[step * batch_size + row]):
                 conversation = ids[start:end].astype(np.int64)
-                to = at + end - start
                 learned = learned_tokens(conversation, mask[start:end], corpus.tokenizer, args)
-                x[row, at:to], doc_ids[row, at:to] = conversation, n
-                y[row, at:to - 1] = np.where(learned[1:], conversation[1:], -100)
+                to = at + len(conversation)
+                x[i, at:to], doc_ids[i, at:to] = conversation, n
+                y[i, at:to - 1] = np.where(learned[1:], conversation[1:], -100)
                 at = to
         return x, y, doc_ids
 
@@ -180,13 +167,12 @@ def learned_tokens(ids, mask, tokenizer, args):
     """
     learned = mask.astype(bool)
     if not args.thoughts:
-        begun, ended = ((ids == tokenizer.special[tag]).cumsum() for tag in ("<think>", "</think>"))
-        learned &= (begun == ended) & (ids != tokenizer.special["</think>"])
+        begins, ends = (ids == tokenizer.special[tag] for tag in ("<think>", "</think>"))
+        learned &= (begins.cumsum() == ends.cumsum()) & ~ends
     if args.last_turn:
         user = [tokenizer.special["<|im_start|>"], *tokenizer.encode("user")]
-        begins = [ids[k:len(ids) - len(user) + 1 + k] == token for k, token in enumerate(user)]
-        at = np.flatnonzero(np.all(begins, axis=0))
-        learned[:at[-1] if len(at) else 0] = False
+        turns = [at for at in np.flatnonzero(ids == user[0]) if ids[at:at + len(user)].tolist() == user]
+        learned[:max(turns, default=0)] = False
     return learned
 
 
@@ -200,34 +186,27 @@ def learned_tokens(ids, mask, tokenizer, args):
 def parse_args():
     """The flags, with defaults that suit the model that is tuned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--corpus", default="data/corpus", help="corpus directory")
-    add("--data", nargs="+", metavar="FILE",
-        help="conversations from these files instead; one in twenty is kept for validation")
-    add("--out", default="out", help="directory of the runs")
-    add("--init", default=None, metavar="DIR",
-        help="checkpoint directory to tune (default: both models of pretrain.py); "
-        "above 50 million parameters the defaults of rates and batch follow its size")
-    add("--name", default="tuned", help="name of the run, with --init")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--tokens", type=number, default=2_600_000,
-                        help="tokens trained on, whatever their number in the data")
-    length.add_argument("--epochs", type=float, help="how often to train on all of it instead")
-    add("--mix", type=shares(("tools", "chat")), metavar="KIND=SHARE,...",
-        help="shares of conversations with tools and without, by tokens, such as tools=3,chat=1 "
-        "(default: as they are)")
-    add("--last-turn", action="store_true",
-        help="learn only what follows the last message of the user, not all that the assistant writes")
-    add("--thoughts", action=argparse.BooleanOptionalAction, default=True,
-        help="learn what the assistant writes between <think> and </think> too")
-    add("--lora-rank", type=int, default=0, metavar="R",
-        help="train only a low-rank update of this rank for each projection (LoRA), which is added to the "
-        "weights at the end; 0: train all weights")
-    add("--lora-projections", type=projections, metavar="NAME,...", default=",".join(SHORT_NAMES),
-        help="which have an update")
-    add("--keep-adapter", action="store_true",
-        help="write the updates to adapter/ of the run too, in PEFT's format")
-    add("--show", type=int, metavar="N", help="print N conversations with what is learned marked, and end")
+    add_flags(parser, {
+        "corpus": ("data/corpus", "corpus directory"),
+        "out": ("out", "directory of the runs"),
+        "init": (None, "checkpoint directory to tune (default: both models of pretrain.py); above 50 million "
+                 "parameters the defaults of rates and batch follow its size"),
+        "name": ("tuned", "name of the run, with --init"),
+        "mix": (None, "shares of conversations with tools and without, by tokens, such as tools=3,chat=1 "
+                "(default: as they are)", shares(("tools", "chat"))),
+        "last-turn": (False, "learn only what follows the last message of the user, not all that the "
+                      "assistant writes"),
+        "thoughts": (True, "learn what the assistant writes between <think> and </think> too"),
+        "lora-rank": (0, "train only a low-rank update of this rank for each projection (LoRA), which is "
+                      "added to the weights at the end; 0: train all weights"),
+        "lora-projections": (ALL, "which have an update", projections),
+        "keep-adapter": (False, "write the updates to adapter/ of the run too, in PEFT's format"),
+        "show": (None, "print so many conversations with what is learned marked, and end", number)})
+    add_flags(parser.add_mutually_exclusive_group(), {
+        "tokens": (2_600_000, "tokens trained on, whatever their number in the data"),
+        "epochs": (None, "how often to train on all of it instead", float)})
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="conversations from these files instead; "
+                        "one in twenty is kept for validation")
     add_training_flags(parser)
     return with_defaults(parser, suited)
 
@@ -237,20 +216,15 @@ def suited(args):
     base = Path(args.init or Path(args.out) / "control-stage2")
     if not (base / "config.json").exists() or (size := count_parameters(meta_model(base))) <= TINY:
         return FOR_TINY
-    batch = {"batch_tokens": 2**17}
-    if args.device == "cpu":
-        batch = {name: ON_CPU[name] for name in ("batch_tokens", "micro_batch", "val_windows")}
+    batch = ON_CPU if args.device == "cpu" else {"batch_tokens": 2**17}
     return batch | {"seq_len": 768, "lr": rates_for(size)[0]}
-
-
-SHORT_NAMES = [name.removesuffix("_proj") for name in PROJECTIONS]
 
 
 def projections(text):
     """'q,up' as the names of the projections in a layer, for argparse."""
     names = [f"{part}_proj" for part in text.split(",")]
     if not {*names} <= {*PROJECTIONS}:
-        raise argparse.ArgumentTypeError("some of " + ", ".join(SHORT_NAMES))
+        raise argparse.ArgumentTypeError(f"some of {ALL}")
     return names
 
 
@@ -273,11 +247,9 @@ class ChatFiles:
                 parts[split].append(np.array([[*ids, self.tokenizer.end_of_text], [*mask, 0]], np.uint32))
         self.arrays = {}
         for split, pairs in parts.items():
-            starts = np.cumsum([0, *(pair.shape[1] for pair in pairs)])
             ids, mask = np.concatenate([np.zeros((2, 0), np.uint32), *pairs], 1)
-            self.arrays[split, "bin"] = ids
-            self.arrays[split, "mask"] = mask.astype(np.uint8)
-            self.arrays[split, "idx"] = starts
+            self.arrays[split, "bin"], self.arrays[split, "mask"] = ids, mask.astype(np.uint8)
+            self.arrays[split, "idx"] = np.cumsum([0, *(pair.shape[1] for pair in pairs)])
         self.sha256 = hashlib.sha256(b"".join(a.tobytes() for a in self.arrays.values())).hexdigest()
         self.manifest = {"tokenizer_sha256": self.tokenizer.fingerprint()}
 
@@ -291,25 +263,29 @@ def read_chats(path):
     if not path.is_file():
         fail(f"{path}: no such file")
     records = list(value_records(read_values(path), str(path), "unknown", "instruction"))
-    if bad := next((r for r in records if not isinstance(r, Record)), None):
-        fail(f"{path}, line {bad['line']}: {bad['reason']}. "
-             f"`python collect.py --chat-domain instruction chat:{path}` converts what it can")
+    for record in records:
+        if not isinstance(record, Record):
+            fail(f"{path}, line {record['line']}: {record['reason']}. "
+                 f"`python collect.py --chat-domain instruction chat:{path}` converts what it can")
     if not records:
         fail(f"{path}: holds no conversation")
     return records
+
+
+def read_starts(corpus, split):
+    """Where each conversation of the split begins in the bin, and the end."""
+    return corpus.read("instruction", split, "idx").astype(np.int64)
 
 
 def by_kind(corpus, mix):
     """{kind: the numbers of its conversations} for each kind in `mix`, told apart by whether they list tools;
     without `mix`, {"all": all}.
     """
-    ids = corpus.read("instruction", "train")
-    starts = corpus.read("instruction", "train", "idx").astype(np.int64)
+    starts = read_starts(corpus, "train")
     if not mix:
         return {"all": np.arange(len(starts) - 1)}
-    places = np.flatnonzero(ids == corpus.tokenizer.special["<tools>"])
-    with_tools = np.zeros(len(starts) - 1, bool)
-    with_tools[np.searchsorted(starts, places, "right") - 1] = True
+    opens_tools = corpus.read("instruction", "train") == corpus.tokenizer.special["<tools>"]
+    with_tools = np.logical_or.reduceat(opens_tools, starts[:-1])
     kinds = {"tools": np.flatnonzero(with_tools), "chat": np.flatnonzero(~with_tools)}
     return {kind: kinds[kind] for kind, share in mix.items() if share}
 
@@ -325,17 +301,16 @@ def held_out_conversations(corpus, args):
     """{"instruction": (ids, targets, doc_ids)} of the first windows of conversations that no step trains on;
     nothing if there are none.
     """
-    count = len(corpus.read("instruction", "heldout", "idx")) - 1
-    windows, _ = pack(corpus, "heldout", np.arange(count), args.seq_len)
-    windows = windows[:args.val_windows]
+    count = len(read_starts(corpus, "heldout")) - 1
+    windows = pack(corpus, "heldout", np.arange(count), args.seq_len)[0][:args.val_windows]
     batch = packed_batches(corpus, "heldout", windows, len(windows), args)(0, range(len(windows)))
     return {"instruction": batch} if (batch[1] >= 0).any() else {}
 
 
 def show(corpus, args):
     """Print conversations token by token in two shades, what is learned in green."""
-    ids, mask, starts = (corpus.read("instruction", "train", suffix) for suffix in ("bin", "mask", "idx"))
-    starts = starts.astype(np.int64)
+    ids, mask = corpus.read("instruction", "train"), corpus.read("instruction", "train", "mask")
+    starts = read_starts(corpus, "train")
     for i in np.random.default_rng(args.seed).permutation(len(starts) - 1)[:args.show]:
         span = slice(*starts[i:i + 2])
         learned = learned_tokens(ids[span], mask[span], corpus.tokenizer, args)
@@ -361,7 +336,7 @@ class LoRA(nn.Module):
         self.linear = linear
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
 
     def forward(self, x):
         return self.linear(x) + SCALE * F.linear(F.linear(x, self.lora_A), self.lora_B)
@@ -374,16 +349,12 @@ def add_lora(model, init, args):
         fail(f"{init} lacks tokens of the chat format, and LoRA would not learn their embeddings: "
              "pre-train or tune it in full first")
     model.requires_grad_(False)
-    for module in model.modules():  # frozen matrices are kept as they are multiplied
-        if not list(module.children()):
-            multiplied = isinstance(module, nn.Linear) and module is not model.lm_head
-            half = multiplied and args.dtype == "bfloat16"
-            module.to(torch.bfloat16 if half else torch.float32)
-    for block in model.model["layers"]:
-        for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                if name in args.lora_projections:
-                    setattr(part, name, LoRA(linear, args.lora_rank))
+    for name, module in list(model.named_modules()):
+        parent, _, part = name.rpartition(".")
+        if not list(module.children()):  # frozen matrices are kept as they are multiplied
+            module.to(getattr(torch, args.dtype) if part in PROJECTIONS else torch.float32)
+        if part in args.lora_projections:
+            setattr(model.get_submodule(parent), part, LoRA(module, args.lora_rank))
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ Shapes: B sequences, T tokens, C = dim, H query heads, K key-value heads, D = he
 import dataclasses
 import json
 import math
-import mmap
 import os
-import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -86,29 +86,27 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, self.config = config, config
+        self.config = c = config
+        D = c.head_dim
         everywhere = c.model_type == "llama" and c.attention_bias
         bias = everywhere or c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=bias)
-        self.o_proj = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=everywhere)
+        self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias)
+        self.o_proj = nn.Linear(c.n_heads * D, c.dim, everywhere)
         if c.model_type == "qwen3":
-            self.q_norm, self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps), nn.RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm, self.k_norm = nn.RMSNorm(D, c.norm_eps), nn.RMSNorm(D, c.norm_eps)
 
-    def forward(self, x, rope, attend=None):
-        """rope: cosines and sines (B or 1, 1, T, D/2). attend: see choose_attention; by default causal."""
+    def forward(self, x, rope, attend, *cache):
+        """rope: cosines and sines (B or 1, 1, T, D/2). attend: a function of q, k, v and, where there is one,
+        the layer's part of the cache; see choose_attention.
+        """
         B, T, _ = x.shape
-        c = self.config
-        q = self.q_proj(x).view(B, T, -1, c.head_dim)                                # (B, T, H, D)
-        k = self.k_proj(x).view(B, T, -1, c.head_dim)                                # (B, T, K, D)
-        v = self.v_proj(x).view(B, T, -1, c.head_dim).transpose(1, 2)                # (B, K, T, D)
-        if c.model_type == "qwen3":
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (p(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for p in projections)
+        if self.config.model_type == "qwen3":                                        # (B, H or K, T, D) each
             q, k = self.q_norm(q), self.k_norm(k)
-        q = rotate(q.transpose(1, 2), *rope)                                         # (B, H, T, D)
-        k = rotate(k.transpose(1, 2), *rope)                                         # (B, K, T, D)
-        attend = attend or partial(causal_attention, window=c.sliding_window)
-        y = attend(q, k, v)                                                          # (B, H, T, D)
+        y = attend(rotate(q, *rope), rotate(k, *rope), v, *cache)                    # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -117,9 +115,10 @@ class MLP(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.up_proj = nn.Linear(config.dim, config.hidden_dim, bias=False)
-        self.down_proj = nn.Linear(config.hidden_dim, config.dim, bias=False)
+        C, hidden = config.dim, config.hidden_dim
+        self.gate_proj = nn.Linear(C, hidden, False)  # no biases
+        self.up_proj = nn.Linear(C, hidden, False)
+        self.down_proj = nn.Linear(hidden, C, False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -186,22 +185,22 @@ class Transformer(nn.Module):
             return self.lm_head(x)
         return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def hidden(self, ids, doc_ids=None, positions=None, attends=None):
+    def hidden(self, ids, doc_ids=None, positions=None, attend=None, cache=()):
         """The last layer's normed output (B, T, C).
 
-        For generation: positions (B, T), and attends, for each layer the function of q, k and v that attends.
+        For generation: positions (B, T), and how to attend over a cache that has a part for each layer.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)[None]  # (1, T)
-            attends = [choose_attention(self.config, positions, doc_ids)] * self.config.n_layers
+            attend = choose_attention(self.config, positions, doc_ids)
         angles = (positions[..., None] * self.frequencies.to(ids.device))[:, None]   # (B, 1, T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                          # (B, T, C)
-        for layer, attend in zip(self.model["layers"], attends):
+        for i, layer in enumerate(self.model["layers"]):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, attend, use_reentrant=False)
             else:
-                x = layer(x, rope, attend)
+                x = layer(x, rope, attend, *cache[i:i + 1])
         return self.model["norm"](x)
 
     def flops_per_token(self, seq_len):
@@ -209,10 +208,11 @@ class Transformer(nn.Module):
         12·layers·heads·head_dim·T for attention.
         """
         c = self.config
-        matrices = {name: p for name, p in self.named_parameters() if p.dim() == 2}
-        flops = {name: (6 if p.requires_grad else 4) * p.numel() for name, p in matrices.items()}
-        head = flops.pop(EMBEDDING) * c.tie_embeddings
-        return sum(flops.values()) + head + 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
+        flops = 12 * c.n_layers * c.n_heads * c.head_dim * seq_len
+        for name, p in self.named_parameters():
+            if p.dim() == 2 and (c.tie_embeddings or name != EMBEDDING):
+                flops += (6 if p.requires_grad else 4) * p.numel()
+        return flops
 
 
 def head_loss(x, weight, targets):
@@ -239,36 +239,35 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     temperature and top_p: see sample. choose(row, new_ids, logits) may pick a row's next id itself, for
     decoding under constraints. Raises ValueError for a prompt that is empty or too long.
     """
-    longest, context_length = max(map(len, prompts)), model.config.max_seq_len
-    if longest > context_length:
-        raise ValueError(f"a prompt of {longest} tokens does not fit the model's {context_length} positions")
-    if not all(prompts):
-        raise ValueError("a prompt is empty")
-    stops = [list(s) if isinstance(s, (list, tuple)) else [s] for s in stop]
+    context_length = model.config.max_seq_len
+    for prompt in prompts:
+        if not 0 < len(prompt) <= context_length:
+            raise ValueError(f"a prompt of {len(prompt)} tokens: empty, or more than the model's "
+                             f"{context_length} positions")
+    stops = [[s] if isinstance(s, int) else list(s) for s in stop]
     # The last token needs no position.
     limits = [min(max_new_tokens, context_length - len(p) + 1) for p in prompts]
-    generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(prompts), max(limits), generator=generator).tolist()
+    uniforms = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed))
     output = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompts the rows of the batch continue
-    running = set(rows)
     batch = Batch(model)
     logits = batch.add(prompts, max(limits))
     for at in range(max(limits)):
-        drawn = [uniforms[row][at] for row in rows]
+        drawn = uniforms[rows, at].tolist()
         chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), drawn)
         for i, row in enumerate(rows):
-            if row in running:
-                if choose:
-                    chosen[i] = choose(row, output[row], logits[i])
-                output[row].append(chosen[i])
-                ended = next((s for s in stops if output[row][-len(s):] == s), [])
-                if ended or len(output[row]) == limits[row]:
-                    running.remove(row)
-                del output[row][len(output[row]) - len(ended):]
-        if not running:
+            text = output[row]
+            if len(text) == limits[row]:
+                continue  # it has ended
+            if choose:
+                chosen[i] = choose(row, text, logits[i])
+            text.append(chosen[i])
+            if ended := next((s for s in stops if text[-len(s):] == s), None):
+                del text[-len(ended):]
+                limits[row] = len(text)
+        left = [i for i, row in enumerate(rows) if len(output[row]) < limits[row]]
+        if not left:
             break
-        left = [i for i, row in enumerate(rows) if row in running]
         if len(left) <= 0.75 * len(rows):  # else it is not worth the copying
             batch.keep(left)
             rows, chosen = [rows[i] for i in left], [chosen[i] for i in left]
@@ -305,82 +304,71 @@ PRESETS = {  # the vocabulary is the tokenizer's; sizes of 1b and 8b are those o
                max_seq_len=8192),
 }
 
-LARGEST = {"n_layers": 2**12, "head_dim": 2**12}  # beyond any model; of other fields 2**24
-
 ROPE_SCALING = {  # the numbers that each type needs
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 
+ONLY = {  # of these keys this model has one value
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1,
+    "quantization_config": None,
+}
+
+ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is beyond any model.
+    "num_hidden_layers": 2**12,
+    "head_dim": 2**12,
+    "rope_theta": math.inf,
+    "rms_norm_eps": math.inf,
+    "tie_word_embeddings": (False, True),
+}
+
 
 def checked_fields(config):
     """The fields of Config by name, from the contents of a config.json. Raises ValueError as from_hf."""
-    def require(right, fault):
-        if not right:
-            raise ValueError(f"config.json: {fault}")
-
-    kind = config.get("model_type")
-    accepted = {
-        "model_type": tuple(FAMILIES),
-        "hidden_act": ("silu", None),
-        "mlp_bias": (False, None),
-        "attention_bias": (False, None, kind == "llama"),
-        "use_sliding_window": (False, None),
-        "partial_rotary_factor": (1, None),
-        "quantization_config": (None,),
-    }
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
-    require(isinstance(rope, dict), f"rope scaling {rope!r} is not an object")
-    for key, values in accepted.items():
-        value = config.get(key)
-        require(value in values, f"{key} {value!r} is not supported, only {', '.join(map(repr, values))}")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    require(rope_type in tuple(ROPE_SCALING) and rope.get("partial_rotary_factor", 1) == 1,
-            f"rope scaling {rope!r} is not supported; linear and llama3 are")
+    rope = rope if isinstance(rope, dict) else {"type": rope}
+    given = {**config, **rope, "rope scaling": rope.get("rope_type", rope.get("type", "default"))}
 
-    known = {name: config[hf] for name, hf in HF_NAMES.items() if config.get(hf) is not None}
-    if "rope_theta" in rope:
-        known.setdefault("rope_theta", rope["rope_theta"])
-    for field in dataclasses.fields(Config):
-        if field.name in known:
-            value = known[field.name]
-            require(sensible(value, field), f"{HF_NAMES[field.name]} {value!r} is no model's")
-    heads = known.get("n_heads", 1)
+    def read(key, allowed, absent=None):
+        """What a key holds: one of a tuple, or a number between 0 and `allowed`, whole where that is."""
+        value = absent if given.get(key) is None else given[key]
+        if isinstance(allowed, tuple):
+            right = value in allowed
+        else:
+            right = type(value) in (int, type(allowed)) and 0 < value < allowed
+        if not right:
+            raise ValueError(f"config.json: {key} {value!r} is not supported")
+        return value
+
+    for key, value in ONLY.items():
+        read(key, (value,), value)
+    kind, rope_type = read("model_type", tuple(FAMILIES)), read("rope scaling", tuple(ROPE_SCALING))
+    heads = read("num_attention_heads", 2**24)
     absent = {  # what Hugging Face takes where a key is absent
         "rope_theta": 10000.0,
-        "tie_embeddings": False,
-        "norm_eps": 1e-6,
-        "head_dim": 128 if kind == "qwen3" else known.get("dim", 0) // heads,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "head_dim": 128 if kind == "qwen3" else read("hidden_size", 2**24) // heads,
+        "num_key_value_heads": heads if kind == "llama" else None,
     }
-    if kind == "llama":
-        absent["n_kv_heads"] = heads
-    known = absent | known
-    missing = [hf for name, hf in HF_NAMES.items() if name not in known]
-    require(not missing, f"{', '.join(missing)} missing")
-    require(known["n_heads"] % known["n_kv_heads"] == 0 and known["head_dim"] % 2 == 0,
-            "num_attention_heads no multiple of num_key_value_heads, or head_dim odd")
-
-    numbers = {key: rope.get(key) for key in ROPE_SCALING[rope_type]}
-    wrong = [key for key, value in numbers.items() if type(value) not in (int, float) or value <= 0]
-    require(not wrong, f"{', '.join(wrong)} of the rope scaling: no number above 0")
-    window = config.get("sliding_window", 4096) if kind == "mistral" else None
-    require(window is None or type(window) is int and window > 0, f"sliding_window {window!r} is no model's")
-    return known | {
+    fields = {name: read(hf, ALLOWED.get(hf, 2**24), absent.get(hf)) for name, hf in HF_NAMES.items()}
+    if heads % fields["n_kv_heads"] or fields["head_dim"] % 2:
+        raise ValueError("config.json: num_attention_heads no multiple of num_key_value_heads, "
+                         "or head_dim odd")
+    numbers = {key: read(key, math.inf) for key in ROPE_SCALING[rope_type]}
+    window = None  # of mistral; where it says null, none
+    if kind == "mistral" and config.get("sliding_window", 0) is not None:
+        window = read("sliding_window", 2**24, 4096)
+    return fields | {
         "model_type": kind,
-        "attention_bias": bool(config.get("attention_bias")),
+        "attention_bias": read("attention_bias", (False, kind == "llama"), False),
         "rope_scaling": {"rope_type": rope_type, **numbers} if numbers else None,
         "sliding_window": window,
     }
-
-
-def sensible(value, field):
-    """Whether a value from outside can be that of a field of Config."""
-    if field.type is bool:
-        return type(value) is bool
-    if field.type is float:
-        return type(value) in (int, float) and 0 < value < math.inf
-    return type(value) is int and 0 < value <= LARGEST.get(field.name, 2**24)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -491,25 +479,24 @@ def save(model, directory, weights=None, shard_bytes=5 * 10**9):
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    weights = weights or dict(model.named_parameters())
-    names = [name for name, _ in model.named_parameters()]  # a tied head is listed once
-    tensors = {name: weights[name].detach().cpu().contiguous() for name in names}
+    tensors = dict(model.named_parameters())  # a tied head is listed once
+    for name in tensors:
+        tensors[name] = (weights or tensors)[name].detach().cpu().contiguous()
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write(directory / "config.json", [json.dumps(model.config.to_hf(dtype), indent=1).encode()])
-    shards = in_groups(names, [t.nbytes for t in tensors.values()], shard_bytes)
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if len(shards) == 1:
-        write_safetensors(tensors, single)
-        index.unlink(missing_ok=True)
-        return
+    shards = in_groups(tensors, [t.nbytes for t in tensors.values()], shard_bytes)
+    single, index = "model.safetensors", directory / "model.safetensors.index.json"
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05}-of-{len(shards):05}.safetensors"
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else single
         write_safetensors({name: tensors[name] for name in shard}, directory / file)
         weight_map |= dict.fromkeys(shard, file)
+    if len(shards) == 1:
+        index.unlink(missing_ok=True)
+        return
     total = sum(t.nbytes for t in tensors.values())
     write(index, [json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}).encode()])
-    single.unlink(missing_ok=True)
+    (directory / single).unlink(missing_ok=True)
 
 
 def in_groups(items, sizes, limit):
@@ -535,34 +522,33 @@ def load(directory, device="cpu", dtype=torch.float32):
     """
     directory = Path(directory)
     config = Config.from_hf(read_json(directory / "config.json"))
-    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    files = [single]
-    if index.exists() and not single.exists():
-        try:
-            files = sorted({directory / Path(file).name for file in read_json(index)["weight_map"].values()})
-        except (KeyError, TypeError, AttributeError):
-            raise ValueError(f"{index}: has no weight_map of tensors to files") from None
+    index, weight_map = directory / "model.safetensors.index.json", {"": "model.safetensors"}
+    try:
+        if index.exists() and not (directory / weight_map[""]).exists():
+            weight_map = read_json(index)["weight_map"]
+        files = sorted({directory / Path(file).name for file in weight_map.values()})
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: has no weight_map of tensors to files") from None
     with torch.device("meta"):
         model = Transformer(config)
-    expected, tensors = dict(model.named_parameters()), {}
+    tensors = {}
     for file in files:
         for name, tensor in read_safetensors(file):
-            if name.endswith("rotary_emb.inv_freq"):
-                continue  # of old checkpoints; follows from the config
-            if name == "lm_head.weight" and config.tie_embeddings:
-                name = EMBEDDING  # the same matrix again, or the only time
-            if name not in expected:
-                raise ValueError(f"{file}: tensor {name} is unknown to this model")
-            if tensor.shape != expected[name].shape:
-                shape = tuple(expected[name].shape)
-                raise ValueError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}, not {shape}")
-            tensor = tensor.to(device, dtype or tensor.dtype)
-            if name == EMBEDDING and name in tensors and not torch.equal(tensors[name], tensor):
-                raise ValueError(f"{file}: the head differs from the embedding, but config.json ties them")
-            tensors[name] = tensor
-    if missing := sorted(expected.keys() - tensors.keys()):
-        more = f", and {len(missing) - 1} more" * (len(missing) > 1)
-        raise ValueError(f"{directory}: tensor {missing[0]} is missing{more}")
+            if not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints; follows from the config
+                tensors[name] = tensor.to(device, dtype or tensor.dtype)
+    if config.tie_embeddings and "lm_head.weight" in tensors:  # the same matrix again, or the only time
+        head = tensors.pop("lm_head.weight")
+        if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
+            raise ValueError(f"{directory}: the head differs from the embedding, but config.json ties them")
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for name, _ in sorted(found.items() ^ expected.items()):
+        fault = f"has shape {found.get(name)}, not {expected.get(name)}"
+        if name not in found:
+            fault = "is missing"
+        elif name not in expected:
+            fault = "is unknown to this model"
+        raise ValueError(f"{directory}: tensor {name} {fault}")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.tie_weights()
     return model.requires_grad_()
@@ -576,7 +562,7 @@ def grow_vocabulary(model, size, pieces):
     pieces: {id of an added token: ids of its text in the vocabulary as it was}. From the mean of all rows, a
     token would start as likely as the average one, and a short tuning would hardly ever write it.
     """
-    for layer in [model.model["embed_tokens"]] + [model.lm_head] * (not model.config.tie_embeddings):
+    for layer in (model.model["embed_tokens"], model.lm_head):
         old = layer.weight.detach()
         new = []
         for i in range(len(old), size):
@@ -611,64 +597,60 @@ def read_json(path):
 
 
 def write_safetensors(tensors, path):
-    """The safetensors format: the header's length (little-endian uint64), the header as JSON, the bytes."""
+    """The safetensors format: the header's length (little-endian uint64), the header as JSON, the bytes.
+
+    The CRC-32 of the bytes stands in the header, where other readers pass over it.
+    """
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for name, t in tensors.items():
+    data = [t.view(-1).view(torch.uint8).numpy() for t in tensors.values()]
+    header, offset, crc = {}, 0, 0
+    for (name, t), content in zip(tensors.items(), data):
         end = offset + t.nbytes
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
-        offset = end
+        offset, crc = end, zlib.crc32(content, crc)
+    header = {"__metadata__": {"format": "pt", "crc32": str(crc)}, **header}
     text = json.dumps(header).encode()
     # Mapped tensors begin at 64 bytes, as MKL wants them for equal rounding.
     text += b" " * (-(8 + len(text)) % 64)
-    data = [t.view(-1).view(torch.uint8).numpy().data for t in tensors.values()]
     write(path, [len(text).to_bytes(8, "little"), text, *data])
 
 
 def read_safetensors(path):
-    """Yields the name and tensor of each entry of a safetensors file, mapped into memory: its bytes are read
-    when first used.
+    """[(name, tensor)] of a safetensors file, mapped into memory: its bytes are read when first used, or here if
+    the header has their checksum.
 
     Raises ValueError if the file is not what its header says: entries must follow each other and fill it.
     """
     try:
-        file = open(path, "rb")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; a checkpoint directory has it") from None
+        content = np.memmap(path, mode="c")  # what is written to a tensor stays private
+        size = 8 + int(content[:8].view("<u8")[0])
+        header = json.loads(content[8:size].tobytes()) if size <= 10**8 else None
+        crc = header.pop("__metadata__", {}).get("crc32")
+        entries = sorted(
+            (*map(int, e["data_offsets"]), name, str(e["dtype"]), [int(d) for d in e["shape"]])
+            for name, e in header.items()
+        )
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    with file:
-        total = os.fstat(file.fileno()).st_size
-        size = int.from_bytes(file.read(8), "little")
-        try:
-            header = json.loads(file.read(size)) if 8 + size <= total and size <= 10**8 else None
-            header.pop("__metadata__", None)
-            entries = sorted(
-                (*map(int, e["data_offsets"]), name, str(e["dtype"]), [int(d) for d in e["shape"]])
-                for name, e in header.items()
-            )
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
-        at, room = 0, total - 8 - size
-        for start, end, name, kind, shape in entries:
-            if kind not in SAFETENSORS_TYPES:
-                known = ", ".join(SAFETENSORS_TYPES)
-                raise ValueError(f"{path}: tensor {name} has dtype {kind} ({known} are read)")
-            dtype, count = SAFETENSORS_TYPES[kind], math.prod(shape)
-            whole = end - start == count * dtype.itemsize and min(shape, default=0) >= 0
-            if start != at or end > room or not whole:
-                raise ValueError(f"{path}: tensor {name} is truncated or misplaced: "
-                                 f"bytes {start} to {end} of {room}, shape {shape}")
-            at, tensor = end, torch.empty(0, dtype=dtype)
-            if count:
-                start, end = start + 8 + size, end + 8 + size
-                page = start - start % mmap.ALLOCATIONGRANULARITY
-                # What is written to a mapped tensor stays private.
-                mapped = mmap.mmap(file.fileno(), end - page, access=mmap.ACCESS_COPY, offset=page)
-                tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=start - page)
-            yield name, tensor.view(shape)
-        if at != room:
-            raise ValueError(f"{path}: {room - at} bytes belong to no tensor")
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
+    at, content, tensors = 0, content[size:], []
+    for start, end, name, kind, shape in entries:
+        if kind not in SAFETENSORS_TYPES:
+            known = ", ".join(SAFETENSORS_TYPES)
+            raise ValueError(f"{path}: tensor {name} has dtype {kind} ({known} are read)")
+        dtype = SAFETENSORS_TYPES[kind]
+        fits = end == at + math.prod(shape) * dtype.itemsize <= len(content) and min(shape, default=0) >= 0
+        if start != at or not fits:
+            raise ValueError(f"{path}: tensor {name} is truncated or misplaced: "
+                             f"bytes {start} to {end} of {len(content)}, shape {shape}")
+        at = end
+        tensors.append((name, torch.from_numpy(content[start:end]).view(dtype).view(shape)))
+    if at != len(content):
+        raise ValueError(f"{path}: {len(content) - at} bytes belong to no tensor")
+    if crc not in (None, str(zlib.crc32(content))):
+        raise ValueError(f"{path}: damaged: its bytes do not have the checksum that its header gives")
+    return tensors
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -677,108 +659,87 @@ def read_safetensors(path):
 PREFILL = 2048  # tokens of prompts that are read at a time: what they activate should fit a CPU's cache
 
 
-def prefill(model, prompts):
-    """Read prompts (lists of ids) as the documents of one packed sequence, without padding.
+def prefill(model, prompts, cache):
+    """Read prompts (lists of ids) as the documents of one packed sequence, without padding. Returns the
+    logits (N, V) of what follows each.
 
-    Returns the logits (N, V) of what follows each, and for every layer the keys of each prompt, N tensors
-    (K, tokens, D), and then the values.
+    cache: see Batch, with a row for each prompt; their keys and values are put in.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    keys_values = []
-
-    def attend(q, k, v):
-        keys_values.extend(x[0].split(lengths, 1) for x in (k, v))
-        return packed_attention(q, k, v, starts, model.config.sliding_window)
-
     with model.lm_head.weight.device:
         ids = torch.tensor([[i for prompt in prompts for i in prompt]])              # (1, T)
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]              # (1, T)
-        last = torch.tensor(lengths).cumsum(0) - 1                                   # (N,)
-    starts = (positions == 0).cpu()
-    x = model.hidden(ids, positions=positions, attends=[attend] * model.config.n_layers)[0, last]
-    return model.lm_head(x).float(), keys_values
+        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])     # (T,)
+    starts = positions == 0
+    rows = starts.cumsum(0) - 1
+
+    def attend(q, k, v, layer):
+        for part, x in zip(layer, (k, v)):
+            part[rows, :, positions] = x[0].transpose(0, 1)                          # (T, K, D)
+        return packed_attention(q, k, v, starts[None].cpu(), model.config.sliding_window)
+
+    x = model.hidden(ids, positions=positions[None], attend=attend, cache=cache)[0]
+    return model.lm_head(x[starts.roll(-1)]).float()  # after the last token of each
 
 
-def decode_one_token(model, ids, positions, cache, mask):
-    """The logits (B, V) of what follows a token a row: ids and positions (B, 1).
+def decode_one_token(model, ids, positions, cache):
+    """The logits (B, V) of what follows a token a row: ids and positions (B,).
 
-    cache: keys and values in turn, of each layer (B, K, S, D). Those of the tokens are put at the last place
-    that mask (B, 1, 1, up to S) has; it is -inf where a row has no token.
+    cache: see Batch. The tokens' keys and values are put in.
     """
-    size = mask.shape[-1]
+    with ids.device:
+        rows, places = torch.arange(len(ids)), torch.arange(cache.shape[4])
+    seen = is_seen(positions[:, None, None, None], places, model.config.sliding_window)
+    mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                         # (B, 1, 1, S)
 
-    def attend(q, k, v, keys, values):
-        keys[:, :, size - 1], values[:, :, size - 1] = k[:, :, 0], v[:, :, 0]
-        return fused_attention(q, keys[:, :, :size], values[:, :, :size], mask)
+    def attend(q, k, v, layer):
+        for part, x in zip(layer, (k, v)):
+            part[rows, :, positions] = x[:, :, 0]                                    # (B, K, D)
+        return fused_attention(q, *layer, mask)
 
-    layers = zip(cache[::2], cache[1::2])
-    attends = [partial(attend, keys=keys, values=values) for keys, values in layers]
-    x = model.hidden(ids, positions=positions, attends=attends)
+    x = model.hidden(ids[:, None], positions=positions[:, None], attend=attend, cache=cache)
     return model.lm_head(x[:, 0]).float()
 
 
 class Batch:
     """Texts that are continued together, a token of each at a time, in inference mode. Others may join, and
-    those that have ended leave.
-
-    Each is continued as it would be alone. In the cache, all rows end at the same place, `size`, so that all
-    put their next token at one; every row has its own positions.
+    those that have ended leave. Each is continued as it would be alone.
     """
 
     def __init__(self, model):
-        c, weight = model.config, model.lm_head.weight
-        self.model, self.size = model, 0
-        self.lengths = torch.zeros(0, dtype=torch.long, device=weight.device)  # (B,): tokens of each row
-        # Keys and values in turn, of each layer (B, K, S, D).
-        self.cache = [weight.new_zeros(0, c.n_kv_heads, 0, c.head_dim) for _ in range(2 * c.n_layers)]
+        c = model.config
+        self.model, self.lengths = model, []  # tokens of each row
+        # Keys and values (layers, 2, B, K, S, D), each at its token's position.
+        self.cache = model.lm_head.weight.new_zeros(c.n_layers, 2, 0, c.n_kv_heads, 0, c.head_dim)
 
-    def resize(self, rows, size, spare, new_lengths=()):
-        """Keep these rows, so that they end at place `size`, with room for `spare` tokens. Below come new
-        rows of these lengths.
-        """
-        padding = (0, 0, size - self.size, spare, 0, 0, 0, len(new_lengths))
-        for i, x in enumerate(self.cache):
-            self.cache[i] = F.pad(x[rows, :, :self.size], padding)
-        self.size = size
-        self.lengths = torch.cat([self.lengths[rows], self.lengths.new_tensor(new_lengths)])
-        first = (size - self.lengths)[:, None, None, None]                           # where each row begins
-        places = torch.arange(size + spare, device=first.device)
-        self.mask = torch.where(places < first, -math.inf, 0.0).to(self.cache[0].dtype)  # (B, 1, 1, S)
+    def resize(self, size, new_rows=0):
+        """Make room for `size` tokens a row, and for new rows below."""
+        self.cache = F.pad(self.cache, (0, 0, 0, size - self.cache.shape[4], 0, 0, 0, new_rows))
 
     def add(self, prompts, spare=64):
         """Read prompts (lists of ids), as rows below those there are. Returns the logits (N, V) after each.
 
         spare: tokens that will follow; more may, but then the cache has to grow.
         """
-        lengths = [len(prompt) for prompt in prompts]
-        row, logits = len(self.lengths), []
-        self.resize(slice(None), max(self.size, *lengths), spare, lengths)
+        lengths, logits, row = [len(prompt) for prompt in prompts], [], len(self.lengths)
+        self.lengths += lengths
+        self.resize(max(self.lengths) + spare, len(prompts))
         for group in in_groups(prompts, lengths, PREFILL):
-            group_logits, keys_values = prefill(self.model, group)
-            logits.append(group_logits)
-            for x, new in zip(self.cache, keys_values):
-                for i, prompt in enumerate(new, row):                                # (K, tokens, D)
-                    x[i, :, self.size - prompt.shape[1]:self.size] = prompt
+            logits.append(prefill(self.model, group, self.cache[:, :, row:row + len(group)]))
             row += len(group)
         return torch.cat(logits)
 
     def step(self, ids):
         """Go on by a token a row. Returns the logits (B, V) of what follows."""
-        if self.size == self.mask.shape[-1]:
-            self.resize(slice(None), self.size, 16 + self.size // 4)
-        self.size += 1
-        if window := self.model.config.sliding_window:
-            self.mask[..., :max(0, self.size - window)] = -math.inf
-        ids = self.lengths.new_tensor(ids)[:, None]
-        mask = self.mask[..., :self.size]
-        logits = decode_one_token(self.model, ids, self.lengths[:, None], self.cache, mask)
-        self.lengths += 1
-        return logits
+        size = max(self.lengths) + 1
+        if size > self.cache.shape[4]:
+            self.resize(size + 16 + size // 4)
+        ids, positions = torch.tensor([ids, self.lengths], device=self.cache.device)
+        self.lengths = [n + 1 for n in self.lengths]
+        return decode_one_token(self.model, ids, positions, self.cache[..., :size, :])
 
     def keep(self, rows):
         """Let go of all rows but these."""
-        size = max(self.lengths[rows].tolist(), default=0)
-        self.resize(rows, size, self.mask.shape[-1] - self.size)
+        self.lengths = [self.lengths[i] for i in rows]
+        self.cache = self.cache[:, :, rows]
 
 
 def sample(logits, temperature, top_p, uniforms):
@@ -826,24 +787,18 @@ def compiled_attention(q, k, v, mask, block=128):
     """The same, a block of queries at a time over the keys up to its end: what torch.compile makes of this on
     a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention).
     """
-    T, D = q.shape[2:]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))        # (B, H, T, D)
     blocks = []
-    for a in range(0, T, block):
-        b = min(T, a + block)
-        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * D ** -0.5                 # (B, H, b - a, b)
+    for a in range(0, q.shape[2], block):
+        b = a + block
+        scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * q.shape[3] ** -0.5        # (B, H, b - a, b)
         weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
         blocks.append(weights.to(v.dtype) @ v[:, :, :b])
     return torch.cat(blocks, 2)
 
 
 if __name__ == "__main__":
-    vocab_size = int(sys.argv[2]) if sys.argv[1:2] == ["--vocab-size"] else 128_256
-    print(f"{'preset':<8} {'layers':>6} {'dim':>6} {'heads':>6} {'kv':>4} {'parameters':>16}"
-          "   (vocabulary of --vocab-size, default 128,256)")
     for name, preset in PRESETS.items():
         with torch.device("meta"):
-            model = Transformer(Config(vocab_size=vocab_size, **preset))
-        c = model.config
-        count = sum(p.numel() for p in model.parameters())
-        print(f"{name:<8} {c.n_layers:>6} {c.dim:>6} {c.n_heads:>6} {c.n_kv_heads:>4} {count:>16,}")
+            model = Transformer(Config(**{"vocab_size": 128_256} | preset))  # Llama 3's
+        print(f"{name:<8}{sum(p.numel() for p in model.parameters()):>16,} parameters: {model.config}")

@@ -138,6 +138,26 @@ def test_safetensors_both_ways(tmp_path):
     assert all(torch.equal(t, read[n]) and t.dtype == read[n].dtype for n, t in tensors.items())
 
 
+def test_a_flipped_bit_is_found(tmp_path):
+    """Anywhere among the weights, by the checksum in the header. A file that has none loads, and others pass over it."""
+    from safetensors.torch import load_file, save_file
+    save(tiny(), tmp_path, shard_bytes=20_000)
+    for file in sorted(tmp_path.glob("*.safetensors")):
+        whole = file.read_bytes()
+        begin = 8 + int.from_bytes(whole[:8], "little")
+        for at in (begin, (begin + len(whole)) // 2, len(whole) - 1):
+            damaged = bytearray(whole)
+            damaged[at] ^= 1 << at % 8
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=f"{file.name}.*checksum"):
+                load(tmp_path)
+        file.write_bytes(whole)
+        tensors = load_file(file)
+        assert all(torch.equal(t, tensors[name]) for name, t in read_safetensors(file))
+        save_file(tensors, file)
+    assert load(tmp_path).config.dim == 32
+
+
 def broken(tmp_path, change):
     save(tiny(), tmp_path)
     change(tmp_path)
