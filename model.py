@@ -90,10 +90,10 @@ class Attention(nn.Module):
         D = c.head_dim
         everywhere = c.model_type == "llama" and c.attention_bias
         bias = everywhere or c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias)
-        self.o_proj = nn.Linear(c.n_heads * D, c.dim, everywhere)
+        self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias=bias)
+        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
+        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
+        self.o_proj = nn.Linear(c.n_heads * D, c.dim, bias=everywhere)
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = nn.RMSNorm(D, c.norm_eps), nn.RMSNorm(D, c.norm_eps)
 
@@ -103,8 +103,9 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
+        # (B, H, T, D), and for k and v (B, K, T, D)
         q, k, v = (p(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for p in projections)
-        if self.config.model_type == "qwen3":                                        # (B, H or K, T, D) each
+        if self.config.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
         y = attend(rotate(q, *rope), rotate(k, *rope), v, *cache)                    # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -116,9 +117,9 @@ class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, hidden = config.dim, config.hidden_dim
-        self.gate_proj = nn.Linear(C, hidden, False)  # no biases
-        self.up_proj = nn.Linear(C, hidden, False)
-        self.down_proj = nn.Linear(hidden, C, False)
+        self.gate_proj = nn.Linear(C, hidden, bias=False)
+        self.up_proj = nn.Linear(C, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, C, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -331,11 +332,13 @@ def checked_fields(config):
     """The fields of Config by name, from the contents of a config.json. Raises ValueError as from_hf."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
     rope = rope if isinstance(rope, dict) else {"type": rope}
-    given = {**config, **rope, "rope scaling": rope.get("rope_type", rope.get("type", "default"))}
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    given = [*config.items(), *rope.items(), ("rope scaling", scaling)]
+    given = {key: value for key, value in given if value is not None}
 
     def read(key, allowed, absent=None):
         """What a key holds: one of a tuple, or a number between 0 and `allowed`, whole where that is."""
-        value = absent if given.get(key) is None else given[key]
+        value = given.get(key, absent)
         if isinstance(allowed, tuple):
             right = value in allowed
         else:
@@ -602,22 +605,21 @@ def write_safetensors(tensors, path):
     The CRC-32 of the bytes stands in the header, where other readers pass over it.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    data = [t.view(-1).view(torch.uint8).numpy() for t in tensors.values()]
-    header, offset, crc = {}, 0, 0
-    for (name, t), content in zip(tensors.items(), data):
-        end = offset + t.nbytes
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
-        offset, crc = end, zlib.crc32(content, crc)
-    header = {"__metadata__": {"format": "pt", "crc32": str(crc)}, **header}
-    text = json.dumps(header).encode()
+    header, data, at, crc = {}, [], 0, 0
+    for name, t in tensors.items():
+        data.append(t.view(-1).view(torch.uint8).numpy())
+        end = at + t.nbytes
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+        at, crc = end, zlib.crc32(data[-1], crc)
+    text = json.dumps({"__metadata__": {"format": "pt", "crc32": str(crc)}, **header}).encode()
     # Mapped tensors begin at 64 bytes, as MKL wants them for equal rounding.
     text += b" " * (-(8 + len(text)) % 64)
     write(path, [len(text).to_bytes(8, "little"), text, *data])
 
 
 def read_safetensors(path):
-    """[(name, tensor)] of a safetensors file, mapped into memory: its bytes are read when first used, or here if
-    the header has their checksum.
+    """[(name, tensor)] of a safetensors file, mapped into memory: its bytes are read when first used, or here
+    where the header has their checksum.
 
     Raises ValueError if the file is not what its header says: entries must follow each other and fill it.
     """
