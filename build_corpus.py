@@ -1580,6 +1580,8 @@ def assemble(out, documents, heldout_apis, tokenizer):
     chats = documents.ordered("instruction", split="heldout")
     write(out / "heldout.jsonl", (documents[i].to_json() + "\n" for i in chats))
     write(out / "rejected.jsonl", (json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
+    for name in ("tokenizer_config.json", "heldout_apis.json", "heldout.jsonl", "rejected.jsonl"):
+        files[name] = {"sha256": sha256(out / name)}
     for path in documents.work.iterdir():  # of other inputs and options
         if key_of(path) not in USED:
             path.unlink()

@@ -825,6 +825,13 @@ def test_tampered_corpus_is_refused(small, tmp_path):
         file.write(b"\x07")
     with pytest.raises(ValueError, match="code.train.bin"):
         Corpus(tmp_path / "corpus")
+    for name in ("heldout.jsonl", "heldout_apis.json", "tokenizer.json", "tokenizer_config.json", "instruction.train.mask", "api_doc.heldout.idx"):
+        whole = (small / name).read_bytes()
+        for changed in (bytes([whole[0] ^ 1]) + whole[1:], whole[:-1]):  # a flipped bit, a lost byte
+            shutil.copytree(small, tmp_path / "corpus", dirs_exist_ok=True)
+            (tmp_path / "corpus" / name).write_bytes(changed)
+            with pytest.raises(ValueError, match=name):
+                Corpus(tmp_path / "corpus")
     (tmp_path / "corpus" / "manifest.json").unlink()
     with pytest.raises(ValueError, match="build_corpus.py"):
         Corpus(tmp_path / "corpus")
