@@ -75,8 +75,7 @@ def tune(run, init, corpus, args):
     tokens = int(args.epochs * positions) if args.epochs else args.tokens
     steps = tokens // (batch_size * args.seq_len)
     if steps < 1:
-        flag = "--epochs" if args.epochs else "--tokens"
-        fail(f"{flag}: {tokens:,} tokens are less than a step of --batch-tokens {args.batch_tokens:,}")
+        fail(f"--tokens or --epochs: {tokens:,} tokens are less than --batch-tokens {args.batch_tokens:,}")
     args.all_tokens = tokens * (1 if args.init else 2)
     order, epochs = window_order(windows, args.mix, steps * batch_size, args.seed)
     get_batch = packed_batches(corpus, "train", order, batch_size, args)
