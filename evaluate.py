@@ -287,7 +287,7 @@ def table(suite, results, models, published=()):
             form += "|{model}|{score:.3f}|[{low:.3f}, {high:.3f}]|" if "n" in r else "|{model}|{score:.3f}||"
             if "baseline" in r:
                 form += "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
-                form += " *" * (r["difference_low"] > 0 or r["difference_high"] < 0)
+                form += " *" * (r["n"] > 1 and (r["difference_low"] > 0 or r["difference_high"] < 0))
             shares = [f"{share:.0%}" for share in r.get("verdicts", {}).values()]
             rows.append(form.format(**r).split("|") + shares)
     columns = [column for column in itertools.zip_longest(*rows, fillvalue="") if any(column[1:])]

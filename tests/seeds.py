@@ -6,8 +6,8 @@
 A seed is that of weights and data order; the corpus (data/corpus, from collect.py and build_corpus.py) is one.
 Everything goes on where it was stopped, in out/seeds/<seed>. Prints, for each metric, the mean difference
 between ours and the control with Student's 95% interval over seeds, beside the interval over the items of the
-first seed's run, and writes tests/seeds.json. An ablation starts from the seed's base, takes the same tokens as
-ours, and is measured before tuning.
+first seed's run, and writes tests/seeds.json and, with --plot, tests/seeds.png: the loss of conversations while
+both are tuned. An ablation starts from the seed's base, takes the same tokens as ours, and is measured before tuning.
 """
 import argparse
 import json
@@ -36,6 +36,7 @@ def main():
     parser.add_argument("--ablations", action="store_true", help="train and measure them, too")
     parser.add_argument("--corpus", default="data/corpus", help="corpus directory")
     parser.add_argument("--out", default="out/seeds", help="directory of the runs")
+    parser.add_argument("--plot", action="store_true", help="draw the tuning, too (pip install matplotlib)")
     parser.add_argument("--json", default=str(ROOT / "tests" / "seeds.json"), help="file for the results")
     args = parser.parse_args()
     seeds, ablations = {}, {}
@@ -49,7 +50,10 @@ def main():
             ablations[seed] = ablate(out, seed, args)
     about = {"commit": git("rev-parse", "--short", "HEAD"), "date": time.strftime("%Y-%m-%d"),
              "python": platform.python_version(), "machine": machine()}
-    Path(args.json).write_text(json.dumps(about | {"seeds": seeds, "ablations": ablations}, indent=0) + "\n")
+    results = about | {"seeds": seeds, "ablations": ablations}
+    Path(args.json).write_text(json.dumps(results).replace("}, {", "},\n{") + "\n")  # a line a row
+    if args.plot:
+        draw_tuning(Path(args.out), seeds, Path(args.json).with_suffix(".png"))
     print_differences(seeds)
     if ablations:
         print_ablations(ablations)
@@ -118,6 +122,26 @@ def print_ablations(ablations):
             mean, low, high = interval([scores[model] - scores["stage2"] for scores in found])
             print(f"{suite + ': ' + metric:<30}{model:<22}{np.mean([scores[model] for scores in found]):>8.3f}"
                   + f"   {mean:+.3f} [{low:+.3f}, {high:+.3f}]" * (model != "stage2"))
+
+
+def draw_tuning(out, seeds, path):
+    """Draw the loss of conversations while control and ours are tuned: in training the mean of 50 steps and of
+    all seeds, on held-out APIs a dot a seed.
+    """
+    from matplotlib import pyplot
+    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    for model in ("control", "ours"):
+        runs = [[json.loads(line) for line in open(out / str(seed) / model / "metrics.jsonl")] for seed in seeds]
+        losses = [[line["loss"] for line in run if "loss" in line] for run in runs]
+        curve = np.mean(losses, 0)                                               # (steps,)
+        curve = curve[:len(curve) // 50 * 50].reshape(-1, 50).mean(1)
+        [drawn] = axis.plot(25 + 50 * np.arange(len(curve)), curve, label=f"{model}, in training")
+        dots = [(line["step"], line["loss/instruction"]) for run in runs for line in run if "loss/instruction" in line]
+        axis.plot(*zip(*dots), "o", color=drawn.get_color(), markersize=4, label=f"{model}, held-out APIs")
+    axis.set(yscale="log", xlabel="steps of tuning", ylabel="loss of conversations (nats a token)")
+    axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], labels=["0.1", "0.2", "0.5", "1", "2", "4"])
+    axis.legend()
+    figure.savefig(path, dpi=100)
 
 
 def git(*arguments):

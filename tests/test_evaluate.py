@@ -423,6 +423,8 @@ def test_the_table_is_markdown_with_a_row_a_model():
     lines = evaluate.table("s", results, ["a", "b"]).splitlines()
     assert len({len(line) for line in lines[2:]}) == 1 and lines[0] == "### s" and "- a, 95% interval" in lines[2]
     assert re.search(r"\| b +\| 1.000 .*\+0.500 \[\+0.\d+, \+0.\d+\] \* .*100%", lines[-1])
+    results = evaluate.summarise("s", {"a": items([0]), "b": items([1])}, ["a", "b"])
+    assert "*" not in evaluate.table("s", results, ["a", "b"])  # one item tells nothing
 
 
 REFERENCE = {"model": "B-1", "suite": "s", "metric": "m", "score": 0.25, "source": "leaderboard,\n2025"}

@@ -76,6 +76,7 @@ def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
     brief = ["--limit", 2, "--seq-len", 512, "--max-tokens", 8, "--device", "cpu"]
     table = run("evaluate.py", *there, *models, *brief, timeout=600).stdout
     assert all(f"| {name} " in table for name in ("control", "ours", "lora"))
+    assert f"{base}: its chat template is not the one used here" in table
     results = json.loads((out / "eval" / "results.json").read_text())
     assert {r["metric"] for r in results} >= {"loss api_doc", "loss code", "name and arguments"}
     _, info = AutoModelForCausalLM.from_pretrained(out / "lora", output_loading_info=True)
