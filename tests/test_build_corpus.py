@@ -837,6 +837,26 @@ def test_tampered_corpus_is_refused(small, tmp_path):
         Corpus(tmp_path / "corpus")
 
 
+def test_a_corpus_is_hashed_once_a_machine(small, tmp_path, monkeypatch):
+    shutil.copytree(small, tmp_path / "corpus")
+    hashed, sha256 = [], build_corpus.sha256
+    monkeypatch.setattr(build_corpus, "sha256", lambda path: hashed.append(path.name) or sha256(path))
+    for expected in (True, False):
+        Corpus(tmp_path / "corpus")
+        assert ("code.train.bin" in hashed) == expected
+        hashed.clear()
+    path = tmp_path / "corpus" / "text.train.bin"
+    path.write_bytes(path.read_bytes())  # written anew: hashed anew, and it alone
+    Corpus(tmp_path / "corpus")
+    assert hashed == ["manifest.json", "text.train.bin"]
+    [notes] = (tmp_path / "corpus").glob(".checked-*")
+    notes.write_text("[")
+    Corpus(tmp_path / "corpus")
+    (tmp_path / "corpus" / "code.train.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="code.train.bin"):
+        Corpus(tmp_path / "corpus")
+
+
 @pytest.mark.parametrize("arguments, named", [
     ((), "collect.py"), (("--heldout", 2), "--heldout"), (("--near-duplicates", 8), "--near-duplicates"), (("--retrieve", 2), "--retrieve"), (("--show", 1), "manifest.json"), (("--workers", 0), "--workers"), (("--pool", "/no/such"), "/no/such"),
     (("--tokenizer", "/no/such"), "/no/such"), (("--vocab-size", 9), "--vocab-size"),
