@@ -1,8 +1,9 @@
-"""Step 6 of 6: measure models as agents, on APIs that none of them has seen and on the benchmarks of the
-paper, and compare them.
+"""Step 6 of 6: measure models as agents, on APIs held out from the corpus and on the benchmarks of the paper
+(arXiv 2502.06589), and compare them.
 
-In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints;
-      data/corpus for the suite heldout, the benchmarks' own files beneath --data for the others
+In:   checkpoint directories (out/control and out/ours of finetune.py, or --model), or URLs of
+      OpenAI-compatible endpoints; data/corpus for the suite heldout, the benchmarks' own files beneath
+      --data for the others
 Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables,
       and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record an item
 
@@ -20,8 +21,8 @@ Suites
                      direct, and which tool makes the request likeliest, channel, arXiv 2108.04106;
                    next: which of four calls comes next in a trajectory, for models that cannot chat yet; the
                      idea of APTBench, arXiv 2510.24397;
-                   calls: name and arguments of calls that have arguments come first, then all calls by the
-                     number of their arguments and by kind; decoded freely and, as calls-constrained, within
+                   calls: the share of right answers, first of calls that have arguments, then by number of
+                     arguments and kind of conversation; decoded freely and, as calls-constrained, within
                      the names and schemas of the tools at hand
   bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the
                  package bfcl-eval is installed
@@ -30,7 +31,7 @@ Suites
   mmlu           multiple choice by likelihood, for what is kept of general ability
 
 Likelihoods (heldout, mmlu) need a checkpoint directory. Each model is compared with the first by a paired
-bootstrap over items. An item's answer that fails in any way stays in the denominator.
+bootstrap over items. An answer that fails in any way counts as wrong.
 """
 import argparse
 import ast
@@ -101,6 +102,8 @@ def suites():
 def main():
     """Measure the models on the suites and write the report; or serve one, or ask it."""
     args = parse_args()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.serve:
         return serve(args)
     if args.ask is not None:
@@ -117,7 +120,7 @@ def main():
         chosen[suite] = suites()[name](*[corpus] * of_corpus, args)
     published = read_reference(args.reference, chosen)
     benchmarks = listing(args.data)
-    options = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
+    settings = [sha256(__file__), args.limit, args.seq_len, args.max_tokens, args.mode]
     items = {suite: {} for suite in chosen}  # {suite: {model: its items}}
     paths = args.model or [f"{args.out}/{name}" for name in ("control", "ours")]
     labels = [name_model(path, paths) for path in paths]
@@ -125,59 +128,62 @@ def main():
     for label, path in zip(labels, paths):
         model = open_model(path, corpus, args)
         for suite, episodes in chosen.items():
-            identity = [model.identity, corpus.sha256 if suite in HELDOUT else benchmarks, *options]
+            identity = [model.identity, corpus.sha256 if suite in HELDOUT else benchmarks, *settings]
             items[suite][label] = play_all(suite, episodes, model, identity, out / "items" / label, args)
     if not is_main():
         return
     results = [row for suite in chosen for row in summarise(suite, items[suite], labels)]
     write(out / "results.json", json.dumps(results, indent=1))
     tables = "\n\n".join(table(suite, results, labels, published) for suite in chosen)
-    print(tables + "\n\n* the interval excludes 0. Loss: nats a token, lower is better; "
-          "the rest: shares, higher is better.")
+    tables += ("\n\n* the interval excludes 0. Loss: nats a token, lower is better; "
+               "the rest: shares, higher is better.")
+    print(tables)
     failed = "\n".join(failures(suite, items[suite], labels) for suite in chosen)
     write(out / "report.md", visible(f"# {', '.join(labels)}\n\n{tables}\n\n{failed}"))
     if pyplot:
         draw(results, labels, paths, out, pyplot)
     for item in items.get("calls", {}).get(labels[-1], [])[:3]:
         prompt = corpus.tokenizer.decode(corpus.tokenizer.render(*item["prompt"], answer=True)[0])
-        seen = f"{labels[-1]}, a conversation about an API it has never seen: {item['verdict']}"
-        print(visible(f"\n--- {seen}\n{prompt}{item['output']}"))
+        heading = f"{labels[-1]}, a conversation about an API held out from the corpus: {item['verdict']}"
+        print(visible(f"\n--- {heading}\n{prompt}{item['output']}"))
     print(f"\n{time.time() - started:.0f} s; the report is {out}/report.md, every item is in {out}/items")
 
 
 def play(episodes, reply):
     """The records of episodes [(id, function)] that go on together: what all of them ask in a round is
     answered by one call of reply.
+
+    An episode is a generator: it yields (messages, tools) and is sent an Answer, or a list of (context,
+    continuation) and is sent their log-likelihoods, and returns its record.
     """
-    begun = {name: begin() for name, begin in episodes}
-    records = {name: {"id": name} for name in begun}
-    answers = dict.fromkeys(begun)
+    running = {id_: begin() for id_, begin in episodes}
+    records = {id_: {"id": id_} for id_ in running}
+    answers = dict.fromkeys(running)  # to the episodes that go on
     while answers:
         asked = {}
-        for name, answer in answers.items():
+        for id_, answer in answers.items():
             try:
-                asked[name] = begun[name].send(answer)
-                if isinstance(asked[name], tuple):
-                    records[name].setdefault("prompt", asked[name])
+                asked[id_] = running[id_].send(answer)
+                if isinstance(asked[id_], tuple):
+                    records[id_].setdefault("prompt", asked[id_])
             except StopIteration as end:
-                records[name] |= end.value
+                records[id_] |= end.value
         answers = dict(zip(asked, reply([*asked.values()]))) if asked else {}
     return [*records.values()]
 
 
 def play_all(suite, episodes, model, identity, directory, args):
-    """The records of a suite's episodes, from their file or played now; finished ones are kept if this is
-    stopped.
+    """The records of a suite's episodes, from disk or played now; what is finished is on disk at once.
 
-    Items are played in groups, which ranks share out: what an item's batch holds depends on neither their
-    number nor what was done before. Each rank writes a part, and the first joins them.
+    Episodes are played in groups, which ranks share out: what a batch holds depends on neither the number of
+    ranks nor what was done before. Each rank writes a part, and the first joins them.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     directory.mkdir(parents=True, exist_ok=True)
     done = read_items(directory, suite, identity)
 
-    def unfinished(episodes):
-        return any(name not in done for name, _ in episodes)
+    def unfinished(some):
+        return any(id_ not in done for id_, _ in some)
 
     if unfinished(episodes):
         part = directory / f"{suite}.part{rank}.jsonl"
@@ -186,12 +192,18 @@ def play_all(suite, episodes, model, identity, directory, args):
         todo = [group for group in groups[rank::world] if unfinished(group)]
         longest = args.max_tokens or (160 if suite in HELDOUT else 1024)
         reply = partial(model.reply, max_tokens=longest, constrained=suite.endswith("-constrained"))
+        writing = threading.Lock()
         with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
-            played = (map if model.workers == 1 else pool.map)(lambda group: play(group, reply), todo)
-            for items in tqdm(played, total=len(todo), desc=f"{directory.name}: {suite}", leave=False,
-                              disable=not is_main() or None):
-                file.write(json_lines(items))
-                file.flush()
+            def finish(group):
+                lines = json_lines(play(group, reply))
+                with writing:
+                    file.write(lines)
+                    file.flush()
+
+            finished = (map if model.workers == 1 else pool.map)(finish, todo)
+            for _ in tqdm(finished, total=len(todo), desc=f"{directory.name}: {suite}", leave=False,
+                          disable=not is_main() or None):
+                pass
     if not is_main():
         return None
     while unfinished(episodes):  # for the other ranks
@@ -205,8 +217,8 @@ def play_all(suite, episodes, model, identity, directory, args):
 
 
 def check_call(tools, calls, gold, language="python"):
-    """Whether calls are the gold ones in any order, and if not, which of KINDS stands in the way, as (bool,
-    kind or None).
+    """Whether calls are the gold ones in any order, and if not, the nearest miss of KINDS: (bool, kind or
+    None).
 
     tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)];
     gold: [{name: {parameter: [acceptable values]}}], where "" among the values lets the parameter be left
@@ -242,6 +254,7 @@ def summarise(suite, items, models):
 
     Metrics are means over the items that have them; totals are formulas of these means (TOTALS).
     """
+    rng = np.random.default_rng(0)  # metrics have draws of their own, since their items differ
     rows = {}  # {metric: [the models' records of an item]}
     for row in zip(*(items[model] for model in models)):
         for metric in row[0]["scores"]:
@@ -249,7 +262,7 @@ def summarise(suite, items, models):
     means = {}  # {metric: (1 + resamples, models)}: the mean of all items, then those of the resamples
     for metric in sorted(rows, key=lambda metric: metric != HEADLINE):
         values = np.array([[item["scores"][metric] for item in row] for row in rows[metric]])  # (N, models)
-        means[metric] = np.vstack([values.mean(0), resample(values)])
+        means[metric] = np.vstack([values.mean(0), resample(values, rng)])
     for total, formula in TOTALS.get(suite.removesuffix("-constrained"), {}).items():
         with contextlib.suppress(KeyError):  # not all of its parts were measured
             means[total], rows[total] = total_of(formula, means, rows)
@@ -278,18 +291,21 @@ def table(suite, results, models, published=()):
     """A suite's results as a table in Markdown, a row a metric and model, published ones after measured, and
     no column that would be empty.
     """
-    rows = [["metric", "n", "model", "score", "95% interval", f"- {models[0]}, 95% interval", *VERDICTS]]
+    rows = [["metric", "n", "model", "score", "95% interval", f"minus {models[0]}, 95% interval", *VERDICTS]]
     of_suite = [r for r in results if r["suite"] == suite]
     of_suite += [r for r in published if r["suite"] == suite.removesuffix("-constrained")]
     for metric in dict.fromkeys(r["metric"] for r in of_suite):
         for i, r in enumerate(r for r in of_suite if r["metric"] == metric):
-            form = "|" if i else "{metric}|{n:,}" if "n" in r else "{metric}|"
-            form += "|{model}|{score:.3f}|[{low:.3f}, {high:.3f}]|" if "n" in r else "|{model}|{score:.3f}||"
+            count = f"{r['n']:,}" if "n" in r and not i else ""
+            interval = f"[{r['low']:.3f}, {r['high']:.3f}]" if "n" in r else ""
+            difference = ""
             if "baseline" in r:
-                form += "{difference:+.3f} [{difference_low:+.3f}, {difference_high:+.3f}]"
-                form += " *" * (r["n"] > 1 and (r["difference_low"] > 0 or r["difference_high"] < 0))
+                low, high = r["difference_low"], r["difference_high"]
+                star = " *" * (r["n"] > 1 and (low > 0 or high < 0))
+                difference = f"{r['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{star}"
             shares = [f"{share:.0%}" for share in r.get("verdicts", {}).values()]
-            rows.append(form.format(**r).split("|") + shares)
+            metric_once = "" if i else metric
+            rows.append([metric_once, count, r["model"], f"{r['score']:.3f}", interval, difference, *shares])
     columns = [column for column in itertools.zip_longest(*rows, fillvalue="") if any(column[1:])]
     columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
     head, *body = [f"| {' | '.join(column[n] for column in columns)} |" for n in range(len(rows))]
@@ -354,9 +370,7 @@ def parse_args():
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Items. An episode is a generator that yields what it asks of a model: (messages, tools), to which an Answer
-# is sent, or a list of (context, continuation), to which the continuations' log-likelihoods are sent. It
-# returns the item's record.
+# Items
 
 
 class Answer(NamedTuple):
@@ -519,7 +533,9 @@ class Local:
         if other_template(Path(path)):
             tqdm.write(f"{path}: its chat template is not the one used here (ChatML with Hermes calls). To "
                        "measure it in its own, serve it with its own server: --model http://HOST:8000/v1")
-        self.identity = [sha256(file) for file in sorted(Path(path).glob("model*.safetensors"))]
+        files = [file for pattern in ("*.json", "*.safetensors") for file in sorted(Path(path).glob(pattern))]
+        code = transformer.__file__, inspect.getfile(Tokenizer)
+        self.identity = [args.device, *map(sha256, (*code, *files))]
 
     def reply(self, requests, max_tokens, constrained=False):
         """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of
@@ -2636,13 +2652,13 @@ def read_reference(path, measured):
     return found
 
 
-def resample(values, resamples=2000):
+def resample(values, rng, resamples=2000):
     """Means (resamples, M) of as many draws of N rows, with replacement, from values (N, M). The same rows
     for every column: paired.
     """
     n = len(values)
     # How often each row is drawn, (resamples, N).
-    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), resamples)
+    counts = rng.multinomial(n, np.full(n, 1 / n), resamples)
     return counts @ values / n
 
 

@@ -21,9 +21,9 @@ What fits:   python pretrain.py --preset 8b --plan --gpus 128 --gpu a100-40g
 How much agent data:  python pretrain.py --scaling-law, or under torchrun, where every process trains runs of
                  its own
 
-Killed or stopped, the same command (or --resume) goes on from the last checkpoint, bit for bit on a CPU. A
-batch is a function of (seed, step) alone, whatever the number of processes. The recipe is that of Hephaestus
-(arXiv 2502.06589, section 4).
+After a kill or a stop the same command (or --resume) goes on from the last checkpoint, bit for bit on a CPU.
+A batch is a function of the options and the step alone, whatever the number of processes. The recipe is that
+of Hephaestus (arXiv 2502.06589, section 4).
 
 Shapes: B sequences, T tokens of a sequence.
 """
@@ -77,14 +77,14 @@ def main():
         return plan(args)
     setup(args, together=not args.scaling_law)
     corpus = open_corpus(args.corpus)
-    agent, code, text = args.mix
+    agent_share, code, text = args.mix
     if not code + text:
-        fail("--mix tells how code and text divide what is not agent data, and here has neither")
+        fail("--mix has neither code nor text, which the base and the control are trained on")
     if args.scaling_law:
         return scaling_law(corpus, args)
 
     general = {"code": code, "text": text}
-    wide = wide_mixture(agent, general, corpus, args)
+    wide = wide_mixture(agent_share, general, corpus, args)
     seed_data = normalise(args.agent, 1 - args.replay) | normalise(general, args.replay)
     stages = [  # name, the run that it goes on from, what it trains on, for how many tokens
         ("base", None, general, args.base_tokens),
@@ -107,11 +107,13 @@ def main():
         dist.destroy_process_group()
 
 
-def wide_mixture(agent, general, corpus, args):
-    """Weights of the domains for a share of agent data, the rest being code and text as in `general`."""
+def wide_mixture(agent_share, general, corpus, args):
+    """Weights of the domains for a share of agent data, a part of it retrieved where the corpus has that; the
+    rest is code and text as in `general`.
+    """
     retrieved = RETRIEVED if "retrieved.train.bin" in corpus.manifest["stages"]["wide"] else 0.0
-    weights = normalise(args.agent, agent * (1 - retrieved))
-    return weights | {"retrieved": agent * retrieved} | normalise(general, 1 - agent)
+    weights = normalise(args.agent, agent_share * (1 - retrieved))
+    return weights | {"retrieved": agent_share * retrieved} | normalise(general, 1 - agent_share)
 
 
 def pretrain(name, init, weights, tokens, corpus, args):
@@ -202,7 +204,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
             checkpoints.save(step, skipped)
         if step == steps or stop:
             break
-        if step == start + 6:
+        if step == start + 6:  # the first step compiles
             tell_duration(run, steps * step_tokens, args)
 
         # ---- a single training step
@@ -278,8 +280,8 @@ def forward_and_backward(model, wrapped, batch, n_targets, autocast, args):
 
 
 def learning_rate(step, steps, args):
-    """Linear warm-up, then a cosine to a tenth of the peak, or (wsd, arXiv 2404.06395) the peak, and a line
-    to its tenth over the last fifth.
+    """Linear warm-up; then a cosine to a tenth of the peak or, with wsd (arXiv 2404.06395), the peak and over
+    the last fifth a line to a tenth of it.
     """
     warmup = max(1, int(args.warmup * steps))
     if step < warmup:

@@ -388,7 +388,7 @@ def test_constraint_picks_the_likeliest_legal_token():
 def test_bootstrap_interval_covers():
     rng, hits = np.random.default_rng(1), 0
     for _ in range(200):
-        found = evaluate.interval("", evaluate.resample(rng.normal(0.3, 1, (100, 1)), resamples=400)[:, 0])
+        found = evaluate.interval("", evaluate.resample(rng.normal(0.3, 1, (100, 1)), rng, resamples=400)[:, 0])
         hits += found["low"] < 0.3 < found["high"]
     assert 0.9 <= hits / 200 <= 0.99
 
@@ -421,7 +421,7 @@ def test_totals_are_formulas_of_means(monkeypatch):
 def test_the_table_is_markdown_with_a_row_a_model():
     results = evaluate.summarise("s", {"a": items([0, 1, 0, 1] * 20), "b": items([1] * 80)}, ["a", "b"])
     lines = evaluate.table("s", results, ["a", "b"]).splitlines()
-    assert len({len(line) for line in lines[2:]}) == 1 and lines[0] == "### s" and "- a, 95% interval" in lines[2]
+    assert len({len(line) for line in lines[2:]}) == 1 and lines[0] == "### s" and "minus a, 95% interval" in lines[2]
     assert re.search(r"\| b +\| 1.000 .*\+0.500 \[\+0.\d+, \+0.\d+\] \* .*100%", lines[-1])
     results = evaluate.summarise("s", {"a": items([0]), "b": items([1])}, ["a", "b"])
     assert "*" not in evaluate.table("s", results, ["a", "b"])  # one item tells nothing

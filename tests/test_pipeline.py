@@ -45,7 +45,7 @@ def test_table_and_results(unbroken):
         lines = (out / "eval" / "items" / name / "calls.jsonl").read_text(encoding="utf-8").splitlines()
         items = [json.loads(line) for line in lines[1:]]
         assert len(items) == 10 and all({"prompt", "output", "calls", "gold", "verdict", "scores"} <= i.keys() for i in items)
-    assert table.count("a conversation about an API it has never seen") == 3
+    assert table.count("a conversation about an API held out from the corpus") == 3
     constrained = [json.loads(line) for line in (out / "eval" / "items" / "ours" / "calls-constrained.jsonl").open(encoding="utf-8")][1:]
     assert all(name in json.dumps(item["prompt"]) for item in constrained for name, _ in item["calls"] or [])
 
