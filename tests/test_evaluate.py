@@ -2,7 +2,9 @@ import argparse
 import contextlib
 import json
 import re
+import shutil
 import threading
+import time
 from collections import Counter
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -406,6 +408,14 @@ def test_differences_to_the_first_model_are_paired():
     assert sum(results[0]["verdicts"].values()) == pytest.approx(1)
 
 
+def test_totals_of_unlike_items_are_drawn_apart(monkeypatch):
+    """Two parts of as many items in the same order: drawn together, their mean would vary as much as each."""
+    monkeypatch.setitem(evaluate.TOTALS, "s", {"mean": ("x", "y")})
+    found = [{"id": f"{m}{i}", "scores": {m: float(i % 2)}} for m in "xy" for i in range(400)]
+    results = {r["metric"]: r["high"] - r["low"] for r in evaluate.summarise("s", {"a": found}, ["a"])}
+    assert results["mean"] == pytest.approx(results["x"] / 2 ** 0.5, rel=0.1)
+
+
 def test_totals_are_formulas_of_means(monkeypatch):
     """A total's interval comes from the same draws as its parts', and a total whose parts were not all
     measured is left out.
@@ -515,6 +525,34 @@ def test_finished_items_are_kept(tmp_path):
     parrot = Parrot()
     evaluate.play_all("s", episodes(14), parrot, ["another"], tmp_path, args)
     assert sum(parrot.rounds) == 42
+
+
+def test_a_slow_item_does_not_keep_others_from_the_disk(tmp_path):
+    class Slow(Parrot):
+        group, workers = 1, 2
+
+        def reply(self, requests, **options):
+            if requests[0] and "word 0" in str(requests[0]):  # waits until all others are on disk
+                limit = time.time() + 60
+                while len((tmp_path / "s.part0.jsonl").read_text().splitlines()) < 1 + 5 and time.time() < limit:
+                    time.sleep(0.01)
+                assert time.time() < limit
+            return super().reply(requests, **options)
+
+    found = evaluate.play_all("s", episodes(6), Slow(), ["one"], tmp_path, evaluate_args())
+    assert [item["id"] for item in found] == [str(i) for i in range(6)]
+
+
+def test_items_are_of_a_checkpoint_and_its_tokenizer(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    first = evaluate.Local(checkpoint, None, evaluate_args()).identity
+    assert first == evaluate.Local(tmp_path / "other", None, evaluate_args()).identity
+    for name in ("tokenizer.json", "config.json"):
+        path = tmp_path / "other" / name
+        path.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+        changed = evaluate.Local(tmp_path / "other", None, evaluate_args()).identity
+        assert changed != first
+        first = changed
 
 
 def test_ranks_share_out_the_groups(tmp_path, monkeypatch):
