@@ -165,7 +165,8 @@ class RandomTokens:
 def train_once(steps, windows, T, document_mask=True):
     """Lines of metrics of a run of pretrain.py's loop: 4 layers, 256 wide, vocabulary of 4,096, with its defaults for this machine."""
     parser = argparse.ArgumentParser()
-    pretrain.add_training_flags(parser, lr=1e-3)
+    pretrain.add_training_flags(parser)
+    parser.set_defaults(lr=1e-3)
     args = parser.parse_args(["--seq-len", str(T), "--val-windows", "16", "--save-every", "100000", "--val-every", "100000", "--device", "cpu"])
     args.batch_tokens = windows * T
     pretrain.setup(args)
