@@ -88,6 +88,7 @@ from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_met
 VERDICTS = "right wrong abstained unparseable error".split()
 HEADLINE = "name and arguments"  # of calls that have arguments: the first metric of the table
 HELDOUT = "loss choice next calls calls-constrained".split()  # what the suite heldout consists of
+LEGEND = "\n\n* the interval excludes 0. Loss: nats a token, lower is better. The rest: higher is better."
 
 
 def suites():
@@ -102,8 +103,6 @@ def suites():
 def main():
     """Measure the models on the suites and write the report; or serve one, or ask it."""
     args = parse_args()
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if args.serve:
         return serve(args)
     if args.ask is not None:
@@ -134,24 +133,19 @@ def main():
         return
     results = [row for suite in chosen for row in summarise(suite, items[suite], labels)]
     write(out / "results.json", json.dumps(results, indent=1))
-    tables = "\n\n".join(table(suite, results, labels, published) for suite in chosen)
-    tables += ("\n\n* the interval excludes 0. Loss: nats a token, lower is better; "
-               "the rest: shares, higher is better.")
+    tables = "\n\n".join(table(suite, results, labels, published) for suite in chosen) + LEGEND
     print(tables)
     failed = "\n".join(failures(suite, items[suite], labels) for suite in chosen)
     write(out / "report.md", visible(f"# {', '.join(labels)}\n\n{tables}\n\n{failed}"))
     if pyplot:
         draw(results, labels, paths, out, pyplot)
     for item in items.get("calls", {}).get(labels[-1], [])[:3]:
-        prompt = corpus.tokenizer.decode(corpus.tokenizer.render(*item["prompt"], answer=True)[0])
-        heading = f"{labels[-1]}, a conversation about an API held out from the corpus: {item['verdict']}"
-        print(visible(f"\n--- {heading}\n{prompt}{item['output']}"))
+        show_item(item, labels[-1], corpus.tokenizer)
     print(f"\n{time.time() - started:.0f} s; the report is {out}/report.md, every item is in {out}/items")
 
 
 def play(episodes, reply):
-    """The records of episodes [(id, function)] that go on together: what all of them ask in a round is
-    answered by one call of reply.
+    """The records of episodes [(id, function)]; what all ask in a round is answered by one call of reply.
 
     An episode is a generator: it yields (messages, tools) and is sent an Answer, or a list of (context,
     continuation) and is sent their log-likelihoods, and returns its record.
@@ -173,7 +167,7 @@ def play(episodes, reply):
 
 
 def play_all(suite, episodes, model, identity, directory, args):
-    """The records of a suite's episodes, from disk or played now; what is finished is on disk at once.
+    """The records of a suite's episodes, from disk or played now; a finished one is on disk at once.
 
     Episodes are played in groups, which ranks share out: what a batch holds depends on neither the number of
     ranks nor what was done before. Each rank writes a part, and the first joins them.
@@ -201,9 +195,8 @@ def play_all(suite, episodes, model, identity, directory, args):
                     file.flush()
 
             finished = (map if model.workers == 1 else pool.map)(finish, todo)
-            for _ in tqdm(finished, total=len(todo), desc=f"{directory.name}: {suite}", leave=False,
-                          disable=not is_main() or None):
-                pass
+            list(tqdm(finished, f"{directory.name}: {suite}", len(todo), leave=False,
+                      disable=not is_main() or None))
     if not is_main():
         return None
     while unfinished(episodes):  # for the other ranks
@@ -217,8 +210,7 @@ def play_all(suite, episodes, model, identity, directory, args):
 
 
 def check_call(tools, calls, gold, language="python"):
-    """Whether calls are the gold ones in any order, and if not, the nearest miss of KINDS: (bool, kind or
-    None).
+    """Whether calls are the gold ones in any order, and the nearest miss of KINDS: (bool, kind or None).
 
     tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)];
     gold: [{name: {parameter: [acceptable values]}}], where "" among the values lets the parameter be left
@@ -288,29 +280,22 @@ def interval(prefix, draws):
 
 
 def table(suite, results, models, published=()):
-    """A suite's results as a table in Markdown, a row a metric and model, published ones after measured, and
-    no column that would be empty.
-    """
+    """A suite's results as a table in Markdown, a row a metric and model, published ones after measured."""
     rows = [["metric", "n", "model", "score", "95% interval", f"minus {models[0]}, 95% interval", *VERDICTS]]
     of_suite = [r for r in results if r["suite"] == suite]
     of_suite += [r for r in published if r["suite"] == suite.removesuffix("-constrained")]
     for metric in dict.fromkeys(r["metric"] for r in of_suite):
         for i, r in enumerate(r for r in of_suite if r["metric"] == metric):
-            count = f"{r['n']:,}" if "n" in r and not i else ""
-            interval = f"[{r['low']:.3f}, {r['high']:.3f}]" if "n" in r else ""
+            head = ["", ""] if i else [metric, f"{r['n']:,}" if "n" in r else ""]
+            within = f"[{r['low']:.3f}, {r['high']:.3f}]" if "n" in r else ""
             difference = ""
             if "baseline" in r:
                 low, high = r["difference_low"], r["difference_high"]
                 star = " *" * (r["n"] > 1 and (low > 0 or high < 0))
                 difference = f"{r['difference']:+.3f} [{low:+.3f}, {high:+.3f}]{star}"
             shares = [f"{share:.0%}" for share in r.get("verdicts", {}).values()]
-            metric_once = "" if i else metric
-            rows.append([metric_once, count, r["model"], f"{r['score']:.3f}", interval, difference, *shares])
-    columns = [column for column in itertools.zip_longest(*rows, fillvalue="") if any(column[1:])]
-    columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
-    head, *body = [f"| {' | '.join(column[n] for column in columns)} |" for n in range(len(rows))]
-    rule = f"|{'|'.join('-' * (len(column[0]) + 2) for column in columns)}|"
-    return "\n".join([f"### {suite}\n", head, rule, *body])
+            rows.append([*head, r["model"], f"{r['score']:.3f}", within, difference, *shares])
+    return f"### {suite}\n\n{markdown(rows)}"
 
 
 # ============================================================================================================
@@ -366,7 +351,10 @@ def parse_args():
     add("--tools", metavar="FILE",
         help="of --ask: a Python file, whose public functions are the tools and which is not run, or a JSON "
         "list of tools")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # a GPU a rank
+    return args
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2660,6 +2648,24 @@ def resample(values, rng, resamples=2000):
     # How often each row is drawn, (resamples, N).
     counts = rng.multinomial(n, np.full(n, 1 / n), resamples)
     return counts @ values / n
+
+
+def markdown(rows):
+    """A table of texts, the first row its head, in columns of even width; those that would be empty are left
+    out.
+    """
+    columns = [column for column in itertools.zip_longest(*rows, fillvalue="") if any(column[1:])]
+    columns = [[text.ljust(max(map(len, column))) for text in column] for column in columns]
+    head, *body = [f"| {' | '.join(column[n] for column in columns)} |" for n in range(len(rows))]
+    rule = f"|{'|'.join('-' * (len(column[0]) + 2) for column in columns)}|"
+    return "\n".join([head, rule, *body])
+
+
+def show_item(item, model, tokenizer):
+    """Print a conversation as the model read it, and what it wrote."""
+    prompt = tokenizer.decode(tokenizer.render(*item["prompt"], answer=True)[0])
+    heading = f"{model}, a conversation about an API held out from the corpus: {item['verdict']}"
+    print(visible(f"\n--- {heading}\n{prompt}{item['output']}"))
 
 
 def failures(suite, items, models):
