@@ -1,9 +1,8 @@
 """Step 6 of 6: measure models as agents, on APIs held out from the corpus and on the benchmarks of the paper
 (arXiv 2502.06589), and compare them.
 
-In:   checkpoint directories (out/control and out/ours of finetune.py, or --model), or URLs of
-      OpenAI-compatible endpoints; data/corpus for the suite heldout, the benchmarks' own files beneath
-      --data for the others
+In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints;
+      data/corpus for the suite heldout, the benchmarks' own files beneath --data for the others
 Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables,
       and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record an item
 
@@ -129,6 +128,7 @@ def main():
         for suite, episodes in chosen.items():
             identity = [model.identity, corpus.sha256 if suite in HELDOUT else benchmarks, *settings]
             items[suite][label] = play_all(suite, episodes, model, identity, out / "items" / label, args)
+        del model  # before the next is loaded
     if not is_main():
         return
     results = [row for suite in chosen for row in summarise(suite, items[suite], labels)]
@@ -518,6 +518,7 @@ class Local:
             if self.model.config.vocab_size < size:  # it lacks some of the chat format's tokens
                 transformer.grow_vocabulary(self.model, size, self.tokenizer.special_pieces())
         self.model.eval()
+        torch.backends.cuda.enable_cudnn_sdp(False)  # would plan anew for each length of a text
         if other_template(Path(path)):
             tqdm.write(f"{path}: its chat template is not the one used here (ChatML with Hermes calls). To "
                        "measure it in its own, serve it with its own server: --model http://HOST:8000/v1")
@@ -740,7 +741,7 @@ class Constraint:
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
-        for token in logits.argsort(descending=True).tolist():
+        for token in likeliest(logits):
             ids = [*new_ids, token]
             if not self.tokenizer.token_bytes(token):
                 continue
@@ -755,6 +756,13 @@ class Constraint:
     def legal(text, tools, finished):
         """Whether a text is the beginning (or, if finished, the whole) of one or more calls of the tools."""
         return may_become(partial(scan_calls, tools=tools), text, finished)
+
+
+def likeliest(logits):
+    """All ids, from the likeliest on: of the first few, one is nearly always legal."""
+    first = logits.topk(min(64, len(logits))).indices.tolist()
+    yield from first
+    yield from (i for i in logits.argsort(descending=True).tolist() if i not in first)
 
 
 def latin1(text):

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
 # Without it, MKL does not promise that two runs round alike. It costs nothing measurable.
@@ -431,15 +432,27 @@ def document_starts(doc_ids):
 def packed_attention(q, k, v, starts, window=None):
     """Causal attention within each document of packed sequences: none sees another.
 
-    starts (B, T): see document_starts. One fused call a document: on a CPU torch 2.13 has no varlen_attn, and
-    of FlexAttention only the forward pass, a third slower.
+    starts (B, T): see document_starts. On a CPU one fused call a document: there torch 2.13 has no
+    varlen_attn, and of FlexAttention only the forward pass, a third slower.
     """
     B, H, T, D = q.shape
-    bounds = starts.flatten().nonzero()[1:, 0]
+    bounds = starts.flatten().nonzero()[:, 0]  # where each document begins
+    if q.is_cuda and v.dtype != torch.float32:
+        return varlen_attention(q, k, v, bounds, window)
     in_a_row = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))
-    documents = zip(*(x.tensor_split(bounds, 2) for x in in_a_row))
+    documents = zip(*(x.tensor_split(bounds[1:], 2) for x in in_a_row))
     y = torch.cat([causal_attention(*document, window) for document in documents], 2)
     return y.view(H, B, T, D).transpose(0, 1)
+
+
+def varlen_attention(q, k, v, bounds, window):
+    """The same on a GPU, in one call for all documents: FlashAttention with the bounds between them."""
+    B, H, T, D = q.shape
+    bounds = F.pad(bounds, (0, 1), value=B * T).to(q.device, torch.int32, non_blocking=True)
+    q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))       # (B * T, H, D)
+    before = window - 1 if window else -1  # tokens that one sees before itself
+    y = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(before, 0), enable_gqa=True)
+    return y.view(B, T, H, D).transpose(1, 2)
 
 
 def rope_frequencies(config):
@@ -553,6 +566,7 @@ def load(directory, device="cpu", dtype=torch.float32):
             fault = "is unknown to this model"
         raise ValueError(f"{directory}: tensor {name} {fault}")
     model.load_state_dict(tensors, assign=True, strict=False)
+    model.frequencies = model.frequencies.to(device)
     model.tie_weights()
     return model.requires_grad_()
 
@@ -578,7 +592,7 @@ def grow_vocabulary(model, size, pieces):
 
 def write(path, pieces):
     """Write pieces of bytes to a file, which appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.writelines(pieces)
         file.flush()
@@ -671,12 +685,12 @@ def prefill(model, prompts, cache):
         ids = torch.tensor([[i for prompt in prompts for i in prompt]])              # (1, T)
         positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])     # (T,)
     starts = positions == 0
-    rows = starts.cumsum(0) - 1
+    rows, first = starts.cumsum(0) - 1, starts[None].cpu()
 
     def attend(q, k, v, layer):
         for part, x in zip(layer, (k, v)):
             part[rows, :, positions] = x[0].transpose(0, 1)                          # (T, K, D)
-        return packed_attention(q, k, v, starts[None].cpu(), model.config.sliding_window)
+        return packed_attention(q, k, v, first, model.config.sliding_window)
 
     x = model.hidden(ids, positions=positions[None], attend=attend, cache=cache)[0]
     return model.lm_head(x[starts.roll(-1)]).float()  # after the last token of each
@@ -695,7 +709,8 @@ def decode_one_token(model, ids, positions, cache):
     def attend(q, k, v, layer):
         for part, x in zip(layer, (k, v)):
             part[rows, :, positions] = x[:, :, 0]                                    # (B, K, D)
-        return fused_attention(q, *layer, mask)
+        grouped = q.reshape(*k.shape[:2], -1, k.shape[3])  # (B, K, H/K, D): heads of a group see the same
+        return fused_attention(grouped, *layer, mask).reshape(q.shape)
 
     x = model.hidden(ids[:, None], positions=positions[:, None], attend=attend, cache=cache)
     return model.lm_head(x[:, 0]).float()

@@ -307,7 +307,8 @@ def learning_rate(step, steps, args):
 RATES = [(5e8, 2e-4, 2e-3), (3e9, 1e-4, 1e-3), (math.inf, 3e-5, 3e-4)]
 # From a billion parameters on, on GPUs: the sequences and the batch that the largest Llama 3 began with
 # (arXiv 2407.21783, section 3.4). Below, the flags' defaults: an eighth of that batch.
-LARGE = {"seq_len": 4096, "batch_tokens": 2**22, "stage1_tokens": 10**10, "stage2_tokens": 2 * 10**9}
+LARGE = {"seq_len": 4096, "batch_tokens": 2**22, "micro_batch": 1, "save_every": 20,
+         "stage1_tokens": 10**10, "stage2_tokens": 2 * 10**9}
 # On a CPU: 8 sequences a step, so that a million tokens are over a hundred steps.
 ON_CPU = {"seq_len": 1024, "batch_tokens": 2**13, "micro_batch": 4, "val_windows": 8,
           "base_tokens": 1_500_000, "stage1_tokens": 900_000, "stage2_tokens": 600_000}
@@ -649,6 +650,7 @@ def wrap_model(model, args):
         return module
 
     layers = model.model["layers"]
+    model.frequencies = model.frequencies.to(args.device)  # once, not in every step
     if args.compile == "yes":
         for module in layers if args.shard else [model]:
             module.compile()

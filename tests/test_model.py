@@ -1,4 +1,5 @@
 import json
+import math
 import struct
 
 import pytest
@@ -277,6 +278,30 @@ def test_packed_documents_do_not_see_each_other(options, short, monkeypatch):
     assert model(ids, targets) != model(ids, targets, segments)
     apart = [model(ids[row:row + 1, a:b], targets[row:row + 1, a:b]) for row, a, b in ((0, 0, 8), (0, 8, 20), (1, 0, 3), (1, 3, 13), (1, 13, 20))]
     torch.testing.assert_close(model(ids, targets, segments), sum(apart))
+
+
+def varlen_by_hand(q, k, v, bounds_q, bounds_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch's documentation says of varlen_attn, a sequence at a time: it runs on a GPU alone."""
+    assert torch.equal(bounds_q, bounds_k) and bounds_q.dtype == torch.int32 and enable_gqa and bounds_q[-1] == len(q)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    done = []
+    for a, b in zip(bounds_q.tolist(), bounds_q.tolist()[1:]):
+        assert b - a <= min(max_q, max_k)
+        i, j = torch.arange(b - a)[:, None], torch.arange(b - a)
+        left, right = window_size
+        seen = (j <= i + right) & ((j >= i - left) | (left < 0))
+        scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) * q.shape[2] ** -0.5
+        done.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -math.inf).softmax(-1), v[a:b]))
+    return torch.cat(done)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_one_call_for_all_documents_is_a_call_for_each(monkeypatch, window):
+    monkeypatch.setattr(transformer, "varlen_attn", varlen_by_hand)
+    q, k, v = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
+    starts = transformer.document_starts(torch.tensor([[0] * 5 + [1] * 7, [3] * 1 + [4] * 11]))
+    together = transformer.varlen_attention(q, k, v, starts.flatten().nonzero()[:, 0], window)
+    torch.testing.assert_close(together, transformer.packed_attention(q, k, v, starts, window))
 
 
 def test_attention_in_blocks_equals_a_banded_mask():
