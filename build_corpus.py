@@ -79,7 +79,8 @@ def main():
     for name in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above"):
         options[name] = getattr(args, name)
     manifest = attempt(read_json, out / "manifest.json")  # a text if there is none
-    if isinstance(manifest, dict) and manifest["options"] == options:
+    whole = isinstance(attempt(Corpus, out), Corpus)
+    if whole and manifest["options"] == options:
         print(f"{out} is up to date")
         return report(manifest, time.time() - started)
     (out / "work").mkdir(parents=True, exist_ok=True)
@@ -151,6 +152,8 @@ def drop_duplicates(documents, args):
     _, first, value = np.unique(documents.digest[best], return_index=True, return_inverse=True)
     copy_of[best] = best[first[value]]
     documents.drop(copy_of != np.arange(len(documents)), "duplicate")
+    for j in np.flatnonzero(about_apis & ~documents.kept):
+        documents.copies_apis[int(copy_of[j])].update(documents[j].apis)
     path, best = documents.file("pairs.npz", threshold), best[documents.kept[best]]
     run_jobs(find_pairs, [(path, documents, best, threshold)], 0, "look for near duplicates")
     pairs = np.load(path)["pairs"]
@@ -162,9 +165,12 @@ def drop_duplicates(documents, args):
         if not reason[i] and not reason[j]:
             documents.drop(j, "near duplicate")
             copy_of[j] = i
-    for j in np.flatnonzero(about_apis & ~documents.kept):
-        kept = copy_of[copy_of[j]]  # a document may equal one that resembles another
-        documents.copies_apis[int(kept)].update(documents[j].apis)
+    kept = documents.kept
+    for pair in pairs[similar].tolist():  # a document that is dropped may resemble several that are kept
+        for gone, other in (pair, pair[::-1]):
+            if kept[other] and not kept[gone]:
+                named = documents[gone].apis if about_apis[gone] else []
+                documents.copies_apis[other].update(named, documents.copies_apis.get(gone, ()))
 
 
 def drop_contaminated(documents, args):
@@ -446,7 +452,7 @@ SECRETS = {
     "SLACK_TOKEN": ("xox", r"\bxox[abprs]-[0-9]{8,}-[\w-]{10,}"),
     "API_KEY": ("sk", r"\b(?:sk-(?:proj-|ant-)?(?=\w*\d)[\w-]{32,}|sk_live_\w{24,})"),
     "HF_TOKEN": ("hf_", r"\bhf_(?=\w*\d)[A-Za-z0-9]{30,}\b"),
-    "JWT": ("eyJ", r"\beyJ[\w-]{15,}\.eyJ[\w-]{15,}\.[\w-]{20,}"),
+    "JWT": ("eyJ", r"\beyJ[\w-]{15,2000}\.eyJ[\w-]{15,10000}\.[\w-]{20,}"),
 }
 # Lines of web pages that say nothing, dropped from prose, by what is looked for first.
 BOILERPLATE = {
@@ -506,6 +512,7 @@ def clean_piece(path, piece):
 
 def read_records(piece, rejected):
     """Yields the records in the lines of a piece. A line that holds none is named, and joins the rejected."""
+    counted, number = 0, 1  # bytes before which lines were counted, and the number of the line after them
     with open(piece.shard, "rb") as file:
         if piece.start:
             file.seek(piece.start - 1)
@@ -515,14 +522,28 @@ def read_records(piece, rejected):
                 record = Record.from_json(line.decode("utf-8", "replace").removesuffix("\n"))
                 if piece.pool and record.text is None:
                     raise ValueError("a conversation has no place in a pool")
+                if attempt(well_formed, record) is not True:
+                    raise ValueError("not in the form of a record")
             except ValueError as error:
-                file.seek(0)
-                number = file.read(at).count(b"\n") + 1
-                file.readline()
+                following = file.tell()
+                file.seek(counted)
+                number += file.read(at - counted).count(b"\n")
+                counted = at
+                file.seek(following)
                 print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
                 rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
             else:
                 yield record
+
+
+def well_formed(record):
+    """Whether the parts that later steps read are of their types, which collect.py sees to."""
+    messages = record.messages or []
+    calls = [call["function"] for m in messages for call in m.get("tool_calls") or []]
+    return (all(isinstance(api, str) for api in record.apis)
+            and all(isinstance(m["role"], str) and isinstance(m.get("content") or "", str) for m in messages)
+            and all(isinstance(json.loads(call["arguments"]), dict) for call in calls)
+            and all(isinstance(tool["function"]["name"], str) for tool in record.tools or []))
 
 
 def index_key(name):
@@ -1071,7 +1092,8 @@ def mention_finder(names):
     def in_run(run):
         return any(run[m.start():m.start() + n] in names for m in starts.finditer(run) for n in lengths)
 
-    return lambda text: any(in_run(run) for run in set(re.findall(r"[\w.]*\w\.[\w.]+", text)))
+    runs = re.compile(r"(?<![\w.-])[\w.-]*\w\.[\w.-]+")
+    return lambda text: any(in_run(run) for run in set(runs.findall(text)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1586,6 +1608,8 @@ def assemble(out, documents, heldout_apis, tokenizer):
     for path in documents.work.iterdir():  # of other inputs and options
         if key_of(path) not in USED:
             path.unlink()
+    for path in [*out.glob("*.tmp"), *documents.work.glob("*.tmp")]:  # of processes that were killed
+        path.unlink()
     counts = {bin: files[f"{bin}.train.bin"]["tokens"] for bin in BINS}
     total = max(1, sum(counts.values()))
     return {
@@ -1669,9 +1693,7 @@ class Corpus:
             if not status or found[name] != known.get(name) and attempt(sha256, path) != expected:
                 raise ValueError(f"{path}: missing or changed. Run `python build_corpus.py` again")
         if found != known and os.access(self.directory, os.W_OK):
-            own = notes.with_suffix(f".{os.getpid()}")  # other processes may be writing theirs
-            write(own, json.dumps(found))
-            own.replace(notes)
+            write(notes, json.dumps(found))
 
     def read(self, domain, split, suffix="bin"):
         """Token ids ("bin"), document starts and the end ("idx") or loss mask ("mask"), as a memory map."""
@@ -1691,7 +1713,7 @@ def write(path, content=(), **arrays):
     """Write a text, bytes, several of them, an array or, by name, several (in numpy's formats); the file
     appears whole or not at all.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")  # ranks may write the same
     with open(temporary, "wb") as file:
         if arrays:
             np.savez(file, **arrays)

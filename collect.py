@@ -603,7 +603,7 @@ def unit_hash(name):
     threshold, and synthesise() draws the tools of one conversation from neighbours, which so fall on the same
     side.
     """
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "big") / 2**48
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "replace")).digest()[:6], "big") / 2**48
 
 
 def chat_message(role, content="", calls=None):

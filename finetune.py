@@ -34,7 +34,7 @@ from build_corpus import Tokenizer, coloured, write
 from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
 from pretrain import (ON_CPU, add_flags, add_training_flags, count_parameters, held_out_windows, is_main,
                       load_checkpoint, meta_model, number, open_corpus, plan_windows, rates_for, report,
-                      settle_options, setup, train, training_options, with_defaults)
+                      settle_options, setup, train, training_options, weights_of, with_defaults)
 
 ALL = "q,k,v,o,gate,up,down"  # the projections of a layer
 PROJECTIONS = [f"{name}_proj" for name in ALL.split(",")]
@@ -81,7 +81,7 @@ def tune(run, init, corpus, args):
     get_batch = packed_batches(corpus, "train", order, batch_size, args)
     held_out = held_out_windows(corpus, args, document_mask=True) | held_out_conversations(corpus, args)
     options = {
-        "init": str(init), "steps": steps,
+        "init": str(init), "begins": weights_of(init), "steps": steps,
         "lora": [args.lora_rank, args.lora_projections] if args.lora_rank else None,
         "learned": [args.last_turn, args.thoughts], "mix": args.mix,
     } | training_options(corpus, args)
@@ -215,7 +215,8 @@ def suited(args):
     base = Path(args.init or Path(args.out) / "control-stage2")
     if not (base / "config.json").exists() or (size := count_parameters(meta_model(base))) <= TINY:
         return FOR_TINY
-    batch = ON_CPU if args.device == "cpu" else {"batch_tokens": 2**17}
+    batch = {"batch_tokens": 2**17, "micro_batch": 1 if size >= 1e9 else 16}
+    batch = ON_CPU if args.device == "cpu" else batch
     return batch | {"seq_len": 768, "lr": rates_for(size)[0]}
 
 
@@ -242,7 +243,9 @@ class ChatFiles:
         for file in files:
             for record in read_chats(Path(file)):
                 ids, mask = self.tokenizer.render(record.messages, record.tools)
-                split = "heldout" if unit_hash(json.dumps(record.messages)) < KEPT_BACK else "train"
+                # By the first request: a log may hold a conversation again with its next turn.
+                asked = next((m["content"] or "" for m in record.messages if m["role"] == "user"), "")
+                split = "heldout" if unit_hash(asked) < KEPT_BACK else "train"
                 parts[split].append(np.array([[*ids, self.tokenizer.end_of_text], [*mask, 0]], np.uint32))
         self.arrays = {}
         for split, pairs in parts.items():
@@ -297,11 +300,13 @@ def window_order(windows, mix, count, seed):
 
 
 def held_out_conversations(corpus, args):
-    """{"instruction": (ids, targets, doc_ids)} of the first windows of conversations that no step trains on;
-    nothing if there are none.
+    """{"instruction": (ids, targets, doc_ids)} of windows of conversations that no step trains on, some of
+    them at random; nothing if there are none.
     """
     count = len(read_starts(corpus, "heldout")) - 1
-    windows = pack(corpus, "heldout", np.arange(count), args.seq_len)[0][:args.val_windows]
+    windows = pack(corpus, "heldout", np.arange(count), args.seq_len)[0]  # those of long ones come first
+    chosen = np.random.default_rng(0).permutation(len(windows))[:args.val_windows]
+    windows = [windows[i] for i in chosen]
     batch = packed_batches(corpus, "heldout", windows, len(windows), args)(0, range(len(windows)))
     return {"instruction": batch} if (batch[1] >= 0).any() else {}
 

@@ -592,7 +592,7 @@ def grow_vocabulary(model, size, pieces):
 
 def write(path, pieces):
     """Write pieces of bytes to a file, which appears whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         file.writelines(pieces)
         file.flush()

@@ -44,6 +44,7 @@ import threading
 import time
 import timeit
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,8 +129,9 @@ def pretrain(name, init, weights, tokens, corpus, args):
     get_batch, epochs = window_batches(corpus, weights, steps * batch_size, args.seq_len, batch_size, seed,
                                        args.practice, mask)
     run = Path(args.out) / name
-    options = {"init": str(init), "weights": weights, "steps": steps, "preset": args.preset,
-               "document_mask": mask, "practice": args.practice} | training_options(corpus, args)
+    options = {"init": str(init), "begins": weights_of(init), "weights": weights, "steps": steps,
+               "preset": args.preset, "document_mask": mask,
+               "practice": args.practice} | training_options(corpus, args)
 
     def make_model():
         return load_checkpoint(init, corpus, dtype=None) if init else fresh_model(corpus, args)
@@ -765,6 +767,12 @@ def training_options(corpus, args):
              "dtype", "compile")
     return {"corpus": corpus.sha256, "tokenizer": corpus.manifest["tokenizer_sha256"],
             **{name: getattr(args, name) for name in names}}
+
+
+def weights_of(init):
+    """What tells the weights in a directory from others: the beginnings of their files hold checksums."""
+    files = sorted(Path(init).glob("*.safetensors")) if init else []
+    return [zlib.crc32(np.fromfile(file, np.uint8, 4096)) for file in files]
 
 
 def settle_options(run, options):
