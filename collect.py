@@ -488,7 +488,8 @@ def web_unit(kind, value, args):
         fail(f"{kind}:{value}: not an http or https address")
     function, _, options = (url_records, None, ()) if kind == "openapi" else sources()[kind]
     options = [getattr(args, name) for name in options]
-    prefix = f"{kind}.{identifier(value)}-{fingerprint(None, value)}-"
+    shown = value if kind == "hf" else canonical(value).partition("?")[0]  # no password, no key
+    prefix = f"{kind}.{identifier(shown)}-{fingerprint(None, value)}-"
     return [Unit(f"{prefix}{fingerprint(args, *options)}.jsonl", 1e9, function, (value, args))], [prefix]
 
 
@@ -529,7 +530,7 @@ def file_records(kind, files, args):
             yield from sources()[kind][0](path, name, args.license or license, args)
         except (ValueError, OSError) as error:
             yield rejection(name, "", str(error))
-        except (TypeError, AttributeError, LookupError) as error:  # files in the wild hold anything
+        except (TypeError, AttributeError, LookupError, RecursionError) as error:  # files hold anything
             yield rejection(name, "", repr(error))
 
 
@@ -541,7 +542,8 @@ def rejection(file, line, reason):
 def fingerprint(args, *parts):
     """A short hash of what a file of records depends on; the options on licences are always among it."""
     licenses = (args.license, args.only_license, args.exclude_license) if args else ()
-    return hashlib.sha256(json.dumps([licenses, *parts], default=str).encode()).hexdigest()[:8]
+    as_text = lambda value: getattr(value, "pattern", None) or str(value)  # str() would cut a pattern off
+    return hashlib.sha256(json.dumps([licenses, *parts], default=as_text).encode()).hexdigest()[:8]
 
 
 def wanted(license, args):
@@ -587,8 +589,9 @@ def nearby_license(directory, root):
     for path in sorted(directory.iterdir()):
         if re.match(r"(?i)(un)?licen[cs]e|copying", path.name) and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
-            known = (name for name, pattern in LICENSES.items() if re.search(pattern, text, re.I))
-            return next(known, f"see {path.name}")
+            found = {name: re.search(pattern, text, re.I) for name, pattern in LICENSES.items()}
+            starts = {name: match.start() for name, match in found.items() if match}  # others it may mention
+            return min(starts, key=starts.get, default=f"see {path.name}")
     return nearby_license(directory.parent, root) if directory != root else "unknown"
 
 
@@ -686,7 +689,7 @@ def describe_package(name, version, license, description, top_level, roots, buil
                 else sorted(root.glob(module + ".*"))
             )
             for path in paths:
-                if path.suffix not in (".py", ".so", ".pyd"):
+                if path.suffix not in (".py", ".so", ".pyd") or not path.is_file():
                     continue
                 parts = list(path.relative_to(root).parts)
                 parts[-1] = parts[-1].split(".")[0]
@@ -2068,6 +2071,7 @@ def introspect(package, timeout):
     } | {
         "PATH": os.defpath,
         "PYTHONHASHSEED": "0",
+        "PYTHONSAFEPATH": "1",  # an installed package may have the name of a file beside this one
         "MPLBACKEND": "Agg",
         "BROWSER": "true",
         "QT_QPA_PLATFORM": "offscreen",
@@ -4406,7 +4410,7 @@ def canonical(url, base=""):
         return ""
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
     path = re.sub("%2e", ".", parts.path, flags=re.I)
-    path = urllib.parse.urljoin("/", path) or "/"  # without dot segments
+    path = urllib.parse.urljoin("/", "/" + path.lstrip("/"))  # without dot segments
     rest = path + (f"?{parts.query}" if parts.query else "")
     return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
 
@@ -4622,7 +4626,7 @@ NO_TEXT = re.compile(r"<!--.*?(?:-->|\Z)|<[!?][^<>]*>|<(script|style)\b.*?(?:</\
 HIDDEN = re.compile(r"<(title|nav|header|footer|noscript|template|svg|iframe|button|select)\b"
                     r".*?(?:</\1\b[^<>]*>|\Z)", re.S | re.I)
 CODE = re.compile(r"<pre\b[^<>]*>(.*?)(?:</pre\b[^<>]*>|\Z)", re.S | re.I)
-TAG = re.compile(r"""<(/?)([a-z][^\s/<>]*)((?:[^<>"']|"[^"<]*"|'[^'<]*')*+|[^<>]*)>""", re.I)
+TAG = re.compile(r"""<(/?)([a-z][^\s/<>]*+)((?:[^<>"']|"[^"<]*"|'[^'<]*')*+|[^<>]*)>""", re.I)
 ATTRIBUTE = re.compile(r"""([^\s=<>"'/]+)(?:\s*=\s*("[^"]*"|'[^']*'|[^\s>]*))?""")
 MARKS = {**dict.fromkeys("br div ul ol dl dt dd tr figure figcaption details summary address".split(), "\n"),
          **dict.fromkeys("p hr table blockquote section article main body".split(), "\n\n"),
@@ -4670,13 +4674,15 @@ def robot_rules(text):
     returns ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us,
     or else for all.
     """
-    groups, current, begun = {}, [], False  # {agent: [rules, delay]}; those that a line is for
+    groups, current, begun = {}, [], False  # {agent: [rules, delay]}, of us and of all; whom a line is for
     for line in text.splitlines():
         key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         key = key.lower()
         if key == "user-agent":
-            group = groups.setdefault(value.lower(), [[], 0])
-            current, begun = ([] if begun else current) + [group], False
+            current, begun = [] if begun else current, False
+            if value.lower() in (AGENT, "*"):
+                group = groups.setdefault(value.lower(), [[], 0])
+                current += [group] * all(group is not other for other in current)
         elif key in ("allow", "disallow"):
             begun = True
             glob = re.sub(r"[?[]", r"[\g<0>]", value) + "*"
@@ -4742,7 +4748,11 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             troubles += error.status in RETRIED
             yield rejection(address, "", str(error))
             continue
-        title, text, found = html_to_text(page.text.replace("\0", ""))
+        try:
+            title, text, found = html_to_text(page.text.replace("\0", ""))
+        except ValueError as error:  # such as a character of 5,000 digits
+            yield rejection(address, "", str(error))
+            continue
         base = canonical([*found["base"], ""][0], page.url) or page.url
         name = canonical([*found["canonical"], page.url][0], base)
         name = name if host_of(name) == host else page.url
@@ -4756,7 +4766,7 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             domain, apis = "api_doc" if found["api"] else "text", sorted(set(found["api"]))
             text = f"{title}\n\n{text}".strip()
             yield Record(f"crawl:{name}", domain, f"crawl:{host}", stated, apis, text, url=name)
-        seen[name] = True
+            seen[name] = True
         follows = level < depth and not re.search(r"\b(nofollow|none)\b", robots)
         for link in found["a"] if follows else ():
             link = canonical(link, base)
@@ -4779,7 +4789,8 @@ def url_records(url, args):
         body = web_client(args, max_bytes=MAX_SPEC).get(url).body
         path = Path(folder) / (identifier(url) + (".json" if body.lstrip()[:1] == b"{" else ".yaml"))
         path.write_bytes(body)
-        yield from openapi_records(path, url, args.license or "unknown", args)
+        shown = canonical(url).partition("?")[0]  # no password, no key
+        yield from openapi_records(path, shown, args.license or "unknown", args)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6409,8 +6420,10 @@ def ask_endpoint(url, body, timeout, retries, backoff):
 
 def remove_stale(out, prefixes, units):
     """Delete files of inputs that were removed or have changed."""
+    # After python.NAME- comes a fingerprint, or the file is of another package, NAME-MORE.
+    stale = re.compile("|".join(re.escape(p) + r"[0-9a-f]{8}\." * p.endswith("-") for p in prefixes))
     for path in [*out.glob("*.jsonl*"), *out.glob("rejected/*.jsonl*"), *out.glob("tools/*.jsonl*")]:
-        if path.name.startswith(tuple(prefixes)) and path.name not in units:
+        if stale.match(path.name) and path.name not in units:
             path.unlink()
 
 
