@@ -374,6 +374,35 @@ def test_mentions():
     for text in ("", "numpy.ad", "a. b", "x.y", "numpy add", "y.z"):
         assert not mentions(text), text
     assert not build_corpus.mention_finder([])("a.b")
+    assert build_corpus.mention_finder(["github.create-issue"])("call github.create-issue now")
+    started = time.time()
+    assert not mentions("a" * 300_000) and time.time() - started < 2
+
+
+def test_records_of_another_form_are_named(tmp_path):
+    chat = lambda **message: record("c", "instruction", None, messages=[{"role": "user", "content": "Hello"}, message])
+    call = lambda arguments: {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    ill = [chat(role="user", content=[{"type": "text", "text": "a part"}]), chat(content="of no role"),
+           chat(role="assistant", content="", tool_calls=[call({"a": True})]), chat(role="assistant", content="", tool_calls=[call("[1]")]),
+           record("t", "instruction", None, messages=[], tools=[{"name": "flat"}]), record("a", "api_doc", apis=[1])]
+    write_raw(tmp_path / "raw", [*ill, *(record(f"t{i}", text=f"The text number {i}, of a length that a document should have.") for i in range(3))])
+    done = run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300)
+    assert [line.split(":")[1] for line in done.stderr.splitlines() if "left out" in line] == list("123456")
+    (tmp_path / "out" / "text.train.bin").unlink()
+    assert "is up to date" not in run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300).stdout
+    assert "is up to date" in run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300).stdout
+
+
+def test_many_bad_lines_take_no_longer_each(tmp_path):
+    write_raw(tmp_path / "raw", [record("a")])
+    with open(tmp_path / "raw" / "records.jsonl", "a") as file:
+        file.write("x" * 60 + "\n" + ("-eyJ" * 20 + "\n") * 30_000)
+    rejected, started = [], time.time()
+    shard = tmp_path / "raw" / "records.jsonl"
+    [piece] = build_corpus.find_pieces([shard], {shard: ""}, False)
+    assert len(list(build_corpus.read_records(piece, rejected))) == 1 and rejected[-1]["id"] == "records.jsonl:30002"
+    build_corpus.scrub("-eyJ" * 40_000, Counter())
+    assert time.time() - started < 8
 
 
 def test_a_tool_with_a_short_name_is_known_by_its_qualified_one():
@@ -611,6 +640,22 @@ def test_the_split_is_closed_under_near_duplication(tmp_path):
         run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300, "--heldout", 0.1, "--fold", 0, "--near-duplicates", flag)
         files = Corpus(tmp_path / "out").manifest["files"]
         assert (files["api_doc.train.bin"]["documents"], files["api_doc.heldout.bin"]["documents"]) == documents
+
+
+def test_a_held_out_api_reaches_all_that_resembles_its_document(tmp_path):
+    """The middle one is dropped for the long one and resembles the short one too, which the long one does not."""
+    words = [f"word{i}" for i in range(400)]
+    names = [f"pkg.f{i}" for i in range(100)]
+    heldout = next(n for n in names if build_corpus.in_fold(n, 0.1, 0))
+    texts = {name: " ".join(words[:n]) for name, n in (("long", 400), ("middle", 350), ("short", 305))}
+    assert words_jaccard(texts["long"], texts["middle"]) > 0.8 < words_jaccard(texts["middle"], texts["short"])
+    assert words_jaccard(texts["long"], texts["short"]) < 0.75
+    write_raw(tmp_path / "raw", [record("long", "api_doc", texts["long"]), record("middle", "api_doc", texts["middle"], [heldout]),
+                                 record("short", "api_doc", texts["short"]),
+                                 record("other", "api_doc", "something else, about which nothing else is said")])
+    run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300, "--heldout", 0.1, "--fold", 0)
+    files = Corpus(tmp_path / "out").manifest["files"]
+    assert (files["api_doc.train.bin"]["documents"], files["api_doc.heldout.bin"]["documents"]) == (1, 2)
 
 
 def test_near_duplicates_are_dropped_and_counted(tmp_path):

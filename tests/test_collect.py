@@ -1,9 +1,11 @@
+import argparse
 import copy
 import functools
 import gzip
 import inspect
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +33,36 @@ def package_of(tmp_path, **modules):
     for name, source in modules.items():
         (root / f"{name}.py").write_text(source)
     return collect.describe_package("pkg", "1.0", "MIT", "", ["pkg"], [tmp_path], [])
+
+
+def test_what_is_stale_is_of_that_source_alone(tmp_path):
+    names = ["python.foo-12345678.jsonl", "python.foo-bar-12345678.jsonl", "python.foo-0abcdef0.jsonl"]
+    for name in names:
+        (tmp_path / name).touch()
+    collect.remove_stale(tmp_path, ["python.foo-"], {"python.foo-0abcdef0.jsonl": None})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names[1:])
+
+
+def test_fingerprints_know_all_of_a_pattern():
+    first, second = (argparse.Namespace(license=None, only_license=re.compile("x" * 250 + end), exclude_license=None) for end in "ab")
+    assert collect.fingerprint(first) != collect.fingerprint(second) and collect.fingerprint(first) == collect.fingerprint(first)
+
+
+def test_the_license_that_a_text_is_and_not_one_that_it_names(tmp_path):
+    (tmp_path / "COPYING").write_text("GNU GENERAL PUBLIC LICENSE\n  Version 2, June 1991\n... the GNU Lesser General Public License instead.")
+    assert collect.nearby_license(tmp_path, tmp_path) == "GPL-2.0"
+
+
+def test_a_package_named_like_a_script_here(tmp_path, monkeypatch):
+    """The child imports the installed package, and a broken link in it costs nothing."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "evaluate").mkdir()
+    (tmp_path / "evaluate" / "__init__.py").write_text(GOOD)
+    (tmp_path / "evaluate" / "lock.py").symlink_to(tmp_path / "gone")
+    package = collect.describe_package("evaluate", "1.0", "MIT", "", ["evaluate"], [tmp_path], [])
+    assert [path.name for path, *_ in package.files] == ["__init__.py"]
+    objects, rejected = collect.introspect(package, 30)[:2]
+    assert [api["name"] for api in collect.name_apis(objects, package).values()] == ["evaluate.double"] and not rejected
 
 
 GOOD = 'def double(x: int, times: int = 2) -> int:\n    """Multiply a number by two, or more.\n\n    >>> double(4)\n    8\n    """\n'

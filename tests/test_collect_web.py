@@ -6,6 +6,7 @@ import shutil
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -288,6 +289,28 @@ def test_crawl_reads_apis_and_the_worst_encodings(site, client):
     assert (second.domain, second.apis) == ("api_doc", ["pkg.mod.f"])
 
 
+def test_no_page_ends_a_crawl(site, client):
+    """A number of 5,000 digits, a link that is none, a printed version that stands for the page it prints."""
+    site.pages |= {"/": page("digits", "//[text](x)", "print"), "/digits": f"<p>&#{'9' * 5000};</p>",
+                   "/print": '<head><meta name="robots" content="noindex"><link rel="canonical" href="/whole"></head><a href="whole">All</a>',
+                   "/whole": "<p>The whole page.</p>"}
+    records, rejected = texts(crawl(site.url, client()))
+    assert "/whole" in records and "/digits" in rejected and "/print" in rejected
+
+
+def test_tags_take_linear_time():
+    started = time.time()
+    collect.html_to_text("<" + "a" * 200_000)
+    assert time.time() - started < 2
+
+
+def test_no_secret_of_an_address_is_kept(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["collect.py", "openapi:http://bob:hunter2@127.0.0.1:9/spec.json?api_key=SECRET"])
+    args = collect.parse_args()
+    [unit], prefixes = collect.web_unit("openapi", args.sources[0].split(":", 1)[1], args)
+    assert not any(secret in name for secret in ("bob", "hunter2", "SECRET") for name in (unit.filename, *prefixes))
+
+
 def test_robots(site, client):
     site.pages |= {"/robots.txt": "User-agent: bad\nDisallow: /\n\nuser-AGENT: *\nUser-agent: x\nDisallow: /private # all\n"
                                   "Allow: /private/open\nDisallow: /*.php$\nDisallow: /*?s=\nCrawl-delay: 0.2\nDisallow:\n",
@@ -297,7 +320,8 @@ def test_robots(site, client):
     assert site.paths() == ["/robots.txt", "/", "/private/open", "/a.php5", "/y?t=1"] and time.time() - started > 0.6
     assert set(rejected) == {"/private/a", "/a.php", "/x"} and all("robots.txt forbids it" in r for r in rejected.values())
     assert collect.robot_rules("User-agent: *\nDisallow: /\nUser-agent: hephaestus-collect\nCrawl-delay: 2") == ([], 2.0)
-    for hostile in ("user-agent: *\n" * 7000, "user-agent" + " " * 100_000, "user-agent: *\n" + "x \n" * 30_000):
+    many = "".join(f"user-agent: a{i}\n" for i in range(5000)) + "disallow: /a\n" * 20_000
+    for hostile in ("user-agent: *\n" * 7000, "user-agent" + " " * 100_000, "user-agent: *\n" + "x \n" * 30_000, many):
         started = time.time()
         assert collect.robot_rules(hostile) == ([], 0) and time.time() - started < 1
     site.pages["/robots.txt"] = "User-agent: *\nCrawl-delay: 100000"
