@@ -741,7 +741,7 @@ class Constraint:
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
-        for token in likeliest(logits):
+        for token in logits.argsort(descending=True).tolist():
             ids = [*new_ids, token]
             if not self.tokenizer.token_bytes(token):
                 continue
@@ -756,13 +756,6 @@ class Constraint:
     def legal(text, tools, finished):
         """Whether a text is the beginning (or, if finished, the whole) of one or more calls of the tools."""
         return may_become(partial(scan_calls, tools=tools), text, finished)
-
-
-def likeliest(logits):
-    """All ids, from the likeliest on: of the first few, one is nearly always legal."""
-    first = logits.topk(min(64, len(logits))).indices.tolist()
-    yield from first
-    yield from (i for i in logits.argsort(descending=True).tolist() if i not in first)
 
 
 def latin1(text):

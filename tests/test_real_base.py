@@ -53,10 +53,10 @@ def test_a_real_base_as_transformers_reads_it(base, tmp_path):
     assert all(reference.convert_tokens_to_ids(token) == tokenizer.special[token] for token in SPECIAL_TOKENS)
 
 
-TRAIN = ["--batch-tokens", 512, "--seq-len", 512, "--val-windows", 1, "--device", "cpu", "--compile", "no"]
+TRAIN = ["--batch-tokens", 1024, "--seq-len", 512, "--val-windows", 1, "--device", "cpu", "--compile", "no"]
 FORECAST = {"type": "function", "function": {
     "name": "forecast", "description": "The weather of the coming days.", "parameters": {
-        "type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+        "type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}, "days": {"type": "integer", "enum": [1, 2, 3]}},
         "required": ["city"]}}}
 
 
@@ -66,17 +66,16 @@ def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     run("build_corpus.py", "--raw", small_raw, "--tokenizer", base, "--out", corpus)
     there = ["--corpus", corpus, "--out", out]
-    budget = ["--stage1-tokens", "1e3", "--stage2-tokens", "1e3"]
+    budget = ["--stage1-tokens", "2e3", "--stage2-tokens", "2e3"]
     trained = run("pretrain.py", *there, "--init", base, *budget, *TRAIN, timeout=600).stdout
     assert all(name in trained for name in ("stage1", "stage2", "control-stage1", "control-stage2"))
-    run("finetune.py", *there, "--tokens", "1e3", *TRAIN, timeout=600)
+    run("finetune.py", *there, "--tokens", "2e3", *TRAIN, timeout=600)
     lora = ["--init", out / "stage2", "--name", "lora", "--lora-rank", 4]
-    run("finetune.py", *there, "--tokens", "1e3", *TRAIN, *lora)
+    run("finetune.py", *there, "--tokens", "2e3", *TRAIN, *lora)
     models = ["--model", base, *(out / name for name in ("control", "ours", "lora"))]
     brief = ["--limit", 2, "--seq-len", 512, "--max-tokens", 8, "--device", "cpu"]
     table = run("evaluate.py", *there, *models, *brief, timeout=600).stdout
     assert all(f"| {name} " in table for name in ("control", "ours", "lora"))
-    assert f"{base}: its chat template is not the one used here" in table
     results = json.loads((out / "eval" / "results.json").read_text())
     assert {r["metric"] for r in results} >= {"loss api_doc", "loss code", "name and arguments"}
     _, info = AutoModelForCausalLM.from_pretrained(out / "lora", output_loading_info=True)
@@ -87,7 +86,7 @@ def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
         url = server.stdout.readline().split()[3]
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             question = {"model": "ours", "messages": [{"role": "user", "content": "Paris, the next 3 days?"}]}
-            question |= {"tools": [FORECAST], "tool_choice": "required", "temperature": 0}
+            question |= {"tools": [FORECAST], "tool_choice": "required", "temperature": 0, "parallel_tool_calls": False}
             made = client.chat.completions.create(**question)
     finally:
         server.terminate()
