@@ -50,7 +50,7 @@ import tiktoken
 from tqdm import tqdm
 
 from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, list_or_none, python_calls,
-                     read_values, run_main, unit_hash)
+                     read_values, run_main, unit_hash, visible)
 
 SPLITS = ("train", "heldout")
 BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
@@ -1771,7 +1771,7 @@ def show(args):
         corpus = Corpus(args.out)
     except ValueError as error:
         fail(error)
-    files, decode = corpus.manifest["files"], corpus.tokenizer.decode
+    files = corpus.manifest["files"]
     present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):
         name = bin, split = present[k % len(present)]
@@ -1779,7 +1779,7 @@ def show(args):
         number = k // len(present) * 7919 % (len(starts) - 1)  # a prime, to come around
         a, b = starts[number:number + 2].tolist()
         ids, mask = corpus.read(*name)[a:b].tolist(), [0] * (b - a)
-        text = decode(ids[:-1])
+        text = corpus.tokenizer.decode(ids[:-1])
         measured = measure(text, shingle_hashes([text])[0])
         scores = [f"{name} {value:,.2f}" for name, value in measured.items()]
         if bin == "instruction":
@@ -1789,18 +1789,23 @@ def show(args):
             scores.append(f"probability {corpus.read(*name, 'score')[number]:.3f}")
         print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, "
               f"{len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
-        print("".join(coloured(decode([i]), n, mask[n]) for n, i in enumerate(ids)) + "\n")
+        print_tokens(corpus.tokenizer, ids, mask)
 
 
-def coloured(token, n, target):
-    """A token for a terminal; without one, or with NO_COLOR, tokens have a bar between them, and two
-    after target tokens.
+def print_tokens(tokenizer, ids, targets):
+    """Print tokens in two shades by turns, those that are targets in green. Without a terminal, or with
+    NO_COLOR, each has a bar behind it, and two if it is a target.
     """
-    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
-        return token + ("‖" if target else "|")
-    style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
-    lines = token.split("\n")  # a background that goes over a line's end would fill the screen
-    return "\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in lines)
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    for n, (i, target) in enumerate(zip(ids, targets)):
+        token = visible(tokenizer.decode([int(i)]))
+        if plain:
+            print(token, end="‖" if target else "|")
+            continue
+        style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
+        lines = token.split("\n")  # a background that goes over a line's end would fill the screen
+        print("\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in lines), end="")
+    print()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import model as transformer
-from build_corpus import CHAT_TEMPLATE, Tokenizer, coloured, is_main, read_json, sha256, write
+from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, print_tokens, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
                      definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
                      source_tool, unit_hash, visible)
@@ -2726,10 +2726,10 @@ def show_answer(args):
     except ValueError as error:  # it does not fit
         fail(error)
     print(visible(local.tokenizer.decode(prompt)), end="")
-    print(*(coloured(visible(local.tokenizer.decode([i])), n, True) for n, i in enumerate(ids)), sep="")
+    print_tokens(local.tokenizer, ids, [True] * len(ids))
     calls = parse_calls(local.tokenizer.decode(ids))
     found = show(calls) or ["none that can be read" if calls is None else "none"]
-    print("\ncalls, not made:", *map(visible, found), sep="\n")
+    print("calls, not made:", *map(visible, found), sep="\n")
 
 
 def read_tools(path):

@@ -27,10 +27,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-import torch.nn.functional as F
 
 import model as transformer
-from build_corpus import Tokenizer, coloured, write
+from build_corpus import Tokenizer, print_tokens, write
 from collect import HelpFormatter, Record, fail, read_values, run_main, shares, unit_hash, value_records
 from pretrain import (ON_CPU, add_flags, add_training_flags, count_parameters, held_out_windows, is_main,
                       load_checkpoint, meta_model, number, open_corpus, plan_windows, rates_for, report,
@@ -38,9 +37,8 @@ from pretrain import (ON_CPU, add_flags, add_training_flags, count_parameters, h
 
 ALL = "q,k,v,o,gate,up,down"  # the projections of a layer
 PROJECTIONS = [f"{name}_proj" for name in ALL.split(",")]
-# For models of up to so many parameters only: what has more was trained at length. Attention stays near what
-# pre-training made it.
-TINY, FOR_TINY = 5e7, {"lr": 5e-4, "attention_lr": 0.1, "batch_tokens": 1536, "seq_len": 768}
+# For models of up to so many parameters only: what has more was trained at length.
+TINY, FOR_TINY = 5e7, {"lr": 5e-4, "batch_tokens": 1536, "seq_len": 768}
 KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
 
 
@@ -56,8 +54,9 @@ def main():
         return show(corpus, args)
     setup(args)
     out = Path(args.out)
-    both = {"control": out / "control-stage2", "ours": out / "stage2"}
-    jobs = {args.name: Path(args.init)} if args.init else both
+    jobs = {"control": out / "control-stage2", "ours": out / "stage2"}
+    if args.init:
+        jobs = {args.name: args.init}
     for name, init in jobs.items():
         tune(out / name, init, corpus, args)
     if is_main():
@@ -68,8 +67,10 @@ def main():
 
 def tune(run, init, corpus, args):
     """Tune the model in directory `init` on the corpus's conversations; the result lies in `run`."""
-    kinds = by_kind(corpus, args.mix)
-    windows = {kind: pack(corpus, "train", chosen, args.seq_len)[0] for kind, chosen in kinds.items()}
+    windows, too_long = {}, 0
+    for kind, chosen in by_kind(corpus, args.mix).items():
+        windows[kind], left_out = pack(corpus, "train", chosen, args.seq_len)
+        too_long += left_out
     positions = sum(map(len, windows.values())) * args.seq_len
     batch_size = args.batch_tokens // args.seq_len
     tokens = int(args.epochs * positions) if args.epochs else args.tokens
@@ -105,7 +106,6 @@ def tune(run, init, corpus, args):
           save_merged if args.lora_rank else transformer.save)
     if is_main():
         lengths = [end - start for kind in windows.values() for window in kind for start, end in window]
-        too_long = sum(map(len, kinds.values())) - len(lengths)
         print(f"{run.name}: {len(lengths):,} conversations in {positions // args.seq_len:,} windows, "
               f"{sum(lengths) / positions:.1%} of positions used, {too_long:,} too long for a window; epochs "
               + ", ".join(f"{kind} {e:.2f}" for kind, e in epochs.items()))
@@ -213,11 +213,11 @@ def parse_args():
 def suited(args):
     """{flag: default} where they depend on the model that is tuned. Most conversations fit the sequences."""
     base = Path(args.init or Path(args.out) / "control-stage2")
-    if not (base / "config.json").exists() or (size := count_parameters(meta_model(base))) <= TINY:
-        return FOR_TINY
-    batch = {"batch_tokens": 2**17, "micro_batch": 1 if size >= 1e9 else 16}
-    batch = ON_CPU if args.device == "cpu" else batch
-    return batch | {"seq_len": 768, "lr": rates_for(size)[0]}
+    size = count_parameters(meta_model(base)) if (base / "config.json").exists() else 0
+    if size <= TINY:  # in the default job, attention stays near what pre-training made it
+        return FOR_TINY | {"attention_lr": 1.0 if args.init else 0.1}
+    on_gpu = {"batch_tokens": 2**17, "micro_batch": 1 if size >= 1e9 else 16}
+    return (ON_CPU if args.device == "cpu" else on_gpu) | {"seq_len": 768, "lr": rates_for(size)[0]}
 
 
 def projections(text):
@@ -288,8 +288,8 @@ def by_kind(corpus, mix):
         return {"all": np.arange(len(starts) - 1)}
     opens_tools = corpus.read("instruction", "train") == corpus.tokenizer.special["<tools>"]
     with_tools = np.logical_or.reduceat(opens_tools, starts[:-1])
-    kinds = {"tools": np.flatnonzero(with_tools), "chat": np.flatnonzero(~with_tools)}
-    return {kind: kinds[kind] for kind, share in mix.items() if share}
+    found = {"tools": with_tools, "chat": ~with_tools}
+    return {kind: np.flatnonzero(found[kind]) for kind, share in mix.items() if share}
 
 
 def window_order(windows, mix, count, seed):
@@ -319,9 +319,7 @@ def show(corpus, args):
         span = slice(*starts[i:i + 2])
         learned = learned_tokens(ids[span], mask[span], corpus.tokenizer, args)
         print(f"--- conversation {i:,}: {len(learned):,} tokens, {learned.sum():,} of them learned")
-        for n, (token, green) in enumerate(zip(ids[span].tolist(), learned)):
-            print(coloured(corpus.tokenizer.decode([token]), n, green), end="")
-        print("\n")
+        print_tokens(corpus.tokenizer, ids[span], learned)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -343,7 +341,7 @@ class LoRA(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
 
     def forward(self, x):
-        return self.linear(x) + SCALE * F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return self.linear(x) + SCALE * (x @ self.lora_A.mT @ self.lora_B.mT)
 
 
 def add_lora(model, init, args):
@@ -375,7 +373,7 @@ def save_adapter(updates, init, directory, args):
     directory.mkdir(exist_ok=True)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(init),
-        "r": args.lora_rank, "lora_alpha": SCALE * args.lora_rank, "lora_dropout": 0.0, "bias": "none",
+        "r": args.lora_rank, "lora_alpha": SCALE * args.lora_rank,
         "target_modules": args.lora_projections}
     write(directory / "adapter_config.json", json.dumps(config, indent=1))
     tensors = {f"base_model.model.{name}.weight": t for name, t in updates.items()}
