@@ -3283,29 +3283,44 @@ def joined(texts, mark="\n"):
 
 
 def link(messages):
-    """Give every call an id, every result the id of its call, and to a call the thoughts that stand alone
-    before it.
+    """Give every call an id, every result the id of its call (by its tool's name or its place where it has
+    none), and join what the assistant wrote in one turn.
     """
-    linked, ids, unanswered = [], set(), iter(())
+    linked, names, unanswered = [], {}, []  # names: {id of a call: its tool}
     for message in messages:
         if calls := message.get("tool_calls"):
-            calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(calls)]
-            parts = [message]
-            while linked and linked[-1]["role"] == "assistant" and "tool_calls" not in linked[-1]:
-                parts.insert(0, linked.pop())
-            content = joined(part["content"] for part in parts)
-            thoughts = joined(part.get("reasoning_content") for part in parts)
-            linked.append(message | {"content": content, "tool_calls": calls} | thinking(thoughts))
-            made = [c["id"] for c in calls]
-            ids.update(made)
-            unanswered = iter(made)
-        elif message["role"] == "tool":
+            calls = [c | {"id": c["id"] or f"call_{len(names) + i}"} for i, c in enumerate(calls)]
+            names |= {c["id"]: c["function"]["name"] for c in calls}
+            message = message | {"tool_calls": calls}
+        if message["role"] == "tool":
             given = message.get("tool_call_id")
-            id = given if given in ids else next(unanswered, None)
+            fits = [id for id in unanswered if given in (id, names[id])] or unanswered or [None]
+            id = given if given in names else fits[0]
+            unanswered = [other for other in unanswered if other != id]
             linked.append(tool(message["content"]) | {"tool_call_id": id})
-        elif message["content"] or message.get("reasoning_content"):
+        elif calls or message["content"] or message.get("reasoning_content"):
+            while linked and is_one_turn(linked[-1], message):
+                message = one_turn(linked.pop(), message)
             linked.append(message)
+            unanswered = [c["id"] for c in message["tool_calls"]] if calls else unanswered
     return linked
+
+
+def is_one_turn(first, second):
+    """Whether two messages are of one turn of the assistant: thoughts, text and calls, in this order."""
+    if first["role"] != "assistant" or second["role"] != "assistant":
+        return False
+    if "tool_calls" in first:
+        return "tool_calls" in second and not second["content"] and "reasoning_content" not in second
+    return "tool_calls" in second or not first["content"]
+
+
+def one_turn(first, second):
+    """Two messages of the assistant as one."""
+    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
+    content = joined([first["content"], second["content"]])
+    thoughts = joined(part.get("reasoning_content") for part in (first, second))
+    return second | {"content": content} | ({"tool_calls": calls} if calls else {}) | thinking(thoughts)
 
 
 def check_conversation(messages, tools):
