@@ -3130,20 +3130,41 @@ def chat_records(path, name, license, args):
 
 
 def join_sessions(values):
-    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what its
-    side agents said is one of its own.
+    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what each
+    of its side agents said is one of its own.
     """
-    sessions = {}  # {(session, side agent or False): (where it begins, its messages)}
-    for where, value in values:
-        line = value if isinstance(value, dict) else {}
-        if {"uuid", "sessionId"} <= line.keys():
-            if isinstance(line.get("message"), dict):
-                side = bool(line.get("isSidechain")) and (field(line, "agentId parentToolUseID") or "side")
-                sessions.setdefault((line["sessionId"], side), (where, []))[1].append(line["message"])
-        elif not sessions or line is not value or "role" in line:  # or a summary, a snapshot
-            yield where, value
+    sessions = {}  # {(session, side agent or None): (where it begins, its messages)}
+    sides = {}     # {line of a side agent: the agent}
+    for where, line in log_lines(values):
+        if not is_log_line(line):
+            if not sessions or not isinstance(line, dict) or "role" in line:  # or a summary, a snapshot
+                yield where, line
+            continue
+        side, id, message = None, line.get("uuid"), line.get("message")
+        if line.get("isSidechain") or line.get("parent_tool_use_id"):
+            begun = id if "parentUuid" in line else "side"
+            side = field(line, "agentId parentToolUseID parent_tool_use_id")
+            side = sides[id] = side or sides.get(line.get("parentUuid"), begun)
+        if isinstance(message, dict) and message.get("model") != "<synthetic>":  # what no model wrote
+            key = field(line, "sessionId session_id"), side
+            sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
     for (_, side), (where, messages) in sessions.items():
         yield f"{where}-side" if side else where, {"messages": messages}
+
+
+def log_lines(values):
+    """The values of a file, those of a list of lines of a session's log one by one."""
+    for where, value in values:
+        log = isinstance(value, list) and value and is_log_line(value[0])
+        yield from ((f"{where}.{i}", line) for i, line in enumerate(value)) if log else [(where, value)]
+
+
+def is_log_line(value):
+    """Whether it is a line of a session's log, as Claude Code keeps it or prints it."""
+    match value:
+        case {"uuid": _, "sessionId": _} | {"type": "user" | "assistant", "message": {"content": _}}:
+            return True
+    return False
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
@@ -3365,27 +3386,34 @@ POSITIONAL = by_word({
 # The tool that runs code, by its language (others: python), and the tool's parameter.
 LANGUAGES = by_word({"bash": "bash sh mswea_bash_command ctf", "sql": "sql"})
 CODE_PARAMETER = {"bash": "command", "sql": "query", "python": "code"}
-# What a part of a message is, by its type or, in Gemini's, its key; parts of other types, such as images, are
-# left out.
+# What a part of a message is, by its type or, in Gemini's, its key, or else by how its type ends; parts of
+# other types, such as images, are left out.
 PARTS = by_word({
-    "text": "text input_text output_text refusal summary_text reasoning_text",
+    "text": "text input_text output_text refusal summary_text reasoning_text document search_result",
     "thought": "thinking reasoning thought",
     "call": "tool_use server_tool_use mcp_tool_use tool_call tool-call toolCall function_call functionCall "
-            "custom_tool_call mcp_call",
-    "result": "tool_result tool-result toolResult web_search_tool_result mcp_tool_result tool_call_response "
-              "function_call_output custom_tool_call_output function_response functionResponse"})
+            "executable_code executableCode",
+    "result": "tool_result tool-result toolResult toolResponse tool_call_response function_response "
+              "functionResponse code_execution_result codeExecutionResult",
+    "": "image_generation_call"})
+PART_ENDS = {"_call": "call", "_call_output": "result", "_tool_result": "result"}
 # Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
 # messages and tools; where a message has its role. See field().
-NAME = "name tool_name toolName function_name api_name api tool.name function"
+NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType"
 GIVEN = "arguments args input parameters kwargs tool.args"
 CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
 MESSAGES = "messages conversations conversation traj history contents events input"
 TOOLS = "tools functions available_tools tool_definitions"
+SCHEMA = ("parameters input_schema inputSchema input_parameters arguments parametersJsonSchema "
+          "parameters_json_schema")
+# What may stand around a request and its answer; the answer's fields go before.
+AROUND = ("extra.invocation_params config input inputs request request.body output outputs response "
+          "response.body").split()
 ROLE = "role from type"
 ROLES = by_word({
-    "user": "human", "assistant": "gpt chatgpt bot model ai agent aimessagechunk", "system": "developer",
+    "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
     "function_call": "tool_call",
     "tool": "observation function function_response function_result tool_response ipython"})
 # Labels of turns in texts whose role is not told by ROLES, and those that stay in the text.
@@ -3426,7 +3454,10 @@ def field(value, names):
 
 def role_of(message):
     """The role of a message in OpenAI's words, or as the message has it where it is none of these."""
-    role = field(message, ROLE).lower()
+    role = field(message, ROLE) or ""
+    if not role and "parts" in message:  # Gemini's user and agents need none
+        role = "user" if message.get("author") in (None, "user") else "model"
+    role = re.sub(r"(?<=\w)message(chunk)?$", "", role.lower())  # of LangChain's classes
     return ROLES.get(role, role)
 
 
@@ -3434,9 +3465,19 @@ def as_text(value):
     """What a field says: a text, the texts of its parts, or else its JSON."""
     parts = value if isinstance(value, list) else []
     if parts and all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in parts):
-        texts = [field(part, "text value content summary_text") for part in parts]
-        return joined([text for text in texts if isinstance(text, str)], "\n\n")
+        return joined(map(part_text, parts), "\n\n")
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def part_text(part):
+    """The text of a part; a page that a search found, as JSON without what only its server can read."""
+    if part.get("type") == "web_search_result":
+        return as_text({key: value for key, value in part.items() if not key.startswith("encrypted")})
+    source = part.get("source")
+    source = source if isinstance(source, dict) and source.get("type") in ("text", "content") else {}
+    text = field(part, "text value content summary_text logs tool_name") or field(source, "data content")
+    text = text.get("value") if isinstance(text, dict) else text
+    return joined([part.get("title"), as_text(text)]) if isinstance(text, (str, list)) else ""
 
 
 def structured(text):
@@ -3686,11 +3727,11 @@ def tools_of(value):
         if isinstance(declared, list):  # Gemini's
             tools += tools_of(declared)
             continue
-        function = given["function"] if isinstance(given.get("function"), dict) else given
+        function = next(filter(lambda f: isinstance(f, dict), map(given.get, ("function", "custom"))), given)
         name, description = field(function, "name api_name"), field(function, "description api_description")
-        if "type" in given and not name:  # built in, such as code_interpreter
+        if not name:  # built in, such as code_interpreter
             continue
-        schema = field(function, "parameters input_schema inputSchema input_parameters arguments") or {}
+        schema = field(function, SCHEMA) or {}
         if isinstance(schema, list):  # of Docker's registry: a list of named arguments
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
@@ -3809,7 +3850,8 @@ def messages_record(record, react=False):
     if not messages:
         left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
         raise ValueError(f"nothing is left without {', '.join(left_out)}")
-    return with_tools(messages, field(record, TOOLS))
+    given = [turn["tools"] for turn in turns if isinstance(turn.get("tools"), list)]  # of an MCP server
+    return with_tools(messages, [*tools_of(field(record, TOOLS)), *itertools.chain.from_iterable(given)])
 
 
 def whole(record):
@@ -3817,23 +3859,35 @@ def whole(record):
     match record:
         case list():
             return {"messages": record}
-        case {"request": dict(request), "response": dict(response)}:
-            record = request | response
-    prompt = record.get("prompt", record.get("input"))
+        case {"lc": _, "kwargs": {"messages": messages}}:  # LangChain's prompt
+            return {"messages": messages}
+    for name in AROUND:
+        inner = attempt(at, record, name)
+        if isinstance(inner, dict) and isinstance(inner.get("messages"), list) and "messages" in record:
+            inner = {"output": inner["messages"]}
+        record = record | inner if isinstance(inner, dict) else record
+    prompt = field(record, "prompt input contents")
     if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
         asked = [user(prompt)]
     else:
         asked = record["prompt"] if isinstance(record.get("prompt"), list) else list_or_none(listed, record)
-    answer = field(record, "output chosen completion")
+    asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
+    answer = field(record, "output chosen completion preferred_output")
     match record:
-        case {"choices": list(choices)}:
-            answer = [choices[0]["message"]]
-        case {"role": "assistant", "content": list(content)}:
+        case {"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}:
+            answer = [message]
+        case {"candidates": [{"content": dict(content)}, *_]}:  # Gemini's
+            answer = [content]
+        case {"role": "assistant", "content": content}:
             answer = [{"role": "assistant", "content": content}]
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
-    asked = answer if answer[:len(asked)] == asked else asked + answer
+    said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
+    if said[:len(asked)] == said[len(asked):2 * len(asked)]:
+        asked = answer
+    elif asked[-len(answer):] != answer:
+        asked = asked + answer
     system = field(record, "system instructions systemInstruction system_instruction")
-    if system and field(unwrapped(asked[0]), ROLE) != "system":
+    if system and role_of(unwrapped(asked[0])) != "system":
         system = system["parts"] if isinstance(system, dict) else system
         asked = [chat_message("system", as_text(system)), *asked]
     return record | {"messages": asked}
@@ -3845,13 +3899,13 @@ def unwrapped(message):
         case str():
             return user(message)
         case {"kwargs": dict(inner), "id": [*_, name]}:
-            message = inner | {"role": re.sub(r"Message(Chunk)?$", "", name).lower()}
+            message = inner | {"role": name}
         case {"data": dict(inner)}:
             message = inner | {"role": message["type"]}
         case {"content": {"parts": _} as inner}:
             message = inner | {"author": message.get("author")}
-    calls = message.get("tool_calls") or (message.get("additional_kwargs") or {}).get("tool_calls")
-    return message | {"tool_calls": calls}
+    more = message.get("additional_kwargs") or {}
+    return more | {key: value for key, value in message.items() if value or key not in more}
 
 
 def parts_of(message, role):
@@ -3866,52 +3920,88 @@ def parts_of(message, role):
     for api in message.get("apis") or ():  # ToolTalk
         yield "call", calls_in(api["request"])[0]
         yield "result", (None, as_text(field(api, "exception response")))
-    calls = [*filter(None, map(message.get, ("tool_calls", "function_call")))]
+    calls = message.get("tool_calls") or message.get("function_call") or []
     content = field(message, "content value parts text")
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
         content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
     kinds = {*map(type, content)} if isinstance(content, list) else set()
     typed = content if dict in kinds and kinds <= {dict, str} else []
-    if role == "tool" and not any(PARTS.get(kind_of(part)) == "result" for part in typed):
+    calls = calls_in(calls)
+    ids = {made["id"] for made in calls}
+    if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in typed):
         ids = message.get("tool_call_ids") or [field(message, CALL_ID)]
         yield "result", (ids[0], as_text(content))
     elif typed:
-        for part in typed:
-            yield from read_part(part)
+        for kind, value in itertools.chain.from_iterable(map(read_part, uncut(typed))):
+            if kind != "call" or value["id"] not in ids:  # LangChain has calls in both places
+                yield kind, value
     else:
-        yield "text", as_text(content)
+        yield "text", as_text(content or "")
     if isinstance(message.get("refusal"), str):
         yield "text", message["refusal"]
-    yield from (("call", made) for made in calls_in(calls))
+    yield from (("call", made) for made in calls)
+
+
+def uncut(parts):
+    """Parts, with a text that was cut where it cites (Anthropic's) as one."""
+    if not any(isinstance(part, dict) and part.get("citations") for part in parts):
+        return parts
+    runs = [(kind, [*run]) for kind, run in itertools.groupby(parts, kind_of)]
+    return [part for kind, run in runs for part in (
+        ["".join(map(part_text, run))] if kind == "text" else run)]
 
 
 def is_item(message):
     """Whether it is one of OpenAI's newer lists, in which a call, a result and a thought are each an item."""
-    return message.get("type") in PARTS and not {"role", "from"} & message.keys()
+    return bool(what_is(str(message.get("type")))) and not {"role", "from"} & message.keys()
+
+
+def what_is(kind):
+    """What a part of some type is, by PARTS and PART_ENDS."""
+    return PARTS.get(kind, next((what for end, what in PART_ENDS.items() if kind.endswith(end)), ""))
 
 
 def kind_of(part):
     """The type of a part of a message: as it says or, in Gemini's, by its key."""
     if isinstance(part, str):
         return "text"
-    return part.get("type") or next((key for key in part if key in PARTS), "")
+    return part.get("type") or next(
+        (key for key, value in part.items() if key in PARTS and isinstance(value, (str, dict))), "")
 
 
 def read_part(part):
     """Yield what one part of a message is, as parts_of() does; nothing for an image and the like."""
     part = {"text": part} if isinstance(part, str) else part
     kind = kind_of(part)
-    match PARTS.get(kind):
-        case "text" | "thought" as what:
-            said = as_text(field(part, kind + " text value summary content"))
-            yield "thought" if part.get("thought") is True else what, said
+    inner = part[kind] if isinstance(part.get(kind), dict) else part
+    match what_is(kind):
+        case "text":
+            said = part_text({"text": part.get(kind)} | part)
+            yield "thought" if part.get("thought") is True else "text", said
+        case "thought":
+            said = [*filter(None, map(part.get, (kind, *"text value summary content".split()))), None][0]
+            yield "thought", as_text(said)
+        case "call" if "language" in inner:
+            yield "call", code_call(inner["language"], inner["code"])
         case "call":
+            if kind.endswith("_call") and not field(inner, NAME):
+                part = built_in(kind, part)
             yield from (("call", made) for made in calls_in(part.get("value") or part))
-            if part.get("output") is not None:  # of a server's tool: beside its call
-                yield "result", (field(part, ID), as_text(part["output"]))
+            came = field(part, "output outputs results error")  # of a server's tool: beside its call
+            if came is not None:
+                yield "result", (field(part, ID), as_text(came))
         case "result":
-            inner = part[kind] if isinstance(part.get(kind), dict) else part
-            yield "result", (field(inner, ID), as_text(field(inner, OUTCOME)))
+            yield "result", (field(inner, ID + " name"), as_text(field(inner, OUTCOME)))
+
+
+def built_in(kind, item):
+    """The call of one of OpenAI's own tools, with a name and arguments as a function's has."""
+    given = field(item, GIVEN + " action") or {
+        key: item[key] for key in ("code", "queries", "operation") if item.get(key)}
+    if isinstance(given, dict) and "sources" in given:  # the pages that a search found
+        item = item | {"results": given["sources"]}
+        given = {key: value for key, value in given.items() if key != "sources"}
+    return item | {"name": kind.removesuffix("_call"), "arguments": given}
 
 
 def say(role, parts, messages, react=False):
@@ -4179,6 +4269,23 @@ def samples(record):
     return map(messages_record, field(record, "samples simulations"))
 
 
+def evaluation_set(record):
+    """The cases of an evaluation set of Google's ADK: turns with a request, the tools used, and an answer."""
+    for case in record["eval_cases"]:
+        said = []
+        for turn in case["conversation"]:
+            done = turn.get("intermediate_data") or {}
+            said += [turn["user_content"], *(done.get("invocation_events") or ())]
+            for used in done.get("tool_uses") or ():
+                said.append({"role": "model", "parts": [{"functionCall": used}]})
+            for came in done.get("tool_responses") or ():
+                said.append({"role": "user", "parts": [{"functionResponse": came}]})
+            for author, parts in done.get("intermediate_responses") or ():
+                said.append({"role": "model", "parts": parts})
+            said.append({"role": "model"} | (turn.get("final_response") or {"parts": []}))
+        yield messages_record(said)
+
+
 def is_event(value):
     """Whether it is an event of OpenHands: an action or what was observed."""
     match value:
@@ -4347,6 +4454,7 @@ FORMATS = {
         trace),
     "atif": ("steps.0.source", trajectory_interchange),
     "samples": ("samples.0.messages | simulations.0.messages", samples),
+    "evaluation_set": ("eval_cases.0.conversation.0.user_content", evaluation_set),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
     "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
     "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),

@@ -187,6 +187,16 @@ CASES = {
         m("user", "Rome?"), m("assistant", "", tool_calls=[{"id": "c", "function": "weather", "arguments": {"city": "Rome"}}]),
         m("tool", "sun", tool_call_id="c", function="weather")], "output": {"choices": []}}]},
         ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun"]),
+    "an evaluation set of adk": ("evaluation_set", {"eval_cases": [{"conversation": [
+        {"user_content": {"parts": [{"text": "Rome?", "function_call": None}], "role": "user"}, "intermediate_data": {
+            "tool_uses": [{"id": None, "name": "weather", "args": {"city": "Rome"}}], "intermediate_responses": [],
+            "tool_responses": [{"name": "weather", "response": {"sky": "sun"}}]}, "final_response": None},
+        {"user_content": {"parts": [{"text": "Oslo?"}]}, "intermediate_data": {"invocation_events": [
+            {"author": "sky", "content": {"parts": [{"function_call": {"name": "weather", "args": {"city": "Oslo"}}}]}},
+            {"author": "sky", "content": {"parts": [{"function_response": {"response": {"sky": "snow"}}}]}}]},
+         "final_response": {"parts": [{"text": "Snow."}]}}]}]},
+        ["user: Rome?", "assistant:  weather(city='Rome')", 'tool: {"sky": "sun"}', "user: Oslo?",
+         "assistant:  weather(city='Oslo')", 'tool: {"sky": "snow"}', "assistant: Snow."]),
     "simulations of tau2": ("samples", {"simulations": [{"id": "1", "messages": [
         m("assistant", "Hi."), m("user", "Rome?"), m("user", None, tool_calls=[
             {"id": "u", "name": "look_out", "arguments": {}, "requestor": "user"}], requestor="user"),
@@ -216,6 +226,7 @@ CASES = {
 
 LANGCHAIN_CALL = {"name": "weather", "args": {"city": "Rome"}, "id": "c", "type": "tool_call"}
 ASKED, CALLED = m("user", "Rome?"), m("assistant", "", tool_calls=[{"id": "c", "function": json.loads(CALL)}])
+HM = "assistant: (Hm.)  weather(city='Rome')"
 SAID = ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun", "assistant: Sun."]
 # The same conversation in the words of other vendors and libraries; what a person reads in each.
 MESSAGES = {
@@ -233,6 +244,44 @@ MESSAGES = {
     "responses, request and answer": ({"instructions": "Be brief.", "input": "Rome?", "output": [
         {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'}]},
         ["system: Be brief.", *SAID[:2]]),
+    "responses, calls in parallel and a thought before the answer": ([
+        ASKED, {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        *({"type": "function_call", "call_id": city, "name": "weather", "arguments": {"city": city}} for city in ("Rome", "Oslo")),
+        *({"type": "function_call_output", "call_id": city, "output": city} for city in ("Oslo", "Rome")),
+        {"type": "reasoning", "summary": []}, {"type": "reasoning", "summary": [{"type": "summary_text", "text": "So."}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Sun."}]}],
+        [SAID[0], HM + " weather(city='Oslo')", "tool: Oslo", "tool: Rome", "assistant: (So.) Sun."]),
+    "responses, built-in tools": ({"input": "Rome?", "output": [
+        {"type": "web_search_call", "id": "w", "action": {"type": "search", "query": "sky", "sources": [{"url": "u"}]}},
+        {"type": "file_search_call", "id": "f", "queries": ["sky"], "results": [{"filename": "a", "text": "sun"}]},
+        {"type": "code_interpreter_call", "id": "i", "code": "1", "outputs": [{"type": "logs", "logs": "one"}]},
+        {"type": "image_generation_call", "id": "g", "result": "AAAA"}, {"type": "local_shell_call", "call_id": "s", "action": {
+            "type": "exec", "command": ["ls"]}}, {"type": "local_shell_call_output", "id": "s", "output": "a.txt"},
+        {"type": "mcp_call", "id": "m", "name": "weather", "arguments": CALL, "output": None, "error": "down"}]},
+        [SAID[0], "assistant:  web_search(type='search', query='sky')", 'tool: [{"url": "u"}]',
+         "assistant:  file_search(queries=['sky'])", "tool: sun", "assistant:  code_interpreter(code='1')", "tool: one",
+         "assistant:  local_shell(type='exec', command=['ls'])", "tool: a.txt",
+         "assistant:  weather(name='weather', arguments={'city': 'Rome'})", "tool: down"]),
+    "anthropic, tools of the server, citations, documents": ({"messages": [
+        m("user", [{"type": "document", "title": "Sky", "source": {"type": "text", "data": "Blue."}}, {"type": "text", "text": "Rome?"}]),
+        m("assistant", [{"type": "text", "text": "I look."}, {"type": "server_tool_use", "id": "s", "name": "web_fetch", "input": {"url": "u"}},
+            {"type": "web_fetch_tool_result", "tool_use_id": "s", "content": {"type": "web_fetch_result", "url": "u"}},
+            {"type": "server_tool_use", "id": "t", "name": "web_search", "input": {"query": "sky"}},
+            {"type": "web_search_tool_result", "tool_use_id": "t", "content": [
+                {"type": "web_search_result", "url": "v", "encrypted_content": "zz"}]},
+            {"type": "text", "text": "It is "}, {"type": "text", "text": "sunny", "citations": [{}]}, {"type": "text", "text": "."}])]},
+        ["user: Sky\nBlue.\n\nRome?", "assistant: I look. web_fetch(url='u')", 'tool: {"type": "web_fetch_result", "url": "u"}',
+         "assistant:  web_search(query='sky')", 'tool: {"type": "web_search_result", "url": "v"}', "assistant: It is sunny."]),
+    "gemini, request and answer": ({"contents": "Rome?", "config": {"systemInstruction": "Be brief.", "tools": [{"googleSearch": {}}]},
+        "response": {"candidates": [{"content": {"role": "model", "parts": [
+            {"executableCode": {"language": "PYTHON", "code": "1"}}, {"codeExecutionResult": {"output": "one"}},
+            {"toolCall": {"toolType": "FILE_SEARCH", "id": "f"}}, {"toolResponse": {"id": "f", "response": {}}}]}}]}},
+        ["system: Be brief.", SAID[0], "assistant:  python(code='1')", "tool: one", "assistant:  FILE_SEARCH()", "tool: {}"]),
+    "gemini, null fields, results by name": ({"contents": [{"parts": [{"functionCall": None, "text": "Rome?"}]}, {"role": "model", "parts": [
+        {"thought": True, "text": "Hm."}, {"text": None, "functionCall": {"name": "weather", "args": {"city": "Rome"}}},
+        {"functionCall": {"name": "f", "args": {}}}]}, {"parts": [{"functionResponse": {"name": "f", "response": "two"}},
+                                                                 {"functionResponse": {"name": "weather", "response": "sun"}}]}]},
+        [SAID[0], HM + " f()", "tool: two", "tool: sun"]),
     "gemini": ({"systemInstruction": {"parts": [{"text": "Be brief."}]}, "contents": [
         {"role": "user", "parts": [{"text": "Rome?"}, {"inlineData": {"mimeType": "image/png", "data": ""}}]},
         {"role": "model", "parts": [{"functionCall": {"name": "weather", "args": {"city": "Rome"}}}]},
@@ -241,6 +290,7 @@ MESSAGES = {
         ["system: Be brief.", *SAID[:2], 'tool: {"sky": "sun"}', "assistant: (Hm.) Sun."]),
     "gemini's agents": ({"events": [
         {"author": "user", "content": {"role": "user", "parts": [{"text": "Rome?"}]}},
+        {"author": "root", "content": None, "actions": {}},
         {"author": "root", "content": {"role": "model", "parts": [{"function_call": {"name": "ask", "args": {}}}]}},
         {"author": "root", "content": {"role": "user", "parts": [{"function_response": {"name": "ask", "response": {}}}]}},
         {"author": "sky", "content": {"role": "model", "parts": [{"text": "[sky]: Sun."}]}}]},
@@ -255,6 +305,18 @@ MESSAGES = {
         {"lc": 1, "type": "constructor", "id": ["langchain", "schema", "messages", name], "kwargs": kwargs} for name, kwargs in [
             ("HumanMessage", {"content": "Rome?"}), ("AIMessage", {"content": "", "tool_calls": [LANGCHAIN_CALL]}),
             ("ToolMessage", {"content": "sun", "tool_call_id": "c"}), ("AIMessageChunk", {"content": "Sun."})]]}, SAID),
+    "langchain, a model's parts beside its calls": ({"messages": [{"type": "HumanMessage", "content": "Rome?"}, {
+        "type": "AIMessageChunk", "content": [{"type": "tool_use", "id": "c", "name": "weather", "input": {"city": "Rome"}}],
+        "tool_calls": [LANGCHAIN_CALL], "additional_kwargs": {"reasoning_content": "Hm."}}]}, [SAID[0], HM]),
+    "langchain, older calls": ({"lc": 1, "kwargs": {"messages": [{"type": "human", "content": "Rome?"}, {
+        "type": "ai", "content": "", "tool_calls": [], "additional_kwargs": {"function_call": json.loads(CALL)}},
+        {"type": "function", "name": "weather", "content": "sun"}]}}, SAID[:3]),
+    "langsmith, a model's run": ({
+        "run_type": "llm", "inputs": {"messages": [[{"id": ["HumanMessage"], "kwargs": {"content": "Rome?"}}]]},
+        "outputs": {"generations": [[{"text": "", "message": {"id": ["AIMessage"], "kwargs": {
+            "content": "", "tool_calls": [LANGCHAIN_CALL]}}}]]}, "extra": {"invocation_params": {"tools": [WEATHER]}}}, SAID[:2]),
+    "langsmith, an agent's run": ({"inputs": {"messages": [ASKED]}, "outputs": {"messages": [
+        {"type": "human", "content": "Rome?"}, {"type": "ai", "content": "Sun."}]}}, [SAID[0], SAID[3]]),
     "choices": ({"messages": [ASKED], "choices": [{"message": CALLED}]}, SAID[:2]),
     "request and response": ({"request": {"messages": [ASKED]}, "response": {"choices": [{"message": CALLED}]}}, SAID[:2]),
     "prompt and completion": ({"prompt": "Rome?", "completion": "Sun."}, [SAID[0], SAID[3]]),
@@ -324,15 +386,32 @@ def test_a_log_of_a_session_is_one_conversation(tmp_path):
     assert [brief(r.messages) for r in found] == [SAID, ["user: Look.", "assistant: I do."]]
 
 
+def test_sides_of_a_session_and_other_logs(tmp_path):
+    """Two side agents as one; an API's error as the model's words; logs without ids, or in one list, that are not read."""
+    def sides(i, *said):
+        return [{"type": role, "uuid": f"{word}{i}", "parentUuid": f"{word}0" if i else None, "sessionId": "s",
+                 "isSidechain": True, "message": m(role, word)} for role, word in said]
+    lines = [{"type": "user", "message": {"content": "c"}}, {"type": "assistant", "message": {"content": "d"}},
+             {"type": "assistant", "message": m("assistant", "API Error", model="<synthetic>")}]
+    log = [*sides(0, ("user", "a"), ("user", "b")), *sides(1, ("assistant", "a"), ("assistant", "b")), *lines]
+    args = argparse.Namespace(chat_domain="trajectory", chat_format=None)
+    path = write(tmp_path, "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
+    found = [brief(r.messages) for r in collect.chat_records(path, "log", "MIT", args)]
+    assert found == [["user: a", "assistant: a"], ["user: b", "assistant: b"], ["user: c", "assistant: d"]]
+    path = write(tmp_path, "log.json", json.dumps({"loglines": lines}))
+    assert [brief(r.messages) for r in collect.chat_records(path, "log", "MIT", args)] == found[2:]
+
+
 @pytest.mark.parametrize("listed", [
     {"name": "weather", "description": "Weather", "input_schema": WEATHER["parameters"]},
     {"name": "weather", "description": "Weather", "inputSchema": WEATHER["parameters"]},
-    {"type": "function", **WEATHER}, {"functionDeclarations": [WEATHER]},
+    {"type": "function", **WEATHER}, {"functionDeclarations": [WEATHER]}, {"type": "custom", "custom": WEATHER},
+    {"name": "weather", "description": "Weather", "parametersJsonSchema": WEATHER["parameters"]},
     {"name": "weather", "description": "Weather", "arguments": [{"name": "city", "type": "string"}]}],
-    ids="anthropic mcp responses gemini docker".split())
+    ids="anthropic mcp responses gemini custom schema docker".split())
 def test_tools_in_others_words(listed, tmp_path):
     """Built-in tools have no name of their own, and are no tools of the conversation; a null property is none."""
-    tools = [listed, {"type": "code_interpreter"}]
+    tools = [listed, {"type": "code_interpreter"}, {"googleSearch": {}}]
     _, found = converted(tmp_path, {"messages": [ASKED, CALLED], "tools": tools})
     assert found == [{"type": "function", "function": WEATHER}]
 
