@@ -3391,8 +3391,8 @@ CODE_PARAMETER = {"bash": "command", "sql": "query", "python": "code"}
 PARTS = by_word({
     "text": "text input_text output_text refusal summary_text reasoning_text document search_result",
     "thought": "thinking reasoning thought",
-    "call": "tool_use server_tool_use mcp_tool_use tool_call tool-call toolCall function_call functionCall "
-            "executable_code executableCode",
+    "call": "tool_use toolUse server_tool_use mcp_tool_use tool_call tool-call toolCall function_call "
+            "functionCall executable_code executableCode",
     "result": "tool_result tool-result toolResult toolResponse tool_call_response function_response "
               "functionResponse code_execution_result codeExecutionResult",
     "": "image_generation_call"})
@@ -3404,14 +3404,15 @@ GIVEN = "arguments args input parameters kwargs tool.args"
 CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
-MESSAGES = "messages conversations conversation traj history contents events input"
+MESSAGES = "messages conversations conversation traj history contents events chat_messages input"
 TOOLS = "tools functions available_tools tool_definitions"
+WRAPPED = ("function", "custom", "toolSpec")
 SCHEMA = ("parameters input_schema inputSchema input_parameters arguments parametersJsonSchema "
           "parameters_json_schema")
 # What may stand around a request and its answer; the answer's fields go before.
-AROUND = ("extra.invocation_params config input inputs request request.body output outputs response "
-          "response.body").split()
-ROLE = "role from type"
+AROUND = ("extra.invocation_params config toolConfig values body input inputs request request.body output "
+          "outputs response response.body").split()
+ROLE = "role from sender type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
     "function_call": "tool_call",
@@ -3466,7 +3467,9 @@ def as_text(value):
     parts = value if isinstance(value, list) else []
     if parts and all(isinstance(part, dict) and {"type", "text"} & part.keys() for part in parts):
         return joined(map(part_text, parts), "\n\n")
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None or isinstance(value, dict) and "image_url" in value:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def part_text(part):
@@ -3727,11 +3730,13 @@ def tools_of(value):
         if isinstance(declared, list):  # Gemini's
             tools += tools_of(declared)
             continue
-        function = next(filter(lambda f: isinstance(f, dict), map(given.get, ("function", "custom"))), given)
+        function = next(filter(lambda f: isinstance(f, dict), map(given.get, WRAPPED)), given)
         name, description = field(function, "name api_name"), field(function, "description api_description")
         if not name:  # built in, such as code_interpreter
             continue
         schema = field(function, SCHEMA) or {}
+        if "json" in schema and isinstance(schema, dict):  # Bedrock's
+            schema = schema["json"]
         if isinstance(schema, list):  # of Docker's registry: a list of named arguments
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
@@ -3850,8 +3855,9 @@ def messages_record(record, react=False):
     if not messages:
         left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
         raise ValueError(f"nothing is left without {', '.join(left_out)}")
-    given = [turn["tools"] for turn in turns if isinstance(turn.get("tools"), list)]  # of an MCP server
-    return with_tools(messages, [*tools_of(field(record, TOOLS)), *itertools.chain.from_iterable(given)])
+    given = itertools.chain.from_iterable(turn.get("tools") or () for turn in turns)  # of an MCP server
+    given = [tool for tool in given if isinstance(tool, dict)]
+    return with_tools(messages, [*tools_of(field(record, TOOLS)), *given])
 
 
 def whole(record):
@@ -3876,11 +3882,16 @@ def whole(record):
     match record:
         case {"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}:
             answer = [message]
-        case {"candidates": [{"content": dict(content)}, *_]}:  # Gemini's
-            answer = [content]
+        case {"candidates": [{"content": dict(message)}, *_]} | {"message": {"role": _} as message}:
+            answer = [message]  # of Gemini, of Ollama
         case {"role": "assistant", "content": content}:
             answer = [{"role": "assistant", "content": content}]
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
+    for action, seen in record.get("intermediate_steps") or ():  # of LangChain's executor
+        action = action.get("kwargs") or action
+        thought = ACTION.split(THOUGHT.sub("", action.get("log") or ""), maxsplit=1)
+        made = calls_in({"name": action["tool"], "arguments": action["tool_input"]})
+        asked = asked + [assistant(thought[0].strip() if thought[1:] else "", *made), tool(as_text(seen))]
     said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
     if said[:len(asked)] == said[len(asked):2 * len(asked)]:
         asked = answer
@@ -4386,18 +4397,35 @@ def harmony(text):
 
 
 def harmony_tools(text):
-    """The tools in a prompt of harmony, which writes them as types of TypeScript; parameters by name."""
+    """The tools in a prompt of harmony, which writes them as types of TypeScript in namespaces."""
     tools = []
-    for comment, name, body in re.findall(r"(?ms)((?:^// .*\n)*)^type (\w+) = \((.*?)\) => any;", text):
-        fields = re.findall(r"(?m)^(\w+)(\?)?: *([\w\[\]]*)", body)
-        properties = {}
-        for key, _, kind in fields:
-            known = re.fullmatch(r"(string|number)(\[\])?|boolean", kind)
-            properties[key] = {"type": "array" if "[" in kind else kind} if known else {}
-        required = [key for key, optional, _ in fields if not optional]
-        tools.append({"name": name, "description": comment.replace("// ", "").strip(),
-                      "parameters": {"properties": properties, "required": required}})
+    for space, inside in re.findall(r"(?ms)^namespace (\w+) \{(.*?)^\}(?!\))", text):
+        for comment, name, body in re.findall(r"(?ms)((?:^//.*?\n)*)^type (\w+) = \((.*?)\) => any;", inside):
+            fields = re.findall(r"(?m)((?:^//.*\n)*)^(?!_:)(\w+)(\?)?: *([^,/\n]*)", body)
+            properties = {key: harmony_schema(kind) for _, key, _, kind in fields}
+            for said, key, *_ in fields:
+                properties[key] |= {"description": uncommented(said)} if said else {}
+            required = [key for _, key, optional, _ in fields if not optional]
+            tools.append({
+                "name": name if space == "functions" else f"{space}.{name}",
+                "description": uncommented(comment),
+                "parameters": {"properties": properties, "required": required}})
     return tools_of(tools)
+
+
+def uncommented(lines):
+    """The text of comment lines."""
+    return re.sub(r"(?m)^// ?", "", lines).strip()
+
+
+def harmony_schema(kind):
+    """The schema of a TypeScript type, as far as it is simple: any other is {}."""
+    if re.fullmatch(r'"[^"]*"(\s*\|\s*"[^"]*")*', kind.strip()):
+        return {"type": "string", "enum": re.findall(r'"([^"]*)"', kind)}
+    known = re.fullmatch(r"(string|number|boolean)(\[\])?", kind.strip())
+    if known and known[2]:
+        return {"type": "array", "items": {"type": known[1]}}
+    return {"type": known[1]} if known else {}
 
 
 LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
@@ -4461,7 +4489,7 @@ FORMATS = {
     "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
     "toolace": (
         lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
-    "swe_agent": (lambda r: any(m.get("action") for m in listed(r)), react_record),
+    "swe_agent": (lambda r: any(m["action"].strip() for m in listed(r) if m.get("action")), react_record),
     "mini_swe_agent": (
         lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", "system"), react_record),
     "react": (

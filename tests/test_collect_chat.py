@@ -257,11 +257,13 @@ MESSAGES = {
         {"type": "code_interpreter_call", "id": "i", "code": "1", "outputs": [{"type": "logs", "logs": "one"}]},
         {"type": "image_generation_call", "id": "g", "result": "AAAA"}, {"type": "local_shell_call", "call_id": "s", "action": {
             "type": "exec", "command": ["ls"]}}, {"type": "local_shell_call_output", "id": "s", "output": "a.txt"},
+        {"type": "computer_call", "call_id": "c", "action": {"type": "click"}},
+        {"type": "computer_call_output", "call_id": "c", "output": {"type": "computer_screenshot", "image_url": "data:"}},
         {"type": "mcp_call", "id": "m", "name": "weather", "arguments": CALL, "output": None, "error": "down"}]},
         [SAID[0], "assistant:  web_search(type='search', query='sky')", 'tool: [{"url": "u"}]',
          "assistant:  file_search(queries=['sky'])", "tool: sun", "assistant:  code_interpreter(code='1')", "tool: one",
          "assistant:  local_shell(type='exec', command=['ls'])", "tool: a.txt",
-         "assistant:  weather(name='weather', arguments={'city': 'Rome'})", "tool: down"]),
+         "assistant:  computer(type='click')", "tool: ", "assistant:  weather(name='weather', arguments={'city': 'Rome'})", "tool: down"]),
     "anthropic, tools of the server, citations, documents": ({"messages": [
         m("user", [{"type": "document", "title": "Sky", "source": {"type": "text", "data": "Blue."}}, {"type": "text", "text": "Rome?"}]),
         m("assistant", [{"type": "text", "text": "I look."}, {"type": "server_tool_use", "id": "s", "name": "web_fetch", "input": {"url": "u"}},
@@ -317,6 +319,15 @@ MESSAGES = {
             "content": "", "tool_calls": [LANGCHAIN_CALL]}}}]]}, "extra": {"invocation_params": {"tools": [WEATHER]}}}, SAID[:2]),
     "langsmith, an agent's run": ({"inputs": {"messages": [ASKED]}, "outputs": {"messages": [
         {"type": "human", "content": "Rome?"}, {"type": "ai", "content": "Sun."}]}}, [SAID[0], SAID[3]]),
+    "langchain, an executor's steps": ({"input": "Rome?", "output": "Sun.", "intermediate_steps": [[{
+        "tool": "weather", "tool_input": {"city": "Rome"}, "log": "Thought: I look.\nAction: weather\nAction Input: Rome"}, "sun"]]},
+        [SAID[0], "assistant: I look. weather(city='Rome')", *SAID[2:]]),
+    "bedrock": ({"messages": [m("user", [{"text": "Rome?"}]), m("assistant", [
+        {"toolUse": {"toolUseId": "t", "name": "weather", "input": {"city": "Rome"}}}]), m("user", [
+            {"toolResult": {"toolUseId": "t", "content": [{"text": "sun"}]}}])],
+        "output": {"message": m("assistant", [{"text": "Sun."}])}}, SAID),
+    "an export of claude.ai": ({"uuid": "u", "chat_messages": [
+        {"sender": "human", "text": "Rome?"}, {"sender": "assistant", "text": "Sun."}]}, [SAID[0], SAID[3]]),
     "choices": ({"messages": [ASKED], "choices": [{"message": CALLED}]}, SAID[:2]),
     "request and response": ({"request": {"messages": [ASKED]}, "response": {"choices": [{"message": CALLED}]}}, SAID[:2]),
     "prompt and completion": ({"prompt": "Rome?", "completion": "Sun."}, [SAID[0], SAID[3]]),
@@ -414,6 +425,20 @@ def test_tools_in_others_words(listed, tmp_path):
     tools = [listed, {"type": "code_interpreter"}, {"googleSearch": {}}]
     _, found = converted(tmp_path, {"messages": [ASKED, CALLED], "tools": tools})
     assert found == [{"type": "function", "function": WEATHER}]
+
+
+def test_tools_of_harmony_and_of_an_mcp_server(tmp_path):
+    """A tool under another name than its calls, choices or descriptions that are lost; what an MCP server lists."""
+    text = ("<|start|>developer<|message|># Tools\n\nnamespace web {\n\n// Sky\n//\n// now\ntype weather = (_: {\n// Where\n"
+            'city?: "Rome" | "Oslo", // default: Rome\ndays: number[],\n}) => any;\n\n} // namespace web<|end|>'
+            "<|start|>user<|message|>Rome?<|end|><|start|>assistant<|channel|>final<|message|>Sun.<|return|>")
+    _, [found] = converted(tmp_path, text)
+    assert found["function"] == {"name": "web.weather", "description": "Sky\n\nnow", "parameters": {
+        "type": "object", "required": ["days"], "properties": {
+            "city": {"type": "string", "enum": ["Rome", "Oslo"], "description": "Where"},
+            "days": {"type": "array", "items": {"type": "number"}}}}}
+    items = [ASKED, {"type": "mcp_list_tools", "tools": [WEATHER]}, m("assistant", "Sun.")]
+    assert converted(tmp_path, {"input": items})[1] == [{"type": "function", "function": WEATHER}]
 
 
 def test_what_a_table_filled_up_with_null_is_absent(tmp_path):
