@@ -3458,7 +3458,7 @@ def role_of(message):
     role = field(message, ROLE) or ""
     if not role and "parts" in message:  # Gemini's user and agents need none
         role = "user" if message.get("author") in (None, "user") else "model"
-    role = re.sub(r"(?<=\w)message(chunk)?$", "", role.lower())  # of LangChain's classes
+    role = role.lower().removesuffix("chunk").removesuffix("message") or role  # of LangChain's classes
     return ROLES.get(role, role)
 
 
@@ -3868,7 +3868,7 @@ def whole(record):
         case {"lc": _, "kwargs": {"messages": messages}}:  # LangChain's prompt
             return {"messages": messages}
     for name in AROUND:
-        inner = attempt(at, record, name)
+        inner = attempt(streamed, attempt(at, record, name))
         if isinstance(inner, dict) and isinstance(inner.get("messages"), list) and "messages" in record:
             inner = {"output": inner["messages"]}
         record = record | inner if isinstance(inner, dict) else record
@@ -3892,16 +3892,66 @@ def whole(record):
         thought = ACTION.split(THOUGHT.sub("", action.get("log") or ""), maxsplit=1)
         made = calls_in({"name": action["tool"], "arguments": action["tool_input"]})
         asked = asked + [assistant(thought[0].strip() if thought[1:] else "", *made), tool(as_text(seen))]
-    said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
-    if said[:len(asked)] == said[len(asked):2 * len(asked)]:
-        asked = answer
-    elif asked[-len(answer):] != answer:
-        asked = asked + answer
+    if answer and asked[-len(answer):] != answer:
+        said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
+        repeats = said[:len(asked)] == said[len(asked):2 * len(asked)]
+        asked = answer if repeats else asked + answer
     system = field(record, "system instructions systemInstruction system_instruction")
     if system and role_of(unwrapped(asked[0])) != "system":
         system = system["parts"] if isinstance(system, dict) else system
         asked = [chat_message("system", as_text(system)), *asked]
     return record | {"messages": asked}
+
+
+def streamed(value):
+    """An answer that came as a stream, put together: the text of its events, or a list of them; any other
+    value as it is.
+    """
+    if isinstance(value, str) and re.match(r"(?:event|data):", value):
+        value = [parse(data) for data in re.findall(r"(?m)^data: *(\{.*)", value)]
+    if not isinstance(value, list):
+        return value
+    message, parts = {}, []
+    for event in value:
+        match event:
+            case {"response": {"output": [_, *_]} as response}:  # OpenAI's Responses: the last event has all
+                return response
+            case {"choices": [{"delta": dict(delta)}, *_]}:
+                message = with_piece(message, delta)
+            case {"content_block": dict(block)}:  # Anthropic
+                parts.append(dict(block))
+            case {"type": "content_block_delta", "delta": {"partial_json": piece}}:
+                parts[-1]["input"] = (parts[-1]["input"] or "") + piece
+            case {"type": "content_block_delta", "delta": dict(delta)}:
+                parts[-1] = with_piece(parts[-1], delta | {"type": parts[-1]["type"]})
+            case {"candidates": [{"content": {"parts": list(more)}}, *_]}:  # Gemini
+                for part in more:
+                    before = parts.pop() if parts else {}
+                    if "text" in part and "text" in before and part.get("thought") == before.get("thought"):
+                        parts.append(with_piece(before, part))
+                    else:
+                        parts += [*filter(None, [before]), part]
+    answer = message or {"role": "assistant", "content": parts}
+    return {"choices": [{"message": answer}]} if message or parts else value
+
+
+def with_piece(value, piece):
+    """An object of a stream with the next piece of it, which goes after what texts and calls it has."""
+    value = dict(value)
+    for key, more in piece.items():
+        before = value.get(key)
+        if key == "tool_calls":
+            value[key] = calls = [] if before is None else before
+            for made in more or ():
+                i = made.get("index", len(calls))
+                calls[i:i + 1] = [with_piece(calls[i] if i < len(calls) else {}, made)]
+        elif isinstance(more, dict):
+            value[key] = with_piece(before or {}, more)
+        elif isinstance(before, str) and isinstance(more, str) and key not in ("id", "role", "type", "name"):
+            value[key] = before + more
+        elif more not in (None, ""):
+            value[key] = more
+    return value
 
 
 def unwrapped(message):
@@ -3955,7 +4005,7 @@ def parts_of(message, role):
 
 def uncut(parts):
     """Parts, with a text that was cut where it cites (Anthropic's) as one."""
-    if not any(isinstance(part, dict) and part.get("citations") for part in parts):
+    if not any(isinstance(part, dict) and field(part, "citation citations") for part in parts):
         return parts
     runs = [(kind, [*run]) for kind, run in itertools.groupby(parts, kind_of)]
     return [part for kind, run in runs for part in (

@@ -372,6 +372,37 @@ MESSAGES = {
         [SAID[0], "assistant: My plan.\nAction: buy milk\nThen put it into <execute> tags."])}
 
 
+def delta(**more):
+    return {"choices": [{"index": 0, "delta": more}]}
+
+
+PIECES = {  # what came as a stream, and what the assistant says in it
+    "openai": ([delta(role="assistant", content=""), delta(content="I "), delta(content="look."),
+                delta(tool_calls=[{"index": 0, "id": "c", "type": "function", "function": {"name": "weather", "arguments": ""}}]),
+                delta(tool_calls=[{"index": 0, "function": {"arguments": '{"city": '}}]),
+                delta(tool_calls=[{"index": 0, "function": {"arguments": '"Rome"}'}}]), {"choices": []}], "assistant: I look."),
+    "anthropic": ([{"type": "message_start", "message": m("assistant", [])},
+                   {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking", "thinking": ""}},
+                   {"type": "content_block_delta", "index": 0, "delta": {"type": "thinking_delta", "thinking": "Hm."}},
+                   {"type": "content_block_start", "index": 1, "content_block": {"type": "tool_use", "id": "t", "name": "weather", "input": {}}},
+                   *({"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": piece}}
+                     for piece in ("", '{"city":', ' "Rome"}'))], "assistant: (Hm.) "),
+    "responses": ([{"type": "response.created", "response": {"output": []}}, {"type": "response.completed", "response": {"output": [
+        {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'}]}}], "assistant: "),
+    "gemini": ([{"candidates": [{"content": {"parts": [part]}}]} for part in (
+        {"text": "I "}, {"text": "look."}, {"functionCall": {"name": "weather", "args": {"city": "Rome"}}})], "assistant: I look.")}
+
+
+@pytest.mark.parametrize("vendor", PIECES)
+def test_an_answer_in_pieces(vendor, tmp_path):
+    """A streamed answer that is left out, as text and as a list of events."""
+    events, said = PIECES[vendor]
+    text = "".join(f"event: x\ndata: {json.dumps(event)}\n\n" for event in events)
+    for response in (events, text, text + "data: [DONE]\n"):
+        messages, _ = converted(tmp_path, {"request": {"messages": [ASKED]}, "response": response})
+        assert brief(messages) == [SAID[0], said + " weather(city='Rome')"]
+
+
 @pytest.mark.parametrize("case", MESSAGES)
 def test_messages_in_others_words(case, tmp_path):
     record, expected = MESSAGES[case]
@@ -592,11 +623,12 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
     {"messages": [m("user", "a")] * 100_000}, {"messages": [m("tool", "a")] * 50_000},
     {"instruction": "a", "output": "Thought:\n" * 300_000}, {"system": "{\"a\":\n" * 50_000, "chat": "USER: a\n\nASSISTANT: b"},
     "Question: a\n" * 50_000, {"conversations": [s("gpt", "<tool_call>" * 50_000)]},
+    {"messages": [], "response": [{"choices": [{"delta": {"content": "a", "tool_calls": [{"function": {}}]}}]}] * 100_000},
     {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
     *({"messages": [m("user", "a"), m("assistant", text)]} for text in (
         "[TOOL_CALLS]a[ARGS]{" * 20_000, "[TOOL_CALLS]a[ARGS]{}x" * 20_000, "<tool_call>{" * 30_000, "<execute>x" * 30_000,
         "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>")),
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "pieces", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
     start = time.time()
