@@ -3081,7 +3081,8 @@ def read_json(path):
 def is_message(value):
     """Whether the list that begins with it is one record, and not a list of records."""
     return isinstance(value, dict) and (
-        {"role", "content"} <= value.keys() or is_item(value) or is_event(value))
+        {"role", "content"} <= value.keys() or "expected_tool_use" in value or is_item(value)
+        or is_event(value))
 
 
 def read_list(path):
@@ -3404,14 +3405,15 @@ GIVEN = "arguments args input parameters kwargs tool.args"
 CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
-MESSAGES = "messages conversations conversation traj history contents events chat_messages input"
+MESSAGES = ("messages conversations conversation traj history contents events chat_messages input "
+            "original_input")
 TOOLS = "tools functions available_tools tool_definitions"
 WRAPPED = ("function", "custom", "toolSpec")
 SCHEMA = ("parameters input_schema inputSchema input_parameters arguments parametersJsonSchema "
           "parameters_json_schema")
 # What may stand around a request and its answer; the answer's fields go before.
 AROUND = ("extra.invocation_params config toolConfig values body input inputs request request.body output "
-          "outputs response response.body").split()
+          "outputs response response.body response.output").split()
 ROLE = "role from sender type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
@@ -3456,7 +3458,7 @@ def field(value, names):
 def role_of(message):
     """The role of a message in OpenAI's words, or as the message has it where it is none of these."""
     role = field(message, ROLE) or ""
-    if not role and "parts" in message:  # Gemini's user and agents need none
+    if not role and {"parts", "author"} & message.keys():  # Gemini's user and agents need none
         role = "user" if message.get("author") in (None, "user") else "model"
     role = role.lower().removesuffix("chunk").removesuffix("message") or role  # of LangChain's classes
     return ROLES.get(role, role)
@@ -3840,7 +3842,7 @@ def messages_record(record, react=False):
     """
     record, messages = whole(record), []
     turns = [unwrapped(message) for message in record["messages"]]
-    names = {turn["author"] for turn in turns if turn.get("author") not in (None, "user")}
+    names = {turn.get("author") for turn in turns if turn.get("parts")} - {None, "user"}
     for turn in turns:
         role = role_of(turn)
         if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
@@ -3848,7 +3850,7 @@ def messages_record(record, react=False):
         parts = list(parts_of(turn, role))
         if is_item(turn) and parts:
             role = "tool" if parts[0][0] == "result" else "assistant"
-        if len(names) > 1 and role == "assistant" and parts and parts[0][0] == "text":
+        if len(names) > 1 and role == "assistant" and parts and parts[0][0] == "text" and parts[0][1]:
             label = f"[{turn['author']}]:"
             parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
         say(role, parts, messages, react)
@@ -3872,13 +3874,13 @@ def whole(record):
         if isinstance(inner, dict) and isinstance(inner.get("messages"), list) and "messages" in record:
             inner = {"output": inner["messages"]}
         record = record | inner if isinstance(inner, dict) else record
-    prompt = field(record, "prompt input contents")
+    prompt = field(record, "prompt input contents original_input")
     if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
         asked = [user(prompt)]
     else:
         asked = record["prompt"] if isinstance(record.get("prompt"), list) else list_or_none(listed, record)
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
-    answer = field(record, "output chosen completion preferred_output")
+    answer = field(record, "output chosen completion preferred_output generated_items")
     match record:
         case {"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}:
             answer = [message]
@@ -3961,6 +3963,8 @@ def unwrapped(message):
             return user(message)
         case {"kwargs": dict(inner), "id": [*_, name]}:
             message = inner | {"role": name}
+        case {"raw_item": dict(inner)}:  # of OpenAI's agents
+            message = inner
         case {"data": dict(inner)}:
             message = inner | {"role": message["type"]}
         case {"content": {"parts": _} as inner}:
@@ -3986,7 +3990,7 @@ def parts_of(message, role):
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
         content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
     kinds = {*map(type, content)} if isinstance(content, list) else set()
-    typed = content if dict in kinds and kinds <= {dict, str} else []
+    typed = content if kinds <= {dict, str} and (dict in kinds or "parts" in message) else []
     calls = calls_in(calls)
     ids = {made["id"] for made in calls}
     if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in typed):
@@ -4332,18 +4336,24 @@ def samples(record):
 
 def evaluation_set(record):
     """The cases of an evaluation set of Google's ADK: turns with a request, the tools used, and an answer."""
-    for case in record["eval_cases"]:
+    alone = record if isinstance(record, dict) else {"data": record}  # of an older version
+    for case in record["eval_cases"] if "eval_cases" in record else [alone]:
         said = []
-        for turn in case["conversation"]:
+        for turn in field(case, "conversation data"):
             done = turn.get("intermediate_data") or {}
-            said += [turn["user_content"], *(done.get("invocation_events") or ())]
-            for used in done.get("tool_uses") or ():
-                said.append({"role": "model", "parts": [{"functionCall": used}]})
+            said.append(turn.get("user_content") or user(turn["query"]))
+            said += done.get("invocation_events") or ()
+            for used in field(done | turn, "tool_uses expected_tool_use") or ():
+                made = {"name": field(used, NAME), "args": field(used, GIVEN + " tool_input")}
+                said.append({"role": "model", "parts": [{"functionCall": used | made}]})
             for came in done.get("tool_responses") or ():
                 said.append({"role": "user", "parts": [{"functionResponse": came}]})
             for author, parts in done.get("intermediate_responses") or ():
                 said.append({"role": "model", "parts": parts})
-            said.append({"role": "model"} | (turn.get("final_response") or {"parts": []}))
+            for came in turn.get("expected_intermediate_agent_responses") or ():
+                said.append(assistant(came["text"]))
+            answer = turn.get("final_response") or {"parts": [turn.get("reference") or ""]}
+            said.append({"role": "model"} | answer)
         yield messages_record(said)
 
 
@@ -4532,7 +4542,9 @@ FORMATS = {
         trace),
     "atif": ("steps.0.source", trajectory_interchange),
     "samples": ("samples.0.messages | simulations.0.messages", samples),
-    "evaluation_set": ("eval_cases.0.conversation.0.user_content", evaluation_set),
+    "evaluation_set": (
+        "eval_cases.0.conversation.0.user_content | data.0.expected_tool_use | 0.expected_tool_use",
+        evaluation_set),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
     "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
     "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),

@@ -197,6 +197,11 @@ CASES = {
          "final_response": {"parts": [{"text": "Snow."}]}}]}]},
         ["user: Rome?", "assistant:  weather(city='Rome')", 'tool: {"sky": "sun"}', "user: Oslo?",
          "assistant:  weather(city='Oslo')", 'tool: {"sky": "snow"}', "assistant: Snow."]),
+    "an older evaluation of adk": ("evaluation_set", [
+        {"query": "Rome?", "expected_tool_use": [{"tool_name": "weather", "tool_input": {"city": "Rome"}}], "reference": "Sun.",
+         "expected_intermediate_agent_responses": [{"author": "sky", "text": "I looked."}]},
+        {"query": "Oslo?", "expected_tool_use": [], "reference": "Snow."}],
+        ["user: Rome?", "assistant:  weather(city='Rome')", "assistant: I looked.", "assistant: Sun.", "user: Oslo?", "assistant: Snow."]),
     "simulations of tau2": ("samples", {"simulations": [{"id": "1", "messages": [
         m("assistant", "Hi."), m("user", "Rome?"), m("user", None, tool_calls=[
             {"id": "u", "name": "look_out", "arguments": {}, "requestor": "user"}], requestor="user"),
@@ -288,9 +293,13 @@ MESSAGES = {
         {"role": "user", "parts": [{"text": "Rome?"}, {"inlineData": {"mimeType": "image/png", "data": ""}}]},
         {"role": "model", "parts": [{"functionCall": {"name": "weather", "args": {"city": "Rome"}}}]},
         {"role": "user", "parts": [{"functionResponse": {"name": "weather", "response": {"sky": "sun"}}}]},
-        {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Sun."}]}]},
-        ["system: Be brief.", *SAID[:2], 'tool: {"sky": "sun"}', "assistant: (Hm.) Sun."]),
+        {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Sun."}]}, {"role": "user", "parts": ["So."]}]},
+        ["system: Be brief.", *SAID[:2], 'tool: {"sky": "sun"}', "assistant: (Hm.) Sun.", "user: So."]),
+    "openai's agents": ({"original_input": "Rome?", "generated_items": [{"type": "x", "raw_item": item} for item in (
+        {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": "c", "output": "sun"})]}, SAID[:3]),
     "gemini's agents": ({"events": [
+        {"author": "model", "actions": {}},
         {"author": "user", "content": {"role": "user", "parts": [{"text": "Rome?"}]}},
         {"author": "root", "content": None, "actions": {}},
         {"author": "root", "content": {"role": "model", "parts": [{"function_call": {"name": "ask", "args": {}}}]}},
@@ -325,7 +334,7 @@ MESSAGES = {
     "bedrock": ({"messages": [m("user", [{"text": "Rome?"}]), m("assistant", [
         {"toolUse": {"toolUseId": "t", "name": "weather", "input": {"city": "Rome"}}}]), m("user", [
             {"toolResult": {"toolUseId": "t", "content": [{"text": "sun"}]}}])],
-        "output": {"message": m("assistant", [{"text": "Sun."}])}}, SAID),
+        "response": {"output": {"message": m("assistant", [{"text": "Sun."}])}}}, SAID),
     "an export of claude.ai": ({"uuid": "u", "chat_messages": [
         {"sender": "human", "text": "Rome?"}, {"sender": "assistant", "text": "Sun."}]}, [SAID[0], SAID[3]]),
     "choices": ({"messages": [ASKED], "choices": [{"message": CALLED}]}, SAID[:2]),
