@@ -3847,6 +3847,8 @@ def messages_record(record, react=False):
         role = role_of(turn)
         if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
             continue  # tau2-bench: what the user does with tools is not the agent's
+        if turn.get("partial") is True:
+            continue  # ADK: of a stream, the whole follows
         parts = list(parts_of(turn, role))
         if is_item(turn) and parts:
             role = "tool" if parts[0][0] == "result" else "assistant"
@@ -3874,7 +3876,8 @@ def whole(record):
         if isinstance(inner, dict) and isinstance(inner.get("messages"), list) and "messages" in record:
             inner = {"output": inner["messages"]}
         record = record | inner if isinstance(inner, dict) else record
-    prompt = field(record, "prompt input contents original_input")
+    prompts = map(record.get, "prompt input contents original_input".split())
+    prompt = next((prompt for prompt in prompts if prompt and not isinstance(prompt, dict)), None)
     if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
         asked = [user(prompt)]
     else:
@@ -3882,12 +3885,16 @@ def whole(record):
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
     match record:
-        case {"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}:
+        case ({"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}
+              | {"generations": [{"message": message}, *_]}):
             answer = [message]
-        case {"candidates": [{"content": dict(message)}, *_]} | {"message": {"role": _} as message}:
-            answer = [message]  # of Gemini, of Ollama
+        case ({"candidates": [{"content": dict(message)}, *_]} | {"content": {"parts": _} as message}
+              | {"message": {"role": _} as message}):
+            answer = [message]  # of Gemini, of ADK, of Ollama
         case {"role": "assistant", "content": content}:
             answer = [{"role": "assistant", "content": content}]
+        case {"output": dict(message)} if "choices" not in message and is_turn(message):
+            answer = [message]
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
     for action, seen in record.get("intermediate_steps") or ():  # of LangChain's executor
         action = action.get("kwargs") or action
@@ -3900,8 +3907,8 @@ def whole(record):
         asked = answer if repeats else asked + answer
     system = field(record, "system instructions systemInstruction system_instruction")
     if system and role_of(unwrapped(asked[0])) != "system":
-        system = system["parts"] if isinstance(system, dict) else system
-        asked = [chat_message("system", as_text(system)), *asked]
+        system = system if isinstance(system, dict) else {"content": system}
+        asked = [system | {"role": "system"}, *asked]
     return record | {"messages": asked}
 
 
@@ -3968,7 +3975,7 @@ def unwrapped(message):
         case {"data": dict(inner)}:
             message = inner | {"role": message["type"]}
         case {"content": {"parts": _} as inner}:
-            message = inner | {"author": message.get("author")}
+            message = inner | {key: message.get(key) for key in ("author", "partial")}
     more = message.get("additional_kwargs") or {}
     return more | {key: value for key, value in message.items() if value or key not in more}
 
@@ -3987,6 +3994,7 @@ def parts_of(message, role):
         yield "result", (None, as_text(field(api, "exception response")))
     calls = message.get("tool_calls") or message.get("function_call") or []
     content = field(message, "content value parts text")
+    content = [content] if isinstance(message.get("parts"), dict) else content
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
         content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
     kinds = {*map(type, content)} if isinstance(content, list) else set()

@@ -284,6 +284,8 @@ MESSAGES = {
             {"executableCode": {"language": "PYTHON", "code": "1"}}, {"codeExecutionResult": {"output": "one"}},
             {"toolCall": {"toolType": "FILE_SEARCH", "id": "f"}}, {"toolResponse": {"id": "f", "response": {}}}]}}]}},
         ["system: Be brief.", SAID[0], "assistant:  python(code='1')", "tool: one", "assistant:  FILE_SEARCH()", "tool: {}"]),
+    "gemini, a part alone": ({"system_instruction": {"parts": {"text": "Be brief."}}, "contents": [
+        {"parts": {"text": "Rome?"}}, {"role": "model", "parts": {"text": "Sun."}}]}, ["system: Be brief.", SAID[0], SAID[3]]),
     "gemini, null fields, results by name": ({"contents": [{"parts": [{"functionCall": None, "text": "Rome?"}]}, {"role": "model", "parts": [
         {"thought": True, "text": "Hm."}, {"text": None, "functionCall": {"name": "weather", "args": {"city": "Rome"}}},
         {"functionCall": {"name": "f", "args": {}}}]}, {"parts": [{"functionResponse": {"name": "f", "response": "two"}},
@@ -295,6 +297,8 @@ MESSAGES = {
         {"role": "user", "parts": [{"functionResponse": {"name": "weather", "response": {"sky": "sun"}}}]},
         {"role": "model", "parts": [{"text": "Hm.", "thought": True}, {"text": "Sun."}]}, {"role": "user", "parts": ["So."]}]},
         ["system: Be brief.", *SAID[:2], 'tool: {"sky": "sun"}', "assistant: (Hm.) Sun.", "user: So."]),
+    "a call of a model by gemini's agents": ({"input": {"contents": "Rome?"}, "output": {"content": {
+        "role": "model", "parts": [{"function_call": {"name": "weather", "args": {"city": "Rome"}}}]}}}, SAID[:2]),
     "openai's agents": ({"original_input": "Rome?", "generated_items": [{"type": "x", "raw_item": item} for item in (
         {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'},
         {"type": "function_call_output", "call_id": "c", "output": "sun"})]}, SAID[:3]),
@@ -304,6 +308,7 @@ MESSAGES = {
         {"author": "root", "content": None, "actions": {}},
         {"author": "root", "content": {"role": "model", "parts": [{"function_call": {"name": "ask", "args": {}}}]}},
         {"author": "root", "content": {"role": "user", "parts": [{"function_response": {"name": "ask", "response": {}}}]}},
+        {"author": "sky", "partial": True, "content": {"role": "model", "parts": [{"text": "[sky]: S"}]}},
         {"author": "sky", "content": {"role": "model", "parts": [{"text": "[sky]: Sun."}]}}]},
         [SAID[0], "assistant:  ask()", "tool: {}", "assistant: [sky]: Sun."]),
     "langchain, by type": ({"messages": [
@@ -326,6 +331,8 @@ MESSAGES = {
         "run_type": "llm", "inputs": {"messages": [[{"id": ["HumanMessage"], "kwargs": {"content": "Rome?"}}]]},
         "outputs": {"generations": [[{"text": "", "message": {"id": ["AIMessage"], "kwargs": {
             "content": "", "tool_calls": [LANGCHAIN_CALL]}}}]]}, "extra": {"invocation_params": {"tools": [WEATHER]}}}, SAID[:2]),
+    "langsmith, an example": ({"inputs": {"input": [{"type": "human", "data": {"content": "Rome?"}}]},
+        "outputs": {"output": {"type": "ai", "data": {"content": "Sun."}}}}, [SAID[0], SAID[3]]),
     "langsmith, an agent's run": ({"inputs": {"messages": [ASKED]}, "outputs": {"messages": [
         {"type": "human", "content": "Rome?"}, {"type": "ai", "content": "Sun."}]}}, [SAID[0], SAID[3]]),
     "langchain, an executor's steps": ({"input": "Rome?", "output": "Sun.", "intermediate_steps": [[{
