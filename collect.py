@@ -3146,7 +3146,12 @@ def join_sessions(values):
             begun = id if "parentUuid" in line else "side"
             side = field(line, "agentId parentToolUseID parent_tool_use_id")
             side = sides[id] = side or sides.get(line.get("parentUuid"), begun)
-        if isinstance(message, dict) and message.get("model") != "<synthetic>":  # what no model wrote
+        match line.get("attachment"):
+            case {"type": "queued_command", "prompt": prompt}:  # typed while the agent was at work
+                message = user(prompt)
+        if not isinstance(message, dict) or line.get("isApiErrorMessage"):
+            continue
+        if message.get("model") != "<synthetic>":  # what no model wrote
             key = field(line, "sessionId session_id"), side
             sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
     for (_, side), (where, messages) in sessions.items():
@@ -3163,7 +3168,8 @@ def log_lines(values):
 def is_log_line(value):
     """Whether it is a line of a session's log, as Claude Code keeps it or prints it."""
     match value:
-        case {"uuid": _, "sessionId": _} | {"type": "user" | "assistant", "message": {"content": _}}:
+        case ({"uuid": _, "sessionId": _} | {"type": "attachment", "attachment": _}
+              | {"type": "user" | "assistant", "message": {"content": _}}):
             return True
     return False
 
@@ -3390,7 +3396,8 @@ CODE_PARAMETER = {"bash": "command", "sql": "query", "python": "code"}
 # What a part of a message is, by its type or, in Gemini's, its key, or else by how its type ends; parts of
 # other types, such as images, are left out.
 PARTS = by_word({
-    "text": "text input_text output_text refusal summary_text reasoning_text document search_result",
+    "text": "text input_text output_text refusal summary_text reasoning_text document search_result "
+            "input_audio output_audio",
     "thought": "thinking reasoning thought",
     "call": "tool_use toolUse server_tool_use mcp_tool_use tool_call tool-call toolCall function_call "
             "functionCall executable_code executableCode",
@@ -3480,7 +3487,8 @@ def part_text(part):
         return as_text({key: value for key, value in part.items() if not key.startswith("encrypted")})
     source = part.get("source")
     source = source if isinstance(source, dict) and source.get("type") in ("text", "content") else {}
-    text = field(part, "text value content summary_text logs tool_name") or field(source, "data content")
+    text = field(part, "text value content summary_text logs tool_name transcript")
+    text = field(source, "data content") if text is None else text
     text = text.get("value") if isinstance(text, dict) else text
     return joined([part.get("title"), as_text(text)]) if isinstance(text, (str, list)) else ""
 
@@ -3987,12 +3995,20 @@ def parts_of(message, role):
     if is_item(message):
         yield from read_part(message)
         return
+    if role == "assistant" and isinstance(message.get("channel"), str):  # harmony in JSON
+        said, to = as_text(message.get("content")), message.get("recipient")
+        if to not in (None, "all", "assistant", "user"):
+            yield "call", calls_in({"name": to.removeprefix("functions."), "arguments": said})[0]
+            return
+        if message["channel"] == "analysis":
+            yield "thought", said
+            return
     if thought := field(message, "reasoning_content reasoning thinking"):
         yield "thought", as_text(thought)
     for api in message.get("apis") or ():  # ToolTalk
         yield "call", calls_in(api["request"])[0]
         yield "result", (None, as_text(field(api, "exception response")))
-    calls = message.get("tool_calls") or message.get("function_call") or []
+    calls = next(filter(None, map(message.get, ("tool_calls", "function_call", "invalid_tool_calls"))), [])
     content = field(message, "content value parts text")
     content = [content] if isinstance(message.get("parts"), dict) else content
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
@@ -4010,8 +4026,8 @@ def parts_of(message, role):
                 yield kind, value
     else:
         yield "text", as_text(content or "")
-    if isinstance(message.get("refusal"), str):
-        yield "text", message["refusal"]
+    spoken = message["audio"].get("transcript") if isinstance(message.get("audio"), dict) else None
+    yield from (("text", said) for said in (message.get("refusal"), spoken) if isinstance(said, str))
     yield from (("call", made) for made in calls)
 
 
@@ -4049,7 +4065,7 @@ def read_part(part):
     inner = part[kind] if isinstance(part.get(kind), dict) else part
     match what_is(kind):
         case "text":
-            said = part_text({"text": part.get(kind)} | part)
+            said = part_text(part | ({"text": part[kind]} if isinstance(part.get(kind), str) else {}))
             yield "thought" if part.get("thought") is True else "text", said
         case "thought":
             said = [*filter(None, map(part.get, (kind, *"text value summary content".split()))), None][0]
@@ -4466,24 +4482,24 @@ def harmony(text):
 
 def harmony_tools(text):
     """The tools in a prompt of harmony, which writes them as types of TypeScript in namespaces."""
-    tools = []
-    for space, inside in re.findall(r"(?ms)^namespace (\w+) \{(.*?)^\}(?!\))", text):
-        for comment, name, body in re.findall(r"(?ms)((?:^//.*?\n)*)^type (\w+) = \((.*?)\) => any;", inside):
-            fields = re.findall(r"(?m)((?:^//.*\n)*)^(?!_:)(\w+)(\?)?: *([^,/\n]*)", body)
-            properties = {key: harmony_schema(kind) for _, key, _, kind in fields}
-            for said, key, *_ in fields:
-                properties[key] |= {"description": uncommented(said)} if said else {}
-            required = [key for _, key, optional, _ in fields if not optional]
-            tools.append({
-                "name": name if space == "functions" else f"{space}.{name}",
-                "description": uncommented(comment),
-                "parameters": {"properties": properties, "required": required}})
+    tools, space, comment, schema = [], "functions", [], None  # schema: of the tool whose type is open
+    for line in text.splitlines():
+        if line.startswith("//"):
+            comment.append(line[2:].strip())
+            continue
+        said = "\n".join(comment).strip()
+        if found := re.match(r"namespace (\w+) \{", line):
+            space = found[1]
+        elif found := re.match(r"type (\w+) = \(", line):
+            name = found[1] if space == "functions" else f"{space}.{found[1]}"
+            schema = {"properties": {}, "required": []}
+            tools.append({"name": name, "description": said, "parameters": schema})
+        elif schema and (found := re.match(r"(?!_:)(\w+)(\?)?: *([^,/]*)", line)):
+            key, optional, kind = found.groups()
+            schema["properties"][key] = harmony_schema(kind) | ({"description": said} if said else {})
+            schema["required"] += [] if optional else [key]
+        comment, schema = [], None if "=> any;" in line else schema
     return tools_of(tools)
-
-
-def uncommented(lines):
-    """The text of comment lines."""
-    return re.sub(r"(?m)^// ?", "", lines).strip()
 
 
 def harmony_schema(kind):

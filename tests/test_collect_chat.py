@@ -364,6 +364,12 @@ MESSAGES = {
         {"id": "c", "type": "function", "function": {"name": "python", "arguments": "print(1)"}}])]},
         [SAID[0], "assistant:  python(input='print(1)')"]),
     "refusal": ({"messages": [ASKED, m("assistant", None, refusal="I cannot.")]}, [SAID[0], "assistant: I cannot."]),
+    "harmony in json": ({"messages": [ASKED, m("assistant", [{"type": "text", "text": "Hm."}], channel="analysis", recipient=None),
+        m("assistant", '{"city": "Rome"}', channel="commentary", recipient="functions.weather", content_type="json"),
+        m("tool", "sun", name="functions.weather", recipient="assistant"), m("assistant", "Sun.", channel="final")]},
+        [SAID[0], HM, *SAID[2:]]),
+    "what was spoken": ({"messages": [m("user", [{"type": "input_audio", "input_audio": {"data": "AA"}, "transcript": "Rome?"}]),
+                                      m("assistant", None, audio={"id": "a", "transcript": "Sun."})]}, [SAID[0], SAID[3]]),
     "reasoning": ({"messages": [ASKED, m("assistant", "Sun.", reasoning="Hm.")]}, [SAID[0], "assistant: (Hm.) Sun."]),
     "no arguments, no result": ({"messages": [ASKED, m("assistant", None, tool_calls=[
         {"id": "c", "function": {"name": "f", "arguments": ""}}]), m("tool", None, tool_call_id="c")]},
@@ -450,12 +456,14 @@ def test_sides_of_a_session_and_other_logs(tmp_path):
         return [{"type": role, "uuid": f"{word}{i}", "parentUuid": f"{word}0" if i else None, "sessionId": "s",
                  "isSidechain": True, "message": m(role, word)} for role, word in said]
     lines = [{"type": "user", "message": {"content": "c"}}, {"type": "assistant", "message": {"content": "d"}},
-             {"type": "assistant", "message": m("assistant", "API Error", model="<synthetic>")}]
+             {"type": "assistant", "message": m("assistant", "API Error", model="<synthetic>")},
+             {"type": "attachment", "attachment": {"type": "queued_command", "prompt": "e", "commandMode": "prompt"}},
+             {"type": "attachment", "attachment": {"type": "todo_reminder"}}]
     log = [*sides(0, ("user", "a"), ("user", "b")), *sides(1, ("assistant", "a"), ("assistant", "b")), *lines]
     args = argparse.Namespace(chat_domain="trajectory", chat_format=None)
     path = write(tmp_path, "log.jsonl", "".join(json.dumps(entry) + "\n" for entry in log))
     found = [brief(r.messages) for r in collect.chat_records(path, "log", "MIT", args)]
-    assert found == [["user: a", "assistant: a"], ["user: b", "assistant: b"], ["user: c", "assistant: d"]]
+    assert found == [["user: a", "assistant: a"], ["user: b", "assistant: b"], ["user: c", "assistant: d", "user: e"]]
     path = write(tmp_path, "log.json", json.dumps({"loglines": lines}))
     assert [brief(r.messages) for r in collect.chat_records(path, "log", "MIT", args)] == found[2:]
 
@@ -542,6 +550,8 @@ def test_calls_are_literals_only():
     ([m("user", "a"), m("assistant", "", function_call={"name": "f", "arguments": "{\"a\": "})], "neither JSON"),
     ([m("user", "a"), m("assistant", "", function_call={"name": "f", "arguments": "[1]"})], "not a call"),
     ([m("user", [{"type": "image_url"}])], "image_url"),
+    ([m("user", "a"), m("assistant", "", tool_calls=[], invalid_tool_calls=[{"name": "f", "args": "{\"a\": "}]),
+      m("tool", "b")], "neither JSON"),
 ])
 def test_bad_conversations_are_rejected_with_a_reason(messages, reason, tmp_path):
     """A conversation that breaks the contract in the corpus, or one that ends the run."""
@@ -639,12 +649,13 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
     {"messages": [m("user", "a")] * 100_000}, {"messages": [m("tool", "a")] * 50_000},
     {"instruction": "a", "output": "Thought:\n" * 300_000}, {"system": "{\"a\":\n" * 50_000, "chat": "USER: a\n\nASSISTANT: b"},
     "Question: a\n" * 50_000, {"conversations": [s("gpt", "<tool_call>" * 50_000)]},
+    "<|start|>system<|message|>namespace a {\n" + "// a\n" * 200_000 + "type a = (\nb: c\n" * 20_000,
     {"messages": [], "response": [{"choices": [{"delta": {"content": "a", "tool_calls": [{"function": {}}]}}]}] * 100_000},
     {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
     *({"messages": [m("user", "a"), m("assistant", text)]} for text in (
         "[TOOL_CALLS]a[ARGS]{" * 20_000, "[TOOL_CALLS]a[ARGS]{}x" * 20_000, "<tool_call>{" * 30_000, "<execute>x" * 30_000,
         "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>")),
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "pieces", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "types", "pieces", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
     start = time.time()
