@@ -2547,11 +2547,13 @@ def prose(package):
 
 MAX_SPEC = 100_000_000         # bytes of one specification
 MAX_DEPTH, MAX_NODES = 4, 300  # of a schema, its references resolved: some services' would fill gigabytes
+MAX_MERGED = 1_000_000         # keys of YAML that `<<` repeats
 MAX_PIECES = 10_000            # of the JSON of a default, an enum and the like
 IGNORED = [("header", name) for name in ("accept", "content-type", "authorization")]  # as OpenAPI says
 METHODS = "get put post delete options head patch trace query".split()
 BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob": "string",
                   "timestamp": "string", "long": "integer", "float": "number", "double": "number"}
+ODD_TYPES = {"file": {"type": "string", "format": "binary"}, "any": {}}  # of OpenAPI 2, and of Google's
 KEPT_KEYS = "type format enum default minimum maximum minLength maxLength pattern nullable const".split()
 YAML_TYPES = [  # (name, how such a value begins, what it is): of YAML 1.2, as OpenAPI means it
     ("null", ["", *"~nN"], r"~|null|Null|NULL|"),
@@ -2566,12 +2568,13 @@ def openapi_records(path, name, license, args):
     if not {"swagger", "openapi"} & spec.keys() and next(mcp_tools(spec, ""), None):
         return (yield from mcp_records(path, name, license, args))
     version = str(spec.get("swagger") or spec.get("openapi"))
-    if not re.match(r"[23]\.", version) or not isinstance(spec.get("paths"), dict):
+    if not re.match(r"[23]\.", version) or not mapping(spec, "paths"):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
     info, taken = mapping(spec, "info"), Counter()
     title, license = info.get("title", name), mapping(info, "license").get("name") or license
     others = {}  # files that it refers to
-    resolve = partial(follow, spec, others, path.parent)
+    collected = name.count("/") - 1 if path.as_posix().endswith(f"/{name}") else 0  # directories up
+    resolve = partial(follow, spec, others, path.parent, path.parents[max(collected, 0)].resolve())
     about = resolve, f"{title} {info.get('version', '')}", f"openapi:{name}", license
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
@@ -2586,8 +2589,8 @@ def openapi_records(path, name, license, args):
                 yield operation_record(called, f"{method.upper()} {place}", operation, *about)
     for file, content in others.items():
         if content is None:
-            yield rejection(name, file, "a reference to a file that cannot be read beneath the "
-                                        "specification's: what it holds is missing")
+            yield rejection(name, file, "a reference to what is not there, or not beneath the directory that "
+                                        "is collected: what it holds is missing")
 
 
 def discovery_records(path, name, license, args):
@@ -2808,11 +2811,28 @@ def read_json_file(path):
 
 
 def parse_yaml(text):
-    """The value of a YAML 1.2 text, as OpenAPI means it: `on`, `no`, 2020-01-01 and 12:30:45 are strings."""
+    """The value of a YAML 1.2 text, as OpenAPI means it: `on`, `no`, 2020-01-01 and 12:30:45 are strings, and
+    so is every key; but `<<` merges, as YAML 1.1 has it.
+    """
     yaml = importlib.import_module("yaml")
 
     class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        yaml_implicit_resolvers = {}
+        yaml_implicit_resolvers, merged = {}, 0
+
+        def construct_mapping(self, node, deep=False):
+            value, shared = {}, {}
+            for key, member in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
+                value[key.value] = found = self.construct_object(member, deep or key.value == "<<")
+                if key.value == "<<":
+                    for other in map(mapping, reversed(found) if isinstance(found, list) else [found]):
+                        shared.update(other)
+                        self.merged += len(other)
+                        if self.merged > MAX_MERGED:
+                            raise ValueError(f"over {MAX_MERGED:,} keys merged by `<<`")
+            value.pop("<<", None)
+            return shared | value
 
     for kind, first, pattern in YAML_TYPES:
         Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), first)
@@ -2865,14 +2885,15 @@ def shorten(text, longest=200):
     return line if len(line) <= longest else line[:longest].rpartition(" ")[0] + " ..."
 
 
-def follow(spec, others, root, ref):
-    """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None. Other files
-    are read beneath `root` alone, once each; the references in them are made relative to it.
+def follow(spec, others, folder, root, ref):
+    """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None, which
+    `others` then has for it. Other files are read beneath `root` alone, once each; the references in them are
+    made relative to `folder`.
     """
     file, _, pointer = ref.partition("#")
     if file and file not in others:
-        others[file], path = None, (root / urllib.parse.unquote(file)).resolve()
-        if path.is_relative_to(root.resolve()) and path.is_file() and len(others) < 10_000:
+        others[file], path = None, (folder / urllib.parse.unquote(file)).resolve()
+        if path.is_relative_to(root) and path.is_file() and len(others) < 10_000:
             with contextlib.suppress(ValueError):
                 others[file] = relative_to(read_spec(path), file)
     value, pointer = others.get(file) if file else spec, pointer.strip("/")
@@ -2881,6 +2902,8 @@ def follow(spec, others, root, ref):
             key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
             value = value[int(key) if isinstance(value, list) else key]
         return value
+    if len(others) < 10_000 and others.get(file, spec) is not None:
+        others[ref] = None
 
 
 def relative_to(value, file):
@@ -2923,32 +2946,39 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     named, and below MAX_DEPTH or after MAX_NODES no more than types are given. Properties that are `hidden`
     ("readOnly" in a request, "writeOnly" in an answer) are left out.
     """
-    budget, about = budget or [MAX_NODES], None
+    budget, beside = budget or [MAX_NODES], {}
     while isinstance(ref := mapping(node).get("$ref"), str):  # perhaps to a reference again
-        about = about or node.get("description")
+        stated = {key: node.get(key) for key in ("description", "default", "nullable")}
+        beside = {key: value for key, value in stated.items() if value not in (None, "")} | beside
         if ref in seen:
             return {"type": "object", "description": f"{ref.split('/')[-1]}, as above"}
         seen, node = (*seen, ref), resolve(ref) if len(seen) < 100 else None
     if not isinstance(node, dict) or "$ref" in node:
         return {}
-    budget[0] -= 1
+    node, budget[0] = node | beside, budget[0] - 1
     schema = {key: value for key in KEPT_KEYS if (value := plain(node.get(key))) is not None}
-    if about := about or node.get("description"):
+    if isinstance(kind := schema.get("type"), str) and kind in ODD_TYPES:
+        del schema["type"]
+        schema |= ODD_TYPES[kind]
+    if about := node.get("description"):
         schema["description"] = shorten(about)
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
     properties = {str(key): deeper(part) for key, part in mapping(node, "properties").items()
-                  if resolved(part, resolve).get(hidden) is not True}
-    required, choices = [*listing(node, "required")], []
-    for part in map(deeper, listing(node, "allOf")):
+                  if (resolved(part, resolve) | mapping(part)).get(hidden) is not True}
+    required, choices = {*map(str, listing(node, "required"))}, []
+    for part in listing(node, "allOf"):
+        required.update(map(str, listing(resolved(part, resolve), "required")))  # of what other parts have
+        part = deeper(part)
         properties |= part.pop("properties", {})
-        required += part.pop("required", [])
+        required.update(part.pop("required", []))
         choices += part.pop("anyOf", [])
         schema = part | schema
     if properties:
-        required = sorted(key for key in properties if key in required)
-        schema |= {"type": "object", "properties": properties, "required": required}
+        schema |= {"type": "object", "properties": properties, "required": sorted(required & properties.keys())}
+    elif required and not {"properties", "allOf"} & node.keys():  # all that an alternative may say
+        schema["required"] = sorted(required)
     choices += map(deeper, listing(node, "oneOf") + listing(node, "anyOf"))
     if choices:
         schema["anyOf"] = choices

@@ -1207,3 +1207,84 @@ def test_joint_names_and_types_take_bounded_time(doc):
     for name, said in collect.documented_parameters(doc, {"a"}).items():
         collect.parameter_schema(name, "", said)
     assert time.process_time() - began < 5
+
+
+def described(tmp_path, spec, name="spec.json"):
+    """{API: tool definition} of a specification, as text or not, and what was rejected."""
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(spec if isinstance(spec, str) else json.dumps(spec))
+    found = list(collect.openapi_records(path, name, "MIT", Namespace()))
+    tools = {r.apis[0]: json.loads(r.text.rsplit("\n\n", 2)[1]) for r in found if not isinstance(r, dict)}
+    return tools, [r for r in found if isinstance(r, dict)]
+
+
+def posting(schema, **more):
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    operation = {"operationId": "a", "requestBody": body, "responses": {}}
+    return {"openapi": "3.1.0", "info": {"title": "T", "version": "1"}, "paths": {"/a": {"post": operation}}, **more}
+
+
+BASE = {"Base": {"type": "object", "properties": {"id": {"type": "string"}, "name": {"type": "string"}}},
+        "Order": {"type": "string", "description": "Either way.", "enum": ["up", "down"]}}
+
+
+@pytest.mark.parametrize("schema, expected", [
+    ({"allOf": [{"$ref": "#/Base"}, {"required": ["name"]}]}, {"properties": BASE["Base"]["properties"], "required": ["name"]}),
+    ({"allOf": [{"$ref": "#/Base"}, {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n", "id"]}]},
+     {"properties": BASE["Base"]["properties"] | {"n": {"type": "integer"}}, "required": ["id", "n"]}),
+    ({"properties": {"by": {"$ref": "#/Order", "default": "up"}, "to": {"$ref": "#/Order", "description": "Whither."}}},
+     {"properties": {"by": BASE["Order"] | {"default": "up"}, "to": BASE["Order"] | {"description": "Whither."}}, "required": []}),
+    ({"properties": {"id": {"$ref": "#/Order", "readOnly": True}, "at": {"type": "any"}, "doc": {"type": "file"}}},
+     {"properties": {"at": {}, "doc": {"type": "string", "format": "binary"}}, "required": []}),
+    (BASE["Base"] | {"anyOf": [{"required": ["id"]}, {"required": ["name"]}]},
+     {"properties": {"body": BASE["Base"] | {"required": [], "anyOf": [{"required": ["id"]}, {"required": ["name"]}]}},
+      "required": ["body"]})])
+def test_what_parts_of_a_schema_require_and_what_stands_beside_a_reference(tmp_path, schema, expected):
+    tools, rejected = described(tmp_path, posting(schema, **BASE))
+    assert tools["T.a"]["parameters"] == {"type": "object"} | expected and not rejected
+
+
+def test_references_within_the_directory_that_is_collected(tmp_path):
+    """They may lead up, but not out of it, whatever a file on the web is called; what is missing is said."""
+    (tmp_path / "specs" / "models").mkdir(parents=True)
+    (tmp_path / "specs" / "models" / "item.json").write_text('{"type": "object", "properties": {"n": {"type": "integer"}}}')
+    (tmp_path / "out.json").write_text('{"type": "string", "description": "PRIVATE"}')
+    spec = posting({"properties": {"item": {"$ref": "../models/item.json"}, "out": {"$ref": "../../out.json"},
+                                   "gone": {"$ref": "#/components/schemas/Gone"}}})
+    tools, rejected = described(tmp_path, spec, "specs/v1/spec.json")
+    properties = tools["T.a"]["parameters"]["properties"]
+    assert properties["item"]["properties"] == {"n": {"type": "integer"}} and properties["out"] == properties["gone"] == {}
+    assert [r["line"] for r in rejected] == ["../../out.json", "#/components/schemas/Gone"]
+    _, rejected, *_ = collect.openapi_records(tmp_path / "specs" / "v1" / "spec.json", "https://a.example/b/c/spec.json", "MIT", None)
+    assert rejected["line"] == "../models/item.json"
+
+
+def test_yaml_merges_and_has_names_for_keys(tmp_path):
+    pytest.importorskip("yaml")
+    tools, rejected = described(tmp_path, """openapi: 3.0.0
+info: {title: T, version: "1"}
+x-paging: &paging
+  limit: {type: integer, default: 10}
+  after: {type: string}
+paths:
+  /a:
+    post:
+      operationId: a
+      requestBody: {required: true, content: {application/json: {schema: {properties: {
+        <<: *paging, limit: {type: integer}, null: {type: boolean}, 1: {type: string}}}}}}
+      responses: {201: {$ref: "#/components/responses/201"}}
+components: {responses: {201: {description: Made., content: {application/json: {schema: {type: string}}}}}}
+""", "spec.yaml")
+    assert tools["T.a"]["parameters"]["properties"] == {
+        "limit": {"type": "integer"}, "after": {"type": "string"}, "null": {"type": "boolean"}, "1": {"type": "string"}}
+    assert tools["T.a"]["returns"] == {"type": "string"} and not rejected
+    bomb = "\n".join(["a0: &a0 {" + ", ".join(f"k{n}: 1" for n in range(2000)) + "}",
+                      *(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}" for n in range(1, 99))])
+    with pytest.raises(ValueError, match="merged by"):
+        described(tmp_path, bomb, "bomb.yaml")
+
+
+def test_a_specification_without_operations_is_said_to_be_none(tmp_path):
+    with pytest.raises(ValueError, match="no `paths`"):
+        described(tmp_path, {"openapi": "3.1.0", "info": {}, "paths": {}, "webhooks": {"made": {"post": {}}}})
