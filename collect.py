@@ -2770,16 +2770,28 @@ def is_mcp_tool(value):
 
 def skill_records(path, name, license, args):
     """The record of an agent skill: the front matter and instructions of its SKILL.md, and its scripts."""
-    front, body = groups(r"\A---\n(.*?)\n---\n(.*)", read_text(path))
-    stated = dict(re.findall(r"^(name|description|license): *[\"'>|-]*\n? *(.+?)[\"']?$", front, re.M))
-    if not {"name", "description"} <= stated.keys():
+    text = read_text(path).replace("\r\n", "\n")
+    front, body = groups(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)(.*)", text)
+    block, below = r"(?:[ \t]*[|>][-+\d]*[ \t]*$)?", r"(?:\n(?:[ \t].*)?$)*"  # lines that are indented or empty
+    found = re.findall(rf"^(name|description|license):{block}(.*{below})", front, re.M)
+    stated = {key: unquoted(" ".join(value.split())) for key, value in found}
+    if not stated.get("name") or not stated.get("description"):
         raise ValueError("not a skill: its front matter has no `name` and `description`")
     parts = [f"{stated['name']}: {stated['description']}", body.strip()]
     scripts = (p for p in path.parent.rglob("*") if re.search(CODE_FILES, p.name))
     for script in sorted(p for p in scripts if p.is_file() and not p.is_symlink())[:20]:
         parts.append(f"{script.relative_to(path.parent)}:\n\n```\n{read_text(script)[:20_000]}\n```")
     called = f"skills.{identifier(stated['name'])}"
+    if not re.search(r"(?i)^$|unknown|licen[cs]e\.|://", stated.get("license", "")):  # a file or page has it
+        license = stated["license"]
     yield Record(f"api_doc:skills:{name}", "api_doc", f"skills:{name}", license, [called], "\n\n".join(parts))
+
+
+def unquoted(text):
+    """A value of YAML without its quotes."""
+    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
+        return text
+    return text[1:-1].replace(*(("''", "'") if text[0] == "'" else ('\\"', '"')))
 
 
 def read_spec(path):
@@ -2976,7 +2988,8 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
         choices += part.pop("anyOf", [])
         schema = part | schema
     if properties:
-        schema |= {"type": "object", "properties": properties, "required": sorted(required & properties.keys())}
+        required &= properties.keys()
+        schema |= {"type": "object", "properties": properties, "required": sorted(required)}
     elif required and not {"properties", "allOf"} & node.keys():  # all that an alternative may say
         schema["required"] = sorted(required)
     choices += map(deeper, listing(node, "oneOf") + listing(node, "anyOf"))

@@ -1288,3 +1288,19 @@ components: {responses: {201: {description: Made., content: {application/json: {
 def test_a_specification_without_operations_is_said_to_be_none(tmp_path):
     with pytest.raises(ValueError, match="no `paths`"):
         described(tmp_path, {"openapi": "3.1.0", "info": {}, "paths": {}, "webhooks": {"made": {"post": {}}}})
+
+
+@pytest.mark.parametrize("front, begins, license", [
+    ("name: pdf\r\ndescription: Fill in forms.\r\nlicense: MIT", "pdf: Fill in forms.", "MIT"),
+    ("name: 'pdf'\ndescription: >-\n  Fill in\n  forms.\n\n  Or: merge.\nlicense: see LICENSE.txt", "pdf: Fill in forms. Or: merge.", "BSD"),
+    ("name: pdf\ndescription: |\n  Fill in.\nmetadata:\n  name: no\nlicense: Unknown", "pdf: Fill in.", "BSD"),
+    ('name: pdf\ndescription: "Say \\"fill\\"\n  it in"', 'pdf: Say "fill" it in', "BSD"),
+    ("description: Fill in\n  forms \"like this\"\nname: pdf", 'pdf: Fill in forms "like this"', "BSD")])
+def test_front_matter_of_skills(tmp_path, front, begins, license):
+    path = tmp_path / "SKILL.md"
+    path.write_bytes(f"---\n{front}\n---\n\n# PDF\n".encode())
+    [record] = collect.skill_records(path, "pdf/SKILL.md", "BSD", Namespace())
+    assert record.text == f"{begins}\n\n# PDF" and record.license == license
+    path.write_text("---\nname: pdf\ndescription:\n---\n")
+    with pytest.raises(ValueError, match="no `name` and `description`"):
+        list(collect.skill_records(path, "pdf/SKILL.md", "BSD", Namespace()))
