@@ -2709,7 +2709,7 @@ def command_records(path, name, license, args):
         place = str(mapping(page).get("source") or line)
         place, page = (name, page) if isinstance(page, str) else (place, str(mapping(page).get("text")))
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
-        examples = re.findall(r"^- (.+):\n\n`(.+)`", page, re.M)
+        examples = re.findall(r"^- (.+)[:\uff1a]\n\n`(.+)`", page, re.M)
         if not title or not about or not examples:
             yield rejection(name, place, "not a tldr page: no `# command` line, no `> description` line, "
                                          "or no example")
@@ -2729,9 +2729,14 @@ def mcp_records(path, name, license, args):
     offers. Nothing is launched. Raises ValueError if it lists none.
     """
     server, taken = Path(name).name.split(".")[0], set()
-    if server in ("tools", "server"):
-        server = Path(name).parent.name
-    for server, given in mcp_tools(read_json_file(path), server):
+    if re.fullmatch(r"(?i)((mcp|tools?|servers?|list|card|manifest|config|index)([-_]|$))+", server):
+        server = Path(name).parent.name or path.resolve().parent.name
+    value = read_json_file(path)
+    for server, given in mcp_tools([value] if "inputSchema" in mapping(value) else value, server):
+        if not is_mcp_tool(given):
+            place = str(mapping(given).get("name"))
+            yield rejection(name, place, "a tool without a description and a schema")
+            continue
         [tool] = tools_of([given])
         function = tool["function"]
         called, schema = f"{identifier(server)}.{function['name']}", function["parameters"]
@@ -2749,19 +2754,24 @@ def mcp_records(path, name, license, args):
 
 def mcp_tools(value, server, depth=6):
     """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
-    about = mapping(value, "serverInfo") | mapping(value)
+    about = mapping(value, "serverInfo") | mapping(value, "server") | mapping(value)
     names = [about.get(key) for key in ("server_name", "serverName", "name", "title")]
     server = next((name for name in names if isinstance(name, str)), server)
     tools = value if isinstance(value, list) and depth == 6 else listing(value, "tools")
-    if tools and all(map(is_mcp_tool, tools)):
+    tools = tools or [{"name": key} | tool for key, tool in mappings(value, "tools")]
+    if tools and (all if tools is value else any)(map(is_mcp_tool, tools)):
         yield from ((server, tool) for tool in tools)
     elif depth:
-        for member in children(value):
-            yield from mcp_tools(member, server, depth - 1)
+        members = children(value)
+        by_name = all(isinstance(member, dict) for member in [value, *members])
+        by_name = by_name and sum("tools" in member for member in members) > 1
+        for key, member in zip(value if by_name else itertools.repeat(server), members):
+            yield from mcp_tools(member, key, depth - 1)
 
 
 def is_mcp_tool(value):
     """Whether a JSON value describes a tool, and not a package, which has a version."""
+    value = mapping(value, "function") or value  # OpenAI's
     if not isinstance(mapping(value).get("name"), str):
         return False
     described = isinstance(value.get("description"), str) and "version" not in value
@@ -3773,6 +3783,9 @@ def split_turns(text, labels):
     return [(role, "\n".join(text for _, text in group)) for role, group in by_role]
 
 
+SCHEMA_KEYS = "$ref $defs definitions anyOf oneOf allOf additionalProperties patternProperties".split()
+
+
 def tools_of(value):
     """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names
     for types.
@@ -3787,16 +3800,20 @@ def tools_of(value):
         name, description = field(function, "name api_name"), field(function, "description api_description")
         if not name:  # built in, such as code_interpreter
             continue
-        schema = field(function, SCHEMA) or {}
+        schema = structured(field(function, SCHEMA) or {})
         if "json" in schema and isinstance(schema, dict):  # Bedrock's
             schema = schema["json"]
-        if isinstance(schema, list):  # of Docker's registry: a list of named arguments
+        if isinstance(schema, list):  # of named arguments, in Docker's registry some `optional`
+            marked = any("optional" in entry for entry in schema)
+            needs = [e["name"] for e in schema if e.get("required", marked and not e.get("optional")) is True]
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
+            schema |= {"required": needs} if needs else {}
         if not isinstance(schema.get("properties"), dict):
-            entries = {k: v for k, v in schema.items() if isinstance(v, dict)}
+            stated = {k: v for k, v in schema.items() if k in SCHEMA_KEYS}
+            entries = {k: v for k, v in schema.items() if isinstance(v, dict) and k not in stated}
             required = [
                 k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
-            schema = {"properties": entries, "required": function.get("required", required)}
+            schema = stated | {"properties": entries, "required": function.get("required", required)}
         known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
         schema = schema_types({"type": "object"} | schema | {"properties": known})
         function = {"name": name, "description": description or "", "parameters": schema}
@@ -3807,7 +3824,8 @@ def tools_of(value):
 def named_schema(entry):
     """The schema of an argument that is listed with its name."""
     said = {"description": entry["desc"]} if entry.get("desc") else {}
-    return {key: value for key, value in entry.items() if key not in ("name", "desc")} | said
+    flags = ("name", "desc", "optional", *["required"] * isinstance(entry.get("required"), bool))
+    return {key: value for key, value in entry.items() if key not in flags} | said
 
 
 def schema_types(schema):

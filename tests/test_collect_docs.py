@@ -1304,3 +1304,47 @@ def test_front_matter_of_skills(tmp_path, front, begins, license):
     path.write_text("---\nname: pdf\ndescription:\n---\n")
     with pytest.raises(ValueError, match="no `name` and `description`"):
         list(collect.skill_records(path, "pdf/SKILL.md", "BSD", Namespace()))
+
+
+TOOL = {"name": "find", "description": "Find it.", "inputSchema": {
+    "type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}
+
+
+@pytest.mark.parametrize("listing, file, expected", [
+    (TOOL, "notes.json", ["notes.find"]),
+    ({"tools": {"find": {"description": "Find it.", "parameters": TOOL["inputSchema"]}}}, "notes/mcp-tools.json", ["notes.find"]),
+    ({"@a/notes": {"tools": [TOOL]}, "b": {"tools": {"find": TOOL}}, "c": {"url": "x"}}, "all.json", ["a_notes.find", "b.find"]),
+    ({"server": {"name": "notes"}, "tools": [TOOL, {"name": "odd"}]}, "x.json", ["notes.find"]),
+    ({"first": {"id": 1}, "second": {"result": {"tools": [TOOL]}}}, "notes.json", ["notes.find"]),
+    ([{"type": "function", "function": TOOL | {"inputSchema": json.dumps(TOOL["inputSchema"])}}], "notes.json", ["notes.find"])])
+def test_listings_of_mcp_tools(tmp_path, listing, file, expected):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(listing))
+    found = list(collect.mcp_records(path, file, "MIT", None))
+    tools = [tool for tool in found if isinstance(tool, collect.Tool)]
+    assert [tool.name for tool in tools] == expected and all(t.parameters == TOOL["inputSchema"] for t in tools)
+    odd = [r["line"] for r in found if isinstance(r, dict)]
+    assert odd == ["odd"] * ("odd" in str(listing))
+
+
+@pytest.mark.parametrize("schema, expected", [
+    ([{"name": "a", "type": "string"}, {"name": "b", "type": "integer", "optional": True}],
+     {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "required": ["a"]}),
+    ([{"name": "a", "type": "string", "required": True}, {"name": "b", "type": "integer", "required": False}],
+     {"properties": {"a": {"type": "string"}, "b": {"type": "integer"}}, "required": ["a"]}),
+    ({"type": "object", "additionalProperties": {"type": "string"}},
+     {"additionalProperties": {"type": "string"}, "properties": {}, "required": []}),
+    ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "object"}}},
+     {"$ref": "#/$defs/A", "$defs": {"A": {"type": "object"}}, "properties": {}, "required": []})])
+def test_arguments_of_tools_as_they_are_stated(schema, expected):
+    [tool] = collect.tools_of([{"name": "f", "description": "", "arguments": schema}])
+    assert tool["function"]["parameters"] == {"type": "object"} | expected
+
+
+def test_pages_of_commands_in_chinese(tmp_path):
+    path = tmp_path / "pages.zh" / "common" / "ls.md"
+    path.parent.mkdir(parents=True)
+    path.write_text("# ls\n\n> 列出目录。\n\n- 列出全部\uff1a\n\n`ls -a`\n\n- One a line:\n\n`ls -1`\n")
+    [record] = collect.command_records(path, "pages.zh/common/ls.md", "MIT", Namespace())
+    assert "列出全部:\nls -a\n\nOne a line:\nls -1" in record.text
