@@ -2662,10 +2662,10 @@ def operation_record(name, head, operation, resolve, service, source, license):
     """
     stated = [resolved(p, resolve) for p in listing(operation, "parameters")]
     stated = {(str(p.get("name")), str(p.get("in"))): p for p in stated}  # the last of a name counts
-    properties, required, body = {}, set(), None
+    properties, required, request = {}, set(), resolved(operation.get("requestBody"), resolve)
     for (key, place), p in sorted(stated.items(), key=lambda entry: entry[0][1] != "path"):
         if place == "body":
-            body = body or p.get("schema")
+            request = request or p  # of OpenAPI 2
         elif key == p.get("name") and (place, key.lower()) not in IGNORED:
             key = f"{key}_{place}" if key in properties else key
             properties[key] = json_schema_of(schema_of(p) or p, resolve, "readOnly")
@@ -2673,8 +2673,7 @@ def operation_record(name, head, operation, resolve, service, source, license):
                 properties[key]["description"] = shorten(p["description"])
             if place == "path" or p.get("required") is True:
                 required.add(key)
-    request = resolved(operation.get("requestBody"), resolve)
-    body = json_schema_of(body or schema_of(request), resolve, "readOnly")
+    body = json_schema_of(schema_of(request), resolve, "readOnly")
     inner = body.get("properties", {})
     if body and (not inner or "anyOf" in body or inner.keys() & properties.keys()):
         body = {"properties": {"body": body}, "required": ["body"]}
@@ -2782,7 +2781,7 @@ def skill_records(path, name, license, args):
     """The record of an agent skill: the front matter and instructions of its SKILL.md, and its scripts."""
     text = read_text(path).replace("\r\n", "\n")
     front, body = groups(r"\A\s*---[ \t]*\n(.*?)\n---[ \t]*(?:\n|\Z)(.*)", text)
-    block, below = r"(?:[ \t]*[|>][-+\d]*[ \t]*$)?", r"(?:\n(?:[ \t].*)?$)*"  # lines that are indented or empty
+    block, below = r"(?:[ \t]*[|>][-+\d]*[ \t]*$)?", r"(?:\n(?:[ \t].*)?$)*"  # indented or empty lines
     found = re.findall(rf"^(name|description|license):{block}(.*{below})", front, re.M)
     stated = {key: unquoted(" ".join(value.split())) for key, value in found}
     if not stated.get("name") or not stated.get("description"):

@@ -1348,3 +1348,12 @@ def test_pages_of_commands_in_chinese(tmp_path):
     path.write_text("# ls\n\n> 列出目录。\n\n- 列出全部\uff1a\n\n`ls -a`\n\n- One a line:\n\n`ls -1`\n")
     [record] = collect.command_records(path, "pages.zh/common/ls.md", "MIT", Namespace())
     assert "列出全部:\nls -a\n\nOne a line:\nls -1" in record.text
+
+
+@pytest.mark.parametrize("required, expected", [(True, ["id", "name"]), (False, ["id"])])
+def test_what_a_body_of_openapi_2_requires(tmp_path, required, expected):
+    schema = {"type": "object", "properties": {"name": {"type": "string"}, "n": {"type": "integer"}}, "required": ["name"]}
+    parameters = [{"name": "id", "in": "path", "type": "string"}, {"name": "it", "in": "body", "required": required, "schema": schema}]
+    operation = {"operationId": "a", "parameters": parameters, "responses": {}}
+    tools, _ = described(tmp_path, {"swagger": "2.0", "info": {"title": "T"}, "paths": {"/a/{id}": {"put": operation}}})
+    assert tools["T.a"]["parameters"]["required"] == expected and list(tools["T.a"]["parameters"]["properties"]) == ["id", "name", "n"]
