@@ -2675,7 +2675,7 @@ def operation_record(name, head, operation, resolve, service, source, license):
                 required.add(key)
     body = json_schema_of(schema_of(request), resolve, "readOnly")
     inner = body.get("properties", {})
-    if body and (not inner or "anyOf" in body or inner.keys() & properties.keys()):
+    if (body or mapping(request, "content")) and (not inner or "anyOf" in body or inner.keys() & properties.keys()):
         body = {"properties": {"body": body}, "required": ["body"]}
     properties |= body.get("properties", {})
     if request.get("required") is True:
@@ -2985,13 +2985,14 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
         schema["description"] = shorten(about)
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
-    deeper = lambda part: json_schema_of(part, resolve, hidden, depth + 1, seen, budget)
+    deeper = lambda part, down=1: json_schema_of(part, resolve, hidden, depth + down, seen, budget)
     properties = {str(key): deeper(part) for key, part in mapping(node, "properties").items()
                   if (resolved(part, resolve) | mapping(part)).get(hidden) is not True}
     required, choices = {*map(str, listing(node, "required"))}, []
     for part in listing(node, "allOf"):
-        required.update(map(str, listing(resolved(part, resolve), "required")))  # of what other parts have
-        part = deeper(part)
+        if budget[0] > 0:
+            required.update(map(str, listing(resolved(part, resolve), "required")))  # of what other parts have
+        part = deeper(part, 0)  # it stands beside, not below
         properties |= part.pop("properties", {})
         required.update(part.pop("required", []))
         choices += part.pop("anyOf", [])

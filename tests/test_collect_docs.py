@@ -1357,3 +1357,21 @@ def test_what_a_body_of_openapi_2_requires(tmp_path, required, expected):
     operation = {"operationId": "a", "parameters": parameters, "responses": {}}
     tools, _ = described(tmp_path, {"swagger": "2.0", "info": {"title": "T"}, "paths": {"/a/{id}": {"put": operation}}})
     assert tools["T.a"]["parameters"]["required"] == expected and list(tools["T.a"]["parameters"]["properties"]) == ["id", "name", "n"]
+
+
+def test_long_inheritance_and_a_body_without_a_schema(tmp_path):
+    chain = {f"L{n}": {"allOf": [{"$ref": f"#/L{n + 1}"}, {"properties": {f"p{n}": {"type": "string"}}}]} for n in range(8)}
+    base = {"L8": {"type": "object", "properties": {"p8": {"type": "string"}}, "required": ["p8"]}}
+    tools, rejected = described(tmp_path, posting({"$ref": "#/L0"}, **chain, **base))
+    parameters = tools["T.a"]["parameters"]
+    assert sorted(parameters["properties"]) == [f"p{n}" for n in range(9)] and parameters["required"] == ["p8"] and not rejected
+    spec = posting({})
+    spec["paths"]["/a"]["post"]["requestBody"]["content"] = {"application/octet-stream": {}}
+    assert described(tmp_path, spec)[0]["T.a"]["parameters"] == {"type": "object", "properties": {"body": {}}, "required": ["body"]}
+
+
+def test_many_parts_that_require_much_take_bounded_time(tmp_path):
+    part = {"properties": {"a": {}}, "required": ["a"] * 5000}
+    started = time.time()
+    described(tmp_path, posting({"allOf": [{"$ref": "#/A"}] * 20_000}, A=part))
+    assert time.time() - started < 10
