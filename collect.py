@@ -2675,7 +2675,8 @@ def operation_record(name, head, operation, resolve, service, source, license):
                 required.add(key)
     body = json_schema_of(schema_of(request), resolve, "readOnly")
     inner = body.get("properties", {})
-    if (body or mapping(request, "content")) and (not inner or "anyOf" in body or inner.keys() & properties.keys()):
+    apart = not inner or "anyOf" in body or inner.keys() & properties.keys()
+    if apart and (body or mapping(request, "content")):
         body = {"properties": {"body": body}, "required": ["body"]}
     properties |= body.get("properties", {})
     if request.get("required") is True:
@@ -2991,7 +2992,7 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     required, choices = {*map(str, listing(node, "required"))}, []
     for part in listing(node, "allOf"):
         if budget[0] > 0:
-            required.update(map(str, listing(resolved(part, resolve), "required")))  # of what other parts have
+            required.update(map(str, listing(resolved(part, resolve), "required")))  # of other parts' too
         part = deeper(part, 0)  # it stands beside, not below
         properties |= part.pop("properties", {})
         required.update(part.pop("required", []))
