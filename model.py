@@ -318,6 +318,8 @@ ONLY = {  # of these keys this model has one value
     "use_sliding_window": False,
     "partial_rotary_factor": 1,
     "quantization_config": None,
+    "is_causal": True,
+    "full_attention": None,  # rope_parameters by type of layer
 }
 
 ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is beyond any model.
@@ -331,10 +333,12 @@ ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is
 
 def checked_fields(config):
     """The fields of Config by name, from the contents of a config.json. Raises ValueError as from_hf."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5 has the former
+    # transformers 5 writes rope_parameters, but takes rope_scaling where both are there.
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     given = [*config.items(), *rope.items(), ("rope scaling", scaling)]
+    given += [(key, value) for key, value in config.items() if key.startswith("original")]  # over rope's
     given = {key: value for key, value in given if value is not None}
 
     def read(key, allowed, absent=None):
@@ -367,6 +371,8 @@ def checked_fields(config):
     window = None  # of mistral; where it says null, none
     if kind == "mistral" and config.get("sliding_window", 0) is not None:
         window = read("sliding_window", 2**24, 4096)
+    layers = None if window else ["full_attention"] * fields["n_layers"]
+    read("layer_types", (layers,), layers)
     return fields | {
         "model_type": kind,
         "attention_bias": read("attention_bias", (False, kind == "llama"), False),

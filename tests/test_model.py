@@ -253,6 +253,10 @@ def test_hostile_headers(tmp_path):
     {"factor": 0, "rope_scaling": {"rope_type": "linear", "factor": "x"}}, {"num_key_value_heads": 3},
     {"head_dim": 63}, {"sliding_window": "x", "model_type": "mistral", "attention_bias": False},
     {"use_sliding_window": True}, {"partial_rotary_factor": 0.5}, {"quantization_config": {"bits": 4}}, {"mlp_bias": True},
+    {"is_causal": False}, {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5},
+    {"layer_types": ["full_attention"] * 2, "model_type": "mistral", "sliding_window": 5, "attention_bias": False},
+    {"full_attention": None, "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}},
+    {"rope scaling": 0, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     {"low_freq_factor": 0, "rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, {"num_key_value_heads": None, "model_type": "qwen3", "attention_bias": False}], ids=str)
 def test_what_it_cannot_represent_is_refused(change, tmp_path):
     save(tiny(), tmp_path)
@@ -260,6 +264,18 @@ def test_what_it_cannot_represent_is_refused(change, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=next(iter(change))):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    {"rope_scaling": {}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "rope_theta": 100.0},
+    {"rope_scaling": LLAMA3, "original_max_position_embeddings": 8}, {"layer_types": ["full_attention"] * 2, "sliding_window": 5}], ids=str)
+def test_where_a_config_says_two_things(change, tmp_path):
+    save(tiny(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    ids = torch.randint(97, (2, 60))
+    torch.testing.assert_close(load(tmp_path)(ids), reference(tmp_path)(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("short", [0, 512])
