@@ -1138,11 +1138,12 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks, added=(), pattern=PATTERN, normal_form=None, base=None):
+    def __init__(self, ranks, added=(), pattern=PATTERN, normal_form=None, base=None, cuts=()):
         self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))  # {bytes: id}
         self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
         self.special = {token["content"]: token["id"] for token in self.added_tokens}
         self.pattern, self.normal_form = pattern, normal_form
+        self.cuts = [regex.compile(tiling(cut)) for cut in cuts]  # by which text is cut before, in this order
         self.base = base  # the tokenizer.json that it was read from
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
         model = base["model"] if base else {"vocab": {}}
@@ -1153,12 +1154,12 @@ class Tokenizer:
         self.added = {t["content"]: t for t in self.added_tokens
                       if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
         patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
-        self.find_added = re.compile("(%s)" % ("|".join(patterns) or "(?!)"))
+        self.find_added = regex.compile("(%s)" % ("|".join(patterns) or r"\0(?!)"))
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
-        self.encoding = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks,
+        self.encoding = tiktoken.Encoding("corpus", pat_str=tiling(pattern), mergeable_ranks=ranks,
                                           special_tokens=self.special)
 
     @classmethod
@@ -1193,8 +1194,9 @@ class Tokenizer:
                 return cls(ranks, added, LLAMA_PATTERN)
             content = read_json(path)
             ranks = read_vocabulary(content["model"], {token["content"] for token in content["added_tokens"]})
-            pattern, normal_form = read_pattern(content["pre_tokenizer"], content["normalizer"])
-            tokenizer = cls(ranks, content["added_tokens"], pattern, normal_form, content)
+            *cuts, pattern = read_patterns(content["pre_tokenizer"])
+            form = read_normal_form(content["normalizer"])
+            tokenizer = cls(ranks, content["added_tokens"], pattern, form, content, cuts)
             added = tokenizer.added.values()
             takes_space = any(token.get("lstrip") or token.get("rstrip") for token in added)
             if takes_space and any(token["content"][:1].isspace() for token in added):
@@ -1203,8 +1205,9 @@ class Tokenizer:
         except OSError:
             fail(f"{path}: no such file; a directory with a tokenizer has a tokenizer.json")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{path}: not a byte-level BPE tokenizer that can be read here ({error!r}); a SentencePiece "
-                 "model, as Llama 2's, is none")
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {reason}. Start from a base "
+                 "that has one, as Llama 3, Qwen or SmolLM2; a SentencePiece model, as Llama 2's, is none")
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -1228,13 +1231,12 @@ class Tokenizer:
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32."""
         arrays = []
-        for part in self.parts(text):
-            for i, run in enumerate(self.find_added.split(part)):
-                if i % 2:  # flags take white space along
-                    token = self.added.get(run) or self.added[run.strip()]
-                    arrays.append([token["id"]])
-                else:
-                    arrays.append(self.encode_part(run))
+        for i, run in enumerate(self.find_added.split(text)):
+            if i % 2:  # flags take white space along
+                token = self.added.get(run) or self.added[run.strip()]
+                arrays.append([token["id"]])
+            else:
+                arrays += map(self.encode_part, self.parts(run))
         return np.concatenate(arrays).astype(np.uint32) if len(arrays) > 1 else arrays[0]
 
     def encode_part(self, text):
@@ -1244,8 +1246,8 @@ class Tokenizer:
         if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         ids, missing = [], b"[" + re.escape(self.missing) + b"]" + b"+" * self.fuse_unknown
-        for piece in regex.findall(self.pattern, text):
-            piece = piece.encode("utf-8", "replace")
+        for match in regex.finditer(tiling(self.pattern), text):
+            piece = match[0].encode("utf-8", "replace")
             runs = re.split(missing, piece)
             self.lost += len(piece) - sum(map(len, runs))
             if self.unknown is None:
@@ -1260,11 +1262,14 @@ class Tokenizer:
 
     def parts(self, text):
         """The text as it is encoded: at once, but for RUNS that tiktoken's expressions would run out of
-        stack on, which are cut.
+        stack on, which are cut, and where the tokenizer cuts text several times.
         """
         text = self.normalised(text)
         cuts = [run.end() for run in RUNS.finditer(text) if run[1]] if len(text) > LONGEST_RUN else []
-        return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)])]
+        for cut in self.cuts:
+            parts = [match[0] for part in parts for match in cut.finditer(part)]
+        return parts or [""]
 
     def token_bytes(self, id):
         """The bytes of a token; none of an id that stands for nothing, as in a padded vocabulary."""
@@ -1335,6 +1340,7 @@ class Tokenizer:
         parts = [ranks, sorted(self.special.items()), self.pattern, self.normal_form]
         parts += [self.added] if self.added else []
         parts += [self.unknown, self.fuse_unknown] if self.unknown is not None else []
+        parts += [cut.pattern for cut in self.cuts]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tiktoken_file(self):
@@ -1348,6 +1354,10 @@ class Tokenizer:
         directory = Path(directory)
         write(directory / "tokenizer.tiktoken", self.tiktoken_file())
         content = (self.base or self.hugging_face()) | {"added_tokens": self.added_tokens}
+        # A reserved token may stand in the vocabulary too, whose names decide the ids of added tokens.
+        names = {i: token for token, i in self.special.items()}
+        vocabulary = {names.get(i, token): i for token, i in content["model"]["vocab"].items()}
+        content["model"] = content["model"] | {"vocab": vocabulary}
         write(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
         config = TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE))
         write(directory / "tokenizer_config.json", config)
@@ -1388,7 +1398,8 @@ def added_pattern(token):
     """An expression for where an added token of a tokenizer.json stands in text, by its flags."""
     text = re.escape(token["content"])
     text = rf"(?<!\w){text}(?!\w)" if token.get("single_word") else text
-    return r"\s*" * bool(token.get("lstrip")) + text + r"\s*" * bool(token.get("rstrip"))
+    before = r"(?:(?<!\s)\s+)?" * bool(token.get("lstrip"))  # linear, unlike \s*
+    return before + text + r"\s*" * bool(token.get("rstrip"))
 
 
 def added_token(content, i):
@@ -1491,47 +1502,64 @@ def read_vocabulary(model, special):
     """Ranks {bytes: id} of the model in a tokenizer.json. Raises ValueError for another than a byte-level
     BPE.
     """
+    if "merges" not in model:  # old files of BPE have no type
+        raise ValueError(f"model.type {model.get('type')}")
     byte = {symbol: i for i, symbol in enumerate(byte_symbols())}
     vocab, unknown = model["vocab"], model.get("unk_token")
-    ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
+    try:
+        ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
+    except KeyError as error:
+        raise ValueError(f"model.vocab has {error}, which stands for no byte") from None
     merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     rejected = {
-        "not a BPE whose ids follow the order of its merges":
-            model["type"] != "BPE" or merged != sorted(merged),
-        "a BPE with prefixes or suffixes":
+        "model.merges not in the order of their ids": merged != sorted(merged),
+        "model.continuing_subword_prefix or end_of_word_suffix":
             model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "an unknown token that is not in the vocabulary": unknown and unknown not in vocab,
-        "a BPE with bytes for what is unknown":
+        "a model.unk_token that is not in model.vocab": unknown and unknown not in vocab,
+        "model.byte_fallback":
             model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
-        "a vocabulary without all of ASCII":  # rare bytes may be missing
+        "a model.vocab without all of ASCII":  # rare bytes may be missing
             not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}}
     if faults := [fault for fault, holds in rejected.items() if holds]:
         raise ValueError("; ".join(faults))
     return ranks
 
 
-def read_pattern(pre_tokenizer, normalizer):
-    """The pattern by which a tokenizer.json cuts text and the Unicode form to which it brings it, None for
-    none, from its description there. Raises ValueError for others than byte-level ones.
+def read_patterns(pre_tokenizer):
+    """The patterns by which a tokenizer.json cuts text, one after the other, from its description there.
+    Raises ValueError for others than byte-level ones.
     """
-    *cuts, last = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
-    changes = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    if last["type"] != "ByteLevel" or last.get("add_prefix_space"):
-        raise ValueError(f"pre_tokenizer {last}")
-    match cuts, last.get("use_regex", True):
-        case [], True:
-            pattern = GPT2_PATTERN
-        case [{"type": "Digits", "individual_digits": True}], True:
-            pattern = DIGITS_PATTERN
-        case [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}], False:
-            pattern = split["Regex"]
-        case _:
-            raise ValueError(f"pre_tokenizer {pre_tokenizer}")
-    match changes:
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    patterns = []
+    for i, step in enumerate(steps, 1):
+        match step, i == len(steps):
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}, False:
+                patterns.append(split["Regex"])
+            case {"type": "Digits", "individual_digits": True}, False:
+                patterns.append(r"\p{N}")
+            case {"type": "ByteLevel"}, True if not step.get("add_prefix_space"):
+                patterns += [GPT2_PATTERN] * step.get("use_regex", True)
+            case _:
+                raise ValueError(f"pre_tokenizer {step}")
+    if not patterns:
+        raise ValueError(f"pre_tokenizer {pre_tokenizer}")
+    return [DIGITS_PATTERN] if patterns == [r"\p{N}", GPT2_PATTERN] else patterns
+
+
+def tiling(pattern):
+    """A pattern that matches all of a text: what `pattern` leaves out is a match of its own."""
+    return rf"{pattern}|(?:(?!{pattern})[\s\S])+"
+
+
+def read_normal_form(normalizer):
+    """The Unicode form to which a tokenizer.json brings text, None for none. Raises ValueError for another
+    normalizer.
+    """
+    match normalizer.get("normalizers", [normalizer]) if normalizer else []:
         case []:
-            return pattern, None
+            return None
         case [{"type": "NFC" | "NFD" | "NFKC" | "NFKD" as form}]:
-            return pattern, form
+            return form
     raise ValueError(f"normalizer {normalizer}")
 
 

@@ -225,6 +225,72 @@ def test_a_vocabulary_that_lacks_bytes_or_has_added_words(small_raw, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+CUTS = {  # patterns by which others cut text, one after the other; the last two leave a part of the text out
+    "letters, then the rest": [r"\s?\p{L}+", r"[^\s\p{L}]+|\s+"],
+    "as DeepSeek's": [r"\p{N}{1,3}", "[一-龥]+", r"[!-/:-~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
+    "as DeepSeek Coder's": ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥]+", r"\p{N}"],
+    "one with a group": [r"( ?\p{L}+)"],
+}
+
+
+def random_texts(alphabet, n=1500):
+    rng = random.Random(0)
+    return TEXTS + ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(n)]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_text_that_is_cut_several_times_or_in_part(small, tmp_path, cuts):
+    from tokenizers import Tokenizer as Reference
+    content = json.loads((small / "tokenizer.json").read_text())
+    steps = [{"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": cut}} for cut in CUTS[cuts]]
+    content["pre_tokenizer"]["pretokenizers"][:-1] = steps
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours, theirs = Tokenizer.load(tmp_path), Reference.from_file(str(tmp_path / "tokenizer.json"))
+    theirs.encode_special_tokens = True
+    for text in random_texts("aZé \n\r\t'st1234 ._-{}日本🙂"):
+        if "<tool_call>" not in text:
+            assert ours.encode(text) == theirs.encode(text).ids, text
+    assert not ours.same_as(Tokenizer.load(small))
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    assert ours.same_as(Tokenizer.load(tmp_path / "saved"))
+
+
+def test_added_tokens_are_found_before_text_is_normalised(small, tmp_path):
+    """A mark that would go into the token's last sign stays outside; white space is what tokenizers takes for it."""
+    from tokenizers import AddedToken, Tokenizer as Reference, normalizers
+    theirs = Reference.from_file(str(small / "tokenizer.json"))
+    theirs.normalizer = normalizers.NFC()
+    theirs.add_tokens([AddedToken("<fim>", normalized=False), AddedToken("<left>", normalized=False, lstrip=True),
+                       AddedToken("<right>", normalized=False, rstrip=True), AddedToken("<Word>", normalized=False, single_word=True)])
+    theirs.save(str(tmp_path / "tokenizer.json"))
+    ours, rng = Tokenizer.load(tmp_path), random.Random(0)
+    for _ in range(2000):
+        parts = ["<fim>", "<left>", "<right>", "<Word>", "\u0338", " ", "  ", "\n", "\x1c", "\u200d", "e", "\u0301", "²"]
+        text = "".join(rng.choices(parts, k=rng.randrange(8)))
+        assert ours.encode(text) == theirs.encode(text).ids, ascii(text)
+    started = time.time()
+    assert ours.decode(ours.encode(" " * 300_000)) == " " * 300_000 and time.time() - started < 10
+
+
+def test_a_reserved_token_that_the_vocabulary_holds_too(small, tmp_path):
+    """The chat tokens that take its place keep their ids when tokenizers and transformers read what is saved."""
+    from tokenizers import Tokenizer as Reference
+    from transformers import AutoTokenizer
+    content = json.loads((small / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        if token["content"] in ("<|im_start|>", "<tools>"):
+            token |= {"content": f"<|reserved_{token['id']}|>", "special": True}
+        content["model"]["vocab"][token["content"]] = token["id"]
+    del content["model"]["type"]  # as in old files
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = Tokenizer.load(tmp_path)
+    ours.save(tmp_path)
+    assert ours.special == Tokenizer.load(small).special
+    for theirs in (Reference.from_file(str(tmp_path / "tokenizer.json")), AutoTokenizer.from_pretrained(str(tmp_path))):
+        assert {token: i for token, i in theirs.get_vocab().items() if token in ours.special} == ours.special
+
+
 def test_missing_tokens_take_reserved_places_first(base):
     theirs = json.loads((base / "tokenizer.json").read_text())
     before = {t["content"]: t["id"] for t in theirs["added_tokens"]}
@@ -236,14 +302,21 @@ def test_missing_tokens_take_reserved_places_first(base):
     assert new == [*reserved, *range(first, first + len(new) - len(reserved))]
 
 
-@pytest.mark.parametrize("change", [
-    {"model": {"type": "Unigram", "vocab": []}}, {"pre_tokenizer": {"type": "Metaspace"}}, {"normalizer": {"type": "Lowercase"}}, {"added_tokens": None},
-    {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}])
-def test_other_tokenizers_are_refused(small, tmp_path, change):
+@pytest.mark.parametrize("change, named", [
+    ({"model": {"type": "Unigram", "vocab": []}}, "model.type Unigram"), ({"pre_tokenizer": {"type": "Metaspace"}}, "pre_tokenizer {'type': 'Metaspace'}"),
+    ({"normalizer": {"type": "Lowercase"}}, "normalizer {'type': 'Lowercase'}"), ({"added_tokens": None}, ""), ({"pre_tokenizer": None}, "pre_tokenizer None"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+    ({"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": "x"}}}, "pre_tokenizer {'type': 'Split'"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "use_regex"),
+    ({"model": {"type": "BPE", "vocab": {"▁a": 0}, "merges": [], "byte_fallback": True}}, "model.vocab has '▁'"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}}, "model.vocab without all of ASCII")], ids=str)
+def test_other_tokenizers_are_refused(small, tmp_path, capsys, change, named):
     content = json.loads((small / "tokenizer.json").read_text()) | change
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(SystemExit):
         Tokenizer.load(tmp_path)
+    told = capsys.readouterr().err
+    assert str(tmp_path / "tokenizer.json") in told and named in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("unit", ["a", " ", "^", "\n", "日", "ab1", "a^", "\t x"])
