@@ -337,8 +337,8 @@ def checked_fields(config):
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
     scaling = rope.get("rope_type", rope.get("type", "default"))
-    given = [*config.items(), *rope.items(), ("rope scaling", scaling)]
-    given += [(key, value) for key, value in config.items() if key.startswith("original")]  # over rope's
+    length = "original_max_position_embeddings"  # goes before rope's
+    given = [*config.items(), *rope.items(), ("rope scaling", scaling), (length, config.get(length))]
     given = {key: value for key, value in given if value is not None}
 
     def read(key, allowed, absent=None):
