@@ -3261,12 +3261,12 @@ def one_system(messages):
 
 def set_thought_apart(message):
     """The message with what its content holds in <think> tags, as reasoning models write it, as its
-    `reasoning_content`.
+    `reasoning_content`. The first tag may stand in the prompt instead.
     """
-    thought = re.match(r"(?s)\s*<think>(.*?)</think>\s*", message["content"])
+    thought = THINK.match(message["content"])
     if not thought or message["role"] != "assistant":
         return message
-    thoughts = joined([message.get("reasoning_content"), thought[1].strip()])
+    thoughts = joined(dict.fromkeys([message.get("reasoning_content"), thought[1].strip()]))
     return message | {"content": message["content"][thought.end():]} | thinking(thoughts)
 
 
@@ -3381,16 +3381,8 @@ REACT = "Question|Thought|Action|Answer|Observation"
 THOUGHT = re.compile(r"(?i)^\s*(?:Thought|Think)(?: \d+)?:[ \t]*")
 ACTION = re.compile(r"(?im)^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*")
 ACTION_INPUT = re.compile(r"(?im)^[ \t]*Action Input(?: \d+)?:[ \t]*")
-RESULT = re.compile(r"(?i)^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*")
-# None holds the tag that opens another, so that many that nothing closes are read once and not once each.
-TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
-    r"(?s)<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>((?:(?!<\1>).)*?)(?:</\1>|(?<=>)\Z)|"
-    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
-    r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{(?:(?!\[TOOL_CALLS\]).)*?\}"
-    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
-    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)")
-XML_CALL = r"(?s)<function=([^>\s]+)>(.*?)(?:</function>|\Z)"  # of Qwen3-Coder
-XML_PARAMETER = r"(?s)<parameter=([^>\s]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>"
+RESULT = re.compile(
+    r"(?i)^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|EXECUTION RESULT of \[.*\]:|<tool_response>)\s*")
 FENCE = re.compile(r"(?is)(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```")
 
 
@@ -3567,30 +3559,86 @@ def action_call(action):
     return call("act", {"command": action})
 
 
-def lift(text, react):
-    """Split an assistant's text into (what it says, the calls written in it): tags and, with `react`,
-    Thought/Action.
+def xml_call(name, body):
+    """The call of a tool whose arguments are elements each, or JSON."""
+    given = re.findall(XML_ARGUMENT, body)
+    return [call(name, {key: plain_json(value) for key, value in given} or body)]
+
+
+def llama_calls(text):
+    """What Llama writes between its tags: JSON (with semicolons between several), a list of Python's calls,
+    the call of a built-in tool, as name.call(a=1), or else code.
     """
-    text, calls = without_json_calls(text)
-    for tag, *others, llama in TAGGED.findall(text):
-        inside = "".join(others) + llama
-        if tag.startswith("execute"):
-            calls.append(code_call("bash" if tag == "execute_bash" else "python", inside))
-        elif llama and not llama.lstrip().startswith("{"):
-            calls.append(code_call("python", llama))
-        elif inside.lstrip().startswith("<function="):
-            for name, body in re.findall(XML_CALL, inside):
-                given = re.findall(XML_PARAMETER, body)
-                calls.append(call(name, {key: plain_json(value) for key, value in given}))
-        elif mistral := re.fullmatch(r"(?s)([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)", inside):
-            calls.append(call(*mistral.groups()))
-        else:
-            calls += calls_in(inside)
+    text = text.strip()
+    if text.startswith("{"):
+        return calls_in("[" + re.sub(r"\}\s*;\s*\{", "}, {", text) + "]")
+    python = re.fullmatch(r"(?s)(\[\w+.*\])|(\w+)\.call(\(.*\))", text)
+    return python_calls("".join(filter(None, python.groups()))) if python else [code_call("python", text)]
+
+
+THINK = re.compile(r"(?s)(?:\s*(?:<think>|\[THINK\]))?((?:(?!<think>).)*?)(?:</think>|\[/THINK\])\s*")
+XML_ARGUMENT = (
+    r'(?s)<(?:arg_key>|(?:｜DSML｜)?parameter(?:=| name="))([^<>"\s]+)(?:</arg_key>\s*<arg_value|"?[^<>]*)>'
+    r"\n?((?:(?!<parameter|<arg_key).)*?)\n?</(?:arg_value|(?:｜DSML｜)?parameter)>")
+# Calls as models write them in a text: {pattern: what makes calls of its groups}. None holds the tag that
+# opens another, so that many that nothing closes are read once and not once each.
+WRITTEN = {re.compile("(?s)" + pattern): read for pattern, read in {
+    # Hermes, Qwen (JSON proper is read before); Phi, Granite, InternLM; Glaive; Mistral
+    r"<tool_call>(?=\s*[\[{])((?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)": calls_in,
+    r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)": calls_in,
+    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)": calls_in,
+    r"\[TOOL_CALLS\] ?(\[.*\])": calls_in,
+    r"\[TOOL_CALLS\] ?([\w.-]+)(?:\[CALL_ID\](\w+))?\[ARGS\](\{(?:(?!\[TOOL_CALLS\]).)*?\})"
+    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z)": lambda name, id, given: [call(name, given, id)],
+    # Qwen3-Coder, OpenHands and Llama; Claude, MiniMax and DeepSeek 3.2; GLM
+    r'<(?:｜DSML｜)?(?:function=|invoke name=")([\w.-]+)"?>((?:(?!<function=|invoke name=).)*?)'
+    r"(?:</(?:｜DSML｜)?(?:function|invoke)>|(?<=</parameter>)\s*\Z)": xml_call,
+    r"<tool_call>\s*([\w.-]+)\s*((?:<arg_key>(?:(?!<tool_call>).)*?)?)</tool_call>": xml_call,
+    # DeepSeek; Kimi, whose ids are names with numbers; Llama; CodeAct
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\s+```json\s)"
+    r"((?:(?!<｜tool▁call▁begin｜>).)*?)(?:```\s*)?<｜tool▁call▁end｜>": lambda name, given: [call(name, given)],
+    r"<\|tool_call_begin\|>\s*((?:functions\.)?([\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>"
+    r"((?:(?!<\|tool_call_begin\|>).)*?)<\|tool_call_end\|>": lambda id, name, given: [call(name, given, id)],
+    r"<\|python_(?:tag|start)\|>(.*?)(?:<\|(?:eom_id|eot_id|eot|python_end)\|>|\Z)": llama_calls,
+    r"<execute(_bash)?(?:_\w+)?>((?:(?!<execute).)*?)(?:</execute(?:_\w+)?>|(?<=>)\Z)":
+        lambda bash, code: [code_call("bash" if bash else "python", code)],
+}.items()}
+AROUND_CALLS = re.compile(  # with nothing inside
+    r"</?(?:minimax:)?tool_call>|</?(?:｜DSML｜)?(?:function|tool)_calls>|"
+    r"<[｜|](?:tool[▁_]calls(?:[▁_]section)?[▁_](?:begin|end)|end▁of▁sentence|eot)[｜|]>")
+
+
+def lift(text, react):
+    """Split an assistant's text into (what it says, the calls written in it): those of WRITTEN and, with
+    `react`, Thought/Action. What it thinks of calling is no call.
+    """
+    thought = THINK.match(text)
+    thought = thought[0] if thought else ""
+    text, calls = without_json_calls(text[len(thought):])
+    for pattern, read in WRITTEN.items():
+        calls += [made for found in pattern.finditer(text) for made in read(*found.groups())]
+        text = pattern.sub("", text)
+    if calls:
+        text = AROUND_CALLS.sub("", text)
     if calls or not react:
-        says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text))
+        says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", text)
     else:
         says, calls = split_action(text)
-    return (THOUGHT.sub("", says) if react else says).strip(), calls
+    return (thought + (THOUGHT.sub("", says) if react else says)).strip(), calls
+
+
+def bare_calls(message, names):
+    """The message, with calls where all that it says is calls of tools that are known, in JSON or as Python
+    has them.
+    """
+    thought = THINK.match(message["content"])
+    text = message["content"][thought.end() if thought else 0:].strip()
+    if message["role"] != "assistant" or "tool_calls" in message or text[:1] not in ("[", "{"):
+        return message
+    calls = list_or_none(calls_in, text) or list_or_none(python_calls, text)
+    if not calls or not {made["function"]["name"] for made in calls} <= names:
+        return message
+    return message | {"content": thought[0] if thought else "", "tool_calls": calls}
 
 
 def split_action(text):
@@ -3794,7 +3842,9 @@ def messages_record(record, react=False):
     if not messages:
         left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
         raise ValueError(f"nothing is left without {', '.join(left_out)}")
-    return with_tools(messages, field(record, TOOLS))
+    messages, tools = with_tools(messages, field(record, TOOLS))
+    names = {tool["function"]["name"] for tool in tools}
+    return [bare_calls(message, names) for message in messages], tools
 
 
 def whole(record):

@@ -295,6 +295,32 @@ MESSAGES = {
     "llama's text": ({"messages": [ASKED, m("assistant", "<|python_tag|>" + CALL.replace("arguments", "parameters"))]}, SAID[:2]),
     "llama's code": ({"messages": [ASKED, m("assistant", "<|python_tag|>print(1)<|eom_id|>")]},
                      [SAID[0], "assistant:  python(code='print(1)')"]),
+    "llama's several": ({"messages": [ASKED, m("assistant", f"<|python_tag|>{CALL}; {CALL}<|eom_id|>")]}, [SAID[0], SAID[1] + SAID[1][11:]]),
+    "llama's built-in tool": ({"messages": [ASKED, m("assistant", '<|python_tag|>weather.call(city="Rome")<|eom_id|>')]}, SAID[:2]),
+    "llama's bare JSON": ({"tools": [WEATHER], "messages": [ASKED, m("assistant", CALL.replace("arguments", "parameters")),
+        m("ipython", "sun")]}, SAID[:3]),
+    "python's calls": ({"tools": [WEATHER], "messages": [ASKED, m("assistant", '<think>Hm.</think>[weather(city="Rome")]'),
+        m("tool", "sun"), m("assistant", "[Note] Sun (warm)."), ASKED, m("assistant", '[{"name": "snow", "arguments": {}}]')]},
+        [SAID[0], "assistant: (Hm.)  weather(city='Rome')", SAID[2], "assistant: [Note] Sun (warm).", SAID[0],
+         'assistant: [{"name": "snow", "arguments": {}}]']),
+    "openhands' text": ({"messages": [ASKED, m("assistant", "I look.\n\n<function=weather>\n<parameter=city>Rome</parameter>\n"),
+        m("user", "EXECUTION RESULT of [weather]:\nsun"), m("assistant", "<function=now>\n</function>")]},
+        [SAID[0], "assistant: I look. weather(city='Rome')", SAID[2], "assistant:  now()"]),
+    "llama's tags": ({"messages": [ASKED, m("assistant", '<function=weather>{"city": "Rome"}</function>')]}, SAID[:2]),
+    "anthropic's text": ({"messages": [ASKED, m("assistant", "<function_calls>\n<invoke name=\"weather\">\n"
+        "<parameter name=\"city\">Rome</parameter>\n</invoke>\n</function_calls>")]}, SAID[:2]),
+    "glm": ({"messages": [ASKED, m("assistant", "hm</think>I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n"
+        "<arg_value>Rome</arg_value>\n</tool_call><tool_call>now\n</tool_call>")]},
+        [SAID[0], "assistant: (hm) I look. weather(city='Rome') now()"]),
+    "deepseek": ({"messages": [ASKED, m("assistant", "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"
+        "```json\n{\"city\": \"Rome\"}\n```<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>"
+        "<｜tool▁calls▁end｜><｜end▁of▁sentence｜>")]}, [SAID[0], SAID[1] + " now()"]),
+    "kimi": ({"messages": [ASKED, m("assistant", "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0"
+        "<|tool_call_argument_begin|>{\"city\": \"Rome\"}<|tool_call_end|><|tool_calls_section_end|>")]}, SAID[:2]),
+    "a call in a thought": ({"messages": [ASKED, m("assistant", f"<think>Perhaps <tool_call>{CALL}</tool_call>.</think>Sun.")]},
+        [SAID[0], f"assistant: (Perhaps <tool_call>{CALL}</tool_call>.) Sun."]),
+    "mistral's thought": ({"messages": [ASKED, m("assistant", '[THINK]Hm.[/THINK][TOOL_CALLS]weather[CALL_ID]x[ARGS]{"city": "Rome"}')]},
+        [SAID[0], "assistant: (Hm.)  weather(city='Rome')"]),
     "words that are no action": ({"messages": [ASKED, m("assistant", "My plan.\nAction: buy milk\nThen put it into <execute> tags.")]},
         [SAID[0], "assistant: My plan.\nAction: buy milk\nThen put it into <execute> tags."])}
 
@@ -491,8 +517,10 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
     {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
     *({"messages": [m("user", "a"), m("assistant", text)]} for text in (
         "[TOOL_CALLS]a[ARGS]{" * 20_000, "[TOOL_CALLS]a[ARGS]{}x" * 20_000, "<tool_call>{" * 30_000, "<execute>x" * 30_000,
-        "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>")),
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
+        "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>", "<function=f>x</function" * 20_000,
+        "<tool_call>f<arg_key>a</arg_key>" * 20_000, " " * 200_000 + "x")),
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml",
+        "functions", "glm", "spaces"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
     start = time.time()
