@@ -3081,7 +3081,7 @@ def read_json(path):
 def is_message(value):
     """Whether the list that begins with it is one record, and not a list of records."""
     return isinstance(value, dict) and (
-        {"role", "content"} <= value.keys() or is_item(value) or is_event(value))
+        {"role", "content"} <= value.keys() or is_item(value) or is_event(value) or is_span(value))
 
 
 def read_list(path):
@@ -3130,20 +3130,22 @@ def chat_records(path, name, license, args):
 
 
 def join_sessions(values):
-    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what its
-    side agents said is one of its own.
+    """The values of a file, with its lines that are parts of one as one: the messages in a session's log
+    (Claude Code's; what its side agents said is one of its own), the events of an agent, the spans of traces.
     """
-    sessions = {}  # {(session, side agent or False): (where it begins, its messages)}
+    sessions = {}  # {(session, side agent or False): (where it begins, its parts)}
     for where, value in values:
         line = value if isinstance(value, dict) else {}
         if {"uuid", "sessionId"} <= line.keys():
             if isinstance(line.get("message"), dict):
                 side = bool(line.get("isSidechain")) and (field(line, "agentId parentToolUseID") or "side")
                 sessions.setdefault((line["sessionId"], side), (where, []))[1].append(line["message"])
+        elif is_sdk_event(line) or is_span(line):
+            sessions.setdefault((None, False), (where, []))[1].append(line)
         elif not sessions or line is not value or "role" in line:  # or a summary, a snapshot
             yield where, value
-    for (_, side), (where, messages) in sessions.items():
-        yield f"{where}-side" if side else where, {"messages": messages}
+    for (_, side), (where, parts) in sessions.items():
+        yield f"{where}-side" if side else where, parts
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
@@ -3193,7 +3195,7 @@ def convert(value, form):
     if isinstance(found, tuple):
         return [found]
     found = list(found)
-    if found and isinstance(found[0], tuple):
+    if found and isinstance(found[0], (tuple, str)):
         return found
     return [with_tools(found, at(value, where[0]) if where else [])]
 
@@ -3263,11 +3265,20 @@ def set_thought_apart(message):
     """The message with what its content holds in <think> tags, as reasoning models write it, as its
     `reasoning_content`. The first tag may stand in the prompt instead.
     """
-    thought = THINK.match(message["content"])
-    if not thought or message["role"] != "assistant":
+    if message["role"] != "assistant":
         return message
-    thoughts = joined(dict.fromkeys([message.get("reasoning_content"), thought[1].strip()]))
-    return message | {"content": message["content"][thought.end():]} | thinking(thoughts)
+    thoughts, content = split_thoughts(message["content"])
+    thoughts = dict.fromkeys(text.strip() for text in [message.get("reasoning_content") or "", *thoughts])
+    return message | {"content": content} | thinking(joined(thoughts))
+
+
+def split_thoughts(text):
+    """(the thoughts in the tags that a text begins with, the rest of it)."""
+    thoughts, rest = [], text
+    while (found := THINK.match(rest)) and (not thoughts or re.match(r"\s*(?:<think>|\[THINK\])", found[0])):
+        thoughts.append(found[1])
+        rest = rest[found.end():]
+    return thoughts, rest
 
 
 def thinking(text):
@@ -3286,7 +3297,7 @@ def link(messages):
     """Give every call an id, every result the id of its call, and to a call the thoughts that stand alone
     before it.
     """
-    linked, ids, unanswered = [], set(), iter(())
+    linked, ids, unanswered = [], set(), {}
     for message in messages:
         if calls := message.get("tool_calls"):
             calls = [c | {"id": c["id"] or f"call_{len(ids) + i}"} for i, c in enumerate(calls)]
@@ -3298,10 +3309,11 @@ def link(messages):
             linked.append(message | {"content": content, "tool_calls": calls} | thinking(thoughts))
             made = [c["id"] for c in calls]
             ids.update(made)
-            unanswered = iter(made)
+            unanswered = dict.fromkeys(made)
         elif message["role"] == "tool":
             given = message.get("tool_call_id")
-            id = given if given in ids else next(unanswered, None)
+            id = given if given in ids else next(iter(unanswered), None)
+            unanswered.pop(id, None)
             linked.append(tool(message["content"]) | {"tool_call_id": id})
         elif message["content"] or message.get("reasoning_content"):
             linked.append(message)
@@ -3371,8 +3383,8 @@ TOOLS = "tools functions available_tools tool_definitions"
 ROLE = "role from type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent aimessagechunk", "system": "developer",
-    "function_call": "tool_call",
-    "tool": "observation function function_response function_result tool_response ipython"})
+    "function_call": "tool_call tool-call",
+    "tool": "observation function function_response function_result tool_response tool-response ipython"})
 # Labels of turns in texts whose role is not told by ROLES, and those that stay in the text.
 LABELS = {"Question": "user", "Task": "user", "Expert feedback": "user", "Thought": "assistant",
           "Action": "assistant", "Answer": "assistant", "FUNCTION RESPONSE": "tool"}
@@ -3403,7 +3415,7 @@ def field(value, names):
 
 def role_of(message):
     """The role of a message in OpenAI's words, or as the message has it where it is none of these."""
-    role = field(message, ROLE).lower()
+    role = str(field(message, ROLE)).lower()
     return ROLES.get(role, role)
 
 
@@ -3612,9 +3624,9 @@ def lift(text, react):
     """Split an assistant's text into (what it says, the calls written in it): those of WRITTEN and, with
     `react`, Thought/Action. What it thinks of calling is no call.
     """
-    thought = THINK.match(text)
-    thought = thought[0] if thought else ""
-    text, calls = without_json_calls(text[len(thought):])
+    _, rest = split_thoughts(text)
+    thought = text.removesuffix(rest)
+    text, calls = without_json_calls(rest)
     for pattern, read in WRITTEN.items():
         calls += [made for found in pattern.finditer(text) for made in read(*found.groups())]
         text = pattern.sub("", text)
@@ -3631,14 +3643,13 @@ def bare_calls(message, names):
     """The message, with calls where all that it says is calls of tools that are known, in JSON or as Python
     has them.
     """
-    thought = THINK.match(message["content"])
-    text = message["content"][thought.end() if thought else 0:].strip()
+    text = split_thoughts(message["content"])[1].strip()
     if message["role"] != "assistant" or "tool_calls" in message or text[:1] not in ("[", "{"):
         return message
     calls = list_or_none(calls_in, text) or list_or_none(python_calls, text)
     if not calls or not {made["function"]["name"] for made in calls} <= names:
         return message
-    return message | {"content": thought[0] if thought else "", "tool_calls": calls}
+    return message | {"content": message["content"].rstrip().removesuffix(text), "tool_calls": calls}
 
 
 def split_action(text):
@@ -3687,6 +3698,7 @@ def converse(turns, react=False, messages=None):
             text, calls = lift(text, react)
             messages.append(assistant(text, *calls))
         elif role == "function_call":
+            text = re.sub(r"^Calling tools:\s*", "", text)  # of smolagents
             messages.append(assistant("", *calls_in(text)))
         elif role == "tool":
             results = re.findall(r"(?s)<tool_response>\s*(.*?)\s*</tool_response>", text)
@@ -3715,6 +3727,7 @@ def tools_of(value):
     """
     value, tools = structured(value or []), []
     for given in value if isinstance(value, list) else [value]:
+        given = structured(given.get("json_schema", given))  # of OpenInference
         declared = field(given, "functionDeclarations function_declarations")
         if isinstance(declared, list):  # Gemini's
             tools += tools_of(declared)
@@ -3724,6 +3737,7 @@ def tools_of(value):
         if "type" in given and not name:  # built in, such as code_interpreter
             continue
         schema = field(function, "parameters input_schema inputSchema input_parameters arguments") or {}
+        schema = structured(schema)
         if isinstance(schema, list):  # of Docker's registry: a list of named arguments
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
         if not isinstance(schema.get("properties"), dict):
@@ -3840,7 +3854,7 @@ def messages_record(record, react=False):
             parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
+        left_out = {*map(kind_of, (turns or [{}])[0].get("content") or ["text"])}
         raise ValueError(f"nothing is left without {', '.join(left_out)}")
     messages, tools = with_tools(messages, field(record, TOOLS))
     names = {tool["function"]["name"] for tool in tools}
@@ -3854,6 +3868,8 @@ def whole(record):
             return {"messages": record}
         case {"request": dict(request), "response": dict(response)}:
             record = request | response
+        case {"response": {"choices": list(choices)}}:
+            record = record | {"choices": choices}
     prompt = record.get("prompt", record.get("input"))
     if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
         asked = [user(prompt)]
@@ -3902,14 +3918,17 @@ def parts_of(message, role):
         yield "call", calls_in(api["request"])[0]
         yield "result", (None, as_text(field(api, "exception response")))
     calls = [*filter(None, map(message.get, ("tool_calls", "function_call")))]
-    content = field(message, "content value parts text")
+    content = field(message, "content contents value parts text")
+    content = None if content == [] else content
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
         content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
     kinds = {*map(type, content)} if isinstance(content, list) else set()
     typed = content if dict in kinds and kinds <= {dict, str} else []
     if role == "tool" and not any(PARTS.get(kind_of(part)) == "result" for part in typed):
         ids = message.get("tool_call_ids") or [field(message, CALL_ID)]
-        yield "result", (ids[0], as_text(content))
+        error = message.get("error")  # of Inspect, beside no content
+        error = error.get("message") if isinstance(error, dict) else None
+        yield "result", (ids[0], as_text(content) or as_text(error))
     elif typed:
         for part in typed:
             yield from read_part(part)
@@ -3938,12 +3957,13 @@ def read_part(part):
     kind = kind_of(part)
     match PARTS.get(kind):
         case "text" | "thought" as what:
-            said = as_text(field(part, kind + " text value summary content"))
+            names = "summary" if part.get("redacted") else kind + " text value summary content"
+            said = as_text(field(part, names))
             yield "thought" if part.get("thought") is True else what, said
         case "call":
             yield from (("call", made) for made in calls_in(part.get("value") or part))
-            if part.get("output") is not None:  # of a server's tool: beside its call
-                yield "result", (field(part, ID), as_text(part["output"]))
+            if (output := field(part, "output result")) is not None:  # of a server's tool: beside its call
+                yield "result", (field(part, ID), as_text(output))
         case "result":
             inner = part[kind] if isinstance(part.get(kind), dict) else part
             yield "result", (field(inner, ID), as_text(field(inner, OUTCOME)))
@@ -4100,16 +4120,19 @@ def agent_data_protocol(record):
     called = False
     for step in record["content"]:
         kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
+        id = step.get("tool_call_id")
         if kind == "message_action":
-            yield assistant(joined([thought, text]))
+            message = assistant(joined([thought, text]))
         elif kind == "api_action":
-            yield assistant(thought, call(step["function"], step.get("kwargs")))
+            message = assistant(thought, call(step["function"], step.get("kwargs"), id))
         elif kind.endswith("_action"):
-            yield assistant(thought, code_call(step["language"], text))
+            message = assistant(thought, code_call(step["language"], text) | {"id": id})
         else:
             text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
-            yield chat_message("tool" if called and step.get("source") != "user" else "user", text)
+            answers = id or called and step.get("source") != "user"
+            message = tool(text) | {"tool_call_id": id} if answers else user(text)
         called = kind.endswith("_action") and kind != "message_action"
+        yield message | thinking(step.get("reasoning_content") or "")
 
 
 def api_bank(record):
@@ -4210,8 +4233,26 @@ def is_turn(message):
 
 
 def samples(record):
-    """The conversations of a log that holds several: Inspect's samples, tau2-bench's simulations."""
-    return map(messages_record, field(record, "samples simulations"))
+    """The conversations of a log that holds several: Inspect's samples, with their tools and long texts apart
+    from the messages, and tau2-bench's simulations.
+    """
+    for sample in field(record, "samples simulations"):
+        sample = attached(sample, sample.get("attachments") or {})
+        offered = {json.dumps(tool): tool for event in sample.get("events") or ()
+                   if event.get("event") == "model" for tool in event.get("tools") or ()}
+        yield attempt(messages_record, {"tools": list(offered.values())} | sample)
+
+
+def attached(value, texts):
+    """A value with the texts for which its strings stand, as "attachment://" and a key."""
+    match value:
+        case str() if value.startswith("attachment://"):
+            return texts.get(value.removeprefix("attachment://"), value)
+        case list():
+            return [attached(member, texts) for member in value]
+        case dict():
+            return {key: attached(member, texts) for key, member in value.items()}
+    return value
 
 
 def is_event(value):
@@ -4219,24 +4260,63 @@ def is_event(value):
     match value:
         case {"action": _} | {"observation": _}:
             return not {"role", "from"} & value.keys()
-    return False
+    return is_sdk_event(value)
+
+
+def is_sdk_event(value):
+    """Whether it is an event of OpenHands' newer SDK."""
+    return "source" in value and bool(re.search(r"(Event|Observation)$", str(value.get("kind"))))
 
 
 def openhands(record):
     """A list of events: actions of the user and the agent, and observations."""
-    messages = []
+    messages, tools = [], []
+    if is_sdk_event(listed(record)[0]):
+        return sdk_messages(listed(record))
     for event in listed(record):
         given, made = event.get("args") or event, event.get("tool_call_metadata") or {}
         action, seen = event.get("action"), event.get("observation")
         if action in ("message", "finish"):
             text = field(given, "content thought final_thought") or event.get("message") or ""
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
-        elif action and action not in ("change_agent_state", "recall", "system", "null"):
+        elif action == "system":
+            messages.append(chat_message("system", given.get("content") or ""))
+            tools = given.get("tools")
+        elif action and action not in ("change_agent_state", "recall", "condensation", "null"):
             thought = given.get("thought") or event.get("thought") or ""
             messages.append(assistant(thought, *event_calls(action, given, made)))
         elif seen and messages and seen not in ("agent_state_changed", "null"):
             messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
-    return messages
+    return messages, tools_of(tools)
+
+
+def sdk_messages(events):
+    """The messages and tools of events of OpenHands' newer SDK; actions of one answer are its calls."""
+    turns, tools = [], []
+    for event in events:
+        match event:
+            case {"system_prompt": prompt}:
+                turns.append(chat_message("system", as_text([prompt])))
+                tools = [given for given in event.get("tools") or [] if field(given, "name function")]
+            case {"llm_message": dict(message)}:
+                turns.append(message)
+            case {"tool_name": name, "action": action}:
+                made = event.get("tool_call") or {
+                    "name": name, "id": event.get("tool_call_id"),
+                    "arguments": {key: value for key, value in (action or {}).items() if key != "kind"}}
+                answer = event.get("llm_response_id") or event["id"]
+                if turns and turns[-1].get("answer") == answer:
+                    turns[-1]["tool_calls"].append(made)
+                    continue
+                reasons, said = event.get("reasoning_content"), event.get("thought") or []
+                said = said if reasons else (event.get("thinking_blocks") or []) + said
+                turns.append({"role": "assistant", "content": said, "tool_calls": [made],
+                              "reasoning_content": reasons, "answer": answer})
+            case {"tool_call_id": id}:
+                seen = field(event, "observation error rejection_reason")
+                seen = field(seen, "content output result") if isinstance(seen, dict) else seen
+                turns.append({"role": "tool", "content": seen, "tool_call_id": id})
+    return messages_record({"messages": turns, "tools": tools})
 
 
 def event_calls(action, given, made):
@@ -4260,34 +4340,134 @@ def trajectory_interchange(record):
     return messages_record(turns)[0], tools_of((record.get("agent") or {}).get("tool_definitions"))
 
 
+def is_span(value):
+    """Whether it is a span of an OpenTelemetry trace, or what its exporters write around several."""
+    return "resourceSpans" in value or bool(
+        isinstance(value.get("attributes"), (dict, list)) and field(value, SPAN_START))
+
+
+SPAN_START = "start_time startTime startTimeUnixNano start_time_unix_nano"
+# Where a span has the history that a model was given, its answer, the tools it was offered, and what a tool
+# did: by the conventions, older ones, OpenInference and any-agent.
+ASKED = "gen_ai.input.messages llm.input_messages gen_ai.prompt"
+ANSWERED = "gen_ai.output.messages llm.output_messages gen_ai.completion gen_ai.output"
+OFFERED = "gen_ai.tool.definitions llm.tools llm.request.functions"
+DONE = "gen_ai.tool.call.result gen_ai.output output.value tool_response traceloop.entity.output"
+
+
 def spans_of(record):
-    """The spans of an OpenTelemetry trace, in the order of time."""
-    spans = record["spans"] if isinstance(record, dict) else record
-    return sorted(spans, key=lambda span: span["start_time"])
+    """The spans of a trace, however wrapped; what holds attributes alone is a span."""
+    if isinstance(record, list):
+        return [span for member in record for span in spans_of(member)]
+    inner = field(record, "resourceSpans scopeSpans spans")
+    return [record] if inner is None else spans_of(inner)
+
+
+def attributes_of(span):
+    """The attributes of a span by name, those of its events included; messages that are an event each, as
+    older conventions have them, as one.
+    """
+    found, asked, answered = span.get("attributes", span), [], []
+    if isinstance(found, list):
+        found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
+    told = attempt(structured, found.get("events"))
+    for event in [*(told if isinstance(told, list) else ()), *(span.get("events") or ())]:
+        inner = attributes_of(event)
+        inner |= structured(inner.get("gen_ai.event.content") or "{}")
+        name = str(field(event, "event.name name"))
+        if name == "gen_ai.choice":
+            answered.append({"role": "assistant"} | structured(inner.get("message", inner)))
+        elif role := re.fullmatch(r"gen_ai\.(\w+)\.message", name):
+            asked.append({"role": role[1]} | inner)
+        else:
+            found = inner | found
+    messages = {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered}
+    return {key: value for key, value in messages.items() if value} | found
+
+
+def traced(attributes, names):
+    """What stands in the first of several attributes that is there: a list, also as JSON or with an attribute
+    a leaf, as "llm.input_messages.0.message.role", or a text.
+    """
+    for name in names.split():
+        if attributes.get(name) is not None:
+            value = attempt(structured, attributes[name])
+            return value if isinstance(value, list) else as_text(attributes[name])
+        tree = {}
+        for key, value in attributes.items():
+            if re.match(rf"{re.escape(name)}\.\d", key):
+                *path, leaf = key[len(name) + 1:].split(".")
+                node = tree
+                for step in path:
+                    node = node.setdefault(step, {})
+                node[leaf] = value
+        if tree:
+            return pruned(tree)
+
+
+def pruned(node):
+    """A tree of attributes with numbered branches as lists, and without OpenInference's wrappers."""
+    if not isinstance(node, dict):
+        return node
+    if all(map(str.isdigit, node)):
+        return [pruned(node[key]) for key in sorted(node, key=int)]
+    node = {key: pruned(value) for key, value in node.items()}
+    wrapped = node.get(next(iter(node))) if len(node) == 1 else None
+    return wrapped if isinstance(wrapped, dict) else node
+
+
+def traced_messages(value, role):
+    """The messages of what traced() found."""
+    match value:
+        case [{"role": _}, *_]:
+            return messages_record(value)[0]
+        case [dict(first), *_] if field(first, NAME):
+            return [assistant("", *calls_in(value))]
+        case None | [] | "":
+            return []
+    return [chat_message(role, as_text(value))]
 
 
 def trace(record):
-    """The spans of an agent's run, by OpenTelemetry's conventions for generative models: the longest history
-    that a call of the model was given, and what was done since.
+    """The conversations in the spans of agents' runs, by OpenTelemetry's conventions for generative models:
+    of each, the longest history that a call of the model was given, and what was done since.
     """
-    messages, described = [], {}
-    for span in (span["attributes"] for span in spans_of(record)):
-        given = span.get("gen_ai.input.messages")
-        given = messages_record(structured(given))[0] if given else []
-        messages = given if len(given) > len(messages) else messages
-        answer = field(span, "gen_ai.output.messages gen_ai.output")
-        if span.get("gen_ai.operation.name") == "execute_tool":
-            described[span["gen_ai.tool.name"]] = span.get("gen_ai.tool.description")
-            messages.append(tool(as_text(answer)))
-        elif answer is not None and messages:
-            match list_or_none(structured, answer):
-                case [{"role": _}, *_] as value:
-                    messages += messages_record(value)[0]
-                case [dict(first), *_] as value if field(first, NAME):
-                    messages.append(assistant("", *calls_in(value)))
-                case _:
-                    messages.append(assistant(as_text(answer)))
-    return messages, derive_tools(messages, described)
+    traces = defaultdict(list)
+    for span in sorted(spans_of(record), key=lambda span: field(span, SPAN_START) or 0):
+        context = field(span, "context spanContext") or span
+        traces[field(context, "trace_id traceId")].append(attributes_of(span))
+    for spans in traces.values():
+        talks, talk, described, offered = [], [], {}, []
+        for span in spans:
+            kind = field(span, "gen_ai.operation.name openinference.span.kind traceloop.span.kind")
+            name = field(span, "gen_ai.tool.name tool.name")
+            if str(kind).lower() in ("create_agent", "invoke_agent", "agent", "chain", "workflow", "task"):
+                continue  # says again what the calls in it say
+            if name or str(kind).lower() == "tool":
+                described[name] = field(span, "gen_ai.tool.description tool.description")
+                result = field(span, DONE)
+                if result is not None and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
+                    talk.append(tool(as_text(result)) | {"tool_call_id": span.get("gen_ai.tool.call.id")})
+                continue
+            given = traced_messages(traced(span, ASKED), "user")
+            system = traced(span, "gen_ai.system_instructions")
+            if given and system and given[0]["role"] != "system":
+                given.insert(0, chat_message("system", as_text(system)))
+            if talk and given and given[0]["role"] == "tool":  # only what is new
+                while talk[-1]["role"] == "tool":
+                    talk.pop()
+                talk += given
+            elif given:
+                start = len(list(itertools.takewhile(lambda m: m["role"] == "system", given))) + 1
+                same = [t for t in talks if t[:start] == given[:start] and len(t) <= len(given)]
+                talk = same[-1] if same else []
+                talks += [] if same else [talk]
+                talk[:] = given
+            if talk:
+                talk += traced_messages(traced(span, ANSWERED), "assistant")
+            offered = traced(span, OFFERED) or offered
+        for talk in talks:
+            yield talk, tools_of(offered) or derive_tools(talk, described)
 
 
 HARMONY = re.compile(
@@ -4376,9 +4556,8 @@ FORMATS = {
     "agentbench_kg": ("question, actions, s_expression", agentbench_kg),
     "alpaca": ("instruction, output", alpaca),
     "traces": (
-        lambda r: any(
-            {"gen_ai.operation.name", "gen_ai.input.messages"} & span["attributes"].keys()
-            for span in spans_of(r)),
+        lambda r: any(key.startswith(("gen_ai.", "llm.input_messages"))
+                      for span in spans_of(r) for key in attributes_of(span)),
         trace),
     "atif": ("steps.0.source", trajectory_interchange),
     "samples": ("samples.0.messages | simulations.0.messages", samples),
