@@ -3840,10 +3840,14 @@ def messages_record(record, react=False):
     in parts, or in the text.
     """
     record, messages = whole(record), []
-    turns = [unwrapped(message) for message in record["messages"]]
+    turns = [unwrapped(turn) for message in record["messages"] for turn in items(message)]
     names = {turn["author"] for turn in turns if turn.get("author") not in (None, "user")}
     for turn in turns:
         role = role_of(turn)
+        if role == "exit":  # of mini-swe-agent: why the run ended or, after a call, what came of it
+            if not messages or "tool_calls" not in messages[-1]:
+                continue
+            role = "tool"
         if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
             continue  # tau2-bench: what the user does with tools is not the agent's
         parts = list(parts_of(turn, role))
@@ -3888,6 +3892,12 @@ def whole(record):
         system = system["parts"] if isinstance(system, dict) else system
         asked = [chat_message("system", as_text(system)), *asked]
     return record | {"messages": asked}
+
+
+def items(message):
+    """The items of one of OpenAI's newer answers among the messages; any other message is one by itself."""
+    answer = isinstance(message, dict) and message.get("object") == "response"
+    return message["output"] if answer else [message]
 
 
 def unwrapped(message):
@@ -3958,7 +3968,7 @@ def read_part(part):
     match PARTS.get(kind):
         case "text" | "thought" as what:
             names = "summary" if part.get("redacted") else kind + " text value summary content"
-            said = as_text(field(part, names))
+            said = as_text(field(part, names) or "")
             yield "thought" if part.get("thought") is True else what, said
         case "call":
             yield from (("call", made) for made in calls_in(part.get("value") or part))

@@ -314,8 +314,9 @@ MESSAGES = {
         ASKED, m("assistant", '<function=weather>{"city": "Rome"}</function>')]}, SAID[:2]),
     "anthropic's text": ({"messages": [ASKED, m("assistant", "<function_calls>\n<invoke name=\"weather\">\n"
         "<parameter name=\"city\">Rome</parameter>\n</invoke>\n</function_calls>")]}, SAID[:2]),
-    "glm": ({"messages": [ASKED, m("assistant", "hm</think>I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n"
-        "<arg_value>Rome</arg_value>\n</tool_call><tool_call>now\n</tool_call>")]},
+    "glm": ({"messages": [ASKED, m("assistant",
+        "hm</think>I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"
+        "</tool_call><tool_call>now\n</tool_call>")]},
         [SAID[0], "assistant: (hm) I look. weather(city='Rome') now()"]),
     "deepseek": ({"messages": [ASKED, m("assistant",
         "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{\"city\": \"Rome\"}\n"
@@ -337,6 +338,12 @@ MESSAGES = {
         [*SAID[:2], "tool: "]),
     "an answer beside messages": ({"messages": [ASKED], "response": {"choices": [{"message": CALLED}]}},
         SAID[:2]),
+    "responses among messages, and why a run ended": ({"messages": [
+        ASKED, {"object": "response", "output": [{"type": "reasoning", "summary": []},
+            {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'}]},
+        {"type": "function_call_output", "call_id": "c", "output": "sun"}, m("exit", "LimitsExceeded")]},
+        SAID[:3]),
+    "a last call's result": ({"messages": [ASKED, CALLED, m("exit", "sun")]}, SAID[:3]),
     "smolagents": ({"messages": [
         ASKED, m("tool-call", f"Calling tools:\n[{{'id': 'c', 'type': 'function', 'function': {CALL}}}]"),
         m("tool-response", "Observation:\nsun")]}, SAID[:3]),
@@ -408,8 +415,9 @@ OPENINFERENCE = [
 TRACES = {
     "openinference": OPENINFERENCE,
     "an attribute a leaf, older": [span(1, **{
-        "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "Rome?", "gen_ai.prompt.1.role": "assistant",
-        "gen_ai.prompt.1.tool_calls.0.id": "c", "gen_ai.prompt.1.tool_calls.0.name": "weather",
+        "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "Rome?",
+        "gen_ai.prompt.1.role": "assistant", "gen_ai.prompt.1.tool_calls.0.id": "c",
+        "gen_ai.prompt.1.tool_calls.0.name": "weather",
         "gen_ai.prompt.1.tool_calls.0.arguments": '{"city": "Rome"}', "gen_ai.prompt.2.role": "tool",
         "gen_ai.prompt.2.content": "sun", "gen_ai.prompt.2.tool_call_id": "c",
         "gen_ai.completion.0.role": "assistant", "gen_ai.completion.0.content": "Sun.",
@@ -443,11 +451,12 @@ def test_several_conversations_in_traces(tmp_path):
                   **leaves("llm.output_messages", m("assistant", "Snow."))),
              *OPENINFERENCE, span(9, "u", **{"gen_ai.prompt": "Bonn?", "gen_ai.completion": "Fog."})]
     found = [said for _, said, _ in chats(tmp_path, "a.json", json.dumps(spans))]
-    assert found == [SAID, ["system: Hi.", "user: Oslo?", "assistant: Snow."], ["user: Bonn?", "assistant: Fog."]]
+    assert found == [
+        SAID, ["system: Hi.", "user: Oslo?", "assistant: Snow."], ["user: Bonn?", "assistant: Fog."]]
 
 
 def test_events_of_openhands_sdk(tmp_path):
-    """Events of the newer SDK unknown; two calls of one answer in two messages; the older system prompt lost."""
+    """Events of the newer SDK unknown; calls of one answer in two messages; the older system prompt lost."""
     def event(kind, source="agent", **more):
         return {"id": str(more), "kind": kind, "source": source, **more}
     said = [{"type": "text", "text": "I look."}]
@@ -463,8 +472,8 @@ def test_events_of_openhands_sdk(tmp_path):
         event("AgentErrorEvent", tool_name="weather", tool_call_id="c", error="No."),
         event("ActionEvent", thought=[], action={"kind": "FinishAction", "message": "Snow."},
               tool_name="finish", tool_call_id="e", llm_response_id="s")]
-    expected = ["system: Help.", "user: Rome?", "assistant: I look. weather(city='Rome') weather(city='Oslo')",
-                "tool: snow", "tool: No.", "assistant:  finish(message='Snow.')"]
+    expected = ["system: Help.", "user: Rome?",
+                "assistant: I look. weather(city='Rome') weather(city='Oslo')", "tool: snow", "tool: No.", "assistant:  finish(message='Snow.')"]
     for name in ("a.json", "a.jsonl"):
         lines = events if name == "a.jsonl" else [events]
         assert chats(tmp_path, name, "\n".join(map(json.dumps, lines)))[0][1:] == (expected, OFFERED)
@@ -478,8 +487,10 @@ def test_samples_of_inspect(tmp_path):
     samples = [
         {"messages": [m("user", "attachment://1"), CALLED, m("tool", "", tool_call_id="c", error={
             "type": "timeout", "message": "Too slow."})], "attachments": {"1": "Rome?", "2": "Weather"},
-         "events": [{"event": "state"}, {"event": "model", "tools": [WEATHER | {"description": "attachment://2"}]}]},
-        {"messages": [ASKED, m("assistant", "", tool_calls=[{"id": "c", "function": "f", "arguments": "[1]"}])]},
+         "events": [{"event": "state"}, {
+             "event": "model", "tools": [WEATHER | {"description": "attachment://2"}]}]},
+        {"messages": [ASKED, m("assistant", "", tool_calls=[
+            {"id": "c", "function": "f", "arguments": "[1]"}])]},
         {"messages": [ASKED, m("assistant", "Sun.")]}]
     first, second, third = chats(tmp_path, "a.json", json.dumps({"samples": samples}))
     assert first[1:] == ([*SAID[:2], "tool: Too slow."], OFFERED)
@@ -490,12 +501,12 @@ def test_ids_of_the_agent_data_protocol(tmp_path):
     """Results of calls made together taken for the user's words, or for one another's; a thought lost."""
     messages, _ = converted(tmp_path, {"id": "1", "content": [
         {"class_": "text_observation", "content": "Rome?", "source": "user"},
-        {"class_": "api_action", "tool_call_id": "a", "function": "f", "kwargs": {}, "reasoning_content": "Hm."},
+        {"class_": "api_action", "tool_call_id": "a", "function": "f", "reasoning_content": "Hm."},
         {"class_": "code_action", "tool_call_id": "b", "language": "bash", "content": "ls"},
         {"class_": "text_observation", "tool_call_id": "b", "content": "x", "source": "environment"},
         {"class_": "text_observation", "tool_call_id": "a", "content": "y", "source": "environment"}]})
-    assert brief(messages) == ["user: Rome?", "assistant: (Hm.)  f()", "assistant:  bash(command='ls')", "tool: x",
-                               "tool: y"]
+    assert brief(messages) == [
+        "user: Rome?", "assistant: (Hm.)  f()", "assistant:  bash(command='ls')", "tool: x", "tool: y"]
     assert [m["tool_call_id"] for m in messages[3:]] == ["b", "a"]
 
 
