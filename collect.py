@@ -3895,9 +3895,13 @@ def whole(record):
 
 
 def items(message):
-    """The items of one of OpenAI's newer answers among the messages; any other message is one by itself."""
-    answer = isinstance(message, dict) and message.get("object") == "response"
-    return message["output"] if answer else [message]
+    """What is listed in a message: the items of one of OpenAI's newer answers, the results of several calls
+    (tau2-bench's); any other is one by itself.
+    """
+    match message:
+        case {"object": "response", "output": list(listed)} | {"tool_messages": list(listed)}:
+            return listed
+    return [message]
 
 
 def unwrapped(message):
@@ -4518,6 +4522,21 @@ def harmony_tools(text):
     return tools_of(tools)
 
 
+TEMPLATED = re.compile(  # of ChatML and Llama 3
+    r"(?s)<\|(?:im_start\|>|start_header_id\|>(?=\w+<\|end_header_id\|>))(\w+)(?:\n|<\|end_header_id\|>\s*)"
+    r"((?:(?!<\|im_start|<\|start_header).)*?)(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|\Z)")
+
+
+def templated_text(record):
+    """A conversation in one text, with the marks of a model's chat template."""
+    return converse((role, said.strip()) for role, said in TEMPLATED.findall(text_of(record)))
+
+
+def text_of(record):
+    """A text, or that of a row of a table."""
+    return record if isinstance(record, str) else record["text"]
+
+
 LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
 
 
@@ -4573,6 +4592,7 @@ FORMATS = {
     "samples": ("samples.0.messages | simulations.0.messages", samples),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
     "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
+    "templated_text": (lambda r: TEMPLATED.search(text_of(r)), templated_text),
     "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),
     "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
     "toolace": (

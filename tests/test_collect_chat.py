@@ -201,6 +201,17 @@ CASES = {
         "<|start|>functions.weather to=assistant<|channel|>commentary<|message|>sun<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Sun.<|return|>",
         [None, "user: Rome?", "assistant: (Hm.)  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "chatml": ("templated_text", {"text":
+        f"<|im_start|>system\n<tools>{json.dumps([WEATHER])}</tools><|im_end|>\n"
+        "<|im_start|>user\nRome?<|im_end|>\n"
+        f"<|im_start|>assistant\n<think>\nHm.\n</think>\n\n<tool_call>\n{CALL}\n</tool_call><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\nSun."},
+        [None, "user: Rome?", "assistant: (Hm.)  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "llama 3": ("templated_text",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nRome?<|eot_id|><|start_header_id|>"
+        'assistant<|end_header_id|>\n\n<|python_tag|>weather.call(city="Rome")<|eom_id|><|start_header_id|>'
+        "ipython<|end_header_id|>\n\nsun<|eot_id|>",
+        ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun"]),
     "labelled text": ("labelled_text", {"example": "```\nSYSTEM: Use these.\n<tools>" + json.dumps([WEATHER]) +
         f"</tools>\nUSER: Rome?\nASSISTANT:\n<tool_call>\n{CALL}\n</tool_call>\n```"},
         [None, "user: Rome?", "assistant:  weather(city='Rome')"]),
@@ -344,6 +355,9 @@ MESSAGES = {
         {"type": "function_call_output", "call_id": "c", "output": "sun"}, m("exit", "LimitsExceeded")]},
         SAID[:3]),
     "a last call's result": ({"messages": [ASKED, CALLED, m("exit", "sun")]}, SAID[:3]),
+    "results of several calls": ({"messages": [ASKED, CALLED, {"role": "tool", "tool_messages": [
+        {"role": "tool", "id": "c", "content": "sun", "requestor": "assistant", "error": False}]}]},
+        SAID[:3]),
     "smolagents": ({"messages": [
         ASKED, m("tool-call", f"Calling tools:\n[{{'id': 'c', 'type': 'function', 'function': {CALL}}}]"),
         m("tool-response", "Observation:\nsun")]}, SAID[:3]),
@@ -680,13 +694,14 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
     {"messages": [m("user", "a")] * 100_000}, {"messages": [m("tool", "a")] * 50_000},
     {"instruction": "a", "output": "Thought:\n" * 300_000}, {"system": "{\"a\":\n" * 50_000, "chat": "USER: a\n\nASSISTANT: b"},
     "Question: a\n" * 50_000, {"conversations": [s("gpt", "<tool_call>" * 50_000)]},
+    "<|im_start|>user\n" + " " * 200_000 + "x",
     {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
     *({"messages": [m("user", "a"), m("assistant", text)]} for text in (
         "[TOOL_CALLS]a[ARGS]{" * 20_000, "[TOOL_CALLS]a[ARGS]{}x" * 20_000, "<tool_call>{" * 30_000, "<execute>x" * 30_000,
         "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>",
         "<function=f>x</function" * 20_000,
         "<tool_call>f<arg_key>a</arg_key>" * 20_000, " " * 200_000 + "x")),
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "calls", "tree", "mistral",
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "template", "calls", "tree", "mistral",
         "mistral closed", "hermes", "execute", "xml", "functions", "glm", "spaces"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
