@@ -4384,8 +4384,8 @@ def attributes_of(span):
     found, asked, answered = span.get("attributes", span), [], []
     if isinstance(found, list):
         found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
-    told = attempt(structured, found.get("events"))
-    for event in [*(told if isinstance(told, list) else ()), *(span.get("events") or ())]:
+    listed = found["events"] if isinstance(found.get("events"), str) else span.get("events")
+    for event in structured(listed) or ():
         inner = attributes_of(event)
         inner |= structured(inner.get("gen_ai.event.content") or "{}")
         name = str(field(event, "event.name name"))

@@ -442,6 +442,12 @@ TRACES = {
         {"name": "gen_ai.assistant.message", "attributes": {"tool_calls": CALLED["tool_calls"]}},
         {"name": "gen_ai.tool.message", "attributes": {"content": "sun", "id": "c"}},
         {"name": "gen_ai.choice", "attributes": {"message": '{"content": "Sun."}'}}]}],
+    "events in an attribute": [
+        span(1, **{"gen_ai.tool.definitions": json.dumps(OFFERED), "events": json.dumps([
+            {"event.name": "gen_ai.user.message", "content": "Rome?", "role": "user"},
+            {"event.name": "gen_ai.choice", "index": 0, "message": CALLED}])}),
+        span(2, **{"gen_ai.input.messages": json.dumps([ASKED, CALLED, RESULT]),
+                   "gen_ai.output.messages": json.dumps([m("assistant", "Sun.")])})],
     "as exported": {"resourceSpans": [{"scopeSpans": [{"spans": [{"startTimeUnixNano": "1", "attributes": [
         {"key": "gen_ai.input.messages", "value": {"stringValue": json.dumps([ASKED, CALLED, RESULT])}},
         {"key": "gen_ai.tool.definitions", "value": {"stringValue": json.dumps(OFFERED)}},
@@ -487,7 +493,8 @@ def test_events_of_openhands_sdk(tmp_path):
         event("ActionEvent", thought=[], action={"kind": "FinishAction", "message": "Snow."},
               tool_name="finish", tool_call_id="e", llm_response_id="s")]
     expected = ["system: Help.", "user: Rome?",
-                "assistant: I look. weather(city='Rome') weather(city='Oslo')", "tool: snow", "tool: No.", "assistant:  finish(message='Snow.')"]
+                "assistant: I look. weather(city='Rome') weather(city='Oslo')",
+                "tool: snow", "tool: No.", "assistant:  finish(message='Snow.')"]
     for name in ("a.json", "a.jsonl"):
         lines = events if name == "a.jsonl" else [events]
         assert chats(tmp_path, name, "\n".join(map(json.dumps, lines)))[0][1:] == (expected, OFFERED)
@@ -701,8 +708,8 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
         "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>",
         "<function=f>x</function" * 20_000,
         "<tool_call>f<arg_key>a</arg_key>" * 20_000, " " * 200_000 + "x")),
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "template", "calls", "tree", "mistral",
-        "mistral closed", "hermes", "execute", "xml", "functions", "glm", "spaces"])
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "template", "calls", "tree",
+        "mistral", "mistral closed", "hermes", "execute", "xml", "functions", "glm", "spaces"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
     start = time.time()
