@@ -3275,7 +3275,9 @@ def set_thought_apart(message):
 def split_thoughts(text):
     """(the thoughts in the tags that a text begins with, the rest of it)."""
     thoughts, rest = [], text
-    while (found := THINK.match(rest)) and (not thoughts or re.match(r"\s*(?:<think>|\[THINK\])", found[0])):
+    while re.search(r"</think>|\[/THINK\]", rest) and (found := THINK.match(rest)):
+        if thoughts and not re.match(r"\s*(?:<think>|\[THINK\])", rest):
+            break
         thoughts.append(found[1])
         rest = rest[found.end():]
     return thoughts, rest
