@@ -3136,7 +3136,7 @@ def is_message(value):
     """Whether the list that begins with it is one record, and not a list of records."""
     return isinstance(value, dict) and (
         {"role", "content"} <= value.keys() or "expected_tool_use" in value or is_item(value)
-        or is_event(value))
+        or is_event(value) or is_span(value))
 
 
 def read_list(path):
@@ -3185,14 +3185,20 @@ def chat_records(path, name, license, args):
 
 
 def join_sessions(values):
-    """The values of a file, with the lines of a session's log (Claude Code's) as one conversation; what each
-    of its side agents said is one of its own.
+    """The values of a file, with its lines that are parts of one as one: the messages in a session's log
+    (Claude Code's; what each of its side agents said is one of its own), the events of an agent, the spans of
+    traces.
     """
+    events = []
     sessions = {}  # {(session, side agent or None): (where it begins, its messages)}
     sides = {}     # {line of a side agent: the agent}
     for where, line in log_lines(values):
+        if isinstance(line, dict) and (is_sdk_event(line) or is_span(line)):
+            events.append((where, line))
+            continue
         if not is_log_line(line):
-            if not sessions or not isinstance(line, dict) or "role" in line:  # or a summary, a snapshot
+            known = sessions or events
+            if not known or not isinstance(line, dict) or "role" in line:  # or a summary, a snapshot
                 yield where, line
             continue
         side, id, message = None, line.get("uuid"), line.get("message")
@@ -3210,6 +3216,8 @@ def join_sessions(values):
             sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
     for (_, side), (where, messages) in sessions.items():
         yield f"{where}-side" if side else where, {"messages": messages}
+    if events:
+        yield events[0][0], [event for _, event in events]
 
 
 def log_lines(values):
@@ -3275,7 +3283,7 @@ def convert(value, form):
     if isinstance(found, tuple):
         return [found]
     found = list(found)
-    if found and isinstance(found[0], tuple):
+    if found and isinstance(found[0], (tuple, str)):
         return found
     return [with_tools(found, at(value, where[0]) if where else [])]
 
@@ -3343,13 +3351,24 @@ def one_system(messages):
 
 def set_thought_apart(message):
     """The message with what its content holds in <think> tags, as reasoning models write it, as its
-    `reasoning_content`.
+    `reasoning_content`. The first tag may stand in the prompt instead.
     """
-    thought = re.match(r"(?s)\s*<think>(.*?)</think>\s*", message["content"])
-    if not thought or message["role"] != "assistant":
+    if message["role"] != "assistant":
         return message
-    thoughts = joined([message.get("reasoning_content"), thought[1].strip()])
-    return message | {"content": message["content"][thought.end():]} | thinking(thoughts)
+    thoughts, content = split_thoughts(message["content"])
+    thoughts = dict.fromkeys(text.strip() for text in [message.get("reasoning_content") or "", *thoughts])
+    return message | {"content": content} | thinking(joined(thoughts))
+
+
+def split_thoughts(text):
+    """(the thoughts in the tags that a text begins with, the rest of it)."""
+    thoughts, rest = [], text
+    while re.search(r"</think>|\[/THINK\]", rest) and (found := THINK.match(rest)):
+        if thoughts and not re.match(r"\s*(?:<think>|\[THINK\])", rest):
+            break
+        thoughts.append(found[1])
+        rest = rest[found.end():]
+    return thoughts, rest
 
 
 def thinking(text):
@@ -3478,8 +3497,8 @@ AROUND = ("extra.invocation_params config toolConfig values body input inputs re
 ROLE = "role from sender type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
-    "function_call": "tool_call",
-    "tool": "observation function function_response function_result tool_response ipython"})
+    "function_call": "tool_call tool-call",
+    "tool": "observation function function_response function_result tool_response tool-response ipython"})
 # Labels of turns in texts whose role is not told by ROLES, and those that stay in the text.
 LABELS = {"Question": "user", "Task": "user", "Expert feedback": "user", "Thought": "assistant",
           "Action": "assistant", "Answer": "assistant", "FUNCTION RESPONSE": "tool"}
@@ -3488,16 +3507,8 @@ REACT = "Question|Thought|Action|Answer|Observation"
 THOUGHT = re.compile(r"(?i)^\s*(?:Thought|Think)(?: \d+)?:[ \t]*")
 ACTION = re.compile(r"(?im)^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*")
 ACTION_INPUT = re.compile(r"(?im)^[ \t]*Action Input(?: \d+)?:[ \t]*")
-RESULT = re.compile(r"(?i)^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|<tool_response>)\s*")
-# None holds the tag that opens another, so that many that nothing closes are read once and not once each.
-TAGGED = re.compile(  # of Hermes and Qwen, CodeAct; Glaive; Mistral; Llama
-    r"(?s)<(tool_call(?=>\s*(?:[\[{]|<function))|execute(?:_\w+)?)>((?:(?!<\1>).)*?)(?:</\1>|(?<=>)\Z)|"
-    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)|"
-    r"\[TOOL_CALLS\] ?(\[.*\]|[\w.-]+(?:\[CALL_ID\]\w+)?\[ARGS\]\{(?:(?!\[TOOL_CALLS\]).)*?\}"
-    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z))|"
-    r"<\|python_tag\|>(.*?)(?:<\|eom_id\|>|<\|eot_id\|>|\Z)")
-XML_CALL = r"(?s)<function=([^>\s]+)>(.*?)(?:</function>|\Z)"  # of Qwen3-Coder
-XML_PARAMETER = r"(?s)<parameter=([^>\s]+)>\n?((?:(?!<parameter=).)*?)\n?</parameter>"
+RESULT = re.compile(
+    r"(?i)^\s*(?:Observation(?: \d+)?:|FUNCTION RESPONSE:|EXECUTION RESULT of \[.*\]:|<tool_response>)\s*")
 FENCE = re.compile(r"(?is)(?:(?:bash|python|operation|operation:)\s*)?```(\w*)\n(.*?)```")
 
 
@@ -3518,7 +3529,7 @@ def field(value, names):
 
 def role_of(message):
     """The role of a message in OpenAI's words, or as the message has it where it is none of these."""
-    role = field(message, ROLE) or ""
+    role = str(field(message, ROLE) or "")
     if not role and {"parts", "author"} & message.keys():  # Gemini's user and agents need none
         role = "user" if message.get("author") in (None, "user") else "model"
     role = role.lower().removesuffix("chunk").removesuffix("message") or role  # of LangChain's classes
@@ -3690,30 +3701,85 @@ def action_call(action):
     return call("act", {"command": action})
 
 
-def lift(text, react):
-    """Split an assistant's text into (what it says, the calls written in it): tags and, with `react`,
-    Thought/Action.
+def xml_call(name, body):
+    """The call of a tool whose arguments are elements each, or JSON."""
+    given = re.findall(XML_ARGUMENT, body)
+    return [call(name, {key: plain_json(value) for key, value in given} or body)]
+
+
+def llama_calls(text):
+    """What Llama writes between its tags: JSON (with semicolons between several), a list of Python's calls,
+    the call of a built-in tool, as name.call(a=1), or else code.
     """
-    text, calls = without_json_calls(text)
-    for tag, *others, llama in TAGGED.findall(text):
-        inside = "".join(others) + llama
-        if tag.startswith("execute"):
-            calls.append(code_call("bash" if tag == "execute_bash" else "python", inside))
-        elif llama and not llama.lstrip().startswith("{"):
-            calls.append(code_call("python", llama))
-        elif inside.lstrip().startswith("<function="):
-            for name, body in re.findall(XML_CALL, inside):
-                given = re.findall(XML_PARAMETER, body)
-                calls.append(call(name, {key: plain_json(value) for key, value in given}))
-        elif mistral := re.fullmatch(r"(?s)([\w.-]+)(?:\[CALL_ID\]\w+)?\[ARGS\](.*)", inside):
-            calls.append(call(*mistral.groups()))
-        else:
-            calls += calls_in(inside)
+    text = text.strip()
+    if text.startswith("{"):
+        return calls_in("[" + re.sub(r"\}\s*;\s*\{", "}, {", text) + "]")
+    python = re.fullmatch(r"(?s)(\[\w+.*\])|(\w+)\.call(\(.*\))", text)
+    return python_calls("".join(filter(None, python.groups()))) if python else [code_call("python", text)]
+
+
+THINK = re.compile(r"(?s)(?:\s*(?:<think>|\[THINK\]))?((?:(?!<think>).)*?)(?:</think>|\[/THINK\])\s*")
+XML_ARGUMENT = (
+    r'(?s)<(?:arg_key>|(?:｜DSML｜)?parameter(?:=| name="))([^<>"\s]+)(?:</arg_key>\s*<arg_value|"?[^<>]*)>'
+    r"\n?((?:(?!<parameter|<arg_key).)*?)\n?</(?:arg_value|(?:｜DSML｜)?parameter)>")
+# Calls as models write them in a text: {pattern: what makes calls of its groups}. None holds the tag that
+# opens another, so that many that nothing closes are read once and not once each.
+WRITTEN = {re.compile("(?s)" + pattern): read for pattern, read in {
+    # Hermes, Qwen (JSON proper is read before); Phi, Granite, InternLM; Glaive; Mistral
+    r"<tool_call>(?=\s*[\[{])((?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)": calls_in,
+    r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)": calls_in,
+    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)": calls_in,
+    r"\[TOOL_CALLS\] ?(\[.*\])": calls_in,
+    r"\[TOOL_CALLS\] ?([\w.-]+)(?:\[CALL_ID\](\w+))?\[ARGS\](\{(?:(?!\[TOOL_CALLS\]).)*?\})"
+    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z)": lambda name, id, given: [call(name, given, id)],
+    # Qwen3-Coder, OpenHands and Llama; Claude, MiniMax and DeepSeek 3.2; GLM
+    r'<(?:｜DSML｜)?(?:function=|invoke name=")([\w.-]+)"?>((?:(?!<function=|invoke name=).)*?)'
+    r"(?:</(?:｜DSML｜)?(?:function|invoke)>|(?<=</parameter>)\s*\Z)": xml_call,
+    r"<tool_call>\s*([\w.-]+)\s*((?:<arg_key>(?:(?!<tool_call>).)*?)?)</tool_call>": xml_call,
+    # DeepSeek; Kimi, whose ids are names with numbers; Llama; CodeAct
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\s+```json\s)"
+    r"((?:(?!<｜tool▁call▁begin｜>).)*?)(?:```\s*)?<｜tool▁call▁end｜>": lambda name, given: [call(name, given)],
+    r"<\|tool_call_begin\|>\s*((?:functions\.)?([\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>"
+    r"((?:(?!<\|tool_call_begin\|>).)*?)<\|tool_call_end\|>": lambda id, name, given: [call(name, given, id)],
+    r"<\|python_(?:tag|start)\|>(.*?)(?:<\|(?:eom_id|eot_id|eot|python_end)\|>|\Z)": llama_calls,
+    r"<execute(_bash)?(?:_\w+)?>((?:(?!<execute).)*?)(?:</execute(?:_\w+)?>|(?<=>)\Z)":
+        lambda bash, code: [code_call("bash" if bash else "python", code)],
+}.items()}
+AROUND_CALLS = re.compile(  # with nothing inside
+    r"</?(?:minimax:)?tool_call>|</?(?:｜DSML｜)?(?:function|tool)_calls>|"
+    r"<[｜|](?:tool[▁_]calls(?:[▁_]section)?[▁_](?:begin|end)|end▁of▁sentence|eot)[｜|]>")
+
+
+def lift(text, react):
+    """Split an assistant's text into (what it says, the calls written in it): those of WRITTEN and, with
+    `react`, Thought/Action. What it thinks of calling is no call.
+    """
+    _, rest = split_thoughts(text)
+    thought = text.removesuffix(rest)
+    text, calls = without_json_calls(rest)
+    for pattern, read in WRITTEN.items():
+        calls += [made for found in pattern.finditer(text) for made in read(*found.groups())]
+        text = pattern.sub("", text)
+    if calls:
+        text = AROUND_CALLS.sub("", text)
     if calls or not react:
-        says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", TAGGED.sub("", text))
+        says = re.sub(r"</?thought>|<\|endoftext\|>|</s>\s*\Z", "", text)
     else:
         says, calls = split_action(text)
-    return (THOUGHT.sub("", says) if react else says).strip(), calls
+    return (thought + (THOUGHT.sub("", says) if react else says)).strip(), calls
+
+
+def bare_calls(message, names):
+    """The message, with calls where all that it says is calls of tools that are known, in JSON or as Python
+    has them.
+    """
+    text = split_thoughts(message["content"])[1].strip()
+    if message["role"] != "assistant" or "tool_calls" in message or text[:1] not in ("[", "{"):
+        return message
+    calls = list_or_none(calls_in, text) or list_or_none(python_calls, text)
+    if not calls or not {made["function"]["name"] for made in calls} <= names:
+        return message
+    return message | {"content": message["content"].rstrip().removesuffix(text), "tool_calls": calls}
 
 
 def split_action(text):
@@ -3762,6 +3828,7 @@ def converse(turns, react=False, messages=None):
             text, calls = lift(text, react)
             messages.append(assistant(text, *calls))
         elif role == "function_call":
+            text = re.sub(r"^Calling tools:\s*", "", text)  # of smolagents
             messages.append(assistant("", *calls_in(text)))
         elif role == "tool":
             results = re.findall(r"(?s)<tool_response>\s*(.*?)\s*</tool_response>", text)
@@ -3793,6 +3860,7 @@ def tools_of(value):
     """
     value, tools = structured(value or []), []
     for given in value if isinstance(value, list) else [value]:
+        given = structured(given.get("json_schema", given))  # of OpenInference
         declared = field(given, "functionDeclarations function_declarations")
         if isinstance(declared, list):  # Gemini's
             tools += tools_of(declared)
@@ -3911,10 +3979,14 @@ def messages_record(record, react=False):
     in parts, or in the text.
     """
     record, messages = whole(record), []
-    turns = [unwrapped(message) for message in record["messages"]]
+    turns = [unwrapped(turn) for message in record["messages"] for turn in items(message)]
     names = {turn.get("author") for turn in turns if turn.get("parts")} - {None, "user"}
     for turn in turns:
         role = role_of(turn)
+        if role == "exit":  # of mini-swe-agent: why the run ended or, after a call, what came of it
+            if not messages or "tool_calls" not in messages[-1]:
+                continue
+            role = "tool"
         if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
             continue  # tau2-bench: what the user does with tools is not the agent's
         if turn.get("partial") is True:
@@ -3927,11 +3999,13 @@ def messages_record(record, react=False):
             parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        left_out = {*map(kind_of, turns[0].get("content") or ["text"])}
+        left_out = {*map(kind_of, (turns or [{}])[0].get("content") or ["text"])}
         raise ValueError(f"nothing is left without {', '.join(left_out)}")
     given = itertools.chain.from_iterable(turn.get("tools") or () for turn in turns)  # of an MCP server
     given = [tool for tool in given if isinstance(tool, dict)]
-    return with_tools(messages, [*tools_of(field(record, TOOLS)), *given])
+    messages, tools = with_tools(messages, [*tools_of(field(record, TOOLS)), *given])
+    names = {tool["function"]["name"] for tool in tools}
+    return [bare_calls(message, names) for message in messages], tools
 
 
 def whole(record):
@@ -4033,6 +4107,16 @@ def with_piece(value, piece):
     return value
 
 
+def items(message):
+    """What is listed in a message: the items of one of OpenAI's newer answers, the results of several calls
+    (tau2-bench's); any other is one by itself.
+    """
+    match message:
+        case {"object": "response", "output": list(listed)} | {"tool_messages": list(listed)}:
+            return listed
+    return [message]
+
+
 def unwrapped(message):
     """A message without what is around it: in LangChain's dumps, and in the events of Gemini's agents."""
     match message:
@@ -4071,8 +4155,9 @@ def parts_of(message, role):
         yield "call", calls_in(api["request"])[0]
         yield "result", (None, as_text(field(api, "exception response")))
     calls = next(filter(None, map(message.get, ("tool_calls", "function_call", "invalid_tool_calls"))), [])
-    content = field(message, "content value parts text")
+    content = field(message, "content contents value parts text")
     content = [content] if isinstance(message.get("parts"), dict) else content
+    content = None if content == [] else content
     if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
         content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
     kinds = {*map(type, content)} if isinstance(content, list) else set()
@@ -4081,7 +4166,9 @@ def parts_of(message, role):
     ids = {made["id"] for made in calls}
     if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in typed):
         ids = message.get("tool_call_ids") or [field(message, CALL_ID)]
-        yield "result", (ids[0], as_text(content))
+        error = message.get("error")  # of Inspect, beside no content
+        error = error.get("message") if isinstance(error, dict) else None
+        yield "result", (ids[0], as_text(content) or as_text(error))
     elif typed:
         for kind, value in itertools.chain.from_iterable(map(read_part, uncut(typed))):
             if kind != "call" or value["id"] not in ids:  # LangChain has calls in both places
@@ -4130,7 +4217,8 @@ def read_part(part):
             said = part_text(part | ({"text": part[kind]} if isinstance(part.get(kind), str) else {}))
             yield "thought" if part.get("thought") is True else "text", said
         case "thought":
-            said = [*filter(None, map(part.get, (kind, *"text value summary content".split()))), None][0]
+            names = "summary" if part.get("redacted") else kind + " text value summary content"
+            said = next(filter(None, map(part.get, names.split())), None)
             yield "thought", as_text(said)
         case "call" if "language" in inner:
             yield "call", code_call(inner["language"], inner["code"])
@@ -4138,7 +4226,7 @@ def read_part(part):
             if kind.endswith("_call") and not field(inner, NAME):
                 part = built_in(kind, part)
             yield from (("call", made) for made in calls_in(part.get("value") or part))
-            came = field(part, "output outputs results error")  # of a server's tool: beside its call
+            came = field(part, "output outputs result results error")  # of a server's tool: beside its call
             if came is not None:
                 yield "result", (field(part, ID), as_text(came))
         case "result":
@@ -4306,16 +4394,19 @@ def agent_data_protocol(record):
     called = False
     for step in record["content"]:
         kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
+        id = step.get("tool_call_id")
         if kind == "message_action":
-            yield assistant(joined([thought, text]))
+            message = assistant(joined([thought, text]))
         elif kind == "api_action":
-            yield assistant(thought, call(step["function"], step.get("kwargs")))
+            message = assistant(thought, call(step["function"], step.get("kwargs"), id))
         elif kind.endswith("_action"):
-            yield assistant(thought, code_call(step["language"], text))
+            message = assistant(thought, code_call(step["language"], text) | {"id": id})
         else:
             text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
-            yield chat_message("tool" if called and step.get("source") != "user" else "user", text)
+            answers = id or called and step.get("source") != "user"
+            message = tool(text) | {"tool_call_id": id} if answers else user(text)
         called = kind.endswith("_action") and kind != "message_action"
+        yield message | thinking(step.get("reasoning_content") or "")
 
 
 def api_bank(record):
@@ -4416,8 +4507,26 @@ def is_turn(message):
 
 
 def samples(record):
-    """The conversations of a log that holds several: Inspect's samples, tau2-bench's simulations."""
-    return map(messages_record, field(record, "samples simulations"))
+    """The conversations of a log that holds several: Inspect's samples, with their tools and long texts apart
+    from the messages, and tau2-bench's simulations.
+    """
+    for sample in field(record, "samples simulations"):
+        sample = attached(sample, sample.get("attachments") or {})
+        offered = {json.dumps(tool): tool for event in sample.get("events") or ()
+                   if event.get("event") == "model" for tool in event.get("tools") or ()}
+        yield attempt(messages_record, {"tools": list(offered.values())} | sample)
+
+
+def attached(value, texts):
+    """A value with the texts for which its strings stand, as "attachment://" and a key."""
+    match value:
+        case str() if value.startswith("attachment://"):
+            return texts.get(value.removeprefix("attachment://"), value)
+        case list():
+            return [attached(member, texts) for member in value]
+        case dict():
+            return {key: attached(member, texts) for key, member in value.items()}
+    return value
 
 
 def evaluation_set(record):
@@ -4448,24 +4557,63 @@ def is_event(value):
     match value:
         case {"action": _} | {"observation": _}:
             return not {"role", "from"} & value.keys()
-    return False
+    return is_sdk_event(value)
+
+
+def is_sdk_event(value):
+    """Whether it is an event of OpenHands' newer SDK."""
+    return "source" in value and bool(re.search(r"(Event|Observation)$", str(value.get("kind"))))
 
 
 def openhands(record):
     """A list of events: actions of the user and the agent, and observations."""
-    messages = []
+    messages, tools = [], []
+    if is_sdk_event(listed(record)[0]):
+        return sdk_messages(listed(record))
     for event in listed(record):
         given, made = event.get("args") or event, event.get("tool_call_metadata") or {}
         action, seen = event.get("action"), event.get("observation")
         if action in ("message", "finish"):
             text = field(given, "content thought final_thought") or event.get("message") or ""
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
-        elif action and action not in ("change_agent_state", "recall", "system", "null"):
+        elif action == "system":
+            messages.append(chat_message("system", given.get("content") or ""))
+            tools = given.get("tools")
+        elif action and action not in ("change_agent_state", "recall", "condensation", "null"):
             thought = given.get("thought") or event.get("thought") or ""
             messages.append(assistant(thought, *event_calls(action, given, made)))
         elif seen and messages and seen not in ("agent_state_changed", "null"):
             messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
-    return messages
+    return messages, tools_of(tools)
+
+
+def sdk_messages(events):
+    """The messages and tools of events of OpenHands' newer SDK; actions of one answer are its calls."""
+    turns, tools = [], []
+    for event in events:
+        match event:
+            case {"system_prompt": prompt}:
+                turns.append(chat_message("system", as_text([prompt])))
+                tools = [given for given in event.get("tools") or [] if field(given, "name function")]
+            case {"llm_message": dict(message)}:
+                turns.append(message)
+            case {"tool_name": name, "action": action}:
+                made = event.get("tool_call") or {
+                    "name": name, "id": event.get("tool_call_id"),
+                    "arguments": {key: value for key, value in (action or {}).items() if key != "kind"}}
+                answer = event.get("llm_response_id") or event["id"]
+                if turns and turns[-1].get("answer") == answer:
+                    turns[-1]["tool_calls"].append(made)
+                    continue
+                reasons, said = event.get("reasoning_content"), event.get("thought") or []
+                said = said if reasons else (event.get("thinking_blocks") or []) + said
+                turns.append({"role": "assistant", "content": said, "tool_calls": [made],
+                              "reasoning_content": reasons, "answer": answer})
+            case {"tool_call_id": id}:
+                seen = field(event, "observation error rejection_reason")
+                seen = field(seen, "content output result") if isinstance(seen, dict) else seen
+                turns.append({"role": "tool", "content": seen, "tool_call_id": id})
+    return messages_record({"messages": turns, "tools": tools})
 
 
 def event_calls(action, given, made):
@@ -4489,34 +4637,134 @@ def trajectory_interchange(record):
     return messages_record(turns)[0], tools_of((record.get("agent") or {}).get("tool_definitions"))
 
 
+def is_span(value):
+    """Whether it is a span of an OpenTelemetry trace, or what its exporters write around several."""
+    return "resourceSpans" in value or bool(
+        isinstance(value.get("attributes"), (dict, list)) and field(value, SPAN_START))
+
+
+SPAN_START = "start_time startTime startTimeUnixNano start_time_unix_nano"
+# Where a span has the history that a model was given, its answer, the tools it was offered, and what a tool
+# did: by the conventions, older ones, OpenInference and any-agent.
+ASKED = "gen_ai.input.messages llm.input_messages gen_ai.prompt"
+ANSWERED = "gen_ai.output.messages llm.output_messages gen_ai.completion gen_ai.output"
+OFFERED = "gen_ai.tool.definitions llm.tools llm.request.functions"
+DONE = "gen_ai.tool.call.result gen_ai.output output.value tool_response traceloop.entity.output"
+
+
 def spans_of(record):
-    """The spans of an OpenTelemetry trace, in the order of time."""
-    spans = record["spans"] if isinstance(record, dict) else record
-    return sorted(spans, key=lambda span: span["start_time"])
+    """The spans of a trace, however wrapped; what holds attributes alone is a span."""
+    if isinstance(record, list):
+        return [span for member in record for span in spans_of(member)]
+    inner = field(record, "resourceSpans scopeSpans spans")
+    return [record] if inner is None else spans_of(inner)
+
+
+def attributes_of(span):
+    """The attributes of a span by name, those of its events included; messages that are an event each, as
+    older conventions have them, as one.
+    """
+    found, asked, answered = span.get("attributes", span), [], []
+    if isinstance(found, list):
+        found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
+    listed = found["events"] if isinstance(found.get("events"), str) else span.get("events")
+    for event in structured(listed) or ():
+        inner = attributes_of(event)
+        inner |= structured(inner.get("gen_ai.event.content") or "{}")
+        name = str(field(event, "event.name name"))
+        if name == "gen_ai.choice":
+            answered.append({"role": "assistant"} | structured(inner.get("message", inner)))
+        elif role := re.fullmatch(r"gen_ai\.(\w+)\.message", name):
+            asked.append({"role": role[1]} | inner)
+        else:
+            found = inner | found
+    messages = {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered}
+    return {key: value for key, value in messages.items() if value} | found
+
+
+def traced(attributes, names):
+    """What stands in the first of several attributes that is there: a list, also as JSON or with an attribute
+    a leaf, as "llm.input_messages.0.message.role", or a text.
+    """
+    for name in names.split():
+        if attributes.get(name) is not None:
+            value = attempt(structured, attributes[name])
+            return value if isinstance(value, list) else as_text(attributes[name])
+        tree = {}
+        for key, value in attributes.items():
+            if re.match(rf"{re.escape(name)}\.\d", key):
+                *path, leaf = key[len(name) + 1:].split(".")
+                node = tree
+                for step in path:
+                    node = node.setdefault(step, {})
+                node[leaf] = value
+        if tree:
+            return pruned(tree)
+
+
+def pruned(node):
+    """A tree of attributes with numbered branches as lists, and without OpenInference's wrappers."""
+    if not isinstance(node, dict):
+        return node
+    if all(map(str.isdigit, node)):
+        return [pruned(node[key]) for key in sorted(node, key=int)]
+    node = {key: pruned(value) for key, value in node.items()}
+    wrapped = node.get(next(iter(node))) if len(node) == 1 else None
+    return wrapped if isinstance(wrapped, dict) else node
+
+
+def traced_messages(value, role):
+    """The messages of what traced() found."""
+    match value:
+        case [{"role": _}, *_]:
+            return messages_record(value)[0]
+        case [dict(first), *_] if field(first, NAME):
+            return [assistant("", *calls_in(value))]
+        case None | [] | "":
+            return []
+    return [chat_message(role, as_text(value))]
 
 
 def trace(record):
-    """The spans of an agent's run, by OpenTelemetry's conventions for generative models: the longest history
-    that a call of the model was given, and what was done since.
+    """The conversations in the spans of agents' runs, by OpenTelemetry's conventions for generative models:
+    of each, the longest history that a call of the model was given, and what was done since.
     """
-    messages, described = [], {}
-    for span in (span["attributes"] for span in spans_of(record)):
-        given = span.get("gen_ai.input.messages")
-        given = messages_record(structured(given))[0] if given else []
-        messages = given if len(given) > len(messages) else messages
-        answer = field(span, "gen_ai.output.messages gen_ai.output")
-        if span.get("gen_ai.operation.name") == "execute_tool":
-            described[span["gen_ai.tool.name"]] = span.get("gen_ai.tool.description")
-            messages.append(tool(as_text(answer)))
-        elif answer is not None and messages:
-            match list_or_none(structured, answer):
-                case [{"role": _}, *_] as value:
-                    messages += messages_record(value)[0]
-                case [dict(first), *_] as value if field(first, NAME):
-                    messages.append(assistant("", *calls_in(value)))
-                case _:
-                    messages.append(assistant(as_text(answer)))
-    return messages, derive_tools(messages, described)
+    traces = defaultdict(list)
+    for span in sorted(spans_of(record), key=lambda span: field(span, SPAN_START) or 0):
+        context = field(span, "context spanContext") or span
+        traces[field(context, "trace_id traceId")].append(attributes_of(span))
+    for spans in traces.values():
+        talks, talk, described, offered = [], [], {}, []
+        for span in spans:
+            kind = field(span, "gen_ai.operation.name openinference.span.kind traceloop.span.kind")
+            name = field(span, "gen_ai.tool.name tool.name")
+            if str(kind).lower() in ("create_agent", "invoke_agent", "agent", "chain", "workflow", "task"):
+                continue  # says again what the calls in it say
+            if name or str(kind).lower() == "tool":
+                described[name] = field(span, "gen_ai.tool.description tool.description")
+                result = field(span, DONE)
+                if result is not None and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
+                    talk.append(tool(as_text(result)) | {"tool_call_id": span.get("gen_ai.tool.call.id")})
+                continue
+            given = traced_messages(traced(span, ASKED), "user")
+            system = traced(span, "gen_ai.system_instructions")
+            if given and system and given[0]["role"] != "system":
+                given.insert(0, chat_message("system", as_text(system)))
+            if talk and given and given[0]["role"] == "tool":  # only what is new
+                while talk[-1]["role"] == "tool":
+                    talk.pop()
+                talk += given
+            elif given:
+                start = len(list(itertools.takewhile(lambda m: m["role"] == "system", given))) + 1
+                same = [t for t in talks if t[:start] == given[:start] and len(t) <= len(given)]
+                talk = same[-1] if same else []
+                talks += [] if same else [talk]
+                talk[:] = given
+            if talk:
+                talk += traced_messages(traced(span, ANSWERED), "assistant")
+            offered = traced(span, OFFERED) or offered
+        for talk in talks:
+            yield talk, tools_of(offered) or derive_tools(talk, described)
 
 
 HARMONY = re.compile(
@@ -4574,6 +4822,21 @@ def harmony_schema(kind):
     return {"type": known[1]} if known else {}
 
 
+TEMPLATED = re.compile(  # of ChatML and Llama 3
+    r"(?s)<\|(?:im_start\|>|start_header_id\|>(?=\w+<\|end_header_id\|>))(\w+)(?:\n|<\|end_header_id\|>\s*)"
+    r"((?:(?!<\|im_start|<\|start_header).)*?)(?:<\|im_end\|>|<\|eot_id\|>|<\|eom_id\|>|\Z)")
+
+
+def templated_text(record):
+    """A conversation in one text, with the marks of a model's chat template."""
+    return converse((role, said.strip()) for role, said in TEMPLATED.findall(text_of(record)))
+
+
+def text_of(record):
+    """A text, or that of a row of a table."""
+    return record if isinstance(record, str) else record["text"]
+
+
 LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
 
 
@@ -4622,9 +4885,8 @@ FORMATS = {
     "agentbench_kg": ("question, actions, s_expression", agentbench_kg),
     "alpaca": ("instruction, output", alpaca),
     "traces": (
-        lambda r: any(
-            {"gen_ai.operation.name", "gen_ai.input.messages"} & span["attributes"].keys()
-            for span in spans_of(r)),
+        lambda r: any(key.startswith(("gen_ai.", "llm.input_messages"))
+                      for span in spans_of(r) for key in attributes_of(span)),
         trace),
     "atif": ("steps.0.source", trajectory_interchange),
     "samples": ("samples.0.messages | simulations.0.messages", samples),
@@ -4633,6 +4895,7 @@ FORMATS = {
         evaluation_set),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
     "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
+    "templated_text": (lambda r: TEMPLATED.search(text_of(r)), templated_text),
     "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),
     "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
     "toolace": (

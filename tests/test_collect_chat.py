@@ -216,6 +216,17 @@ CASES = {
         "<|start|>functions.weather to=assistant<|channel|>commentary<|message|>sun<|end|>"
         "<|start|>assistant<|channel|>final<|message|>Sun.<|return|>",
         [None, "user: Rome?", "assistant: (Hm.)  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "chatml": ("templated_text", {"text":
+        f"<|im_start|>system\n<tools>{json.dumps([WEATHER])}</tools><|im_end|>\n"
+        "<|im_start|>user\nRome?<|im_end|>\n"
+        f"<|im_start|>assistant\n<think>\nHm.\n</think>\n\n<tool_call>\n{CALL}\n</tool_call><|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\nSun."},
+        [None, "user: Rome?", "assistant: (Hm.)  weather(city='Rome')", "tool: sun", "assistant: Sun."]),
+    "llama 3": ("templated_text",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nRome?<|eot_id|><|start_header_id|>"
+        'assistant<|end_header_id|>\n\n<|python_tag|>weather.call(city="Rome")<|eom_id|><|start_header_id|>'
+        "ipython<|end_header_id|>\n\nsun<|eot_id|>",
+        ["user: Rome?", "assistant:  weather(city='Rome')", "tool: sun"]),
     "labelled text": ("labelled_text", {"example": "```\nSYSTEM: Use these.\n<tools>" + json.dumps([WEATHER]) +
         f"</tools>\nUSER: Rome?\nASSISTANT:\n<tool_call>\n{CALL}\n</tool_call>\n```"},
         [None, "user: Rome?", "assistant:  weather(city='Rome')"]),
@@ -390,6 +401,64 @@ MESSAGES = {
     "llama's text": ({"messages": [ASKED, m("assistant", "<|python_tag|>" + CALL.replace("arguments", "parameters"))]}, SAID[:2]),
     "llama's code": ({"messages": [ASKED, m("assistant", "<|python_tag|>print(1)<|eom_id|>")]},
                      [SAID[0], "assistant:  python(code='print(1)')"]),
+    "llama's several": ({"messages": [ASKED, m("assistant", f"<|python_tag|>{CALL}; {CALL}<|eom_id|>")]},
+        [SAID[0], SAID[1] + SAID[1][11:]]),
+    "llama's built-in tool": ({"messages": [
+        ASKED, m("assistant", '<|python_tag|>weather.call(city="Rome")<|eom_id|>')]}, SAID[:2]),
+    "llama's bare JSON": ({"tools": [WEATHER], "messages": [
+        ASKED, m("assistant", CALL.replace("arguments", "parameters")), m("ipython", "sun")]}, SAID[:3]),
+    "python's calls": ({"tools": [WEATHER], "messages": [
+        ASKED, m("assistant", '<think>Hm.</think>[weather(city="Rome")]'), m("tool", "sun"),
+        m("assistant", "[Note] Sun (warm)."), ASKED, m("assistant", '[{"name": "snow", "arguments": {}}]')]},
+        [SAID[0], "assistant: (Hm.)  weather(city='Rome')", SAID[2], "assistant: [Note] Sun (warm).", SAID[0],
+         'assistant: [{"name": "snow", "arguments": {}}]']),
+    "openhands' text": ({"messages": [
+        ASKED, m("assistant", "I look.\n\n<function=weather>\n<parameter=city>Rome</parameter>\n"),
+        m("user", "EXECUTION RESULT of [weather]:\nsun"), m("assistant", "<function=now>\n</function>")]},
+        [SAID[0], "assistant: I look. weather(city='Rome')", SAID[2], "assistant:  now()"]),
+    "llama's tags": ({"messages": [
+        ASKED, m("assistant", '<function=weather>{"city": "Rome"}</function>')]}, SAID[:2]),
+    "anthropic's text": ({"messages": [ASKED, m("assistant", "<function_calls>\n<invoke name=\"weather\">\n"
+        "<parameter name=\"city\">Rome</parameter>\n</invoke>\n</function_calls>")]}, SAID[:2]),
+    "glm": ({"messages": [ASKED, m("assistant",
+        "hm</think>I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n"
+        "</tool_call><tool_call>now\n</tool_call>")]},
+        [SAID[0], "assistant: (hm) I look. weather(city='Rome') now()"]),
+    "deepseek": ({"messages": [ASKED, m("assistant",
+        "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n```json\n{\"city\": \"Rome\"}\n"
+        "```<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+        "<｜end▁of▁sentence｜>")]}, [SAID[0], SAID[1] + " now()"]),
+    "kimi": ({"messages": [ASKED, m("assistant",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.weather:0<|tool_call_argument_begin|>"
+        "{\"city\": \"Rome\"}<|tool_call_end|><|tool_calls_section_end|>")]}, SAID[:2]),
+    "a call in a thought": ({"messages": [
+        ASKED, m("assistant", f"<think>Perhaps <tool_call>{CALL}</tool_call>.</think>Sun.")]},
+        [SAID[0], f"assistant: (Perhaps <tool_call>{CALL}</tool_call>.) Sun."]),
+    "a thought said twice": ({"messages": [
+        ASKED, m("assistant", "<think>Hm.\n</think>Sun.", reasoning_content="Hm.")]},
+        [SAID[0], "assistant: (Hm.) Sun."]),
+    "a thought that is not shown": ({"messages": [ASKED, m("assistant", [
+        {"type": "reasoning", "reasoning": "Zm9v", "summary": "Hm.", "redacted": True},
+        {"type": "text", "text": "Sun."}])]}, [SAID[0], "assistant: (Hm.) Sun."]),
+    "no parts": ({"messages": [ASKED, CALLED | {"content": []}, m("tool", [], tool_call_id="c")]},
+        [*SAID[:2], "tool: "]),
+    "an answer beside messages": ({"messages": [ASKED], "response": {"choices": [{"message": CALLED}]}},
+        SAID[:2]),
+    "responses among messages, and why a run ended": ({"messages": [
+        ASKED, {"object": "response", "output": [{"type": "reasoning", "summary": []},
+            {"type": "function_call", "call_id": "c", "name": "weather", "arguments": '{"city": "Rome"}'}]},
+        {"type": "function_call_output", "call_id": "c", "output": "sun"}, m("exit", "LimitsExceeded")]},
+        SAID[:3]),
+    "a last call's result": ({"messages": [ASKED, CALLED, m("exit", "sun")]}, SAID[:3]),
+    "results of several calls": ({"messages": [ASKED, CALLED, {"role": "tool", "tool_messages": [
+        {"role": "tool", "id": "c", "content": "sun", "requestor": "assistant", "error": False}]}]},
+        SAID[:3]),
+    "smolagents": ({"messages": [
+        ASKED, m("tool-call", f"Calling tools:\n[{{'id': 'c', 'type': 'function', 'function': {CALL}}}]"),
+        m("tool-response", "Observation:\nsun")]}, SAID[:3]),
+    "mistral's thought": ({"messages": [
+        ASKED, m("assistant", '[THINK]Hm.[/THINK][TOOL_CALLS]weather[CALL_ID]x[ARGS]{"city": "Rome"}')]},
+        [SAID[0], "assistant: (Hm.)  weather(city='Rome')"]),
     "words that are no action": ({"messages": [ASKED, m("assistant", "My plan.\nAction: buy milk\nThen put it into <execute> tags.")]},
         [SAID[0], "assistant: My plan.\nAction: buy milk\nThen put it into <execute> tags."])}
 
@@ -466,6 +535,150 @@ def test_sides_of_a_session_and_other_logs(tmp_path):
     assert found == [["user: a", "assistant: a"], ["user: b", "assistant: b"], ["user: c", "assistant: d", "user: e"]]
     path = write(tmp_path, "log.json", json.dumps({"loglines": lines}))
     assert [brief(r.messages) for r in collect.chat_records(path, "log", "MIT", args)] == found[2:]
+
+
+def chats(tmp_path, name, text):
+    """(where, brief messages, tools) of each record of a file, or the reason of its rejection."""
+    args = argparse.Namespace(chat_domain="trajectory", chat_format=None)
+    found = collect.chat_records(write(tmp_path, name, text), "log", "MIT", args)
+    return [(r.id, brief(r.messages), r.tools) if isinstance(r, Record) else r["reason"] for r in found]
+
+
+def span(n, trace="t", **attributes):
+    return {"start_time": n, "context": {"trace_id": trace}, "attributes": attributes}
+
+
+def leaves(prefix, *messages):
+    """Messages as attributes of OpenInference, one a leaf."""
+    found = {}
+    for i, message in enumerate(messages):
+        at = f"{prefix}.{i}.message."
+        found |= {at + "role": message["role"], at + "content": message["content"]}
+        for j, made in enumerate(message.get("tool_calls", ())):
+            at = f"{at}tool_calls.{j}.tool_call."
+            found |= {at + "id": made["id"], at + "function.name": made["function"]["name"],
+                      at + "function.arguments": json.dumps(made["function"]["arguments"])}
+    return found
+
+
+RESULT = m("tool", "sun", tool_call_id="c")
+OFFERED = [{"type": "function", "function": WEATHER}]
+OPENINFERENCE = [
+    span(1, **{"openinference.span.kind": "AGENT", "output.value": "Sun."}),
+    span(2, **leaves("llm.input_messages", ASKED), **leaves("llm.output_messages", CALLED),
+         **{"llm.tools.0.tool.json_schema": json.dumps(OFFERED[0])}),
+    span(3, **{"openinference.span.kind": "TOOL", "tool.name": "weather", "output.value": "sun"}),
+    span(4, **leaves("llm.input_messages", ASKED, CALLED, RESULT),
+         **leaves("llm.output_messages", m("assistant", "Sun.")))]
+TRACES = {
+    "openinference": OPENINFERENCE,
+    "an attribute a leaf, older": [span(1, **{
+        "gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "Rome?",
+        "gen_ai.prompt.1.role": "assistant", "gen_ai.prompt.1.tool_calls.0.id": "c",
+        "gen_ai.prompt.1.tool_calls.0.name": "weather",
+        "gen_ai.prompt.1.tool_calls.0.arguments": '{"city": "Rome"}', "gen_ai.prompt.2.role": "tool",
+        "gen_ai.prompt.2.content": "sun", "gen_ai.prompt.2.tool_call_id": "c",
+        "gen_ai.completion.0.role": "assistant", "gen_ai.completion.0.content": "Sun.",
+        "llm.request.functions.0.name": "weather", "llm.request.functions.0.description": "Weather",
+        "llm.request.functions.0.parameters": json.dumps(WEATHER["parameters"])})],
+    "an event a message": [span(1, **{"gen_ai.tool.definitions": json.dumps(OFFERED)}) | {"events": [
+        {"name": "gen_ai.user.message", "attributes": {"content": "Rome?"}},
+        {"name": "gen_ai.assistant.message", "attributes": {"tool_calls": CALLED["tool_calls"]}},
+        {"name": "gen_ai.tool.message", "attributes": {"content": "sun", "id": "c"}},
+        {"name": "gen_ai.choice", "attributes": {"message": '{"content": "Sun."}'}}]}],
+    "events in an attribute": [
+        span(1, **{"gen_ai.tool.definitions": json.dumps(OFFERED), "events": json.dumps([
+            {"event.name": "gen_ai.user.message", "content": "Rome?", "role": "user"},
+            {"event.name": "gen_ai.choice", "index": 0, "message": CALLED}])}),
+        span(2, **{"gen_ai.input.messages": json.dumps([ASKED, CALLED, RESULT]),
+                   "gen_ai.output.messages": json.dumps([m("assistant", "Sun.")])})],
+    "as exported": {"resourceSpans": [{"scopeSpans": [{"spans": [{"startTimeUnixNano": "1", "attributes": [
+        {"key": "gen_ai.input.messages", "value": {"stringValue": json.dumps([ASKED, CALLED, RESULT])}},
+        {"key": "gen_ai.tool.definitions", "value": {"stringValue": json.dumps(OFFERED)}},
+        {"key": "gen_ai.output.messages", "value": {"stringValue": json.dumps([m("assistant", "Sun.")])}},
+    ]}]}]}]}}
+
+
+@pytest.mark.parametrize("case", TRACES)
+def test_traces_by_other_conventions(case, tmp_path):
+    """A call, a result or an answer lost or said twice; tools made up though they are listed."""
+    for name in ("a.json", "a.jsonl"):
+        lines = TRACES[case] if name == "a.jsonl" and isinstance(TRACES[case], list) else [TRACES[case]]
+        [(_, said, tools)] = chats(tmp_path, name, "\n".join(map(json.dumps, lines)))
+        assert said == SAID and tools == OFFERED
+
+
+def test_several_conversations_in_traces(tmp_path):
+    """What a second agent, or another trace, said among the words of the first."""
+    other = [m("system", "Hi."), m("user", "Oslo?")]
+    spans = [span(2.5, **leaves("llm.input_messages", *other),
+                  **leaves("llm.output_messages", m("assistant", "Snow."))),
+             *OPENINFERENCE, span(9, "u", **{"gen_ai.prompt": "Bonn?", "gen_ai.completion": "Fog."})]
+    found = [said for _, said, _ in chats(tmp_path, "a.json", json.dumps(spans))]
+    assert found == [
+        SAID, ["system: Hi.", "user: Oslo?", "assistant: Snow."], ["user: Bonn?", "assistant: Fog."]]
+
+
+def test_events_of_openhands_sdk(tmp_path):
+    """Events of the newer SDK unknown; calls of one answer in two messages; the older system prompt lost."""
+    def event(kind, source="agent", **more):
+        return {"id": str(more), "kind": kind, "source": source, **more}
+    said = [{"type": "text", "text": "I look."}]
+    events = [
+        event("SystemPromptEvent", system_prompt={"type": "text", "text": "Help."}, tools=OFFERED),
+        event("MessageEvent", "user", llm_message=m("user", [{"type": "text", "text": "Rome?"}])),
+        event("ConversationStateUpdateEvent", "environment", key="stats", value={}),
+        *(event("ActionEvent", thought=said if id == "c" else [], action={}, tool_name="weather",
+                tool_call_id=id, llm_response_id="r", tool_call={"id": id, "name": "weather", "arguments":
+                json.dumps({"city": city})}) for id, city in (("c", "Rome"), ("d", "Oslo"))),
+        event("ObservationEvent", "environment", tool_name="weather", tool_call_id="d", observation={
+            "content": [{"type": "text", "text": "snow"}]}),
+        event("AgentErrorEvent", tool_name="weather", tool_call_id="c", error="No."),
+        event("ActionEvent", thought=[], action={"kind": "FinishAction", "message": "Snow."},
+              tool_name="finish", tool_call_id="e", llm_response_id="s")]
+    expected = ["system: Help.", "user: Rome?",
+                "assistant: I look. weather(city='Rome') weather(city='Oslo')",
+                "tool: snow", "tool: No.", "assistant:  finish(message='Snow.')"]
+    for name in ("a.json", "a.jsonl"):
+        lines = events if name == "a.jsonl" else [events]
+        assert chats(tmp_path, name, "\n".join(map(json.dumps, lines)))[0][1:] == (expected, OFFERED)
+    older = {"source": "agent", "action": "system", "args": {"content": "Help.", "tools": OFFERED}}
+    [(_, said, tools)] = chats(tmp_path, "b.json", json.dumps([older, *CASES["openhands"][1]]))
+    assert said == ["system: Help.", *CASES["openhands"][2]] and tools == OFFERED
+
+
+def test_samples_of_inspect(tmp_path):
+    """Tools offered, texts kept apart or a tool's error lost; a bad sample that takes the others with it."""
+    samples = [
+        {"messages": [m("user", "attachment://1"), CALLED, m("tool", "", tool_call_id="c", error={
+            "type": "timeout", "message": "Too slow."})], "attachments": {"1": "Rome?", "2": "Weather"},
+         "events": [{"event": "state"}, {
+             "event": "model", "tools": [WEATHER | {"description": "attachment://2"}]}]},
+        {"messages": [ASKED, m("assistant", "", tool_calls=[
+            {"id": "c", "function": "f", "arguments": "[1]"}])]},
+        {"messages": [ASKED, m("assistant", "Sun.")]}]
+    first, second, third = chats(tmp_path, "a.json", json.dumps({"samples": samples}))
+    assert first[1:] == ([*SAID[:2], "tool: Too slow."], OFFERED)
+    assert "not a call" in second and third[1] == [SAID[0], SAID[3]]
+
+
+def test_ids_of_the_agent_data_protocol(tmp_path):
+    """Results of calls made together taken for the user's words, or for one another's; a thought lost."""
+    messages, _ = converted(tmp_path, {"id": "1", "content": [
+        {"class_": "text_observation", "content": "Rome?", "source": "user"},
+        {"class_": "api_action", "tool_call_id": "a", "function": "f", "reasoning_content": "Hm."},
+        {"class_": "code_action", "tool_call_id": "b", "language": "bash", "content": "ls"},
+        {"class_": "text_observation", "tool_call_id": "b", "content": "x", "source": "environment"},
+        {"class_": "text_observation", "tool_call_id": "a", "content": "y", "source": "environment"}]})
+    assert brief(messages) == [
+        "user: Rome?", "assistant: (Hm.)  f() bash(command='ls')", "tool: x", "tool: y"]
+    assert [m["tool_call_id"] for m in messages[2:]] == ["b", "a"]
+
+
+def test_a_result_of_another_call_is_not_taken_for_one_that_is_answered(tmp_path):
+    result = m("tool", "sun", tool_call_id="other")
+    [reason] = chats(tmp_path, "a.json", json.dumps([ASKED, CALLED, RESULT, result]))
+    assert reason == "message 3: a result without a call before it"
 
 
 @pytest.mark.parametrize("listed", [
@@ -649,13 +862,17 @@ def test_gzip_bomb_and_truncated_gzip(tmp_path, monkeypatch):
     {"messages": [m("user", "a")] * 100_000}, {"messages": [m("tool", "a")] * 50_000},
     {"instruction": "a", "output": "Thought:\n" * 300_000}, {"system": "{\"a\":\n" * 50_000, "chat": "USER: a\n\nASSISTANT: b"},
     "Question: a\n" * 50_000, {"conversations": [s("gpt", "<tool_call>" * 50_000)]},
+    "<|im_start|>user\n" + " " * 200_000 + "x",
     "<|start|>system<|message|>namespace a {\n" + "// a\n" * 200_000 + "type a = (\nb: c\n" * 20_000,
     {"messages": [], "response": [{"choices": [{"delta": {"content": "a", "tool_calls": [{"function": {}}]}}]}] * 100_000},
     {"system": "s", "conversations": [s("assistant", "[f(" * 100_000)]}, {"tree": {"tree": {}}, "answer_generation": {}},
     *({"messages": [m("user", "a"), m("assistant", text)]} for text in (
         "[TOOL_CALLS]a[ARGS]{" * 20_000, "[TOOL_CALLS]a[ARGS]{}x" * 20_000, "<tool_call>{" * 30_000, "<execute>x" * 30_000,
-        "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>")),
-], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "types", "pieces", "calls", "tree", "mistral", "mistral closed", "hermes", "execute", "xml"])
+        "<tool_call><function=f>" + "<parameter=a>x" * 30_000 + "</function></tool_call>",
+        "<function=f>x</function" * 20_000,
+        "<tool_call>f<arg_key>a</arg_key>" * 20_000, " " * 200_000 + "x")),
+], ids=["messages", "results", "thoughts", "tools", "questions", "tags", "template", "types", "pieces", "calls", "tree",
+        "mistral", "mistral closed", "hermes", "execute", "xml", "functions", "glm", "spaces"])
 def test_hostile_records_end_soon(value, tmp_path):
     """A converter that takes quadratic time, or an error that ends the run."""
     start = time.time()
