@@ -1833,7 +1833,7 @@ def print_tokens(tokenizer, ids, targets):
         style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
         lines = token.split("\n")  # a background that goes over a line's end would fill the screen
         print("\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in lines), end="")
-    print()
+    print("\n")
 
 
 if __name__ == "__main__":
