@@ -4916,7 +4916,7 @@ FORMATS = {
 
 AGENT = "hephaestus-collect"
 HF_HOST = "https://datasets-server.huggingface.co"
-RETRIED = (0, 408, 425, 429, 500, 502, 503, 504)  # 0 stands for no complete answer
+RETRIED = (0, 408, 425, 429, 500, 502, 503, 504, *range(520, 530))  # 0 stands for no complete answer
 # Python calls some of these global, but they lead to IPv4 in disguise or to the network's own machines.
 NOT_PUBLIC = [ipaddress.ip_network(network) for network in (
     "192.0.0.0/24 192.88.99.0/24 ::/3 2001::/23 2002::/16 3fff::/20 4000::/2 8000::/1").split()]
@@ -5167,7 +5167,7 @@ def root_cause(error):
 def retry_after(value):
     """Seconds to wait by a Retry-After header, a number or a date: at most 60, and 0 if it makes no sense."""
     try:
-        if not value.isdecimal():
+        if not re.fullmatch(r"[\d.]+", value):
             value = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
         return min(60, max(0, float(value)))
     except (ValueError, TypeError, OverflowError):
@@ -6965,9 +6965,9 @@ def ask_endpoint(url, body, timeout, retries, backoff):
     try:
         page = url and web.persist(url, headers, body and json.dumps(body).encode())
         answer = json.loads(page.body)
-        if page.status == 200:
+        if page.status == 200 and not mapping(answer).get("error"):
             return answer
-        said = str(answer["error"]["message"])
+        said = str(mapping(answer, "error").get("message") or json.dumps(answer))
     except WebError as error:
         raise OSError(error) from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # its text may show the key

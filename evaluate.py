@@ -597,7 +597,8 @@ class Endpoint:
     backoff = 1.0              # seconds between the first two, then doubled
 
     def __init__(self, url, args):
-        self.workers, self.limit, self.options = args.parallel, "max_tokens", {"temperature": 0}
+        self.workers, self.limit = args.parallel, "max_tokens"
+        self.options = {"temperature": 0, "seed": 0}
         self.url, self.name = canonical(url), url.partition("#")[2]
         try:
             self.name = self.name or self.ask("models")["data"][0]["id"]
@@ -613,33 +614,40 @@ class Endpoint:
     def answer(self, messages, tools, max_tokens):
         """The Answer to a chat. One that fails after all tries has its `error`."""
         names = {allowed(tool)["function"]["name"]: tool["function"]["name"] for tool in tools or []}
-        body = {"model": self.name, "messages": for_servers(messages), "seed": 0}
+        body = {"model": self.name, "messages": for_servers(messages)}
         if tools:
             body["tools"] = [allowed(tool) for tool in tools]
         try:
             choice = self.complete(body, max_tokens)["choices"][0]
-            text = choice["message"].get("content") or ""
+            message, reason = choice["message"], str(choice.get("finish_reason")).lower()
+            if reason == "error":
+                raise OSError(f"the server failed as it answered: {short(choice.get('error'))}")
+            text = message.get("content")
             if isinstance(text, list):
-                text = "".join(part.get("text") or "" for part in text)
-            for call in choice["message"].get("tool_calls") or []:
-                name, arguments = call["function"]["name"], call["function"].get("arguments") or "{}"
+                text = "".join(part.get("text") or part.get("refusal") or "" for part in text)
+            text = text or message.get("refusal") or ""
+            for call in message.get("tool_calls") or []:
+                name, arguments = call["function"]["name"], call["function"].get("arguments") or ""
                 text += "\n" * bool(text) + hermes_call(names.get(name, name), arguments)
-            return Answer(text, parse_calls(text), choice.get("finish_reason") != "length")
-        except (OSError, LookupError, TypeError, AttributeError) as error:
+            calls = parse_calls(text)  # those that the server has left in the text have its names, too
+            calls = calls and [(names.get(name, name), arguments) for name, arguments in calls]
+            return Answer(text, calls, not re.search("length|max_", reason))  # model_length, MAX_TOKENS
+        except (OSError, *UNREADABLE) as error:
             return Answer("", None, False, why_failed(error, "not a chat completion"))
 
     def complete(self, body, max_tokens):
-        """The server's answer to a chat. Where it wants the limit by its newer name or no temperature, it
-        gets that, now and from then on.
+        """The server's answer to a chat. Where it wants the limit by its newer name, no temperature or no
+        seed, it gets that, now and from then on.
         """
         limit, options = self.limit, self.options  # another thread may learn meanwhile what to send
         try:
             return self.ask("chat/completions", body | options | {limit: max_tokens})
         except OSError as error:
+            refused = [name for name in options if name in str(error)]
             if limit == "max_tokens" and "max_completion_tokens" in str(error):
                 self.limit = "max_completion_tokens"
-            elif options and "temperature" in str(error):
-                self.options = {}
+            elif refused:
+                self.options = {name: value for name, value in self.options.items() if name not in refused}
             else:
                 raise
             return self.complete(body, max_tokens)
@@ -647,7 +655,8 @@ class Endpoint:
     def ask(self, path, body=None):
         """The server's answer. Raises OSError with the reason if there is none after all tries."""
         backoff = self.backoff * random.uniform(0.5, 1.5)  # what failed together shall not return together
-        url = f"{self.url.rstrip('/')}/{path}"
+        base, *query = self.url.split("?")  # Azure's version of its API
+        url = "?".join([f"{base.rstrip('/')}/{path}", *query])
         return ask_endpoint(url, body, self.timeout, self.tries - 1, backoff)
 
 
@@ -682,27 +691,32 @@ def hermes_call(name, arguments):
     """A call, whose arguments are JSON or an object, as Tokenizer.render writes it."""
     if isinstance(arguments, dict):
         arguments = in_json(arguments)
+    arguments = re.sub(r"\A\s*(null\s*)?\Z", "{}", arguments)  # what servers write for none
     call = f'{{"name": {in_json(name)}, "arguments": ' + arguments + "}"
     call = re.sub("<(/?tool_call>)", r"\\u003c\1", call)
     return f"<tool_call>\n{call}\n</tool_call>"
 
 
-BEGIN_CALL, END_CALL = re.compile(r"<tool_call>\s*"), re.compile(r"\s*</tool_call>")
+BEGIN_CALL, END_CALL = re.compile(r"<think>|<tool_call>\s*"), re.compile(r"\s*</tool_call>")
 
 
 def parse_calls(output, most=None):
     """[(name, arguments)] in a model's answer, [] if it makes no call, None if what it writes as a call is
-    not one. After `most` calls nothing is read.
+    not one. What stands between <think> and </think> is none. After `most` calls nothing is read.
 
     >>> parse_calls('<tool_call>\\n{"name": "f", "arguments": {"x": 1}}\\n</tool_call>')
     [('f', {'x': 1})]
     >>> parse_calls('No tool fits.'), parse_calls('<tool_call>\\n{"name": ')
     ([], None)
     """
-    output, calls, at = without_thoughts(output), [], 0
+    calls, at, last = [], 0, output.rfind("</think>")
     while len(calls) != most and (tag := BEGIN_CALL.search(output, at)):
+        at = tag.end()
+        if tag[0] == "<think>":
+            at = output.index("</think>", at) if at <= last else at
+            continue
         try:  # JSON says where it ends: its strings may hold the tags
-            call, end = json.JSONDecoder().raw_decode(output, tag.end())
+            call, end = json.JSONDecoder().raw_decode(output, at)
             name, arguments = call["name"], call["arguments"]
             at = END_CALL.match(output, end).end()
         except UNREADABLE:
@@ -711,15 +725,6 @@ def parse_calls(output, most=None):
             return None
         calls.append((name, arguments))
     return calls
-
-
-def without_thoughts(output):
-    """An answer without what stands between <think> and </think>, which is neither a call nor words for the
-    user.
-    """
-    *thoughts, rest = output.split("</think>")
-    before = [part.partition("<think>")[0] if "<think>" in part else f"{part}</think>" for part in thoughts]
-    return "".join([*before, rest])
 
 
 # ------------------------------------------------------------------------------------------------------------

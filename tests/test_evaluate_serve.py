@@ -428,7 +428,10 @@ def test_retries(scripted, monkeypatch):
     assert endpoint.answer(CALL, TOOLS, 60) == evaluate.Answer("done", [], True)
     assert seen[1][0] - seen[0][0] >= 1 and seen[0][1]["Authorization"] == "Bearer sk-secret"
     assert {k: v for k, v in seen[0][2].items() if k != "tools"} == {"model": "m", "messages": CALL, "temperature": 0, "seed": 0, "max_tokens": 60}
-    for answer, tries, part in (((503, {}, {}), 3, "503"), ((400, {}, {"error": {"message": "bad key sk-secret"}}), 1, "bad key ***"), ((200, {}, b"{garbage"), 1, "no JSON"),
+    for answer, tries, part in (((503, {}, {}), 3, "503"), ((529, {}, {}), 3, "529"), ((429, {"Retry-After": "0.1"}, {}), 3, "429"),
+                                ((200, {}, {"choices": None, "error": {"message": "over quota, sk-secret"}}), 1, "over quota, ***"), ((404, {}, {"detail": "Not Found"}), 1, "Not Found"),
+                                ((400, {}, [{"error": {"code": 400, "message": "No contents."}}]), 1, "No contents."), ((400, {}, {"error": "no such model"}), 1, "no such model"),
+                                ((400, {}, {"error": {"message": "bad key sk-secret"}}), 1, "bad key ***"), ((200, {}, b"{garbage"), 1, "no JSON"),
                                 ((200, {}, {"choices": []}), 1, "chat completion"), ((0, {}, 3), 3, "no complete answer"), ((0, {}, 0), 3, "no complete answer"), ((401, {}, b""), 1, "401")):
         answers[:], seen[:], started = [answer], [], time.monotonic()
         found = endpoint.answer(CALL, None, 60)
@@ -446,7 +449,7 @@ def test_answers_of_other_servers(scripted):
         assert endpoint.answer(CALL, TOOLS, 60).calls == calls
     answers[:] = [completion(tool_calls=[call('{"x": 1}')], content="Well.")]
     assert endpoint.answer(CALL, TOOLS, 60).text == 'Well.\n<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
-    for arguments, wanted in (("", {}), (None, {}), ({}, {}), ({"x": "</tool_call>"}, {"x": "</tool_call>"})):
+    for arguments, wanted in (("", {}), (" ", {}), ("null", {}), (None, {}), ({}, {}), ('{"x": "<think>a</think>b"}', {"x": "<think>a</think>b"}), ({"x": "</tool_call>"}, {"x": "</tool_call>"})):
         answers[:] = [completion(tool_calls=[call(arguments)])]
         assert endpoint.answer(CALL, TOOLS, 60).calls == [("f", wanted)], arguments
     answers[:] = [completion(content=[{"type": "text", "text": part} for part in ("It is ", "sunny.")])]
@@ -457,20 +460,29 @@ def test_answers_of_other_servers(scripted):
         assert endpoint.answer(CALL, TOOLS, 60).error
     answers[0][2]["choices"][0] |= {"finish_reason": "length", "message": {"content": "cut"}}
     assert endpoint.answer(CALL, TOOLS, 60) == evaluate.Answer("cut", [], False)
+    for reason in ("model_length", "MAX_TOKENS"):  # Mistral's, and what proxies pass on
+        answers[0][2]["choices"][0]["finish_reason"] = reason
+        assert not endpoint.answer(CALL, TOOLS, 60).ended
+    answers[0][2]["choices"][0] |= {"finish_reason": "error", "error": {"message": "upstream"}}
+    assert "upstream" in endpoint.answer(CALL, TOOLS, 60).error
+    for message in ({"refusal": "I cannot do it."}, {"content": [{"type": "refusal", "refusal": "I cannot do it."}]}):
+        answers[:] = [completion(**message)]
+        assert endpoint.answer(CALL, TOOLS, 60).text == "I cannot do it."
 
 
 def test_what_a_server_does_not_take(scripted):
-    """The limit by its newer name and no temperature where it says so, from then on; ids of calls of which no
-    two are equal in a conversation.
+    """The limit by its newer name, no temperature and no seed where it says so, from then on; ids of calls of
+    which no two are equal in a conversation.
     """
     endpoint, answers, seen = scripted
     refusals = [(400, {}, {"error": {"message": f"Unsupported: {what}"}})
                 for what in ("'max_tokens', use 'max_completion_tokens'", "'temperature' of 0")]
+    refusals.append((422, {}, {"message": {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}}))
     answers[:] = [*refusals, completion(content="yes")]
     assert endpoint.answer(CALL, None, 60).text == "yes" and endpoint.answer(CALL, None, 60).text == "yes"
-    assert [sorted(body.keys() - {"model", "messages", "seed"}) for _, _, body in seen] == [
-        ["max_tokens", "temperature"], ["max_completion_tokens", "temperature"],
-        ["max_completion_tokens"], ["max_completion_tokens"]]
+    assert [sorted(body.keys() - {"model", "messages"}) for _, _, body in seen] == [
+        ["max_tokens", "seed", "temperature"], ["max_completion_tokens", "seed", "temperature"],
+        ["max_completion_tokens", "seed"], ["max_completion_tokens"], ["max_completion_tokens"]]
     again = evaluate.Endpoint(f"{endpoint.url}#m", Namespace(**ARGS))
 
     def ask(path, body):  # another thread learns it while this request is under way
@@ -490,6 +502,14 @@ def test_what_a_server_does_not_take(scripted):
     assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == ids
 
 
+def test_an_address_with_a_query(monkeypatch):
+    """Azure has the version of its API there."""
+    asked = []
+    monkeypatch.setattr(evaluate, "ask_endpoint", lambda url, *rest: asked.append(url) or {"data": [{"id": "m"}]})
+    evaluate.Endpoint("http://127.0.0.1:1/v1/?api-version=1", Namespace(**ARGS))
+    assert asked == ["http://127.0.0.1:1/v1/models?api-version=1"]
+
+
 def test_no_server(monkeypatch, capsys):
     monkeypatch.setattr(evaluate.Endpoint, "backoff", 0.01)
     assert "Refused" in evaluate.Endpoint("http://127.0.0.1:1/v1#m", Namespace(**ARGS)).answer(CALL, None, 60).error
@@ -505,6 +525,8 @@ def test_names_that_the_api_refuses(scripted):
     messages = [chat_message("user", "Roll."), chat_message("assistant", "", [("numpy.roll", {})]), chat_message("tool", "Again.")]
     answers.append(completion(tool_calls=[{"id": "c", "type": "function", "function": {"name": "numpy_roll", "arguments": "{}"}}]))
     assert endpoint.answer(messages, tools, 60).calls == [("numpy.roll", {})]
+    answers[:] = [completion(content='<tool_call>\n{"name": "numpy_roll", "arguments": {}}\n</tool_call>')]
+    assert endpoint.answer(messages, tools, 60).calls == [("numpy.roll", {})]  # left in the text
     sent = seen[0][2]
     assert sent["tools"][0]["function"]["name"] == sent["messages"][1]["tool_calls"][0]["function"]["name"] == "numpy_roll"
     assert tools[0]["function"]["name"] == "numpy.roll"
