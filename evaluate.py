@@ -771,7 +771,7 @@ def latin1(text):
 def read_schema(schema):
     """A copy of a JSON Schema to compare texts with. A token may end within a character, so bytes are
     compared, each written as one character (Latin-1). What a "$ref" such as "#/$defs/name" names stands in
-    its place, so that a schema may hold itself.
+    its place, beside what is stated with it, so that a schema may hold itself.
     """
     references = []
 
@@ -785,11 +785,13 @@ def read_schema(schema):
     for part in references:
         with contextlib.suppress(LookupError, TypeError, AttributeError):  # what is nowhere stays as it is
             for _ in range(9):  # a name of a name; one of itself has no end
-                named = whole
-                for step in part["$ref"].removeprefix("#").split("/")[1:]:
+                named = {"#": whole}
+                for step in part["$ref"].split("/"):
                     named = named[step.replace("~1", "/").replace("~0", "~")]
                 named = named | {}
-                part.clear()
+                del part["$ref"]
+                if both := part.keys() & named.keys() - ANNOTATIONS:
+                    named["allOf"] = [{key: part[key] for key in both}]  # which is not followed
                 part.update(named)
     return schema
 
@@ -832,8 +834,8 @@ def scan_calls(text, tools):
     """Read a text from its first call on: one or more, each of a tool with its parameters. Raises Incomplete
     or ValueError.
     """
-    begin, end = '<tool_call>\n{"name": "', "}\n</tool_call>"
-    schemas = {f'{name}", "arguments": {{': schema | {"additionalProperties": False}
+    begin, end = '<tool_call>\n{"name": ', "}\n</tool_call>"
+    schemas = {f'{in_json(name)}, "arguments": {{': schema | {"additionalProperties": False}
                for name, schema in tools.items()}
     at = scan(text, text.index("<tool_call>"), [begin])
     while not text.endswith(END, 0, at):
@@ -847,8 +849,8 @@ def scan_members(text, at, schema):
     required ones; of other names only where the schema allows others, or states none.
     """
     required, properties = schema.get("required") or [], schema.get("properties") or {}
-    known = {name: {} for name in required} | properties
     others = schema.get("additionalProperties", not properties)
+    known = {name: others or {} for name in required} | properties
     seen, separator = set(), ""
     while True:
         names = ['"'] if others is not False else [in_json(name) for name in known if name not in seen]
@@ -858,7 +860,7 @@ def scan_members(text, at, schema):
             return after
         begin = at + len(separator)
         after = scan_value(text, begin, {"type": "string"})
-        name = json.loads(text[begin:after])
+        name = latin1(json.loads(text[begin:after].encode("latin-1").decode(errors="replace")))
         if name in seen:
             raise ValueError
         seen.add(name)
@@ -2932,6 +2934,7 @@ class Api(BaseHTTPRequestHandler):
     """A connection, for one request: none stays open and idle."""
     protocol_version = "HTTP/1.1"
     timeout = 60  # seconds that the other side may be silent while it is read or written to
+    default_request_version = "HTTP/1.1"  # of what states none, lest its answer have no status
     error_content_type = "application/json"  # of what http.server itself refuses
     error_message_format = ('{"error": {"message": "%(explain)s", "type": "invalid_request_error", '
                             '"param": null, "code": null}}')
@@ -3089,6 +3092,10 @@ def read_chat(body, local, names):
     require(schema is None or not options.tools, "response_format does not go with tools", "response_format")
     begun = [tokenizer.special["<tool_call>"]] * bool(called)
     options.begun, options.choose = tokenizer.decode(begun), None
+    for function in (tool["function"] for tool in called):
+        wrong = unsupported(read_schema(function["parameters"]))
+        require(wrong is None, f"{short(function['name'])} must be called, and its schema's {wrong} is not "
+                "supported", "tools")
     if called or schema is not None:
         constraint = Constraint(tokenizer, [called], schema)
         options.choose = lambda new, logits: constraint(0, begun + new, logits)
@@ -3195,7 +3202,7 @@ def unsupported(schema):
     todo, seen = [schema], set()
     while todo:
         node = todo.pop()
-        if id(node) in seen or isinstance(node, bool):
+        if id(node) in seen or node is True:
             continue
         seen.add(id(node))
         if not isinstance(node, dict):
@@ -3207,8 +3214,16 @@ def unsupported(schema):
                 return key
         if "anyOf" in stated and len(stated) > 1:
             return f"anyOf beside {stated[stated[0] == 'anyOf']}"
+        unknown = set(node.get("required", [])) - set(node.get("properties", {}))
+        if unknown and node.get("additionalProperties") is False:
+            return "required"
+        for key in set(stated) & {"enum", "const"}:  # what else is stated must allow the values
+            rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
+            values = node[key] if key == "enum" else [node[key]]
+            if not all(may_become(rest, in_json(value), True) for value in values):
+                return key
         todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
-                 node.get("items", True), node.get("additionalProperties", True)]
+                 node.get("items", True), node.get("additionalProperties") or True]
     return None
 
 

@@ -200,6 +200,8 @@ NESTED = [  # (schema, values that have it, values that have not)
     (INNER | {"additionalProperties": {"type": "integer"}}, [{"k": "a", "m": 2}, {"m": 2, "k": "a"}],
      [{"m": 2}, {"k": "a", "m": "2"}]),
     ({"type": "object", "additionalProperties": {"type": "integer"}}, [{}, {"a": 1, "b": 2}], [{"a": "1"}]),
+    ({"type": "object", "required": ["a"], "additionalProperties": {"type": "integer"}}, [{"a": 1}], [{"a": "1"}]),
+    ({"$defs": {"N": {"type": "integer"}}, "$ref": "#/$defs/N", "enum": [1, 2]}, [1, 2], [3]),
     ({"type": "object", "required": ["a"]}, [{"a": [1], "b": None}], [{}, {"b": 1}]),
     ({"type": "object", "properties": {"é \"": {"type": "null"}}}, [{"é \"": None}], [{"é \"": 1}]),
     ({"type": "number"}, [1, -2.5, 0], ["1", None]), ({"const": "only"}, ["only"], [None, "on"]), ({"const": None}, [None], ["a"]),
@@ -334,6 +336,13 @@ def test_every_beginning_of_a_legal_call_is_legal(text):
 @pytest.mark.parametrize("text", ILLEGAL)
 def test_what_no_legal_call_begins_with_is_illegal(text):
     assert not evaluate.Constraint.legal(text, SCHEMAS, finished=False)
+
+
+def test_names_that_json_writes_in_several_ways():
+    call = '<tool_call>\n{"name": %s, "arguments": {"x": {%s}}}\n</tool_call>'
+    inner = evaluate.read_schema({"properties": {"é": {"const": 1}}, "type": "object", "additionalProperties": True})
+    for name, key, legal in (('"a\\"b"', '"\\u00e9": 1', True), ('"a\\"b"', '"\\u00e9": 2', False), ('"a"b"', "", False)):
+        assert evaluate.Constraint.legal(call % (name, key), {'a"b': {"properties": {"x": inner}}}, finished=True) is legal
 
 
 def test_brackets_without_end_are_illegal():

@@ -212,6 +212,8 @@ def test_waiting_requests_share_steps(local, monkeypatch):
     (400, "n must", {"n": 0}), (400, "n must", {"n": 2}), (400, "n must", {"n": True}), (400, "max_tokens", {"max_tokens": -1}), (400, "stop", {"stop": [1]}), (400, "stream", {"stream": "yes"}),
     (400, "top_logprobs", {"logprobs": True, "top_logprobs": 99}), (400, "tools[0]", {"tools": [{"type": "function"}]}), (404, "no model", {"model": "gpt-4"}),
     (400, "tool_choice", {"tool_choice": "required"}), (400, "tool_choice", {"tools": TOOLS, "tool_choice": {"function": {"name": "x"}}}),
+    (400, "minimum is not supported", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"minimum": 3}}}}}], "tool_choice": "required"}),
+    (400, "properties is not supported", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"properties": [1]}}}}}], "tool_choice": "required"}),
     (400, "context length", {"messages": [chat_message("user", "x y " * 999)]})], ids=str)
 def test_bad_requests(client, status, part, change):
     with pytest.raises(openai.APIStatusError, match=part.replace("[", r"\[")) as caught:
@@ -239,6 +241,9 @@ def test_bad_http(url, client):
     assert ask("POST", chat, None, **{"Transfer-Encoding": "chunked"}) == ask("POST", chat, None, **{"Content-Length": "-1"}) == 411 and ask("BREW", chat) == 501
     assert ask("POST", chat, json.dumps({"model": "tiny", "messages": CALL, "top_p": float("nan")}).encode()) == 400
     assert ask("POST", "/v1/completions", json.dumps({"model": "tiny", "prompt": "x"}).encode()) == 404
+    with socket.create_connection(address.split(":"), 20) as connection:  # TLS, say
+        connection.sendall(b"\x16\x03\x01\r\n\r\n")
+        assert connection.recv(99).startswith(b"HTTP/1.1 400 ")
     for _ in range(3):  # clients that leave at once
         connection = http.client.HTTPConnection(address)
         connection.request("POST", chat, json.dumps({"model": "tiny", "messages": WORDS, "stream": True}), {"Content-Type": "application/json"})
@@ -304,7 +309,10 @@ def test_answers_of_a_json_schema(client):
         ({"type": "string", "pattern": "a"}, "pattern"), ({"type": "object", "properties": {"a": {"minimum": 3}}}, "minimum"),
         ({"type": "array", "items": {"format": "date"}}, "format"), ({"type": "float"}, "type"), ({"oneOf": [{"type": "null"}]}, "oneOf"),
         ({"$ref": "#/$defs/none"}, r"\$ref"), ({"$ref": "#"}, r"\$ref"), ({"anyOf": [{"type": "null"}], "type": "null"}, "anyOf beside type"), ({"anyOf": []}, "anyOf"),
-        ({"anyOf": [3]}, "3"), ({"required": "a"}, "required"), ({"properties": []}, "properties"), ({"additionalProperties": {"not": {}}}, "not"))],
+        ({"anyOf": [3]}, "3"), ({"required": "a"}, "required"), ({"properties": []}, "properties"), ({"additionalProperties": {"not": {}}}, "not"),
+        ({"type": "integer", "enum": [1, "a"]}, "enum"), ({"const": 1, "enum": [2]}, "const"), ({"const": {"a": 1}, "required": ["b"]}, "const"),
+        ({"type": "object", "required": ["a"], "additionalProperties": False}, "required"), ({"type": "array", "items": False}, "false"), ({"$ref": "#name"}, r"\$ref"),
+        ({"$defs": {"a": {"required": ["a"]}}, "$ref": "#/$defs/a", "required": ["b"]}, "allOf"))],
     (json_schema(None), "no object"), ({"type": "json_schema"}, "no object"), (json_schema({"enum": ["a" * 10**5]}), "more than 65,536"),
     ({"type": "grammar"}, "must have the type"), ("json", "must have the type"), ({}, "must have the type")], ids=str)
 def test_response_formats_that_are_refused(client, change, why):
