@@ -3217,7 +3217,7 @@ def unsupported(schema):
         unknown = set(node.get("required", [])) - set(node.get("properties", {}))
         if unknown and node.get("additionalProperties") is False:
             return "required"
-        for key in set(stated) & {"enum", "const"}:  # what else is stated must allow the values
+        for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
             rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
             values = node[key] if key == "enum" else [node[key]]
             if not all(may_become(rest, in_json(value), True) for value in values):
