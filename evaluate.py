@@ -3093,7 +3093,7 @@ def read_chat(body, local, names):
     begun = [tokenizer.special["<tool_call>"]] * bool(called)
     options.begun, options.choose = tokenizer.decode(begun), None
     for function in (tool["function"] for tool in called):
-        wrong = unsupported(read_schema(function["parameters"]))
+        wrong = unsupported(read_schema(function["parameters"]), function.get("strict") is True)
         require(wrong is None, f"{short(function['name'])} must be called, and its schema's {wrong} is not "
                 "supported", "tools")
     if called or schema is not None:
@@ -3197,8 +3197,10 @@ def read_format(value):
     return schema
 
 
-def unsupported(schema):
-    """What in a schema, as read_schema returns it, decoding does not keep to; None if all is well."""
+def unsupported(schema, strict=True):
+    """What in a schema, as read_schema returns it, decoding does not keep to; None if all is well. Unless it
+    is strict, keywords such as `minimum` are passed over.
+    """
     todo, seen = [schema], set()
     while todo:
         node = todo.pop()
@@ -3207,12 +3209,12 @@ def unsupported(schema):
         seen.add(id(node))
         if not isinstance(node, dict):
             return short(node)
-        stated = sorted(node.keys() - ANNOTATIONS)
+        stated = sorted(node.keys() - ANNOTATIONS if strict else node.keys() & KEYWORDS.keys())
         for key in stated:
             empty = key != "required" and node[key] == []
             if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
                 return key
-        if "anyOf" in stated and len(stated) > 1:
+        if strict and "anyOf" in stated and len(stated) > 1:
             return f"anyOf beside {stated[stated[0] == 'anyOf']}"
         unknown = set(node.get("required", [])) - set(node.get("properties", {}))
         if unknown and node.get("additionalProperties") is False:

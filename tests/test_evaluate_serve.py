@@ -212,7 +212,7 @@ def test_waiting_requests_share_steps(local, monkeypatch):
     (400, "n must", {"n": 0}), (400, "n must", {"n": 2}), (400, "n must", {"n": True}), (400, "max_tokens", {"max_tokens": -1}), (400, "stop", {"stop": [1]}), (400, "stream", {"stream": "yes"}),
     (400, "top_logprobs", {"logprobs": True, "top_logprobs": 99}), (400, "tools[0]", {"tools": [{"type": "function"}]}), (404, "no model", {"model": "gpt-4"}),
     (400, "tool_choice", {"tool_choice": "required"}), (400, "tool_choice", {"tools": TOOLS, "tool_choice": {"function": {"name": "x"}}}),
-    (400, "minimum is not supported", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"minimum": 3}}}}}], "tool_choice": "required"}),
+    (400, "minimum is not supported", {"tools": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"properties": {"n": {"minimum": 3}}}}}], "tool_choice": "required"}),
     (400, "properties is not supported", {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"n": {"properties": [1]}}}}}], "tool_choice": "required"}),
     (400, "context length", {"messages": [chat_message("user", "x y " * 999)]})], ids=str)
 def test_bad_requests(client, status, part, change):
@@ -220,6 +220,14 @@ def test_bad_requests(client, status, part, change):
         client.post("/chat/completions", body={"model": "tiny", "messages": CALL} | change, cast_to=object)
     assert caught.value.status_code == status and caught.value.body["type"] == "invalid_request_error"
     assert caught.value.code == {"no model": "model_not_found", "context length": "context_length_exceeded"}.get(part)
+
+
+def test_a_call_that_is_forced_of_a_tool_that_is_not_strict(client):
+    """Refused for a keyword that decoding does not follow."""
+    parameters = {"type": "object", "properties": {"n": {"minimum": 3, "enum": [5]}}, "required": ["n"]}
+    given = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    made = client.chat.completions.create(model="tiny", messages=CALL, tools=given, tool_choice="required", parallel_tool_calls=False)
+    assert [c.function.arguments for c in made.choices[0].message.tool_calls] == ['{"n": 5}']
 
 
 def test_bad_http(url, client):
