@@ -653,8 +653,8 @@ def wrap_model(model, args):
 
     layers = model.model["layers"]
     model.frequencies = model.frequencies.to(args.device)  # once, not in every step
-    if args.compile == "yes":
-        for module in layers if args.shard else [model]:
+    if args.compile == "yes":  # many layers one by one: what is compiled for the first serves all
+        for module in layers if args.shard or len(layers) > 8 else [model]:
             module.compile()
     if args.shard:
         policy = MixedPrecisionPolicy()

@@ -563,6 +563,15 @@ def test_learning_rate():
     assert wsd[4:80] == [1.0] * 76 and wsd[90] == pytest.approx(0.55) and 0.1 < wsd[99] < 0.15
 
 
+def test_layers_of_a_deep_model_are_compiled_one_by_one():
+    """As one piece, thirty layers took ten minutes to compile."""
+    for n_layers in (3, 30):
+        model = transformer.Transformer(transformer.Config(vocab_size=64, dim=64, n_layers=n_layers, n_heads=1, n_kv_heads=1, hidden_dim=64))
+        pretrain.wrap_model(model, argparse.Namespace(compile="yes", shard=False, device="cpu"))
+        compiled = [bool(module._compiled_call_impl) for module in (model, *model.model["layers"])]
+        assert compiled == [n_layers == 3] + [n_layers == 30] * n_layers
+
+
 def test_compiled_runs_in_bfloat16_are_equal(small_corpus, tmp_path):
     """Without torch's deterministic algorithms the compiled gradient of the embedding differs from run to run. And not far from the eager run."""
     for name, compiled in (("first", "auto"), ("second", "auto"), ("eager", "no")):
