@@ -2939,13 +2939,16 @@ class Api(BaseHTTPRequestHandler):
     error_message_format = ('{"error": {"message": "%(explain)s", "type": "invalid_request_error", '
                             '"param": null, "code": null}}')
 
+    def handle(self):
+        with contextlib.suppress(OSError):  # the client is gone
+            super().handle()
+
     def do_POST(self):
         self.close_connection = True
-        with contextlib.suppress(OSError):  # the client is gone
-            try:
-                self.respond(self.path.partition("?")[0], self.read_body())
-            except HTTPError as refused:
-                self.send_json(*refused.args)
+        try:
+            self.respond(self.path.partition("?")[0], self.read_body())
+        except HTTPError as refused:
+            self.send_json(*refused.args)
 
     do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
 
