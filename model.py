@@ -98,17 +98,15 @@ class Attention(nn.Module):
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = nn.RMSNorm(D, c.norm_eps), nn.RMSNorm(D, c.norm_eps)
 
-    def forward(self, x, rope, attend, *cache):
-        """rope: cosines and sines (B or 1, 1, T, D/2). attend: a function of q, k, v and, where there is one,
-        the layer's part of the cache; see choose_attention.
-        """
+    def forward(self, x, rope, attend):
+        """rope: cosines and sines (T, D/2). attend: a function of q, k and v, see choose_attention."""
         B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         # (B, H, T, D), and for k and v (B, K, T, D)
         q, k, v = (p(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for p in projections)
         if self.config.model_type == "qwen3":
             q, k = self.q_norm(q), self.k_norm(k)
-        y = attend(rotate(q, *rope), rotate(k, *rope), v, *cache)                    # (B, H, T, D)
+        y = attend(rotate(q, *rope), rotate(k, *rope), v)                            # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -136,8 +134,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *context):
-        x = x + self.self_attn(self.input_layernorm(x), *context)
+    def forward(self, x, rope, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rope, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -187,22 +185,19 @@ class Transformer(nn.Module):
             return self.lm_head(x)
         return head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
-    def hidden(self, ids, doc_ids=None, positions=None, attend=None, cache=()):
-        """The last layer's normed output (B, T, C).
-
-        For generation: positions (B, T), and how to attend over a cache that has a part for each layer.
-        """
-        if positions is None:
-            positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)[None]  # (1, T)
+    def hidden(self, ids, doc_ids=None, positions=None, attend=None):
+        """The last layer's normed output (B, T, C). Generation says the positions (T,), and how to attend."""
+        if attend is None:
+            positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
             attend = choose_attention(self.config, positions, doc_ids)
-        angles = (positions[..., None] * self.frequencies.to(ids.device))[:, None]   # (B, 1, T, D/2)
+        angles = positions[:, None] * self.frequencies.to(ids.device)                # (T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                          # (B, T, C)
-        for i, layer in enumerate(self.model["layers"]):
+        for layer in self.model["layers"]:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, attend, use_reentrant=False)
             else:
-                x = layer(x, rope, attend, *cache[i:i + 1])
+                x = layer(x, rope, attend)
         return self.model["norm"](x)
 
     def flops_per_token(self, seq_len):
@@ -388,14 +383,14 @@ def checked_fields(config):
 def choose_attention(config, positions, doc_ids=None):
     """How all layers attend in this forward pass: a function of q (B, H, T, D), k and v (B, K, T, D).
 
-    positions: (1, T). With doc_ids (B, T) no token sees another document.
+    positions: (T,). With doc_ids (B, T) no token sees another document.
     """
-    T, window = positions.shape[1], config.sliding_window
+    T, window = len(positions), config.sliding_window
     if T <= SHORT and (doc_ids is not None or compiled_for_cpu(positions)):
-        mask = is_seen(positions.mT, positions, window)                              # (T, T)
+        mask = is_seen(positions[:, None], positions, window)                        # (T, T)
         if doc_ids is not None:
-            mask = mask & (doc_ids[:, :, None] == doc_ids[:, None, :])               # (B, T, T)
-        return partial(masked_attention, mask=mask.view(-1, 1, T, T))
+            mask = mask & (doc_ids[:, None, :, None] == doc_ids[:, None, None])      # (B, 1, T, T)
+        return partial(masked_attention, mask=mask)
     if doc_ids is not None:
         return partial(packed_attention, starts=document_starts(doc_ids), window=window)
     return partial(causal_attention, window=window)
@@ -681,47 +676,6 @@ def read_safetensors(path):
 PREFILL = 2048  # tokens of prompts that are read at a time: what they activate should fit a CPU's cache
 
 
-def prefill(model, prompts, cache):
-    """Read prompts (lists of ids) as the documents of one packed sequence, without padding. Returns the
-    logits (N, V) of what follows each.
-
-    cache: see Batch, with a row for each prompt; their keys and values are put in.
-    """
-    with model.lm_head.weight.device:
-        ids = torch.tensor([[i for prompt in prompts for i in prompt]])              # (1, T)
-        positions = torch.cat([torch.arange(len(prompt)) for prompt in prompts])     # (T,)
-    starts = positions == 0
-    rows, first = starts.cumsum(0) - 1, starts[None].cpu()
-
-    def attend(q, k, v, layer):
-        for part, x in zip(layer, (k, v)):
-            part[rows, :, positions] = x[0].transpose(0, 1)                          # (T, K, D)
-        return packed_attention(q, k, v, first, model.config.sliding_window)
-
-    x = model.hidden(ids, positions=positions[None], attend=attend, cache=cache)[0]
-    return model.lm_head(x[starts.roll(-1)]).float()  # after the last token of each
-
-
-def decode_one_token(model, ids, positions, cache):
-    """The logits (B, V) of what follows a token a row: ids and positions (B,).
-
-    cache: see Batch. The tokens' keys and values are put in.
-    """
-    with ids.device:
-        rows, places = torch.arange(len(ids)), torch.arange(cache.shape[4])
-    seen = is_seen(positions[:, None, None, None], places, model.config.sliding_window)
-    mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                         # (B, 1, 1, S)
-
-    def attend(q, k, v, layer):
-        for part, x in zip(layer, (k, v)):
-            part[rows, :, positions] = x[:, :, 0]                                    # (B, K, D)
-        grouped = q.reshape(*k.shape[:2], -1, k.shape[3])  # (B, K, H/K, D): heads of a group see the same
-        return fused_attention(grouped, *layer, mask).reshape(q.shape)
-
-    x = model.hidden(ids[:, None], positions=positions[:, None], attend=attend, cache=cache)
-    return model.lm_head(x[:, 0]).float()
-
-
 class Batch:
     """Texts that are continued together, a token of each at a time, in inference mode. Others may join, and
     those that have ended leave. Each is continued as it would be alone.
@@ -742,22 +696,52 @@ class Batch:
 
         spare: tokens that will follow; more may, but then the cache has to grow.
         """
-        lengths, logits, row = [len(prompt) for prompt in prompts], [], len(self.lengths)
+        rows, lengths, logits = enumerate(prompts, len(self.lengths)), [len(p) for p in prompts], []
         self.lengths += lengths
         self.resize(max(self.lengths) + spare, len(prompts))
-        for group in in_groups(prompts, lengths, PREFILL):
-            logits.append(prefill(self.model, group, self.cache[:, :, row:row + len(group)]))
-            row += len(group)
+        for group in in_groups(rows, lengths, PREFILL):
+            tokens = [(token, row, at) for row, prompt in group for at, token in enumerate(prompt)]
+            logits.append(self.read(tokens, packed=True))
         return torch.cat(logits)
 
     def step(self, ids):
         """Go on by a token a row. Returns the logits (B, V) of what follows."""
-        size = max(self.lengths) + 1
+        tokens = list(zip(ids, range(len(ids)), self.lengths))
+        self.lengths = [n + 1 for n in self.lengths]
+        size = max(self.lengths)
         if size > self.cache.shape[4]:
             self.resize(size + 16 + size // 4)
-        ids, positions = torch.tensor([ids, self.lengths], device=self.cache.device)
-        self.lengths = [n + 1 for n in self.lengths]
-        return decode_one_token(self.model, ids, positions, self.cache[..., :size, :])
+        return self.read(tokens)
+
+    def read(self, tokens, packed=False):
+        """Read tokens (id, row, position) and put their keys and values into the cache. Returns the logits
+        after the last token of each row.
+
+        packed: they are whole prompts, read as the documents of one sequence, without padding. Else they are
+        one of each row, and see what the cache holds.
+        """
+        ids, rows, positions = torch.tensor(tokens, device=self.cache.device).T      # (T,) each
+        cache, window = self.cache[..., :max(self.lengths), :], self.model.config.sliding_window
+        layers = iter(cache)
+        if packed:
+            starts = (positions == 0)[None].cpu()
+        else:
+            places = torch.arange(cache.shape[4], device=cache.device)
+            seen = is_seen(positions[:, None, None, None], places, window)
+            mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                 # (B, 1, 1, S)
+
+        def attend(q, k, v):
+            layer = next(layers)
+            layer[:, rows, :, positions] = torch.cat([k, v]).permute(2, 0, 1, 3)     # (T, 2, K, D)
+            if packed:
+                return packed_attention(q, k, v, starts, window)
+            # (B, K, H/K, D): the heads of a group see the same.
+            q = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
+            return fused_attention(q, *layer, mask).flatten(1, 2).transpose(0, 1)[None]
+
+        x = self.model.hidden(ids[None], positions=positions, attend=attend)[0]
+        last = [at + 1 == self.lengths[row] for _, row, at in tokens]
+        return self.model.lm_head(x[last]).float()
 
     def keep(self, rows):
         """Let go of all rows but these."""
@@ -800,7 +784,7 @@ def compiled_for_cpu(x):
 
 
 def masked_attention(q, k, v, mask):
-    """Fused attention under a causal mask (B or 1, 1, T, T), or what is faster on a CPU in bfloat16."""
+    """Fused attention under a causal mask (T, T) or (B, 1, T, T), or what is faster on a CPU in bfloat16."""
     if q.dtype == torch.bfloat16 and compiled_for_cpu(q):
         return compiled_attention(q, k, v, mask)
     return fused_attention(q, k, v, mask)
@@ -815,7 +799,7 @@ def compiled_attention(q, k, v, mask, block=128):
     for a in range(0, q.shape[2], block):
         b = a + block
         scores = (q[:, :, a:b] @ k[:, :, :b].mT).float() * q.shape[3] ** -0.5        # (B, H, b - a, b)
-        weights = scores.masked_fill(~mask[:, :, a:b, :b], -math.inf).softmax(-1)
+        weights = scores.masked_fill(~mask[..., a:b, :b], -math.inf).softmax(-1)
         blocks.append(weights.to(v.dtype) @ v[:, :, :b])
     return torch.cat(blocks, 2)
 
