@@ -189,7 +189,7 @@ class Transformer(nn.Module):
         """The last layer's normed output (B, T, C). Generation says the positions (T,), and how to attend."""
         if attend is None:
             positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
-            attend = choose_attention(self.config, positions, doc_ids)
+            attend = choose_attention(self.config, ids, doc_ids)
         angles = positions[:, None] * self.frequencies.to(ids.device)                # (T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                          # (B, T, C)
@@ -380,20 +380,20 @@ def checked_fields(config):
 # Attention: who sees whom, and how it is computed
 
 
-def choose_attention(config, positions, doc_ids=None):
+def choose_attention(config, ids, doc_ids=None):
     """How all layers attend in this forward pass: a function of q (B, H, T, D), k and v (B, K, T, D).
 
-    positions: (T,). With doc_ids (B, T) no token sees another document.
+    ids (B, T). With doc_ids (B, T) no token sees another document.
     """
-    T, window = len(positions), config.sliding_window
-    if T <= SHORT and (doc_ids is not None or compiled_for_cpu(positions)):
-        mask = is_seen(positions[:, None], positions, window)                        # (T, T)
-        if doc_ids is not None:
-            mask = mask & (doc_ids[:, None, :, None] == doc_ids[:, None, None])      # (B, 1, T, T)
-        return partial(masked_attention, mask=mask)
-    if doc_ids is not None:
+    T, window = ids.shape[1], config.sliding_window
+    if doc_ids is None and (window or T <= SHORT and compiled_for_cpu(ids)):
+        doc_ids = torch.zeros_like(ids)  # a row is one document
+    if doc_ids is None:
+        return fused_attention
+    if T > SHORT:
         return partial(packed_attention, starts=document_starts(doc_ids), window=window)
-    return partial(causal_attention, window=window)
+    same = doc_ids[:, None, :, None] == doc_ids[:, None, None]                       # (B, 1, T, T)
+    return partial(fused_attention, mask=same & causal_mask(T, window, ids.device))
 
 
 def is_seen(query, key, window=None):
@@ -404,24 +404,20 @@ def is_seen(query, key, window=None):
     return seen & (key > query - window) if window else seen
 
 
-def fused_attention(q, k, v, mask=None, causal=False):
-    """Of q (B, H, T, D) over k, v (B, K, S, D), K dividing H; mask is true where a key is seen."""
+def causal_mask(T, window, device):
+    """(T, T) Whether each token sees each."""
+    positions = torch.arange(T, device=device)
+    return is_seen(positions[:, None], positions, window)
+
+
+def fused_attention(q, k, v, mask=None):
+    """Of q (B, H, T, D) over k, v (B, K, T, D), K dividing H: each token sees itself and those before it or,
+    of these, those for which the mask (T, T) or (B, 1, T, T) is true.
+    """
+    if mask is not None and q.dtype == torch.bfloat16 and compiled_for_cpu(q):
+        return compiled_attention(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
-
-
-def causal_attention(q, k, v, window=None):
-    """Each token sees itself and those before it, or the last `window` of them. Without a mask of T x T."""
-    T = q.shape[2]
-    if window is None or T <= window:
-        return fused_attention(q, k, v, causal=True)
-    # By blocks of as many queries as the window has tokens: a block sees its own keys and the block before.
-    position, blocks = torch.arange(T, device=q.device), []
-    for start in range(0, T, window):
-        queries, keys = slice(start, start + window), slice(max(0, start - window), start + window)
-        mask = is_seen(position[queries, None], position[keys], window)              # (up to W, up to 2W)
-        blocks.append(fused_attention(q[:, :, queries], k[:, :, keys], v[:, :, keys], mask))
-    return torch.cat(blocks, 2)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def document_starts(doc_ids):
@@ -433,27 +429,41 @@ def document_starts(doc_ids):
 def packed_attention(q, k, v, starts, window=None):
     """Causal attention within each document of packed sequences: none sees another.
 
-    starts (B, T): see document_starts. On a CPU one fused call a document: there torch 2.13 has no
-    varlen_attn, and of FlexAttention only the forward pass, a third slower.
+    starts (B, T): see document_starts.
     """
     B, H, T, D = q.shape
     bounds = starts.flatten().nonzero()[:, 0]  # where each document begins
-    if q.is_cuda and v.dtype != torch.float32:
-        return varlen_attention(q, k, v, bounds, window)
-    in_a_row = (x.transpose(0, 1).reshape(1, -1, B * T, D) for x in (q, k, v))
-    documents = zip(*(x.tensor_split(bounds[1:], 2) for x in in_a_row))
-    y = torch.cat([causal_attention(*document, window) for document in documents], 2)
-    return y.view(H, B, T, D).transpose(0, 1)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))                   # (B * T, H or K, D)
+    attend = varlen_attention if q.is_cuda and v.dtype != torch.float32 else attention_by_document
+    return attend(q, k, v, bounds, window).view(B, T, H, D).transpose(1, 2)
 
 
 def varlen_attention(q, k, v, bounds, window):
-    """The same on a GPU, in one call for all documents: FlashAttention with the bounds between them."""
-    B, H, T, D = q.shape
-    bounds = F.pad(bounds, (0, 1), value=B * T).to(q.device, torch.int32, non_blocking=True)
-    q, k, v = (x.to(v.dtype).transpose(1, 2).flatten(0, 1) for x in (q, k, v))       # (B * T, H, D)
+    """On a GPU one call for all documents: FlashAttention with the bounds between them."""
+    bounds = F.pad(bounds, (0, 1), value=len(q))
+    longest = bounds.diff().max().item()
+    bounds = bounds.to(q.device, torch.int32, non_blocking=True)
     before = window - 1 if window else -1  # tokens that one sees before itself
-    y = varlen_attn(q, k, v, bounds, bounds, T, T, window_size=(before, 0), enable_gqa=True)
-    return y.view(B, T, H, D).transpose(1, 2)
+    return varlen_attn(q.to(v.dtype), k.to(v.dtype), v, bounds, bounds, longest, longest,
+                       window_size=(before, 0), enable_gqa=True)
+
+
+def attention_by_document(q, k, v, bounds, window):
+    """The same on a CPU, one call a document: there torch 2.13 has no varlen_attn, and of FlexAttention only
+    the forward pass, a third slower.
+    """
+    outputs = []
+    for document in zip(*(x.tensor_split(bounds[1:]) for x in (q, k, v))):
+        parts = [x.transpose(0, 1)[None] for x in document]                          # (1, H or K, T, D)
+        outputs.append(causal_attention(*parts, window)[0].transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def causal_attention(q, k, v, window=None):
+    """Each token sees itself and those before it, or the last `window` of them."""
+    T = q.shape[2]
+    mask = causal_mask(T, window, q.device) if window and T > window else None
+    return fused_attention(q, k, v, mask)
 
 
 def rope_frequencies(config):
@@ -737,7 +747,8 @@ class Batch:
                 return packed_attention(q, k, v, starts, window)
             # (B, K, H/K, D): the heads of a group see the same.
             q = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
-            return fused_attention(q, *layer, mask).flatten(1, 2).transpose(0, 1)[None]
+            y = F.scaled_dot_product_attention(q, *layer, mask)
+            return y.flatten(1, 2).transpose(0, 1)[None]
 
         x = self.model.hidden(ids[None], positions=positions, attend=attend)[0]
         last = [at + 1 == self.lengths[row] for _, row, at in tokens]
@@ -783,16 +794,10 @@ def compiled_for_cpu(x):
     return x.device.type == "cpu" and torch.compiler.is_compiling()
 
 
-def masked_attention(q, k, v, mask):
-    """Fused attention under a causal mask (T, T) or (B, 1, T, T), or what is faster on a CPU in bfloat16."""
-    if q.dtype == torch.bfloat16 and compiled_for_cpu(q):
-        return compiled_attention(q, k, v, mask)
-    return fused_attention(q, k, v, mask)
-
-
 def compiled_attention(q, k, v, mask, block=128):
-    """The same, a block of queries at a time over the keys up to its end: what torch.compile makes of this on
-    a CPU takes half the time of the bfloat16 kernel that is there (tests/bench.py attention).
+    """As fused_attention under a causal mask, a block of queries at a time over the keys up to its end: what
+    torch.compile makes of this on a CPU takes half the time of the bfloat16 kernel that is there
+    (tests/bench.py attention).
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))        # (B, H, T, D)
     blocks = []

@@ -316,7 +316,8 @@ def test_one_call_for_all_documents_is_a_call_for_each(monkeypatch, window):
     monkeypatch.setattr(transformer, "varlen_attn", varlen_by_hand)
     q, k, v = torch.randn(2, 4, 12, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 8)
     starts = transformer.document_starts(torch.tensor([[0] * 5 + [1] * 7, [3] * 1 + [4] * 11]))
-    together = transformer.varlen_attention(q, k, v, starts.flatten().nonzero()[:, 0], window)
+    in_a_row = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    together = transformer.varlen_attention(*in_a_row, starts.flatten().nonzero()[:, 0], window).view(2, 12, 4, 8).transpose(1, 2)
     torch.testing.assert_close(together, transformer.packed_attention(q, k, v, starts, window))
 
 
