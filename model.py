@@ -630,12 +630,12 @@ def write_safetensors(tensors, path):
     The CRC-32 of the bytes stands in the header, where other readers pass over it.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_TYPES.items()}
-    header, data, at, crc = {}, [], 0, 0
+    header, data, end, crc = {}, [], 0, 0
     for name, t in tensors.items():
         data.append(t.view(-1).view(torch.uint8).numpy())
-        end = at + t.nbytes
-        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
-        at, crc = end, zlib.crc32(data[-1], crc)
+        crc = zlib.crc32(data[-1], crc)
+        start, end = end, end + t.nbytes
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps({"__metadata__": {"format": "pt", "crc32": str(crc)}, **header}).encode()
     # Mapped tensors begin at 64 bytes, as MKL wants them for equal rounding.
     text += b" " * (-(8 + len(text)) % 64)
@@ -646,36 +646,29 @@ def read_safetensors(path):
     """[(name, tensor)] of a safetensors file, mapped into memory: its bytes are read when first used, or here
     where the header has their checksum.
 
-    Raises ValueError if the file is not what its header says: entries must follow each other and fill it.
+    Raises ValueError if the file is not what its header says: tensors must follow each other and fill it.
     """
+    tensors, end = [], 0
     try:
         content = np.memmap(path, mode="c")  # what is written to a tensor stays private
         size = 8 + int(content[:8].view("<u8")[0])
         header = json.loads(content[8:size].tobytes()) if size <= 10**8 else None
         crc = header.pop("__metadata__", {}).get("crc32")
-        entries = sorted(
-            (*map(int, e["data_offsets"]), name, str(e["dtype"]), [int(d) for d in e["shape"]])
-            for name, e in header.items()
-        )
+        content = content[size:]
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = end, entry["data_offsets"][1]
+            data = torch.from_numpy(content[start:end])
+            tensors.append((name, data.view(SAFETENSORS_TYPES[entry["dtype"]]).view(entry["shape"])))
+            if entry["data_offsets"] != [start, start + len(data)]:
+                raise ValueError
+        if end != len(content):
+            raise ValueError
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        raise ValueError(f"{path}: not a safetensors file, or one cut off in its header") from None
-    at, content, tensors = 0, content[size:], []
-    for start, end, name, kind, shape in entries:
-        if kind not in SAFETENSORS_TYPES:
-            known = ", ".join(SAFETENSORS_TYPES)
-            raise ValueError(f"{path}: tensor {name} has dtype {kind} ({known} are read)")
-        dtype = SAFETENSORS_TYPES[kind]
-        fits = end == at + math.prod(shape) * dtype.itemsize <= len(content) and min(shape, default=0) >= 0
-        if start != at or not fits:
-            raise ValueError(f"{path}: tensor {name} is truncated or misplaced: "
-                             f"bytes {start} to {end} of {len(content)}, shape {shape}")
-        at = end
-        tensors.append((name, torch.from_numpy(content[start:end]).view(dtype).view(shape)))
-    if at != len(content):
-        raise ValueError(f"{path}: {len(content) - at} bytes belong to no tensor")
-    if crc not in (None, str(zlib.crc32(content))):
+    except Exception:  # whatever a false header leads to
+        types = ", ".join(SAFETENSORS_TYPES)
+        raise ValueError(f"{path}: truncated, or not a safetensors file filled by {types}") from None
+    if crc is not None and crc != str(zlib.crc32(content)):
         raise ValueError(f"{path}: damaged: its bytes do not have the checksum that its header gives")
     return tensors
 
