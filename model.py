@@ -317,12 +317,18 @@ ONLY = {  # of these keys this model has one value
     "full_attention": None,  # rope_parameters by type of layer
 }
 
+ABSENT = {  # what Hugging Face takes where a key is absent
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}
+
 ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is beyond any model.
     "num_hidden_layers": 2**12,
-    "head_dim": 2**12,
     "rope_theta": math.inf,
     "rms_norm_eps": math.inf,
-    "tie_word_embeddings": (False, True),
+    "tie_word_embeddings": [False, True],
 }
 
 
@@ -331,15 +337,15 @@ def checked_fields(config):
     # transformers 5 writes rope_parameters, but takes rope_scaling where both are there.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
-    scaling = rope.get("rope_type", rope.get("type", "default"))
-    length = "original_max_position_embeddings"  # goes before rope's
-    given = [*config.items(), *rope.items(), ("rope scaling", scaling), (length, config.get(length))]
-    given = {key: value for key, value in given if value is not None}
+    given, length = ONLY | ABSENT, "original_max_position_embeddings"  # which goes before rope's
+    given["rope scaling"] = rope.get("rope_type", rope.get("type", "default"))
+    for part in (config, rope, {length: config.get(length)}):
+        given |= {key: value for key, value in part.items() if value is not None}
 
-    def read(key, allowed, absent=None):
-        """What a key holds: one of a tuple, or a number between 0 and `allowed`, whole where that is."""
-        value = given.get(key, absent)
-        if isinstance(allowed, tuple):
+    def read(key, allowed=2**24):
+        """What a key holds: one of a list, or a number between 0 and `allowed`, whole where that is."""
+        value = given.get(key)
+        if isinstance(allowed, list):
             right = value in allowed
         else:
             right = type(value) in (int, type(allowed)) and 0 < value < allowed
@@ -348,29 +354,25 @@ def checked_fields(config):
         return value
 
     for key, value in ONLY.items():
-        read(key, (value,), value)
-    kind, rope_type = read("model_type", tuple(FAMILIES)), read("rope scaling", tuple(ROPE_SCALING))
-    heads = read("num_attention_heads", 2**24)
-    absent = {  # what Hugging Face takes where a key is absent
-        "rope_theta": 10000.0,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "head_dim": 128 if kind == "qwen3" else read("hidden_size", 2**24) // heads,
-        "num_key_value_heads": heads if kind == "llama" else None,
-    }
-    fields = {name: read(hf, ALLOWED.get(hf, 2**24), absent.get(hf)) for name, hf in HF_NAMES.items()}
+        read(key, [value])
+    kind, rope_type = read("model_type", [*FAMILIES]), read("rope scaling", [*ROPE_SCALING])
+    heads = read("num_attention_heads")
+    given.setdefault("head_dim", 128 if kind == "qwen3" else read("hidden_size") // heads)
+    if kind == "llama":
+        given.setdefault("num_key_value_heads", heads)
+    fields = {name: read(hf, ALLOWED.get(hf, 2**24)) for name, hf in HF_NAMES.items()}
     if heads % fields["n_kv_heads"] or fields["head_dim"] % 2:
         raise ValueError("config.json: num_attention_heads no multiple of num_key_value_heads, "
                          "or head_dim odd")
     numbers = {key: read(key, math.inf) for key in ROPE_SCALING[rope_type]}
     window = None  # of mistral; where it says null, none
     if kind == "mistral" and config.get("sliding_window", 0) is not None:
-        window = read("sliding_window", 2**24, 4096)
-    layers = None if window else ["full_attention"] * fields["n_layers"]
-    read("layer_types", (layers,), layers)
+        given.setdefault("sliding_window", 4096)
+        window = read("sliding_window")
+    read("layer_types", [None] if window else [None, ["full_attention"] * fields["n_layers"]])
     return fields | {
         "model_type": kind,
-        "attention_bias": read("attention_bias", (False, kind == "llama"), False),
+        "attention_bias": read("attention_bias", [False, kind == "llama"]),
         "rope_scaling": {"rope_type": rope_type, **numbers} if numbers else None,
         "sliding_window": window,
     }
