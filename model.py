@@ -153,8 +153,7 @@ class Transformer(nn.Module):
         self.tie_weights()
         self.checkpointing = False  # recompute each layer's activations in the backward pass, and keep none
         self.frequencies = rope_frequencies(config)  # no buffer, which .to(bfloat16) would round
-        if not self.lm_head.weight.is_meta:  # else load() puts the weights in
-            self.init_weights()
+        self.init_weights()
 
     def tie_weights(self):
         """Where the config says so, head and embedding are one matrix."""
@@ -189,7 +188,7 @@ class Transformer(nn.Module):
         """The last layer's normed output (B, T, C). Generation says the positions (T,), and how to attend."""
         if attend is None:
             positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
-            attend = choose_attention(self.config, ids, doc_ids)
+            attend = choose_attention(self.config, ids, positions, doc_ids)
         angles = positions[:, None] * self.frequencies.to(ids.device)                # (T, D/2)
         rope = angles.cos(), angles.sin()
         x = self.model["embed_tokens"](ids)                                          # (B, T, C)
@@ -259,9 +258,11 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
             if choose:
                 chosen[i] = choose(row, text, logits[i])
             text.append(chosen[i])
-            if ended := next((s for s in stops if text[-len(s):] == s), None):
-                del text[-len(ended):]
-                limits[row] = len(text)
+            for ending in stops:
+                if text[-len(ending):] == ending:
+                    del text[-len(ending):]
+                    limits[row] = len(text)
+                    break
         left = [i for i, row in enumerate(rows) if len(output[row]) < limits[row]]
         if not left:
             break
@@ -382,12 +383,12 @@ def checked_fields(config):
 # Attention: who sees whom, and how it is computed
 
 
-def choose_attention(config, ids, doc_ids=None):
+def choose_attention(config, ids, positions, doc_ids=None):
     """How all layers attend in this forward pass: a function of q (B, H, T, D), k and v (B, K, T, D).
 
-    ids (B, T). With doc_ids (B, T) no token sees another document.
+    positions (T,). With doc_ids (B, T) no token sees another document.
     """
-    T, window = ids.shape[1], config.sliding_window
+    T, window = len(positions), config.sliding_window
     if doc_ids is None and (window or T <= SHORT and compiled_for_cpu(ids)):
         doc_ids = torch.zeros_like(ids)  # a row is one document
     if doc_ids is None:
@@ -395,21 +396,16 @@ def choose_attention(config, ids, doc_ids=None):
     if T > SHORT:
         return partial(packed_attention, starts=document_starts(doc_ids), window=window)
     same = doc_ids[:, None, :, None] == doc_ids[:, None, None]                       # (B, 1, T, T)
-    return partial(fused_attention, mask=same & causal_mask(T, window, ids.device))
+    return partial(fused_attention, mask=same & seen_keys(positions, T, window))
 
 
-def is_seen(query, key, window=None):
-    """Whether the token at position `query` sees the one at `key`: it sees itself and those before it, or the
-    last `window` of them.
+def seen_keys(positions, size, window=None):
+    """(..., size) Which of the keys at positions 0 to size - 1 the tokens at `positions` (...) see: their own
+    and those before, or the last `window` of them.
     """
-    seen = key <= query
-    return seen & (key > query - window) if window else seen
-
-
-def causal_mask(T, window, device):
-    """(T, T) Whether each token sees each."""
-    positions = torch.arange(T, device=device)
-    return is_seen(positions[:, None], positions, window)
+    queries, keys = positions[..., None], torch.arange(size, device=positions.device)
+    seen = keys <= queries
+    return seen & (keys > queries - window) if window else seen
 
 
 def fused_attention(q, k, v, mask=None):
@@ -424,7 +420,7 @@ def fused_attention(q, k, v, mask=None):
 
 def document_starts(doc_ids):
     """Whether each token (B, T) is the first of its document; on the CPU, that no layer waits for a GPU."""
-    return F.pad(doc_ids[:, 1:] != doc_ids[:, :-1], (1, 0), value=True).cpu()
+    return (doc_ids.diff(prepend=doc_ids[:, :1] - 1) != 0).cpu()
 
 
 @torch.compiler.disable  # the number of documents differs from batch to batch
@@ -464,8 +460,9 @@ def attention_by_document(q, k, v, bounds, window):
 def causal_attention(q, k, v, window=None):
     """Each token sees itself and those before it, or the last `window` of them."""
     T = q.shape[2]
-    mask = causal_mask(T, window, q.device) if window and T > window else None
-    return fused_attention(q, k, v, mask)
+    if window is None or T <= window:
+        return fused_attention(q, k, v)
+    return fused_attention(q, k, v, seen_keys(torch.arange(T, device=q.device), T, window))
 
 
 def rope_frequencies(config):
@@ -508,23 +505,23 @@ def save(model, directory, weights=None, shard_bytes=5 * 10**9):
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = dict(model.named_parameters())  # a tied head is listed once
-    for name in tensors:
-        tensors[name] = (weights or tensors)[name].detach().cpu().contiguous()
+    parameters = dict(model.named_parameters())  # a tied head is listed once
+    tensors = {name: (weights or parameters)[name].detach().cpu().contiguous() for name in parameters}
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     write(directory / "config.json", [json.dumps(model.config.to_hf(dtype), indent=1).encode()])
-    shards = in_groups(tensors, [t.nbytes for t in tensors.values()], shard_bytes)
+    sizes = [t.nbytes for t in tensors.values()]
+    shards = [dict(shard) for shard in in_groups(tensors.items(), sizes, shard_bytes)]
     single, index = "model.safetensors", directory / "model.safetensors.index.json"
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else single
-        write_safetensors({name: tensors[name] for name in shard}, directory / file)
+        write_safetensors(shard, directory / file)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) == 1:
         index.unlink(missing_ok=True)
         return
-    total = sum(t.nbytes for t in tensors.values())
-    write(index, [json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}).encode()])
+    content = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    write(index, [json.dumps(content).encode()])
     (directory / single).unlink(missing_ok=True)
 
 
@@ -551,33 +548,28 @@ def load(directory, device="cpu", dtype=torch.float32):
     """
     directory = Path(directory)
     config = Config.from_hf(read_json(directory / "config.json"))
-    index, weight_map = directory / "model.safetensors.index.json", {"": "model.safetensors"}
-    try:
-        if index.exists() and not (directory / weight_map[""]).exists():
-            weight_map = read_json(index)["weight_map"]
-        files = sorted({directory / Path(file).name for file in weight_map.values()})
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{index}: has no weight_map of tensors to files") from None
+    files, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
+    if index.exists() and not files[0].exists():
+        try:
+            files = sorted({directory / Path(file).name for file in read_json(index)["weight_map"].values()})
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(f"{index}: has no weight_map of tensors to files") from None
     with torch.device("meta"):
         model = Transformer(config)
     tensors = {}
     for file in files:
         for name, tensor in read_safetensors(file):
             if not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints; follows from the config
-                tensors[name] = tensor.to(device, dtype or tensor.dtype)
+                tensors[name] = tensor.to(device, dtype)
     if config.tie_embeddings and "lm_head.weight" in tensors:  # the same matrix again, or the only time
         head = tensors.pop("lm_head.weight")
         if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
             raise ValueError(f"{directory}: the head differs from the embedding, but config.json ties them")
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found = {name: f"has shape {tuple(t.shape)}" for name, t in tensors.items()}
+    expected = {name: f"has shape {tuple(p.shape)}" for name, p in model.named_parameters()}
     for name, _ in sorted(found.items() ^ expected.items()):
-        fault = f"has shape {found.get(name)}, not {expected.get(name)}"
-        if name not in found:
-            fault = "is missing"
-        elif name not in expected:
-            fault = "is unknown to this model"
-        raise ValueError(f"{directory}: tensor {name} {fault}")
+        here, there = found.get(name, "is missing"), expected.get(name, "is unknown")
+        raise ValueError(f"{directory}: tensor {name} {here}; in this model, {name} {there}")
     model.load_state_dict(tensors, assign=True, strict=False)
     model.frequencies = model.frequencies.to(device)
     model.tie_weights()
@@ -593,7 +585,7 @@ def grow_vocabulary(model, size, pieces):
     token would start as likely as the average one, and a short tuning would hardly ever write it.
     """
     for layer in (model.model["embed_tokens"], model.lm_head):
-        old = layer.weight.detach()
+        old = layer.weight
         new = []
         for i in range(len(old), size):
             known = [piece for piece in pieces.get(i, []) if piece < len(old)]
@@ -617,13 +609,13 @@ def read_json(path):
     """The JSON object in a file. Raises ValueError if there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a checkpoint directory has one") from None
     except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: not a JSON object")
-    return content
+        pass
+    raise ValueError(f"{path}: not a JSON object")
 
 
 def write_safetensors(tensors, path):
@@ -731,8 +723,7 @@ class Batch:
         if packed:
             starts = (positions == 0)[None].cpu()
         else:
-            places = torch.arange(cache.shape[4], device=cache.device)
-            seen = is_seen(positions[:, None, None, None], places, window)
+            seen = seen_keys(positions[:, None, None], cache.shape[4], window)
             mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                 # (B, 1, 1, S)
 
         def attend(q, k, v):
@@ -766,14 +757,14 @@ def sample(logits, temperature, top_p, uniforms):
     if not any(temperature):
         return likeliest.tolist()
     options = torch.tensor([temperature, top_p, uniforms], dtype=torch.float32, device=logits.device)
-    temperature, top_p, uniforms = options[..., None]                                # (B, 1) each
+    temperature, top_p, uniforms = options.clamp(min=1e-9)[..., None]                # (B, 1) each
     logits = logits - logits.amax(-1, keepdim=True)  # else a small temperature would make them infinite
-    p, order = (logits / temperature.clamp(min=1e-9)).softmax(-1).sort(descending=True)
+    p, order = (logits / temperature).softmax(-1).sort(descending=True)
+    p = p * (p.cumsum(-1) - p < top_p)
     total = p.cumsum(-1)
-    kept = (total - p < top_p).sum(-1, keepdim=True).clamp(min=1)                    # (B, 1)
-    place = (total <= uniforms * total.gather(1, kept - 1)).sum(-1, keepdim=True)
-    drawn = order.gather(1, torch.minimum(place, kept - 1))
-    return torch.where(temperature > 0, drawn, likeliest[:, None])[:, 0].tolist()
+    place = (total > uniforms * total[:, -1:]).int().argmax(-1, keepdim=True)        # the first of these
+    drawn = order.gather(1, place)
+    return torch.where(temperature > 1e-9, drawn, likeliest[:, None])[:, 0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------
