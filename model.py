@@ -40,7 +40,7 @@ FAMILIES = {
 @dataclasses.dataclass
 class Config:
     """A model's shape, by the field's names (HF_NAMES has Hugging Face's). The default is the preset 124m."""
-    vocab_size: int = 128_256
+    vocab_size: int = 128_256           # Llama 3's
     dim: int = 768
     n_layers: int = 12
     n_heads: int = 12
@@ -57,7 +57,7 @@ class Config:
     sliding_window: int | None = None   # of mistral: how many tokens one sees, itself included
 
     def to_hf(self, dtype="float32"):
-        """The config.json that Hugging Face reads."""
+        """The config.json that Hugging Face reads; read_config is the way back."""
         config = {
             "architectures": [FAMILIES[self.model_type]],
             "model_type": self.model_type,
@@ -73,14 +73,6 @@ class Config:
             config["sliding_window"] = self.sliding_window
         return config
 
-    @classmethod
-    def from_hf(cls, config):
-        """From the contents of a config.json.
-
-        Raises ValueError naming the key and value that this model cannot represent.
-        """
-        return cls(**checked_fields(config))
-
 
 class Attention(nn.Module):
     """Rotary, grouped-query self-attention: (B, T, C) to (B, T, C)."""
@@ -89,12 +81,11 @@ class Attention(nn.Module):
         super().__init__()
         self.config = c = config
         D = c.head_dim
-        everywhere = c.model_type == "llama" and c.attention_bias
-        bias = everywhere or c.model_type == "qwen2"
+        bias = c.attention_bias or c.model_type == "qwen2"
         self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias=bias)
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
-        self.o_proj = nn.Linear(c.n_heads * D, c.dim, bias=everywhere)
+        self.o_proj = nn.Linear(c.n_heads * D, c.dim, bias=c.attention_bias)
         if c.model_type == "qwen3":
             self.q_norm, self.k_norm = nn.RMSNorm(D, c.norm_eps), nn.RMSNorm(D, c.norm_eps)
 
@@ -323,6 +314,7 @@ ABSENT = {  # what Hugging Face takes where a key is absent
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
     "attention_bias": False,
+    "sliding_window": 4096,
 }
 
 ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is beyond any model.
@@ -333,8 +325,11 @@ ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is
 }
 
 
-def checked_fields(config):
-    """The fields of Config by name, from the contents of a config.json. Raises ValueError as from_hf."""
+def read_config(directory):
+    """The Config of a checkpoint directory, from its config.json. Raises ValueError naming the key and value
+    that this model cannot represent.
+    """
+    config = read_json(Path(directory) / "config.json")
     # transformers 5 writes rope_parameters, but takes rope_scaling where both are there.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope = rope if isinstance(rope, dict) else {"type": rope}
@@ -358,7 +353,7 @@ def checked_fields(config):
         read(key, [value])
     kind, rope_type = read("model_type", [*FAMILIES]), read("rope scaling", [*ROPE_SCALING])
     heads = read("num_attention_heads")
-    given.setdefault("head_dim", 128 if kind == "qwen3" else read("hidden_size") // heads)
+    given.setdefault("head_dim", read("hidden_size") // heads)
     if kind == "llama":
         given.setdefault("num_key_value_heads", heads)
     fields = {name: read(hf, ALLOWED.get(hf, 2**24)) for name, hf in HF_NAMES.items()}
@@ -368,15 +363,14 @@ def checked_fields(config):
     numbers = {key: read(key, math.inf) for key in ROPE_SCALING[rope_type]}
     window = None  # of mistral; where it says null, none
     if kind == "mistral" and config.get("sliding_window", 0) is not None:
-        given.setdefault("sliding_window", 4096)
         window = read("sliding_window")
     read("layer_types", [None] if window else [None, ["full_attention"] * fields["n_layers"]])
-    return fields | {
-        "model_type": kind,
-        "attention_bias": read("attention_bias", [False, kind == "llama"]),
-        "rope_scaling": {"rope_type": rope_type, **numbers} if numbers else None,
-        "sliding_window": window,
-    }
+    return Config(
+        **fields,
+        model_type=kind,
+        attention_bias=read("attention_bias", [False, kind == "llama"]),
+        rope_scaling={"rope_type": rope_type, **numbers} if numbers else None,
+        sliding_window=window)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -408,10 +402,13 @@ def seen_keys(positions, size, window=None):
     return seen & (keys > queries - window) if window else seen
 
 
-def fused_attention(q, k, v, mask=None):
-    """Of q (B, H, T, D) over k, v (B, K, T, D), K dividing H: each token sees itself and those before it or,
-    of these, those for which the mask (T, T) or (B, 1, T, T) is true.
+def fused_attention(q, k, v, mask=None, window=None):
+    """Of q (B, H, T, D) over k, v (B, K, T, D), K dividing H: each token sees itself and those before it, or
+    the last `window` of them, or of these what the mask (T, T) or (B, 1, T, T) says.
     """
+    T = q.shape[2]
+    if window and T > window:
+        mask = seen_keys(torch.arange(T, device=q.device), T, window)
     if mask is not None and q.dtype == torch.bfloat16 and compiled_for_cpu(q):
         return compiled_attention(q, k, v, mask)
     grouped = q.shape[1] != k.shape[1]
@@ -453,16 +450,8 @@ def attention_by_document(q, k, v, bounds, window):
     outputs = []
     for document in zip(*(x.tensor_split(bounds[1:]) for x in (q, k, v))):
         parts = [x.transpose(0, 1)[None] for x in document]                          # (1, H or K, T, D)
-        outputs.append(causal_attention(*parts, window)[0].transpose(0, 1))
+        outputs.append(fused_attention(*parts, window=window)[0].transpose(0, 1))
     return torch.cat(outputs)
-
-
-def causal_attention(q, k, v, window=None):
-    """Each token sees itself and those before it, or the last `window` of them."""
-    T = q.shape[2]
-    if window is None or T <= window:
-        return fused_attention(q, k, v)
-    return fused_attention(q, k, v, seen_keys(torch.arange(T, device=q.device), T, window))
 
 
 def rope_frequencies(config):
@@ -547,7 +536,7 @@ def load(directory, device="cpu", dtype=torch.float32):
     Raises ValueError naming the file, key or tensor that is missing, unknown, misshapen or not supported.
     """
     directory = Path(directory)
-    config = Config.from_hf(read_json(directory / "config.json"))
+    config = read_config(directory)
     files, index = [directory / "model.safetensors"], directory / "model.safetensors.index.json"
     if index.exists() and not files[0].exists():
         try:
@@ -719,9 +708,9 @@ class Batch:
         """
         ids, rows, positions = torch.tensor(tokens, device=self.cache.device).T      # (T,) each
         cache, window = self.cache[..., :max(self.lengths), :], self.model.config.sliding_window
-        layers = iter(cache)
+        layers, starts = iter(cache), positions == 0
         if packed:
-            starts = (positions == 0)[None].cpu()
+            on_cpu = starts[None].cpu()
         else:
             seen = seen_keys(positions[:, None, None], cache.shape[4], window)
             mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                 # (B, 1, 1, S)
@@ -730,15 +719,16 @@ class Batch:
             layer = next(layers)
             layer[:, rows, :, positions] = torch.cat([k, v]).permute(2, 0, 1, 3)     # (T, 2, K, D)
             if packed:
-                return packed_attention(q, k, v, starts, window)
+                return packed_attention(q, k, v, on_cpu, window)
             # (B, K, H/K, D): the heads of a group see the same.
             q = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
             y = F.scaled_dot_product_attention(q, *layer, mask)
             return y.flatten(1, 2).transpose(0, 1)[None]
 
         x = self.model.hidden(ids[None], positions=positions, attend=attend)[0]
-        last = [at + 1 == self.lengths[row] for _, row, at in tokens]
-        return self.model.lm_head(x[last]).float()
+        if packed:
+            x = x[starts.roll(-1)]  # after the last token of each
+        return self.model.lm_head(x).float()
 
     def keep(self, rows):
         """Let go of all rows but these."""
@@ -798,5 +788,5 @@ def compiled_attention(q, k, v, mask, block=128):
 if __name__ == "__main__":
     for name, preset in PRESETS.items():
         with torch.device("meta"):
-            model = Transformer(Config(**{"vocab_size": 128_256} | preset))  # Llama 3's
+            model = Transformer(Config(**preset))
         print(f"{name:<8}{sum(p.numel() for p in model.parameters()):>16,} parameters: {model.config}")

@@ -453,7 +453,7 @@ def meta_model(directory, preset="tiny", vocab_size=None):
     """
     try:
         if directory:
-            config = transformer.Config.from_hf(transformer.read_json(Path(directory) / "config.json"))
+            config = transformer.read_config(directory)
         else:
             config = transformer.Config(vocab_size=vocab_size, **shape_of(preset))
     except ValueError as error:

@@ -326,7 +326,7 @@ def test_attention_in_blocks_equals_a_banded_mask():
     position = torch.arange(37)
     for window in (1, 5, 8, 36, 37, 50):
         band = (position[None] <= position[:, None]) & (position[None] > position[:, None] - window)
-        torch.testing.assert_close(transformer.causal_attention(q, k, v, window), transformer.fused_attention(q, k, v, band))
+        torch.testing.assert_close(transformer.fused_attention(q, k, v, window=window), transformer.fused_attention(q, k, v, band))
 
 
 @pytest.mark.parametrize("T, heads", [(300, 2), (128, 4), (50, 4)])
