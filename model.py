@@ -79,26 +79,24 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = c = config
-        D = c.head_dim
+        c = config
+        self.head_dim = D = c.head_dim
         bias = c.attention_bias or c.model_type == "qwen2"
         self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias=bias)
         self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
         self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
         self.o_proj = nn.Linear(c.n_heads * D, c.dim, bias=c.attention_bias)
-        if c.model_type == "qwen3":
-            self.q_norm, self.k_norm = nn.RMSNorm(D, c.norm_eps), nn.RMSNorm(D, c.norm_eps)
+        norm = partial(nn.RMSNorm, D, c.norm_eps) if c.model_type == "qwen3" else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, rope, attend):
         """rope: cosines and sines (T, D/2). attend: a function of q, k and v, see choose_attention."""
-        B, T, _ = x.shape
         projections = self.q_proj, self.k_proj, self.v_proj
         # (B, H, T, D), and for k and v (B, K, T, D)
-        q, k, v = (p(x).view(B, T, -1, self.config.head_dim).transpose(1, 2) for p in projections)
-        if self.config.model_type == "qwen3":
-            q, k = self.q_norm(q), self.k_norm(k)
-        y = attend(rotate(q, *rope), rotate(k, *rope), v)                            # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        q, k, v = (p(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2) for p in projections)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        y = attend(q, k, v)                                                          # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -240,8 +238,7 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     batch = Batch(model)
     logits = batch.add(prompts, max(limits))
     for at in range(max(limits)):
-        drawn = uniforms[rows, at].tolist()
-        chosen = sample(logits, [temperature] * len(rows), [top_p] * len(rows), drawn)
+        chosen = sample(logits, temperature, top_p, uniforms[rows, at])
         for i, row in enumerate(rows):
             text = output[row]
             if len(text) == limits[row]:
@@ -545,11 +542,12 @@ def load(directory, device="cpu", dtype=torch.float32):
             raise ValueError(f"{index}: has no weight_map of tensors to files") from None
     with torch.device("meta"):
         model = Transformer(config)
-    tensors = {}
-    for file in files:
-        for name, tensor in read_safetensors(file):
-            if not name.endswith("rotary_emb.inv_freq"):  # of old checkpoints; follows from the config
-                tensors[name] = tensor.to(device, dtype)
+    tensors = {
+        name: tensor.to(device, dtype)
+        for file in files
+        for name, tensor in read_safetensors(file)
+        if not name.endswith("rotary_emb.inv_freq")  # of old checkpoints; follows from the config
+    }
     if config.tie_embeddings and "lm_head.weight" in tensors:  # the same matrix again, or the only time
         head = tensors.pop("lm_head.weight")
         if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
@@ -631,26 +629,24 @@ def read_safetensors(path):
 
     Raises ValueError if the file is not what its header says: tensors must follow each other and fill it.
     """
-    tensors, end = [], 0
     try:
         content = np.memmap(path, mode="c")  # what is written to a tensor stays private
         size = 8 + int(content[:8].view("<u8")[0])
-        header = json.loads(content[8:size].tobytes()) if size <= 10**8 else None
+        header, content = json.loads(content[8:size][:10**8].tobytes()), content[size:]
         crc = header.pop("__metadata__", {}).get("crc32")
-        content = content[size:]
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, end = end, entry["data_offsets"][1]
-            data = torch.from_numpy(content[start:end])
-            tensors.append((name, data.view(SAFETENSORS_TYPES[entry["dtype"]]).view(entry["shape"])))
-            if entry["data_offsets"] != [start, start + len(data)]:
-                raise ValueError
-        if end != len(content):
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        starts, ends = zip(*(entry["data_offsets"] for _, entry in entries))
+        if (*starts, len(content)) != (0, *ends):
             raise ValueError
+        tensors = []
+        for (name, entry), start, end in zip(entries, starts, ends):
+            data = torch.from_numpy(content[start:end]).view(SAFETENSORS_TYPES[entry["dtype"]])
+            tensors.append((name, data.view(entry["shape"])))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception:  # whatever a false header leads to
         types = ", ".join(SAFETENSORS_TYPES)
-        raise ValueError(f"{path}: truncated, or not a safetensors file filled by {types}") from None
+        raise ValueError(f"{path}: truncated, or not a safetensors file of {types} only") from None
     if crc is not None and crc != str(zlib.crc32(content)):
         raise ValueError(f"{path}: damaged: its bytes do not have the checksum that its header gives")
     return tensors
@@ -712,8 +708,7 @@ class Batch:
         if packed:
             on_cpu = starts[None].cpu()
         else:
-            seen = seen_keys(positions[:, None, None], cache.shape[4], window)
-            mask = torch.where(seen, 0.0, -math.inf).to(cache.dtype)                 # (B, 1, 1, S)
+            mask = seen_keys(positions[:, None, None], cache.shape[4], window)       # (B, 1, 1, S)
 
         def attend(q, k, v):
             layer = next(layers)
@@ -737,17 +732,18 @@ class Batch:
 
 
 def sample(logits, temperature, top_p, uniforms):
-    """A token a row, a list of ids, from logits (B, V). temperature, top_p and uniforms (in [0, 1)): a list
-    each, a number a row.
+    """A token a row, a list of ids, from logits (B, V). temperature, top_p and uniforms (in [0, 1)): a number
+    for all rows, or one a row.
 
     Temperature 0 takes the likeliest; else one is drawn from the fewest tokens that have probability top_p
     together (arXiv 1904.09751).
     """
     likeliest = logits.argmax(-1)
-    if not any(temperature):
+    if not np.any(temperature):
         return likeliest.tolist()
-    options = torch.tensor([temperature, top_p, uniforms], dtype=torch.float32, device=logits.device)
-    temperature, top_p, uniforms = options.clamp(min=1e-9)[..., None]                # (B, 1) each
+    temperature, top_p, uniforms = (                                                 # (B or 1, 1) each
+        torch.as_tensor(x, dtype=torch.float32, device=logits.device).clamp(min=1e-9).view(-1, 1)
+        for x in (temperature, top_p, uniforms))
     logits = logits - logits.amax(-1, keepdim=True)  # else a small temperature would make them infinite
     p, order = (logits / temperature).softmax(-1).sort(descending=True)
     p = p * (p.cumsum(-1) - p < top_p)
