@@ -315,7 +315,6 @@ ABSENT = {  # what Hugging Face takes where a key is absent
 }
 
 ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is beyond any model.
-    "num_hidden_layers": 2**12,
     "rope_theta": math.inf,
     "rms_norm_eps": math.inf,
     "tie_word_embeddings": [False, True],
@@ -329,7 +328,8 @@ def read_config(directory):
     config = read_json(Path(directory) / "config.json")
     # transformers 5 writes rope_parameters, but takes rope_scaling where both are there.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = rope if isinstance(rope, dict) else {"type": rope}
+    if not isinstance(rope, dict):
+        rope = {"type": rope}
     given, length = ONLY | ABSENT, "original_max_position_embeddings"  # which goes before rope's
     given["rope scaling"] = rope.get("rope_type", rope.get("type", "default"))
     for part in (config, rope, {length: config.get(length)}):
@@ -380,10 +380,10 @@ def choose_attention(config, ids, positions, doc_ids=None):
     positions (T,). With doc_ids (B, T) no token sees another document.
     """
     T, window = len(positions), config.sliding_window
-    if doc_ids is None and (window or T <= SHORT and compiled_for_cpu(ids)):
-        doc_ids = torch.zeros_like(ids)  # a row is one document
+    if doc_ids is None and T <= SHORT and compiled_for_cpu(ids):
+        doc_ids = torch.zeros_like(ids)  # a row is one document, for the sake of the mask
     if doc_ids is None:
-        return fused_attention
+        return partial(fused_attention, window=window)
     if T > SHORT:
         return partial(packed_attention, starts=document_starts(doc_ids), window=window)
     same = doc_ids[:, None, :, None] == doc_ids[:, None, None]                       # (B, 1, T, T)
@@ -444,11 +444,10 @@ def attention_by_document(q, k, v, bounds, window):
     """The same on a CPU, one call a document: there torch 2.13 has no varlen_attn, and of FlexAttention only
     the forward pass, a third slower.
     """
-    outputs = []
-    for document in zip(*(x.tensor_split(bounds[1:]) for x in (q, k, v))):
-        parts = [x.transpose(0, 1)[None] for x in document]                          # (1, H or K, T, D)
-        outputs.append(fused_attention(*parts, window=window)[0].transpose(0, 1))
-    return torch.cat(outputs)
+    in_a_row = (x.transpose(0, 1)[None] for x in (q, k, v))                          # (1, H or K, B * T, D)
+    documents = zip(*(x.tensor_split(bounds[1:], 2) for x in in_a_row))
+    outputs = [fused_attention(*document, window=window) for document in documents]
+    return torch.cat(outputs, 2)[0].transpose(0, 1)
 
 
 def rope_frequencies(config):
@@ -634,19 +633,21 @@ def read_safetensors(path):
         size = 8 + int(content[:8].view("<u8")[0])
         header, content = json.loads(content[8:size][:10**8].tobytes()), content[size:]
         crc = header.pop("__metadata__", {}).get("crc32")
-        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        starts, ends = zip(*(entry["data_offsets"] for _, entry in entries))
-        if (*starts, len(content)) != (0, *ends):
-            raise ValueError
-        tensors = []
-        for (name, entry), start, end in zip(entries, starts, ends):
+        tensors, at = [], 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            if start != at:
+                raise ValueError
             data = torch.from_numpy(content[start:end]).view(SAFETENSORS_TYPES[entry["dtype"]])
             tensors.append((name, data.view(entry["shape"])))
+            at = end
+        if at != len(content):
+            raise ValueError
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except Exception:  # whatever a false header leads to
-        types = ", ".join(SAFETENSORS_TYPES)
-        raise ValueError(f"{path}: truncated, or not a safetensors file of {types} only") from None
+        known = ", ".join(SAFETENSORS_TYPES)
+        raise ValueError(f"{path}: truncated, or not a safetensors file of {known} only") from None
     if crc is not None and crc != str(zlib.crc32(content)):
         raise ValueError(f"{path}: damaged: its bytes do not have the checksum that its header gives")
     return tensors
@@ -738,19 +739,17 @@ def sample(logits, temperature, top_p, uniforms):
     Temperature 0 takes the likeliest; else one is drawn from the fewest tokens that have probability top_p
     together (arXiv 1904.09751).
     """
-    likeliest = logits.argmax(-1)
     if not np.any(temperature):
-        return likeliest.tolist()
+        return logits.argmax(-1).tolist()
     temperature, top_p, uniforms = (                                                 # (B or 1, 1) each
         torch.as_tensor(x, dtype=torch.float32, device=logits.device).clamp(min=1e-9).view(-1, 1)
         for x in (temperature, top_p, uniforms))
-    logits = logits - logits.amax(-1, keepdim=True)  # else a small temperature would make them infinite
-    p, order = (logits / temperature).softmax(-1).sort(descending=True)
+    p, order = (logits / temperature).softmax(-1).sort(descending=True, stable=True)
     p = p * (p.cumsum(-1) - p < top_p)
     total = p.cumsum(-1)
-    place = (total > uniforms * total[:, -1:]).int().argmax(-1, keepdim=True)        # the first of these
-    drawn = order.gather(1, place)
-    return torch.where(temperature > 1e-9, drawn, likeliest[:, None])[:, 0].tolist()
+    drawn = uniforms * total[:, -1:] * (temperature > 1e-9)
+    place = (total > drawn).int().argmax(-1, keepdim=True)  # the first that reaches beyond what is drawn
+    return order.gather(1, place)[:, 0].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------
