@@ -346,8 +346,7 @@ class LoRA(nn.Module):
 
 def add_lora(model, init, args):
     """Freeze the model and give the chosen projections of every layer an update to learn."""
-    base = transformer.read_config(init)
-    if base.vocab_size < model.config.vocab_size:
+    if transformer.read_config(init).vocab_size < model.config.vocab_size:
         fail(f"{init} lacks tokens of the chat format, and LoRA would not learn their embeddings: "
              "pre-train or tune it in full first")
     model.requires_grad_(False)

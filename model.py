@@ -232,12 +232,13 @@ def generate(model, prompts, max_new_tokens, stop=(), temperature=0.0, top_p=1.0
     stops = [[s] if isinstance(s, int) else list(s) for s in stop]
     # The last token needs no position.
     limits = [min(max_new_tokens, context_length - len(p) + 1) for p in prompts]
-    uniforms = torch.rand(len(prompts), max(limits), generator=torch.Generator().manual_seed(seed))
+    steps = max(limits)
+    uniforms = torch.rand(len(prompts), steps, generator=torch.Generator().manual_seed(seed))
     output = [[] for _ in prompts]
     rows = list(range(len(prompts)))  # which prompts the rows of the batch continue
     batch = Batch(model)
-    logits = batch.add(prompts, max(limits))
-    for at in range(max(limits)):
+    logits = batch.add(prompts, steps)
+    for at in range(steps):
         chosen = sample(logits, temperature, top_p, uniforms[rows, at])
         for i, row in enumerate(rows):
             text = output[row]
@@ -705,9 +706,9 @@ class Batch:
         """
         ids, rows, positions = torch.tensor(tokens, device=self.cache.device).T      # (T,) each
         cache, window = self.cache[..., :max(self.lengths), :], self.model.config.sliding_window
-        layers, starts = iter(cache), positions == 0
+        layers = iter(cache)
         if packed:
-            on_cpu = starts[None].cpu()
+            starts = document_starts(rows[None])
         else:
             mask = seen_keys(positions[:, None, None], cache.shape[4], window)       # (B, 1, 1, S)
 
@@ -715,7 +716,7 @@ class Batch:
             layer = next(layers)
             layer[:, rows, :, positions] = torch.cat([k, v]).permute(2, 0, 1, 3)     # (T, 2, K, D)
             if packed:
-                return packed_attention(q, k, v, on_cpu, window)
+                return packed_attention(q, k, v, starts, window)
             # (B, K, H/K, D): the heads of a group see the same.
             q = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
             y = F.scaled_dot_product_attention(q, *layer, mask)
@@ -723,7 +724,7 @@ class Batch:
 
         x = self.model.hidden(ids[None], positions=positions, attend=attend)[0]
         if packed:
-            x = x[starts.roll(-1)]  # after the last token of each
+            x = x[starts[0].roll(-1)]  # after the last token of each
         return self.model.lm_head(x).float()
 
     def keep(self, rows):
