@@ -29,12 +29,12 @@ from torch.utils.checkpoint import checkpoint
 # Without it, MKL does not promise that two runs round alike. It costs nothing measurable.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",  # has biases on q, k and v
-    "qwen3": "Qwen3ForCausalLM",  # has norms on q and k
-}
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",  # has biases on q, k and v
+    "qwen3",  # has norms on q and k
+]
 
 
 @dataclasses.dataclass
@@ -59,7 +59,7 @@ class Config:
     def to_hf(self, dtype="float32"):
         """The config.json that Hugging Face reads; read_config is the way back."""
         config = {
-            "architectures": [FAMILIES[self.model_type]],
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
             "model_type": self.model_type,
             "hidden_act": "silu",
             "torch_dtype": dtype,
@@ -79,14 +79,13 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c = config
-        self.head_dim = D = c.head_dim
-        bias = c.attention_bias or c.model_type == "qwen2"
-        self.q_proj = nn.Linear(c.dim, c.n_heads * D, bias=bias)
-        self.k_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
-        self.v_proj = nn.Linear(c.dim, c.n_kv_heads * D, bias=bias)
-        self.o_proj = nn.Linear(c.n_heads * D, c.dim, bias=c.attention_bias)
-        norm = partial(nn.RMSNorm, D, c.norm_eps) if c.model_type == "qwen3" else nn.Identity
+        self.head_dim = D = config.head_dim
+        bias = config.attention_bias or config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.dim, config.n_heads * D, bias)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * D, bias)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * D, bias)
+        self.o_proj = nn.Linear(config.n_heads * D, config.dim, config.attention_bias)
+        norm = partial(nn.RMSNorm, D, config.norm_eps) if config.model_type == "qwen3" else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, rope, attend):
@@ -176,7 +175,7 @@ class Transformer(nn.Module):
     def hidden(self, ids, doc_ids=None, positions=None, attend=None):
         """The last layer's normed output (B, T, C). Generation says the positions (T,), and how to attend."""
         if attend is None:
-            positions = torch.arange(ids.shape[1], dtype=torch.int32, device=ids.device)
+            positions = torch.arange(ids.shape[1], device=ids.device)
             attend = choose_attention(self.config, ids, positions, doc_ids)
         angles = positions[:, None] * self.frequencies.to(ids.device)                # (T, D/2)
         rope = angles.cos(), angles.sin()
@@ -207,7 +206,7 @@ def head_loss(x, weight, targets):
     that never all of them are held. (F.linear_cross_entropy does this too, but not under torch.compile.)
     """
     def loss(x, targets):
-        return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-100, reduction="sum")
+        return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="sum")
 
     size = max(1, CHUNK // len(weight))
     if len(x) <= size:
@@ -349,7 +348,7 @@ def read_config(directory):
 
     for key, value in ONLY.items():
         read(key, [value])
-    kind, rope_type = read("model_type", [*FAMILIES]), read("rope scaling", [*ROPE_SCALING])
+    kind, rope_type = read("model_type", FAMILIES), read("rope scaling", [*ROPE_SCALING])
     heads = read("num_attention_heads")
     given.setdefault("head_dim", read("hidden_size") // heads)
     if kind == "llama":
@@ -453,7 +452,7 @@ def attention_by_document(q, k, v, bounds, window):
 
 def rope_frequencies(config):
     """Angles (D/2,) by which a step of one position turns each pair of coordinates, scaled as config says."""
-    coordinates = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
+    coordinates = torch.arange(0, config.head_dim, 2, device="cpu")
     f = config.rope_theta ** (-coordinates / config.head_dim)
     if scaling := config.rope_scaling:
         slow = f / scaling["factor"]  # stretches the context: position interpolation (arXiv 2306.15595)
@@ -595,7 +594,7 @@ def write(path, pieces):
 def read_json(path):
     """The JSON object in a file. Raises ValueError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         if isinstance(content, dict):
             return content
     except FileNotFoundError:
@@ -631,7 +630,7 @@ def read_safetensors(path):
     """
     try:
         content = np.memmap(path, mode="c")  # what is written to a tensor stays private
-        size = 8 + int(content[:8].view("<u8")[0])
+        size = 8 + int.from_bytes(content[:8], "little")
         header, content = json.loads(content[8:size][:10**8].tobytes()), content[size:]
         crc = header.pop("__metadata__", {}).get("crc32")
         tensors, at = [], 0
