@@ -704,12 +704,12 @@ class Batch:
         one of each row, and see what the cache holds.
         """
         ids, rows, positions = torch.tensor(tokens, device=self.cache.device).T      # (T,) each
-        cache, window = self.cache[..., :max(self.lengths), :], self.model.config.sliding_window
-        layers = iter(cache)
+        size, window = max(self.lengths), self.model.config.sliding_window
+        layers = iter(self.cache[..., :size, :])
         if packed:
             starts = document_starts(rows[None])
         else:
-            mask = seen_keys(positions[:, None, None], cache.shape[4], window)       # (B, 1, 1, S)
+            mask = seen_keys(positions[:, None, None], size, window)                 # (B, 1, 1, S)
 
         def attend(q, k, v):
             layer = next(layers)
