@@ -136,8 +136,8 @@ def pack(corpus, split, chosen, seq_len):
 
 
 def packed_batches(corpus, split, order, batch_size, args):
-    """get_batch(step, rows) -> ids, targets, doc_ids (len(rows), T) of those rows: a target is -100 where
-    there is nothing to learn.
+    """get_batch(step, rows) -> ids, targets, doc_ids (len(rows), T) of those rows: a target is -100 where the
+    loss is not.
     """
     ids, mask = corpus.read("instruction", split), corpus.read("instruction", split, "mask")
 
@@ -150,29 +150,29 @@ def packed_batches(corpus, split, order, batch_size, args):
             at = 0
             for n, (start, end) in enumerate(order[step * batch_size + row]):
                 conversation = ids[start:end].astype(np.int64)
-                learned = learned_tokens(conversation, mask[start:end], corpus.tokenizer, args)
+                is_target = loss_mask(conversation, mask[start:end], corpus.tokenizer, args)
                 to = at + len(conversation)
                 x[i, at:to], doc_ids[i, at:to] = conversation, n
-                y[i, at:to - 1] = np.where(learned[1:], conversation[1:], -100)
+                y[i, at:to - 1] = np.where(is_target[1:], conversation[1:], -100)
                 at = to
         return x, y, doc_ids
 
     return get_batch
 
 
-def learned_tokens(ids, mask, tokenizer, args):
-    """(N,) Whether each token of a conversation is learned: what the assistant writes by `mask`, less what
-    the flags leave out.
+def loss_mask(ids, mask, tokenizer, args):
+    """(N,) Whether the loss is on each token of a conversation: what the assistant writes by `mask`, less
+    what the flags leave out.
     """
-    learned = mask.astype(bool)
+    is_target = mask.astype(bool)
     if not args.thoughts:
         begins, ends = (ids == tokenizer.special[tag] for tag in ("<think>", "</think>"))
-        learned &= (begins.cumsum() == ends.cumsum()) & ~ends
+        is_target &= (begins.cumsum() == ends.cumsum()) & ~ends
     if args.last_turn:
         user = [tokenizer.special["<|im_start|>"], *tokenizer.encode("user")]
         turns = [at for at in np.flatnonzero(ids == user[0]) if ids[at:at + len(user)].tolist() == user]
-        learned[:max(turns, default=0)] = False
-    return learned
+        is_target[:max(turns, default=0)] = False
+    return is_target
 
 
 # ============================================================================================================
@@ -312,14 +312,14 @@ def held_out_conversations(corpus, args):
 
 
 def show(corpus, args):
-    """Print conversations token by token in two shades, what is learned in green."""
+    """Print conversations token by token in two shades, those that the loss is on in green."""
     ids, mask = corpus.read("instruction", "train"), corpus.read("instruction", "train", "mask")
     starts = read_starts(corpus, "train")
     for i in np.random.default_rng(args.seed).permutation(len(starts) - 1)[:args.show]:
         span = slice(*starts[i:i + 2])
-        learned = learned_tokens(ids[span], mask[span], corpus.tokenizer, args)
-        print(f"--- conversation {i:,}: {len(learned):,} tokens, {learned.sum():,} of them learned")
-        print_tokens(corpus.tokenizer, ids[span], learned)
+        is_target = loss_mask(ids[span], mask[span], corpus.tokenizer, args)
+        print(f"--- conversation {i:,}: {len(is_target):,} tokens, {is_target.sum():,} of them learned")
+        print_tokens(corpus.tokenizer, ids[span], is_target)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -329,8 +329,8 @@ SCALE = 2  # of every update, whatever its rank: LoRA's alpha is twice the rank
 
 
 class LoRA(nn.Module):
-    """A frozen linear layer and a learned update of low rank: x to W x + SCALE · B A x, with A (R, in) random
-    and B (out, R) zero at first.
+    """A frozen linear layer and an update of low rank that is trained: x to W x + SCALE · B A x, with A
+    (R, in) random and B (out, R) zero at first.
     """
 
     def __init__(self, linear, rank):

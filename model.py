@@ -377,7 +377,8 @@ def read_config(directory):
 def choose_attention(config, ids, positions, doc_ids=None):
     """How all layers attend in this forward pass: a function of q (B, H, T, D), k and v (B, K, T, D).
 
-    positions (T,). With doc_ids (B, T) no token sees another document.
+    A token sees itself and those before it. With doc_ids (B, T) it sees none of another document: by a mask
+    in short sequences, in others because each document is computed for itself. positions: (T,).
     """
     T, window = len(positions), config.sliding_window
     if doc_ids is None and T <= SHORT and compiled_for_cpu(ids):
@@ -392,7 +393,7 @@ def choose_attention(config, ids, positions, doc_ids=None):
 
 def seen_keys(positions, size, window=None):
     """(..., size) Which of the keys at positions 0 to size - 1 the tokens at `positions` (...) see: their own
-    and those before, or the last `window` of them.
+    and those before it, or the last `window` of these.
     """
     queries, keys = positions[..., None], torch.arange(size, device=positions.device)
     seen = keys <= queries
@@ -400,8 +401,8 @@ def seen_keys(positions, size, window=None):
 
 
 def fused_attention(q, k, v, mask=None, window=None):
-    """Of q (B, H, T, D) over k, v (B, K, T, D), K dividing H: each token sees itself and those before it, or
-    the last `window` of them, or of these what the mask (T, T) or (B, 1, T, T) says.
+    """Of q (B, H, T, D) over k and v (B, K, T, D), K dividing H, in one kernel. Each token sees itself and
+    those before it, or the last `window` of these, or where mask (T, T) or (B, 1, T, T) is true.
     """
     T = q.shape[2]
     if window and T > window:
@@ -431,7 +432,7 @@ def packed_attention(q, k, v, starts, window=None):
 
 
 def varlen_attention(q, k, v, bounds, window):
-    """On a GPU one call for all documents: FlashAttention with the bounds between them."""
+    """On a GPU one call for all documents: FlashAttention with the bounds between them. q, k, v (N, H, D)."""
     bounds = F.pad(bounds, (0, 1), value=len(q))
     longest = bounds.diff().max().item()
     bounds = bounds.to(q.device, torch.int32, non_blocking=True)

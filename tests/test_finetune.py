@@ -124,7 +124,7 @@ def test_flags_by_hand(small_corpus, kind):
     ids, mask = map(np.array, tokenizer.render(messages, tools))
 
     def learned(**flags):
-        return written(tokenizer, ids, finetune.learned_tokens(ids, mask, tokenizer, Namespace(**vars(LEARN) | flags)))
+        return written(tokenizer, ids, finetune.loss_mask(ids, mask, tokenizer, Namespace(**vars(LEARN) | flags)))
 
     before, last = expected.rsplit("«im_start»user\n", 1)
     assert learned(last_turn=True) == re.sub("[⟦⟧]", "", before) + "«im_start»user\n" + last
