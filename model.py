@@ -350,7 +350,7 @@ def read_config(directory):
         read(key, [value])
     kind, rope_type = read("model_type", FAMILIES), read("rope scaling", [*ROPE_SCALING])
     heads = read("num_attention_heads")
-    given.setdefault("head_dim", read("hidden_size") // heads)
+    given.setdefault("head_dim", 128 if kind == "qwen3" else read("hidden_size") // heads)
     if kind == "llama":
         given.setdefault("num_key_value_heads", heads)
     fields = {name: read(hf, ALLOWED.get(hf, 2**24)) for name, hf in HF_NAMES.items()}
@@ -660,6 +660,44 @@ def read_safetensors(path):
 PREFILL = 2048  # tokens of prompts that are read at a time: what they activate should fit a CPU's cache
 
 
+def prefill(model, prompts, cache):
+    """Read prompts (lists of ids) as the documents of one packed sequence, without padding. Returns the
+    logits (N, V) of what follows each.
+
+    cache: see Batch, with a row for each prompt; their keys and values are put in.
+    """
+    tokens = [(token, row, at) for row, prompt in enumerate(prompts) for at, token in enumerate(prompt)]
+    ids, rows, positions = torch.tensor(tokens, device=cache.device).T               # (T,) each
+    layers, starts = iter(cache), document_starts(rows[None])
+
+    def attend(q, k, v):
+        next(layers)[:, rows, :, positions] = torch.cat([k, v]).permute(2, 0, 1, 3)  # (T, 2, K, D)
+        return packed_attention(q, k, v, starts, model.config.sliding_window)
+
+    x = model.hidden(ids[None], positions=positions, attend=attend)[0]               # (T, C)
+    return model.lm_head(x[starts[0].roll(-1)]).float()  # after the last token of each
+
+
+def decode_one_token(model, ids, positions, cache):
+    """The logits (B, V) of what follows a token a row: ids and positions (B,).
+
+    cache: see Batch. The tokens' keys and values are put in.
+    """
+    layers, rows = iter(cache), torch.arange(len(ids), device=ids.device)
+    mask = seen_keys(positions[:, None, None], cache.shape[4], model.config.sliding_window)  # (B, 1, 1, S)
+
+    def attend(q, k, v):
+        layer = next(layers)
+        layer[:, rows, :, positions] = torch.cat([k, v]).permute(2, 0, 1, 3)         # (B, 2, K, D)
+        # (B, K, H/K, D): the heads of a group see the same.
+        q = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
+        y = F.scaled_dot_product_attention(q, *layer, mask)
+        return y.flatten(1, 2).transpose(0, 1)[None]
+
+    x = model.hidden(ids[None], positions=positions, attend=attend)[0]               # (B, C)
+    return model.lm_head(x).float()
+
+
 class Batch:
     """Texts that are continued together, a token of each at a time, in inference mode. Others may join, and
     those that have ended leave. Each is continued as it would be alone.
@@ -680,52 +718,22 @@ class Batch:
 
         spare: tokens that will follow; more may, but then the cache has to grow.
         """
-        rows, lengths, logits = enumerate(prompts, len(self.lengths)), [len(p) for p in prompts], []
+        lengths, logits, row = [len(prompt) for prompt in prompts], [], len(self.lengths)
         self.lengths += lengths
         self.resize(max(self.lengths) + spare, len(prompts))
-        for group in in_groups(rows, lengths, PREFILL):
-            tokens = [(token, row, at) for row, prompt in group for at, token in enumerate(prompt)]
-            logits.append(self.read(tokens, packed=True))
+        for group in in_groups(prompts, lengths, PREFILL):
+            logits.append(prefill(self.model, group, self.cache[:, :, row:]))
+            row += len(group)
         return torch.cat(logits)
 
     def step(self, ids):
         """Go on by a token a row. Returns the logits (B, V) of what follows."""
-        tokens = list(zip(ids, range(len(ids)), self.lengths))
+        ids, positions = torch.tensor([ids, self.lengths], device=self.cache.device)
         self.lengths = [n + 1 for n in self.lengths]
         size = max(self.lengths)
         if size > self.cache.shape[4]:
             self.resize(size + 16 + size // 4)
-        return self.read(tokens)
-
-    def read(self, tokens, packed=False):
-        """Read tokens (id, row, position) and put their keys and values into the cache. Returns the logits
-        after the last token of each row.
-
-        packed: they are whole prompts, read as the documents of one sequence, without padding. Else they are
-        one of each row, and see what the cache holds.
-        """
-        ids, rows, positions = torch.tensor(tokens, device=self.cache.device).T      # (T,) each
-        size, window = max(self.lengths), self.model.config.sliding_window
-        layers = iter(self.cache[..., :size, :])
-        if packed:
-            starts = document_starts(rows[None])
-        else:
-            mask = seen_keys(positions[:, None, None], size, window)                 # (B, 1, 1, S)
-
-        def attend(q, k, v):
-            layer = next(layers)
-            layer[:, rows, :, positions] = torch.cat([k, v]).permute(2, 0, 1, 3)     # (T, 2, K, D)
-            if packed:
-                return packed_attention(q, k, v, starts, window)
-            # (B, K, H/K, D): the heads of a group see the same.
-            q = q[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))
-            y = F.scaled_dot_product_attention(q, *layer, mask)
-            return y.flatten(1, 2).transpose(0, 1)[None]
-
-        x = self.model.hidden(ids[None], positions=positions, attend=attend)[0]
-        if packed:
-            x = x[starts[0].roll(-1)]  # after the last token of each
-        return self.model.lm_head(x).float()
+        return decode_one_token(self.model, ids, positions, self.cache[..., :size, :])
 
     def keep(self, rows):
         """Let go of all rows but these."""
