@@ -38,8 +38,8 @@ import sys
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from functools import cache, lru_cache
-from itertools import groupby, islice
+from functools import cache, lru_cache, partial
+from itertools import chain, count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
@@ -49,8 +49,8 @@ import regex
 import tiktoken
 from tqdm import tqdm
 
-from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, list_or_none, python_calls,
-                     read_values, run_main, unit_hash, visible)
+from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, functions_called, list_or_none,
+                     python_calls, read_values, run_main, unit_hash, visible, writing)
 
 SPLITS = ("train", "heldout")
 BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
@@ -78,11 +78,10 @@ def main():
         "encoder": encoder_hashes(args.encoder)}
     for name in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above"):
         options[name] = getattr(args, name)
-    manifest = attempt(read_json, out / "manifest.json")  # a text if there is none
-    whole = isinstance(attempt(Corpus, out), Corpus)
-    if whole and manifest["options"] == options:
+    corpus = attempt(Corpus, out)  # or why there is none
+    if isinstance(corpus, Corpus) and corpus.manifest["options"] == options:
         print(f"{out} is up to date")
-        return report(manifest, time.time() - started)
+        return report(corpus.manifest, time.time() - started)
     (out / "work").mkdir(parents=True, exist_ok=True)
     if is_main():
         (out / "manifest.json").unlink(missing_ok=True)  # until it is written again the corpus is not valid
@@ -122,23 +121,20 @@ def clean(record, masked):
     for hint, line in BOILERPLATE.items():
         if record.domain == "text" and hint in record.text.lower():
             line = rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)"
-            record.text, count = re.subn(line, "", record.text, flags=re.I | re.M)
-            masked["lines of boilerplate"] += count
+            record.text, found = re.subn(line, "", record.text, flags=re.I | re.M)
+            masked["lines of boilerplate"] += found
     return record
 
 
 def minhash(hashes, starts):
-    """Signatures (N, BANDS * ROWS) uint32 of N texts, from their shingle_hashes(): two agree at a place
+    """Signatures (N, BANDS * ROWS) uint64 of N texts, from their shingle_hashes(): two agree at a place
     with a probability that is the Jaccard similarity of their sets of shingles. The functions are of the form
     (a·x + b mod 2^64) / 2^32 with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider
     numbers.
     """
     x = hashes >> 32
-    a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
-    signatures = np.empty((BANDS * ROWS, len(starts) - 1), np.uint32)
-    for i in range(BANDS * ROWS):
-        signatures[i] = np.minimum.reduceat((x * (a[i] | 1) + b[i]) >> 32, starts[:-1])
-    return signatures.T
+    functions = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64).T
+    return np.array([np.minimum.reduceat((x * (a | 1) + b) >> 32, starts[:-1]) for a, b in functions]).T
 
 
 def drop_duplicates(documents, args):
@@ -153,24 +149,24 @@ def drop_duplicates(documents, args):
     copy_of[best] = best[first[value]]
     documents.drop(copy_of != np.arange(len(documents)), "duplicate")
     for j in np.flatnonzero(about_apis & ~documents.kept):
-        documents.copies_apis[int(copy_of[j])].update(documents[j].apis)
-    path, best = documents.file("pairs.npz", threshold), best[documents.kept[best]]
-    run_jobs(find_pairs, [(path, documents, best, threshold)], 0, "look for near duplicates")
-    pairs = np.load(path)["pairs"]
+        documents.copies_apis[copy_of[j]].update(documents[j].apis)
+    path, best = documents.file("pairs.npy", threshold), best[documents.kept[best]]
+    run_jobs(find_pairs, [(path, documents, best, threshold)], 1, "look for near duplicates")
+    pairs = np.load(path)
     parts = enumerate(np.split(pairs, range(PAIRS, len(pairs), PAIRS)))
     jobs = [(documents.file(f"{k}.similar.npy", threshold), part) for k, part in parts]
     run_jobs(compare_pairs, jobs, args.workers, "compare near duplicates", (documents, threshold))
     similar = np.concatenate([np.load(path) for path, _ in jobs])
-    for j, i in pairs[similar].tolist():  # from the best j on: what became of i is known
+    for j, i in similar.tolist():  # from the best j on: what became of i is known
         if not reason[i] and not reason[j]:
             documents.drop(j, "near duplicate")
             copy_of[j] = i
     kept = documents.kept
-    for pair in pairs[similar].tolist():  # a document that is dropped may resemble several that are kept
-        for gone, other in (pair, pair[::-1]):
-            if kept[other] and not kept[gone]:
-                named = documents[gone].apis if about_apis[gone] else []
-                documents.copies_apis[other].update(named, documents.copies_apis.get(gone, ()))
+    # A document that is dropped may resemble several that are kept.
+    for gone, other in np.concatenate([similar, similar[:, ::-1]]).tolist():
+        if kept[other] and not kept[gone]:
+            named = documents[gone].apis if about_apis[gone] else []
+            documents.copies_apis[other].update(named, documents.copies_apis.get(gone, ()))
 
 
 def drop_contaminated(documents, args):
@@ -199,10 +195,10 @@ def retrieve(documents, args):
     """
     depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
     path = documents.file("scorer.npz", depends)
-    run_jobs(train_scorer, [(path, documents, args.encoder)], 0, "train the classifier")
+    run_jobs(train_scorer, [(path, documents, args.encoder)], 1, "train the classifier")
     scorer = dict(np.load(path))
     jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
-    workers = 0 if args.encoder else args.workers
+    workers = 1 if args.encoder else args.workers
     run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
         documents.score[documents.rows(n)] = sigmoid(np.load(path))
@@ -266,8 +262,7 @@ def tokenize_piece(path, n, documents, split, tokenizer):
     """Write the ids of a piece's kept documents, each with an end of text (.bin), their loss mask if
     conversations for tuning are among them (.mask), and for each document of the piece what became of it.
     """
-    entries = np.zeros(len(documents.rows(n)), TOKENS)
-    end, ids, mask, start = np.array([tokenizer.end_of_text], np.uint32), [], [], 0
+    entries, ids, mask, start = np.zeros(len(documents.rows(n)), TOKENS), [[]], [[]], 0
     for row, i in enumerate(documents.rows(n)):
         if documents.reason[i]:
             continue
@@ -275,19 +270,19 @@ def tokenize_piece(path, n, documents, split, tokenizer):
         name = split(i, record, BINS[documents.bin[i]])
         if name is None:
             continue
-        lost = tokenizer.lost
-        if record.text is not None:
-            encoded = tokenizer.encode_to_numpy(record.text)
-            target = np.zeros(len(encoded), np.uint8)
-        else:
+        tokenizer.lost = 0
+        if record.text is None:
             encoded, target = tokenizer.render(record.messages, record.tools)
-        ids += [encoded, end]
+        else:
+            encoded = tokenizer.encode_to_numpy(record.text)
+            target = np.zeros(len(encoded))
+        ids += [encoded, [tokenizer.end_of_text]]
         mask += [target, [0]]
-        entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
+        entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost
         start += len(encoded) + 1
-    write(path.with_suffix(".bin"), np.concatenate([end[:0], *ids]).astype(tokenizer.dtype).tobytes())
+    write(path.with_suffix(".bin"), [np.concatenate(ids).astype(tokenizer.dtype)])
     if documents.is_in("instruction")[documents.rows(n)].any():
-        write(path.with_suffix(".mask"), np.concatenate([[], *mask]).astype(np.uint8).tobytes())
+        write(path.with_suffix(".mask"), [np.concatenate(mask).astype(np.uint8)])
     write(path, entries)
 
 
@@ -339,10 +334,7 @@ def parse_args():
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
-    files = benchmark_files(args.benchmarks)
-    if args.benchmarks and not files:
-        fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
-    args.benchmarks = files
+    args.benchmarks = benchmark_files(args.benchmarks) if args.benchmarks else []
     return args
 
 
@@ -388,8 +380,8 @@ def run_jobs(function, jobs, workers, name, shared=()):
     """Call function(path, *arguments, *shared) for every job (path, *arguments) whose file is not there
     yet, and return when all files are.
 
-    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes
-    its file last, whole or not at all, so that an end at any time loses no more than the jobs under way.
+    Ranks share out the jobs, `workers` processes those of a rank. The function writes its file last, whole
+    or not at all, so that an end at any time loses no more than the jobs under way.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     jobs = {job[0]: job for job in jobs}  # equal shards make equal jobs
@@ -398,20 +390,20 @@ def run_jobs(function, jobs, workers, name, shared=()):
 
     def run(part):
         for job in part:
-            if parent not in (os.getpid(), os.getppid()):
-                return  # the parent was killed, and may have been started anew
-            function(*job, *shared)
+            if os.getppid() == parent:  # else it was killed, and may have been started anew
+                function(*job, *shared)
 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run, args=(todo[k::workers],), daemon=True)
                  for k in range(min(workers, len(todo)))]
     for process in processes:
         process.start()
-    if not workers:
-        run(todo)
     for path in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
         while not path.exists():  # also those of other ranks
-            if any(process.exitcode for process in processes):
+            failed = [process.exitcode for process in processes if process.exitcode]
+            if 2 in failed:
+                sys.exit(2)  # it said why
+            if failed:
                 fail(f"{name}: a process failed, perhaps for lack of memory (fewer --workers need less)")
             time.sleep(0.01)
 
@@ -481,32 +473,30 @@ def clean_piece(path, piece):
     """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
     report (.json) and their index (.npy).
     """
-    rejected, masked, lines, index, apis = [], Counter(), [], [], set()
-    bands = [np.zeros((BANDS, 0), np.uint64)]
+    rejected, masked, lines, index, bands, apis = [], Counter(), [], [], [], set()
     records = (clean(record, masked) for record in read_records(piece, rejected))
     texts = ((record, content_of(record)) for record in records)
     for batch in batches(texts, lambda pair: len(pair[1]), 500_000):
         hashes, starts = shingle_hashes([text for _, text in batch])
-        good = []
-        for i, (record, text) in enumerate(batch):
-            measured = measure(text, hashes[starts[i]:starts[i + 1]])
+        keys = band_keys(minhash(hashes, starts))
+        for (record, text), shingles, key in zip(batch, np.split(hashes, starts[1:-1]), keys):
+            measured = measure(text, shingles)
             if fault := outside_limits(record, measured):
                 rejected.append({"reason": fault, "id": record.id, "value": round(float(measured[fault]), 3)})
                 continue
-            good.append(i)
-            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
-            bin = BINS.index("retrieved" if piece.pool else record.domain)
-            index.append((*index_key(record.id), digest_of(text), 0, len(lines[-1]), len(text), bin))
-            if record.domain == "api_doc" and not piece.pool:
+            bin = "retrieved" if piece.pool else record.domain
+            if bin == "api_doc":
                 apis.update(record.apis)
-        bands.append(band_keys(minhash(hashes, starts))[:, good])
+            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
+            bands.append(key)
+            size = len(lines[-1]), len(text)
+            index.append((*index_key(record.id), digest_of(text), 0, *size, BINS.index(bin)))
     index = np.array(index, INDEX)
     index["start"] = np.cumsum(index["size"]) - index["size"]
-    reasons = Counter(example["reason"] for example in rejected)
     write(path.with_suffix(".jsonl"), lines)
-    write(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
-    write(path.with_suffix(".json"), json.dumps(
-        {"reasons": reasons, "sample": sample_of(rejected), "masked": masked, "apis": sorted(apis)}))
+    write(path.with_suffix(".bands.npy"), np.array(bands, np.uint64).reshape(-1, BANDS).T.copy())
+    report = {"rejected": rejected, "masked": masked, "apis": sorted(apis)}
+    write(path.with_suffix(".json"), json.dumps(report))
     write(path, index)
 
 
@@ -539,11 +529,11 @@ def read_records(piece, rejected):
 def well_formed(record):
     """Whether the parts that later steps read are of their types, which collect.py sees to."""
     messages = record.messages or []
-    calls = [call["function"] for m in messages for call in m.get("tool_calls") or []]
-    return (all(isinstance(api, str) for api in record.apis)
-            and all(isinstance(m["role"], str) and isinstance(m.get("content") or "", str) for m in messages)
-            and all(isinstance(json.loads(call["arguments"]), dict) for call in calls)
-            and all(isinstance(tool["function"]["name"], str) for tool in record.tools or []))
+    texts = [*record.apis, *(message["role"] for message in messages)]
+    texts += [message.get("content") or "" for message in messages]
+    texts += [tool["function"]["name"] for tool in record.tools or []]
+    given = [json.loads(function["arguments"]) for function in functions_called(messages)]
+    return {*map(type, texts)} <= {str} and {*map(type, given)} <= {dict}
 
 
 def index_key(name):
@@ -564,15 +554,6 @@ def batches(items, size, most):
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def sample_of(rejected):
-    """Of the examples {"reason", "id", ...} of each reason those whose ids have the lowest hashes, so
-    that it does not matter in which pieces they were found.
-    """
-    examples = sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"]))
-    groups = groupby(examples, lambda e: e["reason"])
-    return [example for _, group in groups for example in islice(group, MAX_REJECTED)]
 
 
 def content_of(record):
@@ -615,9 +596,9 @@ def scrub(text, masked):
     text = CONTROL.sub("", text.replace("\r\n", "\n"))
     for kind, (hint, pattern) in SECRETS.items():
         if hint in text:
-            text, count = re.subn(pattern, f"<{kind}>", text)
-            if count:
-                masked[kind] += count
+            text, found = re.subn(pattern, f"<{kind}>", text)
+            if found:
+                masked[kind] += found
     return text
 
 
@@ -717,10 +698,10 @@ class Documents:
         chosen = np.flatnonzero(chosen)
         return chosen[np.lexsort((self.id[chosen], self.order[chosen]))]
 
-    def tokens_of(self, chosen, size, suffix):
+    def tokens_of(self, chosen, suffix, size):
         """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
         for i in chosen.tolist():
-            path = self.tokenized[self.piece[i]].with_suffix("." + suffix)
+            path = self.tokenized[self.piece[i]].with_suffix(suffix)
             yield self.read(path.name, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
 
     @property
@@ -758,34 +739,29 @@ def shingle_hashes(texts, size=SHINGLE):
     """Hashes (M,) uint64 of the runs of `size` words that begin at each word of the texts, and where each
     text's begin.
 
-    All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b
-    has the hash (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo
-    2^64. Behind each text stand as many empty words, of hash 0: its last runs are shorter, and none reaches
-    into the next text.
+    All texts at once: a word from a to b has the sum of byte[j]·p^(j-a) for a hash, and a run the same of
+    its words; dividing by the odd p^a is multiplying by its inverse modulo 2^64. Behind each text stand as
+    many empty words, of hash 0: its last runs are shorter, and none reaches into the next text.
     """
     padding = b" \0" * size + b" "
     encoded = [divided(text).replace("\0", " ").encode("utf-8", "replace") + padding for text in texts]
-    content = np.frombuffer(b" " + b"".join(encoded), np.uint8)
-    edges = np.flatnonzero(np.diff(WORD_BYTES[content])) + 1  # where words begin and end, by turns
-    begin, end = edges[::2], edges[1::2]
+    content = np.frombuffer(b"".join(encoded), np.uint8)
+    in_word = WORD_BYTES[content]
+    begin = np.flatnonzero(in_word & np.diff(in_word, prepend=False))
     p = 0x9E3779B97F4A7C15
     factors = np.array([[p], [pow(p, -1, 2**64)]], np.uint64)
     powers, inverse = np.multiply.accumulate(np.repeat(factors, len(content), 1), 1)
-    prefix = np.append(np.uint64(0), np.cumsum(content * powers, dtype=np.uint64))
-    words = mix((prefix[end] - prefix[begin]) * inverse[begin])
-    first = np.searchsorted(begin, np.cumsum([0, *map(len, encoded)]) + 1)  # of each text, and the end
-    runs = np.zeros(max(0, len(words) - size + 1), np.uint64)
-    for i in range(size):
-        runs = runs * p + words[i:i + len(runs)]
+    words = mix(np.add.reduceat(content * in_word * powers, begin) * inverse[begin])
+    runs = mix(np.convolve(words, np.append(np.uint64(1), powers[:size - 1]), "valid"))
+    first = np.searchsorted(begin, np.cumsum([0, *map(len, encoded)]))  # of each text, and the end
     counts = np.maximum(np.diff(first) - size, 1)  # a text without a word has one empty run
-    starts = np.cumsum([0, *counts])
-    return mix(runs[np.repeat(first[:-1] - starts[:-1], counts) + np.arange(starts[-1])]), starts
+    return np.concatenate([runs[a:a + n] for a, n in zip(first, counts)]), np.cumsum([0, *counts])
 
 
 def band_keys(signatures):
-    """(BANDS, N) uint64: a hash of each band of the signatures, equal where all its ROWS agree."""
+    """(N, BANDS) uint64: a hash of each band of the signatures, equal where all its ROWS agree."""
     weights = mix(np.arange(1, ROWS + 1, dtype=np.uint64))
-    return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64)).T
+    return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64))
 
 
 def find_pairs(path, documents, best, threshold):
@@ -797,27 +773,26 @@ def find_pairs(path, documents, best, threshold):
         paths = [documents.work / f"{name}.bands.npy" for name in documents.names]
         keys = np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])[best]
         order = np.argsort(keys, kind="stable")
-        keys = keys[order]
-        heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
-        later = np.flatnonzero(heads < np.arange(n))
-        found = [order[later] * n + order[heads[later]]]
+        heads = np.searchsorted(keys, keys, sorter=order)[order]  # where each run of equal keys begins
+        later, found = np.arange(n), [pairs]
         for step in range(1, NEAR + 1):
-            later = later[later - step > heads[later]]
+            later = later[later - step >= heads[later]]
             found.append(order[later] * n + order[later - step])
-        pairs = np.unique(np.concatenate([pairs, *found]))
-    write(path, pairs=best[np.stack(np.divmod(pairs, n), 1)])
+        pairs = np.unique(np.concatenate([*found, order[later] * n + order[heads[later]]]))
+    write(path, best[np.stack(np.divmod(pairs, n), 1)])
 
 
 def compare_pairs(path, pairs, documents, threshold):
-    """Write for some pairs whether the Jaccard similarity of their shingles reaches the threshold."""
+    """Write those of some pairs whose shingles have a Jaccard similarity that reaches the threshold."""
     shingles = lru_cache(2_000)(lambda i: set(shingle_hashes([content_of(documents[i])])[0].tolist()))
     both = ((shingles(j), shingles(i)) for j, i in pairs.tolist())
-    write(path, np.array([len(a & b) >= threshold * len(a | b) for a, b in both], bool))
+    write(path, pairs[[len(a & b) >= threshold * len(a | b) for a, b in both]])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Decontamination: no document that holds a part of a benchmark
 
+canonical = partial(json.dumps, sort_keys=True)  # equal for equal values
 OVERLAP = 13  # words in a row, as for GPT-3 (arXiv 2005.14165, appendix C)
 
 
@@ -831,7 +806,7 @@ class Benchmarks:
         for file in tqdm(files, desc="benchmarks", disable=None):
             for part in (part for _, value in read_values(file) for part in parts_of(value)):
                 for name, accepted in gold_calls(part):
-                    self.calls[name].append(accepted)
+                    self.calls[name].append({k: [*map(canonical, v)] for k, v in accepted.items()})
                 for run in runs_of(part) if isinstance(part, str) else []:
                     if is_telling(run):
                         self.runs.setdefault(run, file.name)
@@ -841,8 +816,8 @@ class Benchmarks:
         for run in runs_of(text):
             if run in self.runs:
                 return run, self.runs[run]
-        for function in (call["function"] for m in messages or [] for call in m.get("tool_calls") or []):
-            given = {k: json.dumps(v, sort_keys=True) for k, v in json.loads(function["arguments"]).items()}
+        for function in functions_called(messages or []):
+            given = {k: canonical(v) for k, v in json.loads(function["arguments"]).items()}
             for accepted in self.calls.get(function["name"], []):
                 if given and all(given.get(k, '""') in accepted.get(k, ()) for k in given | accepted):
                     return f"{function['name']}({function['arguments']})", "a call"
@@ -859,23 +834,20 @@ def parts_of(value):
 
 
 def gold_calls(part):
-    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"},
-    Python's f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
+    """[(name, {argument: acceptable values})] of the calls in test data: {"name", "arguments"}, Python's
+    f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
     """
-    calls, accepted = [], []
+    calls = []
     if isinstance(part, str):
         calls = list_or_none(python_calls, part) if re.match(r"\[?[\w.]+\(", part) else []
     elif {"name", "arguments"} <= part.keys():
         calls = list_or_none(calls_in, part)
     elif len(part) == 1:
         [(name, given)] = part.items()
-        if isinstance(given, dict) and all(isinstance(values, list) for values in given.values()):
-            accepted = [(name, given)]
-    for function in (call["function"] for call in calls):
-        given = json.loads(function["arguments"])
-        accepted.append((function["name"], {k: [v] for k, v in given.items()}))
-    return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})
-            for name, given in accepted]
+        if isinstance(given, dict) and {*map(type, given.values())} <= {list}:
+            return [(name, given)]
+    functions = [call["function"] for call in calls]
+    return [(f["name"], {k: [v] for k, v in json.loads(f["arguments"]).items()}) for f in functions]
 
 
 def runs_of(text):
@@ -903,11 +875,11 @@ def find_matches(path, n, documents, benchmarks):
 
 
 def benchmark_files(path):
-    """The files of --benchmarks: none, one, or those in a directory."""
-    if path and Path(path).is_file():
-        return [Path(path)]
-    files = Path(path).rglob("*") if path else []
-    return sorted(file for file in files if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", file.name))
+    """The files of --benchmarks: one, or those in a directory."""
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(
+        file for file in place.rglob("*") if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", file.name))
+    return files or fail(f"--benchmarks {path}: no such file, or no JSON, CSV or text files in it")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -926,8 +898,7 @@ def plain_text(record):
     parts = []
     for message in record.messages:
         parts += [message.get("reasoning_content") or "", message.get("content") or ""]
-        for function in (call["function"] for call in message.get("tool_calls") or []):
-            parts.append(f"{function['name']} {function['arguments']}")
+        parts += [f"{function['name']} {function['arguments']}" for function in functions_called([message])]
     return "\n".join(parts)
 
 
@@ -953,12 +924,14 @@ def train_scorer(path, documents, encoder):
         learned = {"weights": fit_ngrams(seed, np.append(pool, hard))}
     learned["slope"], learned["offset"] = calibrate(score(tune.ravel(), learned, encoder))
     p = sigmoid(score(test.ravel(), learned, encoder))
-    found, is_seed, bins = p >= 0.5, first_half(p), np.minimum((p * 10).astype(int), 9)
+    found, is_seed = p >= 0.5, first_half(p)
     hits = (found & is_seed).sum()
-    error = sum(abs(p[bins == b].sum() - is_seed[bins == b].sum()) for b in range(10)) / len(p)
     precision, recall = hits / max(1, found.sum()), hits / is_seed.sum()
-    f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    write(path, **learned, figures=[precision, recall, f1, error, len(p)])
+    f1 = 2 * hits / (found.sum() + is_seed.sum())
+    gaps = np.bincount(np.minimum(p * 10, 9).astype(int), p - is_seed)  # of each tenth of the probabilities
+    error = abs(gaps).sum() / len(p)
+    with writing(path) as file:
+        np.savez(file.buffer, **learned, figures=[precision, recall, f1, error, len(p)])
 
 
 def first_half(values):
@@ -1082,11 +1055,11 @@ def mention_finder(names):
     (True, False)
     """
     names = set(names)
-    lengths = sorted({len(n) for n in names})
+    lengths = {len(name) for name in names}
     # A name can only start where its first component does, and ends before the next character that is no word
     # or dot.
-    components = sorted({re.escape(n.split(".")[0]) for n in names})
-    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(components) if names else "(?!)")
+    components = {re.escape(name.split(".")[0]) for name in names}
+    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(components))
 
     @lru_cache(1_000_000)
     def in_run(run):
@@ -1125,8 +1098,8 @@ RUNS = re.compile(r"((?=\S{%d})(?:\S{%d,%d}(?<=[^\W\d_])(?=[^\w\s])|\S{%d})|\s{%
     LONGEST_RUN + 1, LONGEST_RUN - 999, LONGEST_RUN - 1, LONGEST_RUN, LONGEST_RUN))
 # How turns begin, but for an assistant's. What no special token divides is encoded at once, as who reads the
 # text as a whole does.
-TURNS = {"system": "<|im_start|>system\n{}", "user": "<|im_start|>user\n{}",
-         "tool": "<|im_start|>tool\n<tool_response>\n{}\n</tool_response>"}
+TURNS = {"system": "<|im_start|>system\n{content}", "user": "<|im_start|>user\n{content}",
+         "tool": "<|im_start|>tool\n<tool_response>\n{content}\n</tool_response>"}
 
 
 class Tokenizer:
@@ -1138,28 +1111,36 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks, added=(), pattern=PATTERN, normal_form=None, base=None, cuts=()):
-        self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))  # {bytes: id}
-        self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
-        self.special = {token["content"]: token["id"] for token in self.added_tokens}
-        self.pattern, self.normal_form = pattern, normal_form
+    def __init__(self, ranks, added=(), pattern=PATTERN, content=None):
+        """From the ranks and added tokens of a tokenizer.json with this content or, without one, which cuts
+        by this pattern. Raises ValueError for one that is not byte-level.
+        """
+        self.ranks = dict(sorted(ranks.items(), key=operator.itemgetter(1)))  # {bytes: id}
+        self.content = content or tokenizer_json(self.ranks, pattern)
+        *cuts, pattern = read_patterns(self.content["pre_tokenizer"])
+        self.normal_form = read_normal_form(self.content["normalizer"])
         self.cuts = [regex.compile(tiling(cut)) for cut in cuts]  # by which text is cut before, in this order
-        self.base = base  # the tokenizer.json that it was read from
+        self.words = regex.compile(tiling(pattern))
+        model = self.content["model"]
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
-        model = base["model"] if base else {"vocab": {}}
         self.unknown = model["vocab"].get(model.get("unk_token"))
         self.fuse_unknown = bool(model.get("fuse_unk"))  # missing bytes in a row are one unknown token
         self.lost = 0  # bytes that it was given and has no token for
+        self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
+        self.special = {token["content"]: token["id"] for token in self.added_tokens}
         # Added tokens that are not special count in text.
         self.added = {t["content"]: t for t in self.added_tokens
                       if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
+        takes_space = any(t.get("lstrip") or t.get("rstrip") for t in self.added.values())
+        if takes_space and any(token[:1].isspace() for token in self.added):
+            raise ValueError("added tokens of white space, and others that take white space along")
         patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
         self.find_added = regex.compile("(%s)" % ("|".join(patterns) or r"\0(?!)"))
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
-        self.encoding = tiktoken.Encoding("corpus", pat_str=tiling(pattern), mergeable_ranks=ranks,
+        self.encoding = tiktoken.Encoding("corpus", pat_str=self.words.pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special)
 
     @classmethod
@@ -1193,15 +1174,9 @@ class Tokenizer:
                 added = [added_token(name, len(ranks) + i) for i, name in enumerate(LLAMA_SPECIAL)]
                 return cls(ranks, added, LLAMA_PATTERN)
             content = read_json(path)
-            ranks = read_vocabulary(content["model"], {token["content"] for token in content["added_tokens"]})
-            *cuts, pattern = read_patterns(content["pre_tokenizer"])
-            form = read_normal_form(content["normalizer"])
-            tokenizer = cls(ranks, content["added_tokens"], pattern, form, content, cuts)
-            added = tokenizer.added.values()
-            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in added)
-            if takes_space and any(token["content"][:1].isspace() for token in added):
-                raise ValueError("added tokens of white space, and others that take white space along")
-            return tokenizer
+            added = content["added_tokens"]
+            ranks = read_vocabulary(content["model"], {token["content"] for token in added})
+            return cls(ranks, added, content=content)
         except OSError:
             fail(f"{path}: no such file; a directory with a tokenizer has a tokenizer.json")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -1212,7 +1187,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts, vocab_size):
         """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) until there are vocab_size tokens."""
-        words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+        words = Counter(chain.from_iterable(map(regex.compile(PATTERN).findall, texts)))
         words = {word.encode("utf-8", "replace"): count for word, count in words.items()}
         return cls(train_bpe(words, vocab_size - len(SPECIAL_TOKENS)))
 
@@ -1237,22 +1212,23 @@ class Tokenizer:
                 arrays.append([token["id"]])
             else:
                 arrays += map(self.encode_part, self.parts(run))
-        return np.concatenate(arrays).astype(np.uint32) if len(arrays) > 1 else arrays[0]
+        return np.concatenate(arrays).astype(np.uint32)
 
     def encode_part(self, text):
         """The ids of a text without added tokens. A byte that has no token is the unknown one or, if
-        there is none, left out of its piece.
+        there is none, left out of its word.
         """
-        if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
+        data = text.encode("utf-8", "replace")
+        lost = len(data) - len(data.translate(None, self.missing))
+        if not lost:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
+        self.lost += lost
         ids, missing = [], b"[" + re.escape(self.missing) + b"]" + b"+" * self.fuse_unknown
-        for match in regex.finditer(tiling(self.pattern), text):
-            piece = match[0].encode("utf-8", "replace")
-            runs = re.split(missing, piece)
-            self.lost += len(piece) - sum(map(len, runs))
+        for match in self.words.finditer(text):
+            word = match[0].encode("utf-8", "replace")
             if self.unknown is None:
-                runs = [b"".join(runs)]
-            for i, run in enumerate(runs):
+                word = word.translate(None, self.missing)
+            for i, run in enumerate(re.split(missing, word)):
                 ids += [self.unknown] * (i > 0)  # for what stood between two runs
                 ids += self.encoding._encode_single_piece(run) if run else []
         return np.array(ids, np.uint32)
@@ -1290,45 +1266,42 @@ class Tokenizer:
         """
         ids, mask = [], []
 
-        def add(template, text="", target=0):
-            """Append a template, in which special tokens are special and {} stands for a text from the
-            data.
-            """
+        def add(template, target=0, **texts):
+            """Append a template, in which special tokens are special, with texts from the data."""
             for part in SPECIAL.split(template):
-                part = [self.special[part]] if part in self.special else self.encode(part.format(text))
+                part = [self.special[part]] if part in self.special else self.encode(part.format(**texts))
                 ids.extend(part)
                 mask.extend([target] * len(part))
 
         if tools:
             add("<|im_start|>system\n")
             if messages and messages[0]["role"] == "system":
-                add("{}\n", messages[0]["content"])
+                add("{content}\n", **messages[0])
                 messages = messages[1:]
             add("<tools>\n")
             for f in (tool["function"] for tool in tools):
                 definition = {"description": f.get("description") or "", "name": f["name"],
                               "parameters": f.get("parameters") or {}}
-                add("{}\n", json.dumps(definition, ensure_ascii=False))
+                add("{text}\n", text=json.dumps(definition, ensure_ascii=False))
             add("</tools><|im_end|>\n")
         for message in messages:
-            role, content, target = message["role"], message.get("content") or "", 0
-            if role in TURNS:
-                add(TURNS[role], content)
+            content, target = message.get("content") or "", 0
+            if message["role"] in TURNS:
+                add(TURNS[message["role"]], content=content)
             else:
                 add("<|im_start|>assistant\n")
-                thought, target = message.get("reasoning_content"), int(role == "assistant")
-                if thought:
-                    add("<think>\n{}\n</think>", thought, 1)
-                add("\n\n{}" if thought else "{}", content, 1)
-            for i, call in enumerate(message.get("tool_calls") or []):
+                thought, target = message.get("reasoning_content"), 1
+                form = "<think>\n{thought}\n</think>\n\n{content}" if thought else "{content}"
+                add(form, target, thought=thought, content=content)
+            for i, function in enumerate(functions_called([message])):
                 if i or content:
-                    add("\n", "", target)
-                name = json.dumps(call["function"]["name"], ensure_ascii=False)
-                text = f'{{"name": {name}, "arguments": {call["function"]["arguments"]}}}'
+                    add("\n", target)
+                name = json.dumps(function["name"], ensure_ascii=False)
+                text = f'{{"name": {name}, "arguments": {function["arguments"]}}}'
                 # A tag within a string would end the call for who reads it; JSON has another way to write it.
                 text = re.sub("<(/?tool_call>)", r"\\u003c\1", text)
-                add("<tool_call>\n{}\n</tool_call>", text, target)
-            add("<|im_end|>", "", target)
+                add("<tool_call>\n{text}\n</tool_call>", target, text=text)
+            add("<|im_end|>", target)
             add("\n")
         if answer:
             add("<|im_start|>assistant\n")
@@ -1336,11 +1309,9 @@ class Tokenizer:
 
     def fingerprint(self):
         """A hash of all that decides which ids a text gets."""
-        ranks = [(i, token.hex()) for token, i in self.ranks.items()]
-        parts = [ranks, sorted(self.special.items()), self.pattern, self.normal_form]
-        parts += [self.added] if self.added else []
-        parts += [self.unknown, self.fuse_unknown] if self.unknown is not None else []
-        parts += [cut.pattern for cut in self.cuts]
+        patterns = [cut.pattern for cut in [*self.cuts, self.words]]
+        parts = [self.tiktoken_file(), self.special, patterns, self.normal_form, self.added, self.unknown,
+                 self.fuse_unknown]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tiktoken_file(self):
@@ -1351,27 +1322,27 @@ class Tokenizer:
         """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config
         and the stop tokens.
         """
-        directory = Path(directory)
-        write(directory / "tokenizer.tiktoken", self.tiktoken_file())
-        content = (self.base or self.hugging_face()) | {"added_tokens": self.added_tokens}
         # A reserved token may stand in the vocabulary too, whose names decide the ids of added tokens.
-        names = {i: token for token, i in self.special.items()}
-        vocabulary = {names.get(i, token): i for token, i in content["model"]["vocab"].items()}
-        content["model"] = content["model"] | {"vocab": vocabulary}
-        write(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-        config = TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE))
-        write(directory / "tokenizer_config.json", config)
-        stops = GENERATION_CONFIG % (self.im_end, self.end_of_text, self.end_of_text)
-        write(directory / "generation_config.json", stops)
+        names, model = {i: token for token, i in self.special.items()}, self.content["model"]
+        vocabulary = {names.get(i, token): i for token, i in model["vocab"].items()}
+        content = self.content | {"added_tokens": self.added_tokens, "model": model | {"vocab": vocabulary}}
+        files = {
+            "tokenizer.tiktoken": self.tiktoken_file(),
+            "tokenizer.json": json.dumps(content, ensure_ascii=False),
+            "tokenizer_config.json":
+                TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE)),
+            "generation_config.json": GENERATION_CONFIG % (self.im_end, self.end_of_text, self.end_of_text)}
+        for name, text in files.items():
+            write(Path(directory, name), text)
 
-    def hugging_face(self):
-        """What a tokenizer.json holds, from the ranks."""
-        symbol = byte_symbols()
-        written = {token: "".join(symbol[b] for b in token) for token in self.ranks}
-        vocabulary = dict(zip(written.values(), self.ranks.values()))
-        merges = [[written[half] for half in halves(token, self.ranks)]
-                  for token in self.ranks if len(token) > 1]
-        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, (self.pattern, vocabulary, merges))))
+
+def tokenizer_json(ranks, pattern):
+    """What a tokenizer.json holds of a tokenizer with these ranks, but for its special tokens."""
+    symbol = byte_symbols()
+    written = {token: "".join(symbol[b] for b in token) for token in ranks}
+    vocabulary = dict(zip(written.values(), ranks.values()))
+    merges = [[written[half] for half in halves(token, ranks)] for token in ranks if len(token) > 1]
+    return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, (pattern, vocabulary, merges))))
 
 
 TOKENIZER_JSON = """{
@@ -1412,15 +1383,15 @@ def with_chat_tokens(added, ranks):
     """Added tokens, in the order of their ids, with those of the chat format: missing ones take the
     places of reserved ones, or new ones at the end.
     """
-    tokens = {token["content"]: token for token in sorted(added, key=lambda token: token["id"])}
-    reserved = [name for name in tokens if re.search(r"reserved|unused|extra", name)]
-    last = max([*ranks.values(), *(token["id"] for token in added)])
-    for name in SPECIAL_TOKENS:
-        if name in tokens or name == "<|endoftext|>" and "<|end_of_text|>" in tokens:
-            continue
-        last += not reserved
-        tokens[name] = added_token(name, tokens.pop(reserved.pop(0))["id"] if reserved else last)
-    return sorted(tokens.values(), key=lambda token: token["id"])
+    tokens = {token["id"]: token for token in added}
+    names = {token["content"] for token in added}
+    if "<|end_of_text|>" in names:
+        names.add("<|endoftext|>")
+    reserved = [i for i in sorted(tokens) if re.search("reserved|unused|extra", tokens[i]["content"])]
+    free = chain(reserved, count(max([*ranks.values(), *tokens]) + 1))
+    for name, i in zip([name for name in SPECIAL_TOKENS if name not in names], free):
+        tokens[i] = added_token(name, i)
+    return [tokens[i] for i in sorted(tokens)]
 
 
 # What Tokenizer.render writes, as a template for servers.
@@ -1513,11 +1484,7 @@ def read_vocabulary(model, special):
     merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
     rejected = {
         "model.merges not in the order of their ids": merged != sorted(merged),
-        "model.continuing_subword_prefix or end_of_word_suffix":
-            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
         "a model.unk_token that is not in model.vocab": unknown and unknown not in vocab,
-        "model.byte_fallback":
-            model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
         "a model.vocab without all of ASCII":  # rare bytes may be missing
             not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}}
     if faults := [fault for fault, holds in rejected.items() if holds]:
@@ -1529,19 +1496,19 @@ def read_patterns(pre_tokenizer):
     """The patterns by which a tokenizer.json cuts text, one after the other, from its description there.
     Raises ValueError for others than byte-level ones.
     """
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     patterns = []
-    for i, step in enumerate(steps, 1):
-        match step, i == len(steps):
-            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}, False:
-                patterns.append(split["Regex"])
-            case {"type": "Digits", "individual_digits": True}, False:
+    for step in steps:
+        match step:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
                 patterns.append(r"\p{N}")
-            case {"type": "ByteLevel"}, True if not step.get("add_prefix_space"):
+            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
                 patterns += [GPT2_PATTERN] * step.get("use_regex", True)
             case _:
                 raise ValueError(f"pre_tokenizer {step}")
-    if not patterns:
+    if not patterns or steps[-1]["type"] != "ByteLevel":
         raise ValueError(f"pre_tokenizer {pre_tokenizer}")
     return [DIGITS_PATTERN] if patterns == [r"\p{N}", GPT2_PATTERN] else patterns
 
@@ -1578,7 +1545,7 @@ def train_tokenizer(documents, split, args):
         write(path, tokenizer.tiktoken_file())
 
     path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
-    run_jobs(write_ranks, [(path,)], 0, "train the tokenizer")
+    run_jobs(write_ranks, [(path,)], 1, "train the tokenizer")
     return Tokenizer(read_ranks(path))
 
 
@@ -1606,9 +1573,7 @@ def read_ranks(path):
 # ----------------------------------------------------------------------------------------------------------
 # Bins
 
-# A bin's files, the bins that have them, and the type of their values; that of ids is the tokenizer's.
-FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"),
-         "score": (["retrieved"], "<f4")}
+ONLY_OF = {"mask": "instruction", "score": "retrieved"}  # files that only one bin has
 # What became of a document: where its tokens begin in those of its piece, their number, 1 + the place of its
 # split in SPLITS or 0 for none, bytes that have no token.
 TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
@@ -1629,38 +1594,36 @@ def assemble(out, documents, heldout_apis, tokenizer):
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
     chats = documents.ordered("instruction", split="heldout")
-    write(out / "heldout.jsonl", (documents[i].to_json() + "\n" for i in chats))
-    write(out / "rejected.jsonl", (json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
+    write(out / "heldout.jsonl", "".join(documents[i].to_json() + "\n" for i in chats))
+    write(out / "rejected.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in sample))
     for name in ("tokenizer_config.json", "heldout_apis.json", "heldout.jsonl", "rejected.jsonl"):
         files[name] = {"sha256": sha256(out / name)}
-    for path in documents.work.iterdir():  # of other inputs and options
-        if key_of(path) not in USED:
+    for path in [*documents.work.iterdir(), *out.glob("*.tmp")]:  # of other options, and of what was killed
+        if key_of(path) not in USED or path.suffix == ".tmp":
             path.unlink()
-    for path in [*out.glob("*.tmp"), *documents.work.glob("*.tmp")]:  # of processes that were killed
-        path.unlink()
     counts = {bin: files[f"{bin}.train.bin"]["tokens"] for bin in BINS}
     total = max(1, sum(counts.values()))
     return {
         "vocab_size": tokenizer.vocab_size, "lost_bytes": int(documents.tokens["lost"].sum()),
         "tokenizer_sha256": sha256(out / "tokenizer.json"),
         "files": files, "heldout_apis": len(heldout_apis),
-        "dropped": dict(sorted(reasons.items())), "masked": dict(sorted(masked.items())),
+        "dropped": reasons, "masked": dict(sorted(masked.items())),
         "shares": {bin: count / total for bin, count in counts.items()},
         "stages": {stage: [f"{bin}.train.bin" for bin in bins if counts[bin]]
                    for stage, bins in STAGES.items()}}
 
 
 def account(documents):
-    """What was dropped, by reason and with examples, and what was masked, by kind."""
-    reasons, rejected, masked = Counter(), [], Counter()
+    """What was dropped, by reason, examples of it, and what was masked, by kind. The examples of a reason are
+    those whose ids have the lowest hashes, so that it does not matter in which pieces they were found.
+    """
+    rejected, masked, reasons, sample = [], Counter(), Counter(), []
     for report in documents.reports:
-        reasons.update(report["reasons"])
         masked.update(report["masked"])
-        rejected += report["sample"]
+        rejected += report["rejected"]
     name = lambda i: documents.id[i].decode("utf-8", "replace")
     for i in np.flatnonzero(documents.reason).tolist():
         example = {"reason": documents.REASONS[documents.reason[i]], "id": name(i)}
-        reasons[example["reason"]] += 1
         if documents.copy_of[i] != i:
             example["of"] = name(documents.copy_of[i])
         if i in documents.match:
@@ -1668,7 +1631,11 @@ def account(documents):
         elif documents.score[i] and "mentions" not in example["reason"]:
             example["probability"] = round(float(documents.score[i]), 4)
         rejected.append(example)
-    return reasons, sample_of(rejected), masked
+    for example in sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
+        reasons[example["reason"]] += 1
+        if reasons[example["reason"]] <= MAX_REJECTED:
+            sample.append(example)
+    return reasons, sample, masked
 
 
 def write_bin(out, bin, split, documents, dtype):
@@ -1677,17 +1644,15 @@ def write_bin(out, bin, split, documents, dtype):
     """
     chosen, entries = documents.ordered(bin, split=split), {}
     starts = np.cumsum([0, *documents.tokens["length"][chosen]])
-    arrays = {"idx": starts, "score": documents.score[chosen]}
-    for suffix, (bins, stored) in FILES.items():
-        if bin not in bins:
-            continue
-        path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
-        if suffix in arrays:
-            write(path, arrays[suffix].astype(stored).tobytes())
-        else:
-            write(path, documents.tokens_of(chosen, stored.itemsize, suffix))
-        count = path.stat().st_size // stored.itemsize
-        entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
+    contents = {"bin": (dtype, documents.tokens_of(chosen, ".bin", dtype.itemsize)),
+                "mask": ("u1", documents.tokens_of(chosen, ".mask", 1)),
+                "idx": ("<u8", [starts.astype("<u8")]), "score": ("<f4", [documents.score[chosen]])}
+    for suffix, (stored, parts) in contents.items():
+        if bin == ONLY_OF.get(suffix, bin):
+            path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored)
+            write(path, parts)
+            count = path.stat().st_size // stored.itemsize
+            entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
     entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
     return entries
 
@@ -1711,17 +1676,16 @@ class Corpus:
         """Hash what this machine has not hashed as it is now: at the paper's size these files have 400 GB."""
         hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
         hashes["tokenizer.json"] = self.manifest["tokenizer_sha256"]
-        notes, found = self.directory / f".checked-{platform.node()}.json", {}
-        known = attempt(read_json, notes)
-        known = known if isinstance(known, dict) else {}
+        notes, found = self.directory / f".checked-{platform.node()}", ""
+        known = attempt(notes.read_text)  # or why there is none
         for name, expected in hashes.items():
             path = self.directory / name
-            status = path.stat() if path.exists() else None
-            found[name] = status and [expected, status.st_ino, status.st_size, status.st_mtime_ns]
-            if not status or found[name] != known.get(name) and attempt(sha256, path) != expected:
+            state = f"{name} {expected} {attempt(state_of, path)}\n"
+            if state not in known and attempt(sha256, path) != expected:
                 raise ValueError(f"{path}: missing or changed. Run `python build_corpus.py` again")
+            found += state
         if found != known and os.access(self.directory, os.W_OK):
-            write(notes, json.dumps(found))
+            write(notes, found)
 
     def read(self, domain, split, suffix="bin"):
         """Token ids ("bin"), document starts and the end ("idx") or loss mask ("mask"), as a memory map."""
@@ -1737,22 +1701,15 @@ class Corpus:
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
-def write(path, content=(), **arrays):
-    """Write a text, bytes, several of them, an array or, by name, several (in numpy's formats); the file
-    appears whole or not at all.
-    """
-    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")  # ranks may write the same
-    with open(temporary, "wb") as file:
-        if arrays:
-            np.savez(file, **arrays)
-        elif isinstance(content, np.ndarray):
-            np.save(file, content)
+def write(path, content):
+    """Write a text, a list of bytes, or an array in numpy's format; the file appears whole or not at all."""
+    with writing(path) as file:
+        if isinstance(content, np.ndarray):
+            np.save(file.buffer, content)
+        elif isinstance(content, str):
+            file.write(content)
         else:
-            for part in [content] if isinstance(content, (str, bytes)) else content:
-                file.write(part.encode("utf-8", "replace") if isinstance(part, str) else part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+            file.buffer.writelines(content)
 
 
 def read_json(path):
@@ -1764,6 +1721,12 @@ def sha256(path):
     """A file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_of(path):
+    """What changes when a file does."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def report(manifest, seconds):
@@ -1795,10 +1758,9 @@ def show(args):
     """Print documents of one bin after another, token by token in two shades; target tokens of tuning in
     green.
     """
-    try:
-        corpus = Corpus(args.out)
-    except ValueError as error:
-        fail(error)
+    corpus = attempt(Corpus, args.out)
+    if not isinstance(corpus, Corpus):
+        fail(corpus)
     files = corpus.manifest["files"]
     present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):

@@ -564,13 +564,13 @@ def test_only_what_changed_is_done_again(small_raw, tmp_path):
         run("build_corpus.py", "--raw", raw, "--out", out, *options)
         after = {p.name: p.stat().st_mtime_ns for p in (out / "work").glob("*")}
         made = {name for name in after if name not in before or before[name] != after[name]}
-        return {kind: sum(name.endswith(kind) for name in made) for kind in (".jsonl", ".pairs.npz", ".tiktoken", ".tokens.npy")}, after
+        return {kind: sum(name.endswith(kind) for name in made) for kind in (".jsonl", ".pairs.npy", ".tiktoken", ".tokens.npy")}, after
 
     first, files = build("--vocab-size", 512)
     shards = len(list(raw.glob("*.jsonl")))
-    assert first == {".jsonl": shards, ".pairs.npz": 1, ".tiktoken": 1, ".tokens.npy": shards}
-    assert build("--vocab-size", 600)[0] == {".jsonl": 0, ".pairs.npz": 0, ".tiktoken": 1, ".tokens.npy": shards}
-    assert build("--vocab-size", 600, "--near-duplicates", 0)[0] | {".tokens.npy": 0} == {".jsonl": 0, ".pairs.npz": 1, ".tiktoken": 1, ".tokens.npy": 0}
+    assert first == {".jsonl": shards, ".pairs.npy": 1, ".tiktoken": 1, ".tokens.npy": shards}
+    assert build("--vocab-size", 600)[0] == {".jsonl": 0, ".pairs.npy": 0, ".tiktoken": 1, ".tokens.npy": shards}
+    assert build("--vocab-size", 600, "--near-duplicates", 0)[0] | {".tokens.npy": 0} == {".jsonl": 0, ".pairs.npy": 1, ".tiktoken": 1, ".tokens.npy": 0}
     write_raw(raw, [record("new", text="A text that was not there before, and is long enough to stay.")])
     made, after = build("--vocab-size", 600, "--near-duplicates", 0)
     assert made[".jsonl"] == 1 and len(after) < 2 * len(files)  # what no corpus needs any more is gone
