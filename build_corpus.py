@@ -151,7 +151,7 @@ def drop_duplicates(documents, args):
     for j in np.flatnonzero(about_apis & ~documents.kept):
         documents.copies_apis[copy_of[j]].update(documents[j].apis)
     path, best = documents.file("pairs.npy", threshold), best[documents.kept[best]]
-    run_jobs(find_pairs, [(path, documents, best, threshold)], 1, "look for near duplicates")
+    run_jobs(find_pairs, [(path, best, documents, threshold)], 1, "look for near duplicates")
     pairs = np.load(path)
     parts = enumerate(np.split(pairs, range(PAIRS, len(pairs), PAIRS)))
     jobs = [(documents.file(f"{k}.similar.npy", threshold), part) for k, part in parts]
@@ -194,23 +194,22 @@ def retrieve(documents, args):
     that number is what is learned.
     """
     depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
-    path = documents.file("scorer.npz", depends)
+    path = documents.file("scorer.npy", depends)
     run_jobs(train_scorer, [(path, documents, args.encoder)], 1, "train the classifier")
-    scorer = dict(np.load(path))
+    scorer, report = np.load(path), read_json(path.with_suffix(".json"))
     jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
     workers = 1 if args.encoder else args.workers
     run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
-        documents.score[documents.rows(n)] = sigmoid(np.load(path))
+        documents.score[documents.rows(n)] = probability(np.load(path), report["line"])
     pool = np.flatnonzero(documents.is_in("retrieved"))
     pool = pool[np.lexsort((documents.id[pool], -documents.score[pool]))]  # the likeliest first
     count = round(args.retrieve * len(pool))
     if args.retrieve_above is not None:
         count = int((documents.score[pool] >= args.retrieve_above).sum())
     documents.drop(pool[count:], "not of the seed's kind")
-    figures = dict(zip(FIGURES, scorer["figures"].tolist()))
     least = float(documents.score[pool[:count]].min(initial=1.0))
-    return figures | {"pool": len(pool), "taken": count, "least": least}
+    return report["figures"] | {"pool": len(pool), "taken": count, "least": least}
 
 
 def in_fold(name, share, fold):
@@ -258,9 +257,9 @@ def tokenize(documents, split, tokenizer, args):
     return documents.tokenized
 
 
-def tokenize_piece(path, n, documents, split, tokenizer):
-    """Write the ids of a piece's kept documents, each with an end of text (.bin), their loss mask if
-    conversations for tuning are among them (.mask), and for each document of the piece what became of it.
+def tokenize_piece(n, documents, split, tokenizer):
+    """The ids of a piece's kept documents, each with an end of text (.bin), their loss mask if conversations
+    for tuning are among them (.mask), and for each document of the piece what became of it (.npy).
     """
     entries, ids, mask, start = np.zeros(len(documents.rows(n)), TOKENS), [[]], [[]], 0
     for row, i in enumerate(documents.rows(n)):
@@ -280,10 +279,10 @@ def tokenize_piece(path, n, documents, split, tokenizer):
         mask += [target, [0]]
         entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost
         start += len(encoded) + 1
-    write(path.with_suffix(".bin"), [np.concatenate(ids).astype(tokenizer.dtype)])
+    files = {".bin": [np.concatenate(ids).astype(tokenizer.dtype)]}
     if documents.is_in("instruction")[documents.rows(n)].any():
-        write(path.with_suffix(".mask"), [np.concatenate(mask).astype(np.uint8)])
-    write(path, entries)
+        files[".mask"] = [np.concatenate(mask).astype(np.uint8)]
+    return files | {".npy": entries}
 
 
 # ==========================================================================================================
@@ -377,21 +376,22 @@ USED = set()  # the keys of all files that this build needs
 
 
 def run_jobs(function, jobs, workers, name, shared=()):
-    """Call function(path, *arguments, *shared) for every job (path, *arguments) whose file is not there
-    yet, and return when all files are.
+    """Do the jobs (path, *arguments) whose file is not there yet, and return when all files are.
 
-    Ranks share out the jobs, `workers` processes those of a rank. The function writes its file last, whole
-    or not at all, so that an end at any time loses no more than the jobs under way.
+    function(*arguments, *shared) returns what is written: {suffix: content} of files beside the path, that of
+    the path itself last, so that an end at any time loses no more than the jobs under way. Ranks share out
+    the jobs, `workers` processes those of a rank.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    jobs = {job[0]: job for job in jobs}  # equal shards make equal jobs
+    jobs = {path: arguments for path, *arguments in jobs}  # equal shards make equal jobs
     USED.update(map(key_of, jobs))
-    todo, parent = [jobs[path] for path in [*jobs][rank::world] if not path.exists()], os.getpid()
+    todo, parent = [path for path in [*jobs][rank::world] if not path.exists()], os.getpid()
 
-    def run(part):
-        for job in part:
+    def run(paths):
+        for path in paths:
             if os.getppid() == parent:  # else it was killed, and may have been started anew
-                function(*job, *shared)
+                for suffix, content in function(*jobs[path], *shared).items():
+                    write(path.with_suffix(suffix), content)
 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run, args=(todo[k::workers],), daemon=True)
@@ -469,9 +469,9 @@ INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "S16"), ("start", 
                   ("length", "<u4"), ("bin", "u1")])
 
 
-def clean_piece(path, piece):
-    """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
-    report (.json) and their index (.npy).
+def clean_piece(piece):
+    """Clean the records of a piece. Returns them (.jsonl), the hashes of their bands (.bands.npy), a report
+    (.json) and their index (.npy).
     """
     rejected, masked, lines, index, bands, apis = [], Counter(), [], [], [], set()
     records = (clean(record, masked) for record in read_records(piece, rejected))
@@ -493,11 +493,9 @@ def clean_piece(path, piece):
             index.append((*index_key(record.id), digest_of(text), 0, *size, BINS.index(bin)))
     index = np.array(index, INDEX)
     index["start"] = np.cumsum(index["size"]) - index["size"]
-    write(path.with_suffix(".jsonl"), lines)
-    write(path.with_suffix(".bands.npy"), np.array(bands, np.uint64).reshape(-1, BANDS).T.copy())
+    bands = np.array(bands, np.uint64).reshape(-1, BANDS).T.copy()
     report = {"rejected": rejected, "masked": masked, "apis": sorted(apis)}
-    write(path.with_suffix(".json"), json.dumps(report))
-    write(path, index)
+    return {".jsonl": lines, ".bands.npy": bands, ".json": json.dumps(report), ".npy": index}
 
 
 def read_records(piece, rejected):
@@ -764,8 +762,8 @@ def band_keys(signatures):
     return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64))
 
 
-def find_pairs(path, documents, best, threshold):
-    """Write the pairs (later, earlier) of documents, given from the best on, that are to be compared: a
+def find_pairs(best, documents, threshold):
+    """The pairs (later, earlier) of documents, given from the best on, that are to be compared: a
     document with the best that has the hash of one of its bands, and with the NEAR before it.
     """
     pairs, n = np.zeros(0, np.int64), len(best)  # a pair is later * n + earlier, of places in `best`
@@ -779,14 +777,14 @@ def find_pairs(path, documents, best, threshold):
             later = later[later - step >= heads[later]]
             found.append(order[later] * n + order[later - step])
         pairs = np.unique(np.concatenate([*found, order[later] * n + order[heads[later]]]))
-    write(path, best[np.stack(np.divmod(pairs, n), 1)])
+    return {".npy": best[np.stack(np.divmod(pairs, n), 1)]}
 
 
-def compare_pairs(path, pairs, documents, threshold):
-    """Write those of some pairs whose shingles have a Jaccard similarity that reaches the threshold."""
+def compare_pairs(pairs, documents, threshold):
+    """Those of some pairs whose shingles have a Jaccard similarity that reaches the threshold."""
     shingles = lru_cache(2_000)(lambda i: set(shingle_hashes([content_of(documents[i])])[0].tolist()))
     both = ((shingles(j), shingles(i)) for j, i in pairs.tolist())
-    write(path, pairs[[len(a & b) >= threshold * len(a | b) for a, b in both]])
+    return {".npy": pairs[[len(a & b) >= threshold * len(a | b) for a, b in both]]}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -862,8 +860,8 @@ def is_telling(run):
     return len(words) >= 8
 
 
-def find_matches(path, n, documents, benchmarks):
-    """Write [row, words or call, file] of the documents of a piece that share something with the
+def find_matches(n, documents, benchmarks):
+    """[row, words or call, file] of the documents of a piece that share something with the
     benchmarks.
     """
     found = []
@@ -871,7 +869,7 @@ def find_matches(path, n, documents, benchmarks):
         record = documents[i]
         if match := benchmarks.match(content_of(record), record.messages):
             found.append((row, *match))
-    write(path, json.dumps(found))
+    return {".json": json.dumps(found)}
 
 
 def benchmark_files(path):
@@ -888,7 +886,6 @@ def benchmark_files(path):
 BUCKETS = 2**20  # places for the hashed n-grams
 SAMPLE = 100_000  # documents of each kind, at most, that the classifier learns from
 LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
-FIGURES = ("precision", "recall", "f1", "calibration_error", "tested")  # of it, on documents it did not see
 
 
 def plain_text(record):
@@ -902,9 +899,9 @@ def plain_text(record):
     return "\n".join(parts)
 
 
-def train_scorer(path, documents, encoder):
-    """Write what score() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
-    pool.
+def train_scorer(documents, encoder):
+    """What score() needs (.npy), the line from scores to the logarithm of odds, and figures of how well that
+    foretells unseen documents (.json). Texts are as many of the seed, which stand first, as of the pool.
     """
     seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
     count = min(SAMPLE, len(seed), len(pool))
@@ -914,24 +911,23 @@ def train_scorer(path, documents, encoder):
     rows = [[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)]
     (seed, pool), tune, test = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
     if encoder:
-        learned = {"seeds": encode_texts(encoder, seed[:4096])}
+        scorer = encode_texts(encoder, seed[:4096])
     else:
-        learned = {"weights": fit_ngrams(seed, pool)}
+        scorer = fit_ngrams(seed, pool)
         # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which
         # may well be of its kind.
-        order = np.argsort(score(pool, learned, None))
+        order = np.argsort(score(pool, scorer, None))
         hard = pool[order[len(order) // 2:len(order) * 9 // 10]]
-        learned = {"weights": fit_ngrams(seed, np.append(pool, hard))}
-    learned["slope"], learned["offset"] = calibrate(score(tune.ravel(), learned, encoder))
-    p = sigmoid(score(test.ravel(), learned, encoder))
+        scorer = fit_ngrams(seed, np.append(pool, hard))
+    line = calibrate(score(tune.ravel(), scorer, encoder))
+    p = probability(score(test.ravel(), scorer, encoder), line)
     found, is_seed = p >= 0.5, first_half(p)
     hits = (found & is_seed).sum()
-    precision, recall = hits / max(1, found.sum()), hits / is_seed.sum()
-    f1 = 2 * hits / (found.sum() + is_seed.sum())
     gaps = np.bincount(np.minimum(p * 10, 9).astype(int), p - is_seed)  # of each tenth of the probabilities
-    error = abs(gaps).sum() / len(p)
-    with writing(path) as file:
-        np.savez(file.buffer, **learned, figures=[precision, recall, f1, error, len(p)])
+    figures = {"precision": hits / max(1, found.sum()), "recall": hits / is_seed.sum(),
+               "f1": 2 * hits / (found.sum() + is_seed.sum()), "calibration_error": abs(gaps).sum() / len(p),
+               "tested": float(len(p))}
+    return {".json": json.dumps({"line": line, "figures": figures}), ".npy": scorer}
 
 
 def first_half(values):
@@ -939,30 +935,27 @@ def first_half(values):
     return np.arange(len(values)) < len(values) // 2
 
 
-def score(texts, learned, encoder):
+def score(texts, scorer, encoder):
     """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of the
-    seed; once calibrated, the logarithm of the odds that it is of the seed's kind.
+    seed.
     """
     if encoder:
-        scores = np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
-    else:
-        buckets, starts = ngrams(texts)
-        scores = np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
-    return learned.get("slope", 1) * scores + learned.get("offset", 0)
+        return np.sort(encode_texts(encoder, texts) @ scorer.T, axis=1)[:, -8:].mean(1)
+    buckets, starts = ngrams(texts)
+    return np.add.reduceat(scorer[buckets], starts[:-1]) / np.diff(starts)
 
 
-def sigmoid(x):
-    """The logistic function of an array, elementwise."""
-    return 1 / (1 + np.exp(-x))
+def probability(scores, line):
+    """That a text is of the seed's kind, from its score and the line to the logarithm of odds."""
+    return 1 / (1 + np.exp(-np.polyval(line, scores)))
 
 
-def score_piece(path, n, documents, learned, encoder):
-    """Write the logarithm of the odds of each document of a piece of the pool."""
-    scores = [np.zeros(0)]
-    records = map(documents.__getitem__, documents.rows(n))
+def score_piece(n, documents, scorer, encoder):
+    """The score of each document of a piece of the pool."""
+    scores, records = [[]], map(documents.__getitem__, documents.rows(n))
     for batch in batches(records, lambda record: len(record.text), 500_000):
-        scores.append(score([plain_text(record) for record in batch], learned, encoder))
-    write(path, np.concatenate(scores))
+        scores.append(score([plain_text(record) for record in batch], scorer, encoder))
+    return {".npy": np.concatenate(scores)}
 
 
 def ngrams(texts):
@@ -1035,12 +1028,13 @@ def calibrate(scores):
     """Slope and offset by which scores, the first half of the seed, become the logarithm of odds (Platt
     1999), by Newton's method; a weak prior keeps them finite.
     """
-    x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
+    scale, w = scores.std(), np.zeros(2)
+    x = np.stack([scores / scale, np.ones(len(scores))], 1)
     for _ in range(50):
-        p = sigmoid(x @ w)
+        p = 1 / (1 + np.exp(-x @ w))
         hessian = (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2)
         w -= np.linalg.solve(hessian, x.T @ (p - first_half(p)) + 0.01 * w)
-    return w[0] / scores.std(), w[1]
+    return w[0] / scale, w[1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1168,21 +1162,11 @@ class Tokenizer:
         """
         place = Path(place)
         path, *_ = *place.glob("tokenizer.json"), *place.glob("tokenizer.model"), place
-        try:
-            if path.suffix == ".model":
-                ranks = read_ranks(path)
-                added = [added_token(name, len(ranks) + i) for i, name in enumerate(LLAMA_SPECIAL)]
-                return cls(ranks, added, LLAMA_PATTERN)
-            content = read_json(path)
-            added = content["added_tokens"]
-            ranks = read_vocabulary(content["model"], {token["content"] for token in added})
-            return cls(ranks, added, content=content)
-        except OSError:
-            fail(f"{path}: no such file; a directory with a tokenizer has a tokenizer.json")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {reason}. Start from a base "
+        tokenizer = attempt(read_tokenizer, path)  # or why it cannot be read
+        if not isinstance(tokenizer, cls):
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {tokenizer}. Start from a base "
                  "that has one, as Llama 3, Qwen or SmolLM2; a SentencePiece model, as Llama 2's, is none")
+        return tokenizer
 
     @classmethod
     def train(cls, texts, vocab_size):
@@ -1469,6 +1453,18 @@ def halves(token, ranks):
     return parts
 
 
+def read_tokenizer(path):
+    """The Tokenizer in a tokenizer.json, or in Meta's tokenizer.model of Llama 3."""
+    if path.suffix == ".model":
+        ranks = read_ranks(path)
+        added = [added_token(name, i) for i, name in enumerate(LLAMA_SPECIAL, len(ranks))]
+        return Tokenizer(ranks, added, LLAMA_PATTERN)
+    content = read_json(path)
+    added = content["added_tokens"]
+    ranks = read_vocabulary(content["model"], {token["content"] for token in added})
+    return Tokenizer(ranks, added, content=content)
+
+
 def read_vocabulary(model, special):
     """Ranks {bytes: id} of the model in a tokenizer.json. Raises ValueError for another than a byte-level
     BPE.
@@ -1540,12 +1536,12 @@ def train_tokenizer(documents, split, args):
     """The Tokenizer trained on a fair share of each domain's training text, or the one that was written
     when it was.
     """
-    def write_ranks(path):
+    def train():
         tokenizer = Tokenizer.train(training_texts(documents, split), args.vocab_size)
-        write(path, tokenizer.tiktoken_file())
+        return {".tiktoken": tokenizer.tiktoken_file()}
 
     path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
-    run_jobs(write_ranks, [(path,)], 1, "train the tokenizer")
+    run_jobs(train, [(path,)], 1, "train the tokenizer")
     return Tokenizer(read_ranks(path))
 
 
@@ -1764,21 +1760,21 @@ def show(args):
     files = corpus.manifest["files"]
     present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):
-        name = bin, split = present[k % len(present)]
-        starts = corpus.read(*name, "idx")
+        bin, split = present[k % len(present)]
+        starts = corpus.read(bin, split, "idx")
         number = k // len(present) * 7919 % (len(starts) - 1)  # a prime, to come around
-        a, b = starts[number:number + 2].tolist()
-        ids, mask = corpus.read(*name)[a:b].tolist(), [0] * (b - a)
-        text = corpus.tokenizer.decode(ids[:-1])
+        document = slice(*starts[number:number + 2].tolist())
+        ids = corpus.read(bin, split)[document].tolist()
+        text, mask = corpus.tokenizer.decode(ids[:-1]), [0] * len(ids)
         measured = measure(text, shingle_hashes([text])[0])
-        scores = [f"{name} {value:,.2f}" for name, value in measured.items()]
+        notes = [f"{name} {value:,.2f}" for name, value in measured.items()]
         if bin == "instruction":
-            mask = corpus.read(*name, "mask")[a:b]
-            scores.append(f"learned {mask.mean():.0%}")
+            mask = corpus.read(bin, split, "mask")[document]
+            notes.append(f"learned {mask.mean():.0%}")
         if bin == "retrieved":
-            scores.append(f"probability {corpus.read(*name, 'score')[number]:.3f}")
+            notes.append(f"probability {corpus.read(bin, split, 'score')[number]:.3f}")
         print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, "
-              f"{len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
+              f"{len(text) / len(ids):.1f} characters each; {', '.join(notes)}")
         print_tokens(corpus.tokenizer, ids, mask)
 
 
