@@ -37,12 +37,11 @@ import re
 import sys
 import time
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from functools import cache, lru_cache, partial
 from itertools import chain, count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import regex
@@ -113,11 +112,8 @@ def clean_all(pieces, work, workers):
 
 def clean(record, masked):
     """The record with its texts scrubbed; what is masked is counted."""
-    if record.text is None:
-        record.messages = scrub_strings(record.messages, masked)
-        record.tools = scrub_strings(record.tools, masked)
-        return record
-    record.text = scrub(record.text, masked)
+    parts = record.text, record.messages, record.tools
+    record.text, record.messages, record.tools = scrub_strings([*parts], masked)
     for hint, line in BOILERPLATE.items():
         if record.domain == "text" and hint in record.text.lower():
             line = rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)"
@@ -139,18 +135,19 @@ def minhash(hashes, starts):
 
 def drop_duplicates(documents, args):
     """Keep of equal and of nearly equal documents the best: one of the seed before one of the pool, the
-    longest, the lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their
-    bands and compared in full, a part by each process; neither needs the texts in memory.
+    longest, the lowest id. Sets documents.copy_of and .copies_apis. Candidates are found by their bands and
+    compared in full, a part by each process; neither needs the texts in memory.
     """
-    reason, copy_of, threshold = documents.reason, documents.copy_of, args.near_duplicates
+    kept, copy_of, threshold = documents.kept, documents.copy_of, args.near_duplicates
     about_apis = documents.is_in("api_doc", "trajectory", "instruction")
     best = np.lexsort((documents.id, -documents.length.astype(np.int64), documents.is_in("retrieved")))
     _, first, value = np.unique(documents.digest[best], return_index=True, return_inverse=True)
     copy_of[best] = best[first[value]]
-    documents.drop(copy_of != np.arange(len(documents)), "duplicate")
-    for j in np.flatnonzero(about_apis & ~documents.kept):
-        documents.copies_apis[copy_of[j]].update(documents[j].apis)
-    path, best = documents.file("pairs.npy", threshold), best[documents.kept[best]]
+    for j in np.flatnonzero(copy_of != np.arange(len(documents))):
+        documents.drop(j, "duplicate", of=documents.name(copy_of[j]))
+        if about_apis[j]:
+            documents.copies_apis[copy_of[j]].update(documents[j].apis)
+    path, best = documents.file("pairs.npy", threshold), best[kept[best]]
     run_jobs(find_pairs, [(path, best, documents, threshold)], 1, "look for near duplicates")
     pairs = np.load(path)
     parts = enumerate(np.split(pairs, range(PAIRS, len(pairs), PAIRS)))
@@ -158,10 +155,9 @@ def drop_duplicates(documents, args):
     run_jobs(compare_pairs, jobs, args.workers, "compare near duplicates", (documents, threshold))
     similar = np.concatenate([np.load(path) for path, _ in jobs])
     for j, i in similar.tolist():  # from the best j on: what became of i is known
-        if not reason[i] and not reason[j]:
-            documents.drop(j, "near duplicate")
+        if kept[i] and kept[j]:
+            documents.drop(j, "near duplicate", of=documents.name(i))
             copy_of[j] = i
-    kept = documents.kept
     # A document that is dropped may resemble several that are kept.
     for gone, other in np.concatenate([similar, similar[:, ::-1]]).tolist():
         if kept[other] and not kept[gone]:
@@ -170,18 +166,18 @@ def drop_duplicates(documents, args):
 
 
 def drop_contaminated(documents, args):
-    """Drop the documents that share something with the test data. Sets documents.match, what it is."""
+    """Drop the documents that share something with the test data."""
     if not args.benchmarks:
         return
     jobs = documents.jobs("matches.json", [sha256(file) for file in args.benchmarks])
     benchmarks = Benchmarks(args.benchmarks) if not all(path.exists() for path, _ in jobs) else None
     run_jobs(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
     for path, n in jobs:
-        for row, *match in read_json(path):
+        for row, words, file in read_json(path):
             i = documents.rows(n)[row]
-            if not documents.reason[i]:
-                documents.match[i] = match
-    documents.drop(list(documents.match), "shares words or a call with a benchmark")
+            if documents.kept[i]:
+                reason = "shares words or a call with a benchmark"
+                documents.drop(i, reason, match=words, file=file)
 
 
 def retrieve(documents, args):
@@ -193,21 +189,27 @@ def retrieve(documents, args):
     and a logistic loss. With two classes a vector and the output layer make one number for each n-gram, so
     that number is what is learned.
     """
-    depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
+    seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
+    count = min(SAMPLE, len(seed), len(pool))
+    if count < 50:
+        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
+             "classifier needs 50 of each")
+    depends = hash_of(documents.names, documents.kept, encoder_hashes(args.encoder))
     path = documents.file("scorer.npy", depends)
-    run_jobs(train_scorer, [(path, documents, args.encoder)], 1, "train the classifier")
+    job = path, (seed[:count], pool[:count]), documents, args.encoder
+    run_jobs(train_scorer, [job], 1, "train the classifier")
     scorer, report = np.load(path), read_json(path.with_suffix(".json"))
     jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
     workers = 1 if args.encoder else args.workers
     run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
         documents.score[documents.rows(n)] = probability(np.load(path), report["line"])
-    pool = np.flatnonzero(documents.is_in("retrieved"))
     pool = pool[np.lexsort((documents.id[pool], -documents.score[pool]))]  # the likeliest first
     count = round(args.retrieve * len(pool))
     if args.retrieve_above is not None:
         count = int((documents.score[pool] >= args.retrieve_above).sum())
-    documents.drop(pool[count:], "not of the seed's kind")
+    for i in pool[count:]:
+        documents.drop(i, "not of the seed's kind", probability=round(float(documents.score[i]), 4))
     least = float(documents.score[pool[:count]].min(initial=1.0))
     return report["figures"] | {"pool": len(pool), "taken": count, "least": least}
 
@@ -250,7 +252,7 @@ def tokenize(documents, split, tokenizer, args):
     for n, name in enumerate(documents.names):
         rows = documents.rows(n)
         copies = [sorted(split.copies_apis.get(i, ())) for i in rows]
-        key = hash_of(name, documents.reason[rows], copies, depends)
+        key = hash_of(name, documents.kept[rows], copies, depends)
         jobs.append((documents.work / f"{key}.tokens.npy", n))
     run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
     documents.tokenized = [path for path, _ in jobs]
@@ -263,7 +265,7 @@ def tokenize_piece(n, documents, split, tokenizer):
     """
     entries, ids, mask, start = np.zeros(len(documents.rows(n)), TOKENS), [[]], [[]], 0
     for row, i in enumerate(documents.rows(n)):
-        if documents.reason[i]:
+        if not documents.kept[i]:
             continue
         record = documents[i]
         name = split(i, record, BINS[documents.bin[i]])
@@ -277,7 +279,7 @@ def tokenize_piece(n, documents, split, tokenizer):
             target = np.zeros(len(encoded))
         ids += [encoded, [tokenizer.end_of_text]]
         mask += [target, [0]]
-        entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost
+        entries[row] = start, len(encoded) + 1, name, tokenizer.lost
         start += len(encoded) + 1
     files = {".bin": [np.concatenate(ids).astype(tokenizer.dtype)]}
     if documents.is_in("instruction")[documents.rows(n)].any():
@@ -341,12 +343,8 @@ def parse_args():
 # Pieces of work, over processes and ranks
 
 
-class Piece(NamedTuple):
-    """The lines of a shard that begin in the PIECE bytes from `start` on. The key tells their content."""
-    key: str
-    shard: Path
-    start: int
-    pool: bool
+# The lines of a shard that begin in the PIECE bytes from `start` on. The key tells their content.
+Piece = namedtuple("Piece", "key shard start pool")
 
 
 def find_shards(directory):
@@ -400,11 +398,9 @@ def run_jobs(function, jobs, workers, name, shared=()):
         process.start()
     for path in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
         while not path.exists():  # also those of other ranks
-            failed = [process.exitcode for process in processes if process.exitcode]
-            if 2 in failed:
-                sys.exit(2)  # it said why
-            if failed:
-                fail(f"{name}: a process failed, perhaps for lack of memory (fewer --workers need less)")
+            if any(process.exitcode for process in processes):
+                fail(f"{name}: a process failed; if nothing above says why, for lack of memory, of which "
+                     "fewer --workers need less")
             time.sleep(0.01)
 
 
@@ -500,28 +496,23 @@ def clean_piece(piece):
 
 def read_records(piece, rejected):
     """Yields the records in the lines of a piece. A line that holds none is named, and joins the rejected."""
-    counted, number = 0, 1  # bytes before which lines were counted, and the number of the line after them
-    with open(piece.shard, "rb") as file:
+    number = 1  # of the line that `before` has come to
+    with open(piece.shard, "rb") as file, open(piece.shard, "rb") as before:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line that begins in the piece before
         while (at := file.tell()) < piece.start + PIECE and (line := file.readline()):
             try:
-                record = Record.from_json(line.decode("utf-8", "replace").removesuffix("\n"))
+                record = Record.from_json(line.decode("utf-8", "replace"))
                 if piece.pool and record.text is None:
                     raise ValueError("a conversation has no place in a pool")
                 if attempt(well_formed, record) is not True:
                     raise ValueError("not in the form of a record")
+                yield record
             except ValueError as error:
-                following = file.tell()
-                file.seek(counted)
-                number += file.read(at - counted).count(b"\n")
-                counted = at
-                file.seek(following)
+                number += before.read(at - before.tell()).count(b"\n")
                 print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
                 rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
-            else:
-                yield record
 
 
 def well_formed(record):
@@ -645,10 +636,8 @@ WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 or b == 0 for b in range
 
 class Documents:
     """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each,
-    their texts on disk. The steps set why each is dropped, as an index into REASONS; 0: it is kept.
+    their texts on disk. The steps drop() some.
     """
-    REASONS = ["", "duplicate", "near duplicate", "shares words or a call with a benchmark",
-               "not of the seed's kind", *(f"{bin} mentions a held-out API" for bin in BINS)]
 
     def __init__(self, pieces, work):
         self.pieces, self.work = pieces, work
@@ -658,11 +647,11 @@ class Documents:
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
         self.piece = np.repeat(np.arange(len(parts)), np.diff(self.first))  # (N,)
         index = np.concatenate([np.zeros(0, INDEX), *parts])
-        vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .order, ...
-        self.reason = np.zeros(len(self), np.uint8)   # (N,)
+        vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .digest, ...
+        self.order = np.lexsort((self.id, self.order))  # (N,) all of them, by the hash of their ids
+        self.kept, self.dropped = np.ones(len(self), bool), []  # (N,); an example for rejected.jsonl of each
         self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
-        self.match = {}                               # {document: (words or call, benchmark file)}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
         self.open = lru_cache(500)(lambda name: open(work / name, "rb"))
 
@@ -692,9 +681,8 @@ class Documents:
         """
         chosen = self.is_in(*bins)
         if split:
-            chosen &= self.tokens["split"] == 1 + SPLITS.index(split)
-        chosen = np.flatnonzero(chosen)
-        return chosen[np.lexsort((self.id[chosen], self.order[chosen]))]
+            chosen &= self.tokens["split"] == split
+        return self.order[chosen[self.order]]
 
     def tokens_of(self, chosen, suffix, size):
         """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
@@ -702,12 +690,14 @@ class Documents:
             path = self.tokenized[self.piece[i]].with_suffix(suffix)
             yield self.read(path.name, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
 
-    @property
-    def kept(self):
-        return self.reason == 0
+    def name(self, i):
+        """The id of a document as it is shown."""
+        return self.id[i].decode("utf-8", "replace")
 
-    def drop(self, documents, reason):
-        self.reason[documents] = self.REASONS.index(reason)
+    def drop(self, i, reason, **details):
+        """Drop a document; rejected.jsonl may tell the details."""
+        self.kept[i] = False
+        self.dropped.append({"reason": reason, "id": self.name(i), **details})
 
     def file(self, suffix, *depends):
         """The path in work/ of what depends on all documents."""
@@ -771,7 +761,8 @@ def find_pairs(best, documents, threshold):
         paths = [documents.work / f"{name}.bands.npy" for name in documents.names]
         keys = np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])[best]
         order = np.argsort(keys, kind="stable")
-        heads = np.searchsorted(keys, keys, sorter=order)[order]  # where each run of equal keys begins
+        keys = keys[order]
+        heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
         later, found = np.arange(n), [pairs]
         for step in range(1, NEAR + 1):
             later = later[later - step >= heads[later]]
@@ -899,17 +890,12 @@ def plain_text(record):
     return "\n".join(parts)
 
 
-def train_scorer(documents, encoder):
+def train_scorer(kinds, documents, encoder):
     """What score() needs (.npy), the line from scores to the logarithm of odds, and figures of how well that
-    foretells unseen documents (.json). Texts are as many of the seed, which stand first, as of the pool.
+    predicts unseen documents (.json). The kinds are as many documents of the seed as of the pool.
     """
-    seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
-    count = min(SAMPLE, len(seed), len(pool))
-    if count < 50:
-        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
-             "classifier needs 50 of each")
-    rows = [[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)]
-    (seed, pool), tune, test = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
+    texts = np.array([[plain_text(documents[i]) for i in kind] for kind in kinds], object)
+    (seed, pool), tune, test = np.split(texts, [int(share * len(kinds[0])) for share in (0.8, 0.9)], axis=1)
     if encoder:
         scorer = encode_texts(encoder, seed[:4096])
     else:
@@ -941,8 +927,9 @@ def score(texts, scorer, encoder):
     """
     if encoder:
         return np.sort(encode_texts(encoder, texts) @ scorer.T, axis=1)[:, -8:].mean(1)
-    buckets, starts = ngrams(texts)
-    return np.add.reduceat(scorer[buckets], starts[:-1]) / np.diff(starts)
+    places = ngrams(texts)
+    counts = [*map(len, places)]
+    return np.add.reduceat(scorer[np.concatenate(places)], np.cumsum([0, *counts[:-1]])) / counts
 
 
 def probability(scores, line):
@@ -959,23 +946,20 @@ def score_piece(n, documents, scorer, encoder):
 
 
 def ngrams(texts):
-    """Places (M,) int32 of the texts' words and pairs of words, hashed, and where each text's begin."""
-    places, counts = [], [0]
+    """[Places (M,) int32] of each text's words and pairs of words, hashed."""
+    found = []
     for batch in batches(texts, len, 500_000):
         words, starts = shingle_hashes(batch, 1)
         pairs, _ = shingle_hashes(batch, 2)  # as many as words: the last is one word
-        for a, b in zip(starts, starts[1:]):
-            places += [words[a:b], pairs[a:b]]
-            counts.append(2 * (b - a))
-    return (np.concatenate(places) % BUCKETS).astype(np.int32), np.cumsum(counts)
+        found += [np.append(words[a:b], pairs[a:b]) for a, b in zip(starts, starts[1:])]
+    return [(hashes % BUCKETS).astype(np.int32) for hashes in found]
 
 
 def fit_ngrams(seed, pool, epochs=3, batch_size=64):
     """The number (BUCKETS,) of each n-gram by whose mean over a text those of the seed are told best."""
     import torch  # here, since only --pool needs it
     torch.set_num_threads(1)  # the same sums under torchrun, which sets their number
-    places, starts = map(torch.from_numpy, ngrams(np.append(seed, pool)))
-    grams = places.tensor_split(starts[1:-1])
+    grams = [*map(torch.from_numpy, ngrams(np.append(seed, pool)))]
     weights = torch.zeros(BUCKETS, 1, requires_grad=True)
     optimizer = torch.optim.SparseAdam([weights], lr=0.1)
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(grams)), epochs))
@@ -1014,13 +998,14 @@ def encode_texts(directory, texts, longest=512):
     encoder, tokenizer = load_encoder(directory)
     vectors = np.zeros((len(texts), encoder.config.dim), np.float32)
     ids = [tokenizer.encode(text[:10 * longest])[:longest] or [tokenizer.end_of_text] for text in texts]
-    order = tqdm(sorted(range(len(ids)), key=lambda i: len(ids[i])), desc="encode", disable=None)
-    for rows in batches(order, lambda i: len(ids[i]), 4096):
+    lengths = [*map(len, ids)]
+    order = tqdm(np.argsort(lengths, kind="stable"), desc="encode", disable=None)
+    for rows in batches(order, lengths.__getitem__, 4096):
         sequences = [torch.tensor(ids[i]) for i in rows]
         padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (B, T)
         with torch.inference_mode():
             for i, states in zip(rows, encoder.hidden(padded)):
-                vectors[i] = states[:len(ids[i])].mean(0)  # attention is causal: it saw no padding
+                vectors[i] = states[:lengths[i]].mean(0)  # attention is causal: it saw no padding
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -1053,7 +1038,7 @@ def mention_finder(names):
     # A name can only start where its first component does, and ends before the next character that is no word
     # or dot.
     components = {re.escape(name.split(".")[0]) for name in names}
-    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(components))
+    starts = re.compile(rf"(?=(?:{'|'.join(components)})\.)")
 
     @lru_cache(1_000_000)
     def in_run(run):
@@ -1069,7 +1054,7 @@ def mention_finder(names):
 TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
         "<think>", "</think>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
-SPECIAL = re.compile("(%s)" % "|".join(map(re.escape, SPECIAL_TOKENS)))
+SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 # What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore
 # before them; numbers of up to three digits; punctuation; white space. A qualified name so follows one token
 # that nothing else follows, and is cut alike wherever it stands: to copy it a model need only look for what
@@ -1085,6 +1070,7 @@ LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
                  "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
+NOWHERE = r"\0(?!)"  # matches nothing
 LONGEST_RUN = 20_000  # characters without white space, or of nothing else, that are encoded together
 # Tiles a text. The group matches what to cut off a longer run: where possible after a letter and before a
 # sign, where every tokenizer here cuts as well.
@@ -1129,11 +1115,11 @@ class Tokenizer:
         if takes_space and any(token[:1].isspace() for token in self.added):
             raise ValueError("added tokens of white space, and others that take white space along")
         patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
-        self.find_added = regex.compile("(%s)" % ("|".join(patterns) or r"\0(?!)"))
+        self.find_added = regex.compile(f"({'|'.join(patterns) or NOWHERE})")
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
+        self.dtype = np.dtype("u2" if self.vocab_size <= 2**16 else "u4")  # of ids in files
         self.encoding = tiktoken.Encoding("corpus", pat_str=self.words.pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special)
 
@@ -1164,8 +1150,8 @@ class Tokenizer:
         path, *_ = *place.glob("tokenizer.json"), *place.glob("tokenizer.model"), place
         tokenizer = attempt(read_tokenizer, path)  # or why it cannot be read
         if not isinstance(tokenizer, cls):
-            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {tokenizer}. Start from a base "
-                 "that has one, as Llama 3, Qwen or SmolLM2; a SentencePiece model, as Llama 2's, is none")
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {tokenizer}. Start from a "
+                 "base that has one: Llama 3, Qwen or SmolLM2. A SentencePiece model, as Llama 2's, is none")
         return tokenizer
 
     @classmethod
@@ -1478,13 +1464,12 @@ def read_vocabulary(model, special):
     except KeyError as error:
         raise ValueError(f"model.vocab has {error}, which stands for no byte") from None
     merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
-    rejected = {
-        "model.merges not in the order of their ids": merged != sorted(merged),
-        "a model.unk_token that is not in model.vocab": unknown and unknown not in vocab,
-        "a model.vocab without all of ASCII":  # rare bytes may be missing
-            not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}}
-    if faults := [fault for fault, holds in rejected.items() if holds]:
-        raise ValueError("; ".join(faults))
+    if merged != sorted(merged):
+        raise ValueError("model.merges not in the order of their ids")
+    if unknown and unknown not in vocab:
+        raise ValueError("a model.unk_token that is not in model.vocab")
+    if not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}:  # rarer bytes may be missing
+        raise ValueError("a model.vocab without all of ASCII")
     return ranks
 
 
@@ -1540,7 +1525,7 @@ def train_tokenizer(documents, split, args):
         tokenizer = Tokenizer.train(training_texts(documents, split), args.vocab_size)
         return {".tiktoken": tokenizer.tiktoken_file()}
 
-    path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
+    path = documents.file("tiktoken", documents.kept, sorted(split.heldout), args.fold, args.vocab_size)
     run_jobs(train, [(path,)], 1, "train the tokenizer")
     return Tokenizer(read_ranks(path))
 
@@ -1570,9 +1555,9 @@ def read_ranks(path):
 # Bins
 
 ONLY_OF = {"mask": "instruction", "score": "retrieved"}  # files that only one bin has
-# What became of a document: where its tokens begin in those of its piece, their number, 1 + the place of its
-# split in SPLITS or 0 for none, bytes that have no token.
-TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
+# What became of a document: where its tokens begin in those of its piece, their number, its split or "",
+# bytes that have no token.
+TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "U7"), ("lost", "<u4")])
 
 
 def assemble(out, documents, heldout_apis, tokenizer):
@@ -1583,8 +1568,9 @@ def assemble(out, documents, heldout_apis, tokenizer):
     tokenizer.save(out)
     files = {}
     for bin in BINS:
-        no_split = documents.is_in(bin) & (documents.tokens["split"] == 0)
-        documents.drop(no_split, f"{bin} mentions a held-out API")
+        no_split = documents.is_in(bin) & (documents.tokens["split"] == "")
+        for i in np.flatnonzero(no_split):
+            documents.drop(i, f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
     reasons, sample, masked = account(documents)
@@ -1613,20 +1599,10 @@ def account(documents):
     """What was dropped, by reason, examples of it, and what was masked, by kind. The examples of a reason are
     those whose ids have the lowest hashes, so that it does not matter in which pieces they were found.
     """
-    rejected, masked, reasons, sample = [], Counter(), Counter(), []
+    rejected, masked, reasons, sample = [*documents.dropped], Counter(), Counter(), []
     for report in documents.reports:
         masked.update(report["masked"])
         rejected += report["rejected"]
-    name = lambda i: documents.id[i].decode("utf-8", "replace")
-    for i in np.flatnonzero(documents.reason).tolist():
-        example = {"reason": documents.REASONS[documents.reason[i]], "id": name(i)}
-        if documents.copy_of[i] != i:
-            example["of"] = name(documents.copy_of[i])
-        if i in documents.match:
-            example["match"], example["file"] = documents.match[i]
-        elif documents.score[i] and "mentions" not in example["reason"]:
-            example["probability"] = round(float(documents.score[i]), 4)
-        rejected.append(example)
     for example in sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
         reasons[example["reason"]] += 1
         if reasons[example["reason"]] <= MAX_REJECTED:
@@ -1665,13 +1641,9 @@ class Corpus:
         if not path.exists():
             raise ValueError(f"{path}: no such file. Run `python build_corpus.py` to its end first")
         self.manifest, self.sha256 = read_json(path), sha256(path)
-        self.check()
-        self.tokenizer = Tokenizer.load(self.directory)
-
-    def check(self):
-        """Hash what this machine has not hashed as it is now: at the paper's size these files have 400 GB."""
         hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
         hashes["tokenizer.json"] = self.manifest["tokenizer_sha256"]
+        # What this machine has hashed as it is now is not hashed again: the paper's size is 400 GB.
         notes, found = self.directory / f".checked-{platform.node()}", ""
         known = attempt(notes.read_text)  # or why there is none
         for name, expected in hashes.items():
@@ -1682,6 +1654,7 @@ class Corpus:
             found += state
         if found != known and os.access(self.directory, os.W_OK):
             write(notes, found)
+        self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):
         """Token ids ("bin"), document starts and the end ("idx") or loss mask ("mask"), as a memory map."""
