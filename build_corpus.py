@@ -65,15 +65,14 @@ def main():
     if args.show is not None:
         return show(args)
     started, out = time.time(), Path(args.out)
-    shards, pool = find_shards(args.raw), find_shards(args.pool) if args.pool else []
+    shards = find_shards(args.raw, args.workers)
+    pool = find_shards(args.pool, args.workers) if args.pool else {}
     tokenizer = Tokenizer.find(args.tokenizer) if args.tokenizer else None
-    with ThreadPool(args.workers) as threads:
-        hashes = dict(zip(shards + pool, threads.map(sha256, shards + pool)))
     options = {
         "tokenizer": tokenizer and tokenizer.fingerprint(),
         "benchmarks": [sha256(file) for file in args.benchmarks],
-        "inputs": {shard.name: hashes[shard] for shard in shards},
-        "pool": {shard.name: hashes[shard] for shard in pool},
+        "inputs": {shard.name: key for shard, key in shards.items()},
+        "pool": {shard.name: key for shard, key in pool.items()},
         "encoder": encoder_hashes(args.encoder)}
     for name in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above"):
         options[name] = getattr(args, name)
@@ -85,7 +84,7 @@ def main():
     if is_main():
         (out / "manifest.json").unlink(missing_ok=True)  # until it is written again the corpus is not valid
 
-    pieces = find_pieces(shards, hashes, False) + find_pieces(pool, hashes, True)
+    pieces = find_pieces(shards, False) + find_pieces(pool, True)
     documents = clean_all(sorted(pieces), out / "work", args.workers)  # sorted by content
     if not len(documents):
         fail(f"{args.raw}: no document is left after cleaning")
@@ -347,16 +346,18 @@ def parse_args():
 Piece = namedtuple("Piece", "key shard start pool")
 
 
-def find_shards(directory):
-    """The files of records in a directory."""
+def find_shards(directory, workers):
+    """{path: SHA-256} of the files of records in a directory."""
     shards = sorted(Path(directory).glob("*.jsonl"))
-    return shards or fail(f"{directory}: no *.jsonl files of records, such as `python collect.py` writes")
+    with ThreadPool(workers) as threads:
+        hashes = dict(zip(shards, threads.map(sha256, shards)))
+    return hashes or fail(f"{directory}: no *.jsonl files of records, such as `python collect.py` writes")
 
 
-def find_pieces(shards, hashes, pool):
+def find_pieces(shards, pool):
     """The Pieces of some shards."""
-    return [Piece(hash_of(hashes[shard], start, pool), shard, start, pool)
-            for shard in shards for start in range(0, shard.stat().st_size, PIECE)]
+    return [Piece(hash_of(key, start, pool), shard, start, pool)
+            for shard, key in shards.items() for start in range(0, shard.stat().st_size, PIECE)]
 
 
 def hash_of(*parts):
@@ -1014,7 +1015,7 @@ def calibrate(scores):
     1999), by Newton's method; a weak prior keeps them finite.
     """
     scale, w = scores.std(), np.zeros(2)
-    x = np.stack([scores / scale, np.ones(len(scores))], 1)
+    x = np.vander(scores / scale, 2)  # (N, 2) with ones
     for _ in range(50):
         p = 1 / (1 + np.exp(-x @ w))
         hessian = (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2)
@@ -1044,8 +1045,7 @@ def mention_finder(names):
     def in_run(run):
         return any(run[m.start():m.start() + n] in names for m in starts.finditer(run) for n in lengths)
 
-    runs = re.compile(r"(?<![\w.-])[\w.-]*\w\.[\w.-]+")
-    return lambda text: any(in_run(run) for run in set(runs.findall(text)))
+    return lambda text: any(map(in_run, re.findall(r"(?<![\w.-])[\w.-]*\w\.[\w.-]+", text)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1566,11 +1566,10 @@ def assemble(out, documents, heldout_apis, tokenizer):
     """
     documents.tokens = np.concatenate([np.load(path) for path in documents.tokenized])
     tokenizer.save(out)
+    for i in np.flatnonzero(documents.kept & (documents.tokens["split"] == "")):
+        documents.drop(i, f"{BINS[documents.bin[i]]} mentions a held-out API")
     files = {}
     for bin in BINS:
-        no_split = documents.is_in(bin) & (documents.tokens["split"] == "")
-        for i in np.flatnonzero(no_split):
-            documents.drop(i, f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
     reasons, sample, masked = account(documents)
@@ -1762,8 +1761,8 @@ def print_tokens(tokenizer, ids, targets):
             print(token, end="‖" if target else "|")
             continue
         style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
-        lines = token.split("\n")  # a background that goes over a line's end would fill the screen
-        print("\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in lines), end="")
+        # Line by line, since a background that goes over a line's end would fill the screen.
+        print(re.sub("(.+)", f"\033[{style}m\\1\033[0m", token), end="")
     print("\n")
 
 

@@ -472,7 +472,7 @@ def test_many_bad_lines_take_no_longer_each(tmp_path):
         file.write("x" * 60 + "\n" + ("-eyJ" * 20 + "\n") * 30_000)
     rejected, started = [], time.time()
     shard = tmp_path / "raw" / "records.jsonl"
-    [piece] = build_corpus.find_pieces([shard], {shard: ""}, False)
+    [piece] = build_corpus.find_pieces({shard: ""}, False)
     assert len(list(build_corpus.read_records(piece, rejected))) == 1 and rejected[-1]["id"] == "records.jsonl:30002"
     build_corpus.scrub("-eyJ" * 40_000, Counter())
     assert time.time() - started < 8
@@ -616,7 +616,7 @@ def through_files(directory, texts, threshold=0.8, workers=1, name=lambda i, tex
     write_raw(directory / "raw", [record(name(i, text), "api_doc", text) for i, text in enumerate(texts)])
     args = argparse.Namespace(workers=workers, near_duplicates=threshold)
     shard = directory / "raw" / "records.jsonl"
-    pieces = build_corpus.find_pieces([shard], {shard: build_corpus.sha256(shard)}, False)
+    pieces = build_corpus.find_pieces({shard: build_corpus.sha256(shard)}, False)
     (directory / "work").mkdir()
     documents = build_corpus.clean_all(pieces, directory / "work", workers)
     build_corpus.drop_duplicates(documents, args)
