@@ -34,6 +34,7 @@ import operator
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import unicodedata
@@ -111,8 +112,8 @@ def clean_all(pieces, work, workers):
 
 def clean(record, masked):
     """The record with its texts scrubbed; what is masked is counted."""
-    parts = record.text, record.messages, record.tools
-    record.text, record.messages, record.tools = scrub_strings([*parts], masked)
+    parts = [record.text, record.messages, record.tools]
+    record.text, record.messages, record.tools = scrub_strings(parts, masked)
     for hint, line in BOILERPLATE.items():
         if record.domain == "text" and hint in record.text.lower():
             line = rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)"
@@ -175,8 +176,7 @@ def drop_contaminated(documents, args):
         for row, words, file in read_json(path):
             i = documents.rows(n)[row]
             if documents.kept[i]:
-                reason = "shares words or a call with a benchmark"
-                documents.drop(i, reason, match=words, file=file)
+                documents.drop(i, "shares words or a call with a benchmark", match=words, file=file)
 
 
 def retrieve(documents, args):
@@ -262,8 +262,9 @@ def tokenize_piece(n, documents, split, tokenizer):
     """The ids of a piece's kept documents, each with an end of text (.bin), their loss mask if conversations
     for tuning are among them (.mask), and for each document of the piece what became of it (.npy).
     """
-    entries, ids, mask, start = np.zeros(len(documents.rows(n)), TOKENS), [[]], [[]], 0
-    for row, i in enumerate(documents.rows(n)):
+    rows, end = documents.rows(n), np.array([tokenizer.end_of_text], np.uint32)
+    entries, ids, targets, start = [(0, 0, "", 0)] * len(rows), [end[:0]], [], 0
+    for row, i in enumerate(rows):
         if not documents.kept[i]:
             continue
         record = documents[i]
@@ -273,17 +274,18 @@ def tokenize_piece(n, documents, split, tokenizer):
         tokenizer.lost = 0
         if record.text is None:
             encoded, target = tokenizer.render(record.messages, record.tools)
+            targets.append((start, target))
         else:
             encoded = tokenizer.encode_to_numpy(record.text)
-            target = np.zeros(len(encoded))
-        ids += [encoded, [tokenizer.end_of_text]]
-        mask += [target, [0]]
+        ids += [encoded, end]
         entries[row] = start, len(encoded) + 1, name, tokenizer.lost
         start += len(encoded) + 1
-    files = {".bin": [np.concatenate(ids).astype(tokenizer.dtype)]}
-    if documents.is_in("instruction")[documents.rows(n)].any():
-        files[".mask"] = [np.concatenate(mask).astype(np.uint8)]
-    return files | {".npy": entries}
+    files, mask = {".bin": [np.concatenate(ids).astype(tokenizer.dtype)]}, np.zeros(start, np.uint8)
+    for at, target in targets:
+        mask[at:at + len(target)] = target
+    if documents.is_in("instruction")[rows].any():
+        files[".mask"] = [mask]
+    return files | {".npy": np.array(entries, TOKENS)}
 
 
 # ==========================================================================================================
@@ -387,6 +389,7 @@ def run_jobs(function, jobs, workers, name, shared=()):
     todo, parent = [path for path in [*jobs][rank::world] if not path.exists()], os.getpid()
 
     def run(paths):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
         for path in paths:
             if os.getppid() == parent:  # else it was killed, and may have been started anew
                 for suffix, content in function(*jobs[path], *shared).items():
@@ -397,7 +400,7 @@ def run_jobs(function, jobs, workers, name, shared=()):
                  for k in range(min(workers, len(todo)))]
     for process in processes:
         process.start()
-    for path in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
+    for path in tqdm(jobs, desc=name, disable=None if not rank and len(todo) > 1 else True):
         while not path.exists():  # also those of other ranks
             if any(process.exitcode for process in processes):
                 fail(f"{name}: a process failed; if nothing above says why, for lack of memory, of which "
@@ -759,7 +762,7 @@ def find_pairs(best, documents, threshold):
     """
     pairs, n = np.zeros(0, np.int64), len(best)  # a pair is later * n + earlier, of places in `best`
     for band in tqdm(range(BANDS if threshold else 0), desc="bands", disable=None):
-        paths = [documents.work / f"{name}.bands.npy" for name in documents.names]
+        paths = (documents.work / f"{name}.bands.npy" for name in documents.names)
         keys = np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])[best]
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
@@ -794,11 +797,11 @@ class Benchmarks:
     def __init__(self, files):
         self.runs, self.calls = {}, defaultdict(list)
         for file in tqdm(files, desc="benchmarks", disable=None):
-            for part in (part for _, value in read_values(file) for part in parts_of(value)):
-                for name, accepted in gold_calls(part):
-                    self.calls[name].append({k: [*map(canonical, v)] for k, v in accepted.items()})
-                for run in runs_of(part) if isinstance(part, str) else []:
-                    if is_telling(run):
+            for _, value in read_values(file):
+                for part in parts_of(value):
+                    for name, accepted in gold_calls(part):
+                        self.calls[name].append({k: [*map(canonical, v)] for k, v in accepted.items()})
+                    for run in filter(is_telling, runs_of(part) if isinstance(part, str) else []):
                         self.runs.setdefault(run, file.name)
 
     def match(self, text, messages):
@@ -1070,7 +1073,6 @@ LLAMA_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1
 RESERVED = [f"<|reserved_special_token_{i}|>" for i in range(251)]
 LLAMA_SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *RESERVED[:4], "<|start_header_id|>",
                  "<|end_header_id|>", RESERVED[4], "<|eot_id|>", *RESERVED[5:]]
-NOWHERE = r"\0(?!)"  # matches nothing
 LONGEST_RUN = 20_000  # characters without white space, or of nothing else, that are encoded together
 # Tiles a text. The group matches what to cut off a longer run: where possible after a letter and before a
 # sign, where every tokenizer here cuts as well.
@@ -1115,7 +1117,7 @@ class Tokenizer:
         if takes_space and any(token[:1].isspace() for token in self.added):
             raise ValueError("added tokens of white space, and others that take white space along")
         patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
-        self.find_added = regex.compile(f"({'|'.join(patterns) or NOWHERE})")
+        self.find_added = regex.compile(f"({'|'.join(patterns)})")
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
@@ -1176,13 +1178,13 @@ class Tokenizer:
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32."""
         arrays = []
-        for i, run in enumerate(self.find_added.split(text)):
+        for i, run in enumerate(self.find_added.split(text) if self.added else [text]):
             if i % 2:  # flags take white space along
                 token = self.added.get(run) or self.added[run.strip()]
                 arrays.append([token["id"]])
             else:
                 arrays += map(self.encode_part, self.parts(run))
-        return np.concatenate(arrays).astype(np.uint32)
+        return np.concatenate(arrays).astype(np.uint32) if len(arrays) > 1 else arrays[0]
 
     def encode_part(self, text):
         """The ids of a text without added tokens. A byte that has no token is the unknown one or, if
@@ -1246,7 +1248,7 @@ class Tokenizer:
         if tools:
             add("<|im_start|>system\n")
             if messages and messages[0]["role"] == "system":
-                add("{content}\n", **messages[0])
+                add("{content}\n", content=messages[0]["content"])
                 messages = messages[1:]
             add("<tools>\n")
             for f in (tool["function"] for tool in tools):
@@ -1399,7 +1401,7 @@ def train_bpe(words, vocab_size):
     comes up.
     """
     tokens = [bytes([b]) for b in range(256)]
-    texts, counts = [word.decode("latin-1") for word in words], list(words.values())
+    texts, counts = [word.decode("latin-1") for word in words], [*words.values()]
     totals, holders, heap = Counter(), defaultdict(set), []  # holders: the words that may hold a pair
     changes, new = defaultdict(int), ""  # of the totals by the last merge, and the token that it made
 
@@ -1409,8 +1411,8 @@ def train_bpe(words, vocab_size):
             if new in pair:
                 holders[pair].add(i)
 
-    for i in range(len(texts)):
-        count_pairs(i, counts[i])
+    for i, count in enumerate(counts):
+        count_pairs(i, count)
     while len(tokens) < vocab_size:
         for pair, change in changes.items():
             if change:
@@ -1463,7 +1465,7 @@ def read_vocabulary(model, special):
         ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
     except KeyError as error:
         raise ValueError(f"model.vocab has {error}, which stands for no byte") from None
-    merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
+    merged = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]  # "a b" or ["a", "b"]
     if merged != sorted(merged):
         raise ValueError("model.merges not in the order of their ids")
     if unknown and unknown not in vocab:
@@ -1640,15 +1642,14 @@ class Corpus:
         if not path.exists():
             raise ValueError(f"{path}: no such file. Run `python build_corpus.py` to its end first")
         self.manifest, self.sha256 = read_json(path), sha256(path)
-        hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
-        hashes["tokenizer.json"] = self.manifest["tokenizer_sha256"]
+        files = self.manifest["files"] | {"tokenizer.json": {"sha256": self.manifest["tokenizer_sha256"]}}
         # What this machine has hashed as it is now is not hashed again: the paper's size is 400 GB.
         notes, found = self.directory / f".checked-{platform.node()}", ""
         known = attempt(notes.read_text)  # or why there is none
-        for name, expected in hashes.items():
+        for name, entry in files.items():
             path = self.directory / name
-            state = f"{name} {expected} {attempt(state_of, path)}\n"
-            if state not in known and attempt(sha256, path) != expected:
+            state = f"{name} {entry['sha256']} {attempt(state_of, path)}\n"
+            if state not in known and attempt(sha256, path) != entry["sha256"]:
                 raise ValueError(f"{path}: missing or changed. Run `python build_corpus.py` again")
             found += state
         if found != known and os.access(self.directory, os.W_OK):
@@ -1738,8 +1739,8 @@ def show(args):
         document = slice(*starts[number:number + 2].tolist())
         ids = corpus.read(bin, split)[document].tolist()
         text, mask = corpus.tokenizer.decode(ids[:-1]), [0] * len(ids)
-        measured = measure(text, shingle_hashes([text])[0])
-        notes = [f"{name} {value:,.2f}" for name, value in measured.items()]
+        measured = measure(text, shingle_hashes([text])[0]).items()
+        notes = [f"{name} {value:,.2f}" for name, value in measured]
         if bin == "instruction":
             mask = corpus.read(bin, split, "mask")[document]
             notes.append(f"learned {mask.mean():.0%}")
