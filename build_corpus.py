@@ -87,13 +87,13 @@ def main():
 
     pieces = find_pieces(shards, False) + find_pieces(pool, True)
     documents = clean_all(sorted(pieces), out / "work", args.workers)  # sorted by content
-    if not len(documents):
+    if not documents:
         fail(f"{args.raw}: no document is left after cleaning")
     drop_duplicates(documents, args)
     drop_contaminated(documents, args)
     retrieval = retrieve(documents, args) if pool else None
-    apis = {api for report in documents.reports for api in report["apis"]}
-    heldout_apis = sorted(api for api in apis if in_fold(api, args.heldout, args.fold))
+    heldout_apis = sorted({api for report in documents.reports for api in report["apis"]
+                           if in_fold(api, args.heldout, args.fold)})
     split = Split(heldout_apis, args.fold, documents.copies_apis)
     tokenizer = tokenizer or train_tokenizer(documents, split, args)
     tokenize(documents, split, tokenizer, args)
@@ -233,7 +233,7 @@ class Split:
 
     def __init__(self, heldout_apis, fold, copies_apis):
         self.heldout, self.fold, self.copies_apis = set(heldout_apis), fold, copies_apis
-        self.mentions = mention_finder(heldout_apis)
+        self.mentions = mention_finder(self.heldout)
 
     def __call__(self, i, record, bin):
         if bin in ("code", "text"):
@@ -260,7 +260,7 @@ def tokenize(documents, split, tokenizer, args):
 
 def tokenize_piece(n, documents, split, tokenizer):
     """The ids of a piece's kept documents, each with an end of text (.bin), their loss mask if conversations
-    for tuning are among them (.mask), and for each document of the piece what became of it (.npy).
+    are among them (.mask), and for each document of the piece what became of it (.npy).
     """
     rows, end = documents.rows(n), np.array([tokenizer.end_of_text], np.uint32)
     entries, ids, targets, start = [(0, 0, "", 0)] * len(rows), [end[:0]], [], 0
@@ -283,7 +283,7 @@ def tokenize_piece(n, documents, split, tokenizer):
     files, mask = {".bin": [np.concatenate(ids).astype(tokenizer.dtype)]}, np.zeros(start, np.uint8)
     for at, target in targets:
         mask[at:at + len(target)] = target
-    if documents.is_in("instruction")[rows].any():
+    if targets:
         files[".mask"] = [mask]
     return files | {".npy": np.array(entries, TOKENS)}
 
@@ -1037,7 +1037,6 @@ def mention_finder(names):
     >>> mentions("see numpy.add.reduce"), mentions("see numpy.ad")
     (True, False)
     """
-    names = set(names)
     lengths = {len(name) for name in names}
     # A name can only start where its first component does, and ends before the next character that is no word
     # or dot.
