@@ -1465,6 +1465,9 @@ def read_vocabulary(model, special):
     except KeyError as error:
         raise ValueError(f"model.vocab has {error}, which stands for no byte") from None
     merged = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]  # "a b" or ["a", "b"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"model.{name}")
     if merged != sorted(merged):
         raise ValueError("model.merges not in the order of their ids")
     if unknown and unknown not in vocab:
