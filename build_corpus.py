@@ -34,23 +34,23 @@ import operator
 import os
 import platform
 import re
+import signal
 import sys
 import time
 import unicodedata
-from collections import Counter, defaultdict
-from functools import cache, lru_cache
-from itertools import groupby, islice
+from collections import Counter, defaultdict, namedtuple
+from functools import cache, lru_cache, partial
+from itertools import chain, count
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import regex
 import tiktoken
 from tqdm import tqdm
 
-from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, list_or_none, python_calls,
-                     read_values, run_main, unit_hash, visible)
+from collect import (DOMAINS, HelpFormatter, Record, attempt, calls_in, fail, functions_called, list_or_none,
+                     python_calls, read_values, run_main, unit_hash, visible, writing)
 
 SPLITS = ("train", "heldout")
 BINS = (*DOMAINS, "retrieved")   # retrieved: what was taken from the pool
@@ -66,36 +66,34 @@ def main():
     if args.show is not None:
         return show(args)
     started, out = time.time(), Path(args.out)
-    shards, pool = find_shards(args.raw), find_shards(args.pool) if args.pool else []
+    shards = find_shards(args.raw, args.workers)
+    pool = find_shards(args.pool, args.workers) if args.pool else {}
     tokenizer = Tokenizer.find(args.tokenizer) if args.tokenizer else None
-    with ThreadPool(args.workers) as threads:
-        hashes = dict(zip(shards + pool, threads.map(sha256, shards + pool)))
     options = {
         "tokenizer": tokenizer and tokenizer.fingerprint(),
         "benchmarks": [sha256(file) for file in args.benchmarks],
-        "inputs": {shard.name: hashes[shard] for shard in shards},
-        "pool": {shard.name: hashes[shard] for shard in pool},
+        "inputs": {shard.name: key for shard, key in shards.items()},
+        "pool": {shard.name: key for shard, key in pool.items()},
         "encoder": encoder_hashes(args.encoder)}
     for name in ("vocab_size", "near_duplicates", "heldout", "fold", "retrieve", "retrieve_above"):
         options[name] = getattr(args, name)
-    manifest = attempt(read_json, out / "manifest.json")  # a text if there is none
-    whole = isinstance(attempt(Corpus, out), Corpus)
-    if whole and manifest["options"] == options:
+    corpus = attempt(Corpus, out)  # or why there is none
+    if isinstance(corpus, Corpus) and corpus.manifest["options"] == options:
         print(f"{out} is up to date")
-        return report(manifest, time.time() - started)
+        return report(corpus.manifest, time.time() - started)
     (out / "work").mkdir(parents=True, exist_ok=True)
     if is_main():
         (out / "manifest.json").unlink(missing_ok=True)  # until it is written again the corpus is not valid
 
-    pieces = find_pieces(shards, hashes, False) + find_pieces(pool, hashes, True)
+    pieces = find_pieces(shards, False) + find_pieces(pool, True)
     documents = clean_all(sorted(pieces), out / "work", args.workers)  # sorted by content
-    if not len(documents):
+    if not documents:
         fail(f"{args.raw}: no document is left after cleaning")
     drop_duplicates(documents, args)
     drop_contaminated(documents, args)
     retrieval = retrieve(documents, args) if pool else None
-    apis = {api for report in documents.reports for api in report["apis"]}
-    heldout_apis = sorted(api for api in apis if in_fold(api, args.heldout, args.fold))
+    heldout_apis = sorted({api for report in documents.reports for api in report["apis"]
+                           if in_fold(api, args.heldout, args.fold)})
     split = Split(heldout_apis, args.fold, documents.copies_apis)
     tokenizer = tokenizer or train_tokenizer(documents, split, args)
     tokenize(documents, split, tokenizer, args)
@@ -114,78 +112,71 @@ def clean_all(pieces, work, workers):
 
 def clean(record, masked):
     """The record with its texts scrubbed; what is masked is counted."""
-    if record.text is None:
-        record.messages = scrub_strings(record.messages, masked)
-        record.tools = scrub_strings(record.tools, masked)
-        return record
-    record.text = scrub(record.text, masked)
+    parts = [record.text, record.messages, record.tools]
+    record.text, record.messages, record.tools = scrub_strings(parts, masked)
     for hint, line in BOILERPLATE.items():
         if record.domain == "text" and hint in record.text.lower():
             line = rf"^[ \t>*#|-]*(?:{line})[ \t]*(?:\n|\Z)"
-            record.text, count = re.subn(line, "", record.text, flags=re.I | re.M)
-            masked["lines of boilerplate"] += count
+            record.text, found = re.subn(line, "", record.text, flags=re.I | re.M)
+            masked["lines of boilerplate"] += found
     return record
 
 
 def minhash(hashes, starts):
-    """Signatures (N, BANDS * ROWS) uint32 of N texts, from their shingle_hashes(): two agree at a place
+    """Signatures (N, BANDS * ROWS) uint64 of N texts, from their shingle_hashes(): two agree at a place
     with a probability that is the Jaccard similarity of their sets of shingles. The functions are of the form
     (a·x + b mod 2^64) / 2^32 with x below 2^32, which is universal (Dietzfelbinger 1996) and needs no wider
     numbers.
     """
     x = hashes >> 32
-    a, b = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64)
-    signatures = np.empty((BANDS * ROWS, len(starts) - 1), np.uint32)
-    for i in range(BANDS * ROWS):
-        signatures[i] = np.minimum.reduceat((x * (a[i] | 1) + b[i]) >> 32, starts[:-1])
-    return signatures.T
+    functions = np.random.default_rng(0).integers(2**64, size=(2, BANDS * ROWS), dtype=np.uint64).T
+    return np.array([np.minimum.reduceat((x * (a | 1) + b) >> 32, starts[:-1]) for a, b in functions]).T
 
 
 def drop_duplicates(documents, args):
     """Keep of equal and of nearly equal documents the best: one of the seed before one of the pool, the
-    longest, the lowest id. Sets documents.reason, .copy_of and .copies_apis. Candidates are found by their
-    bands and compared in full, a part by each process; neither needs the texts in memory.
+    longest, the lowest id. Sets documents.copy_of and .copies_apis. Candidates are found by their bands and
+    compared in full, a part by each process; neither needs the texts in memory.
     """
-    reason, copy_of, threshold = documents.reason, documents.copy_of, args.near_duplicates
+    kept, copy_of, threshold = documents.kept, documents.copy_of, args.near_duplicates
     about_apis = documents.is_in("api_doc", "trajectory", "instruction")
     best = np.lexsort((documents.id, -documents.length.astype(np.int64), documents.is_in("retrieved")))
     _, first, value = np.unique(documents.digest[best], return_index=True, return_inverse=True)
     copy_of[best] = best[first[value]]
-    documents.drop(copy_of != np.arange(len(documents)), "duplicate")
-    for j in np.flatnonzero(about_apis & ~documents.kept):
-        documents.copies_apis[int(copy_of[j])].update(documents[j].apis)
-    path, best = documents.file("pairs.npz", threshold), best[documents.kept[best]]
-    run_jobs(find_pairs, [(path, documents, best, threshold)], 0, "look for near duplicates")
-    pairs = np.load(path)["pairs"]
+    for j in np.flatnonzero(copy_of != np.arange(len(documents))):
+        documents.drop(j, "duplicate", of=documents.name(copy_of[j]))
+        if about_apis[j]:
+            documents.copies_apis[copy_of[j]].update(documents[j].apis)
+    path, best = documents.file("pairs.npy", threshold), best[kept[best]]
+    run_jobs(find_pairs, [(path, best, documents, threshold)], 1, "look for near duplicates")
+    pairs = np.load(path)
     parts = enumerate(np.split(pairs, range(PAIRS, len(pairs), PAIRS)))
     jobs = [(documents.file(f"{k}.similar.npy", threshold), part) for k, part in parts]
     run_jobs(compare_pairs, jobs, args.workers, "compare near duplicates", (documents, threshold))
     similar = np.concatenate([np.load(path) for path, _ in jobs])
-    for j, i in pairs[similar].tolist():  # from the best j on: what became of i is known
-        if not reason[i] and not reason[j]:
-            documents.drop(j, "near duplicate")
+    for j, i in similar.tolist():  # from the best j on: what became of i is known
+        if kept[i] and kept[j]:
+            documents.drop(j, "near duplicate", of=documents.name(i))
             copy_of[j] = i
-    kept = documents.kept
-    for pair in pairs[similar].tolist():  # a document that is dropped may resemble several that are kept
-        for gone, other in (pair, pair[::-1]):
-            if kept[other] and not kept[gone]:
-                named = documents[gone].apis if about_apis[gone] else []
-                documents.copies_apis[other].update(named, documents.copies_apis.get(gone, ()))
+    # A document that is dropped may resemble several that are kept.
+    for gone, other in np.concatenate([similar, similar[:, ::-1]]).tolist():
+        if kept[other] and not kept[gone]:
+            named = documents[gone].apis if about_apis[gone] else []
+            documents.copies_apis[other].update(named, documents.copies_apis.get(gone, ()))
 
 
 def drop_contaminated(documents, args):
-    """Drop the documents that share something with the test data. Sets documents.match, what it is."""
+    """Drop the documents that share something with the test data."""
     if not args.benchmarks:
         return
     jobs = documents.jobs("matches.json", [sha256(file) for file in args.benchmarks])
     benchmarks = Benchmarks(args.benchmarks) if not all(path.exists() for path, _ in jobs) else None
     run_jobs(find_matches, jobs, args.workers, "decontaminate", (documents, benchmarks))
     for path, n in jobs:
-        for row, *match in read_json(path):
+        for row, words, file in read_json(path):
             i = documents.rows(n)[row]
-            if not documents.reason[i]:
-                documents.match[i] = match
-    documents.drop(list(documents.match), "shares words or a call with a benchmark")
+            if documents.kept[i]:
+                documents.drop(i, "shares words or a call with a benchmark", match=words, file=file)
 
 
 def retrieve(documents, args):
@@ -197,24 +188,29 @@ def retrieve(documents, args):
     and a logistic loss. With two classes a vector and the output layer make one number for each n-gram, so
     that number is what is learned.
     """
-    depends = hash_of(documents.names, documents.reason, encoder_hashes(args.encoder))
-    path = documents.file("scorer.npz", depends)
-    run_jobs(train_scorer, [(path, documents, args.encoder)], 0, "train the classifier")
-    scorer = dict(np.load(path))
+    seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
+    count = min(SAMPLE, len(seed), len(pool))
+    if count < 50:
+        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
+             "classifier needs 50 of each")
+    depends = hash_of(documents.names, documents.kept, encoder_hashes(args.encoder))
+    path = documents.file("scorer.npy", depends)
+    job = path, (seed[:count], pool[:count]), documents, args.encoder
+    run_jobs(train_scorer, [job], 1, "train the classifier")
+    scorer, report = np.load(path), read_json(path.with_suffix(".json"))
     jobs = [(path, n) for path, n in documents.jobs("scores.npy", depends) if documents.pieces[n].pool]
-    workers = 0 if args.encoder else args.workers
+    workers = 1 if args.encoder else args.workers
     run_jobs(score_piece, jobs, workers, "score the pool", (documents, scorer, args.encoder))
     for path, n in jobs:
-        documents.score[documents.rows(n)] = sigmoid(np.load(path))
-    pool = np.flatnonzero(documents.is_in("retrieved"))
+        documents.score[documents.rows(n)] = probability(np.load(path), report["line"])
     pool = pool[np.lexsort((documents.id[pool], -documents.score[pool]))]  # the likeliest first
     count = round(args.retrieve * len(pool))
     if args.retrieve_above is not None:
         count = int((documents.score[pool] >= args.retrieve_above).sum())
-    documents.drop(pool[count:], "not of the seed's kind")
-    figures = dict(zip(FIGURES, scorer["figures"].tolist()))
+    for i in pool[count:]:
+        documents.drop(i, "not of the seed's kind", probability=round(float(documents.score[i]), 4))
     least = float(documents.score[pool[:count]].min(initial=1.0))
-    return figures | {"pool": len(pool), "taken": count, "least": least}
+    return report["figures"] | {"pool": len(pool), "taken": count, "least": least}
 
 
 def in_fold(name, share, fold):
@@ -237,7 +233,7 @@ class Split:
 
     def __init__(self, heldout_apis, fold, copies_apis):
         self.heldout, self.fold, self.copies_apis = set(heldout_apis), fold, copies_apis
-        self.mentions = mention_finder(heldout_apis)
+        self.mentions = mention_finder(self.heldout)
 
     def __call__(self, i, record, bin):
         if bin in ("code", "text"):
@@ -255,40 +251,41 @@ def tokenize(documents, split, tokenizer, args):
     for n, name in enumerate(documents.names):
         rows = documents.rows(n)
         copies = [sorted(split.copies_apis.get(i, ())) for i in rows]
-        key = hash_of(name, documents.reason[rows], copies, depends)
+        key = hash_of(name, documents.kept[rows], copies, depends)
         jobs.append((documents.work / f"{key}.tokens.npy", n))
     run_jobs(tokenize_piece, jobs, args.workers, "tokenize", (documents, split, tokenizer))
     documents.tokenized = [path for path, _ in jobs]
     return documents.tokenized
 
 
-def tokenize_piece(path, n, documents, split, tokenizer):
-    """Write the ids of a piece's kept documents, each with an end of text (.bin), their loss mask if
-    conversations for tuning are among them (.mask), and for each document of the piece what became of it.
+def tokenize_piece(n, documents, split, tokenizer):
+    """The ids of a piece's kept documents, each with an end of text (.bin), their loss mask if conversations
+    are among them (.mask), and for each document of the piece what became of it (.npy).
     """
-    entries = np.zeros(len(documents.rows(n)), TOKENS)
-    end, ids, mask, start = np.array([tokenizer.end_of_text], np.uint32), [], [], 0
-    for row, i in enumerate(documents.rows(n)):
-        if documents.reason[i]:
+    rows, end = documents.rows(n), np.array([tokenizer.end_of_text], np.uint32)
+    entries, ids, targets, start = [(0, 0, "", 0)] * len(rows), [end[:0]], [], 0
+    for row, i in enumerate(rows):
+        if not documents.kept[i]:
             continue
         record = documents[i]
         name = split(i, record, BINS[documents.bin[i]])
         if name is None:
             continue
-        lost = tokenizer.lost
-        if record.text is not None:
-            encoded = tokenizer.encode_to_numpy(record.text)
-            target = np.zeros(len(encoded), np.uint8)
-        else:
+        tokenizer.lost = 0
+        if record.text is None:
             encoded, target = tokenizer.render(record.messages, record.tools)
+            targets.append((start, target))
+        else:
+            encoded = tokenizer.encode_to_numpy(record.text)
         ids += [encoded, end]
-        mask += [target, [0]]
-        entries[row] = start, len(encoded) + 1, 1 + SPLITS.index(name), tokenizer.lost - lost
+        entries[row] = start, len(encoded) + 1, name, tokenizer.lost
         start += len(encoded) + 1
-    write(path.with_suffix(".bin"), np.concatenate([end[:0], *ids]).astype(tokenizer.dtype).tobytes())
-    if documents.is_in("instruction")[documents.rows(n)].any():
-        write(path.with_suffix(".mask"), np.concatenate([[], *mask]).astype(np.uint8).tobytes())
-    write(path, entries)
+    files, mask = {".bin": [np.concatenate(ids).astype(tokenizer.dtype)]}, np.zeros(start, np.uint8)
+    for at, target in targets:
+        mask[at:at + len(target)] = target
+    if targets:
+        files[".mask"] = [mask]
+    return files | {".npy": np.array(entries, TOKENS)}
 
 
 # ==========================================================================================================
@@ -339,10 +336,7 @@ def parse_args():
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:
             fail(f"--{flag.replace('_', '-')} {value}: must be from {least} to {most}")
-    files = benchmark_files(args.benchmarks)
-    if args.benchmarks and not files:
-        fail(f"--benchmarks {args.benchmarks}: no such file, or no JSON, CSV or text files in it")
-    args.benchmarks = files
+    args.benchmarks = benchmark_files(args.benchmarks) if args.benchmarks else []
     return args
 
 
@@ -350,24 +344,22 @@ def parse_args():
 # Pieces of work, over processes and ranks
 
 
-class Piece(NamedTuple):
-    """The lines of a shard that begin in the PIECE bytes from `start` on. The key tells their content."""
-    key: str
-    shard: Path
-    start: int
-    pool: bool
+# The lines of a shard that begin in the PIECE bytes from `start` on. The key tells their content.
+Piece = namedtuple("Piece", "key shard start pool")
 
 
-def find_shards(directory):
-    """The files of records in a directory."""
+def find_shards(directory, workers):
+    """{path: SHA-256} of the files of records in a directory."""
     shards = sorted(Path(directory).glob("*.jsonl"))
-    return shards or fail(f"{directory}: no *.jsonl files of records, such as `python collect.py` writes")
+    with ThreadPool(workers) as threads:
+        hashes = dict(zip(shards, threads.map(sha256, shards)))
+    return hashes or fail(f"{directory}: no *.jsonl files of records, such as `python collect.py` writes")
 
 
-def find_pieces(shards, hashes, pool):
+def find_pieces(shards, pool):
     """The Pieces of some shards."""
-    return [Piece(hash_of(hashes[shard], start, pool), shard, start, pool)
-            for shard in shards for start in range(0, shard.stat().st_size, PIECE)]
+    return [Piece(hash_of(key, start, pool), shard, start, pool)
+            for shard, key in shards.items() for start in range(0, shard.stat().st_size, PIECE)]
 
 
 def hash_of(*parts):
@@ -385,34 +377,34 @@ USED = set()  # the keys of all files that this build needs
 
 
 def run_jobs(function, jobs, workers, name, shared=()):
-    """Call function(path, *arguments, *shared) for every job (path, *arguments) whose file is not there
-    yet, and return when all files are.
+    """Do the jobs (path, *arguments) whose file is not there yet, and return when all files are.
 
-    Ranks share out the jobs, `workers` processes those of a rank (0: none but this one). The function writes
-    its file last, whole or not at all, so that an end at any time loses no more than the jobs under way.
+    function(*arguments, *shared) returns what is written: {suffix: content} of files beside the path, that of
+    the path itself last, so that an end at any time loses no more than the jobs under way. Ranks share out
+    the jobs, `workers` processes those of a rank.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    jobs = {job[0]: job for job in jobs}  # equal shards make equal jobs
+    jobs = {path: arguments for path, *arguments in jobs}  # equal shards make equal jobs
     USED.update(map(key_of, jobs))
-    todo, parent = [jobs[path] for path in [*jobs][rank::world] if not path.exists()], os.getpid()
+    todo, parent = [path for path in [*jobs][rank::world] if not path.exists()], os.getpid()
 
-    def run(part):
-        for job in part:
-            if parent not in (os.getpid(), os.getppid()):
-                return  # the parent was killed, and may have been started anew
-            function(*job, *shared)
+    def run(paths):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+        for path in paths:
+            if os.getppid() == parent:  # else it was killed, and may have been started anew
+                for suffix, content in function(*jobs[path], *shared).items():
+                    write(path.with_suffix(suffix), content)
 
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=run, args=(todo[k::workers],), daemon=True)
                  for k in range(min(workers, len(todo)))]
     for process in processes:
         process.start()
-    if not workers:
-        run(todo)
-    for path in tqdm(jobs, desc=name, disable=None if is_main() and len(todo) > 1 else True):
+    for path in tqdm(jobs, desc=name, disable=None if not rank and len(todo) > 1 else True):
         while not path.exists():  # also those of other ranks
             if any(process.exitcode for process in processes):
-                fail(f"{name}: a process failed, perhaps for lack of memory (fewer --workers need less)")
+                fail(f"{name}: a process failed; if nothing above says why, for lack of memory, of which "
+                     "fewer --workers need less")
             time.sleep(0.01)
 
 
@@ -477,73 +469,64 @@ INDEX = np.dtype([("id", "S64"), ("order", "<u8"), ("digest", "S16"), ("start", 
                   ("length", "<u4"), ("bin", "u1")])
 
 
-def clean_piece(path, piece):
-    """Clean the records of a piece. Writes them (.jsonl), the hashes of their bands (.bands.npy), a
-    report (.json) and their index (.npy).
+def clean_piece(piece):
+    """Clean the records of a piece. Returns them (.jsonl), the hashes of their bands (.bands.npy), a report
+    (.json) and their index (.npy).
     """
-    rejected, masked, lines, index, apis = [], Counter(), [], [], set()
-    bands = [np.zeros((BANDS, 0), np.uint64)]
+    rejected, masked, lines, index, bands, apis = [], Counter(), [], [], [], set()
     records = (clean(record, masked) for record in read_records(piece, rejected))
     texts = ((record, content_of(record)) for record in records)
     for batch in batches(texts, lambda pair: len(pair[1]), 500_000):
         hashes, starts = shingle_hashes([text for _, text in batch])
-        good = []
-        for i, (record, text) in enumerate(batch):
-            measured = measure(text, hashes[starts[i]:starts[i + 1]])
+        keys = band_keys(minhash(hashes, starts))
+        for (record, text), shingles, key in zip(batch, np.split(hashes, starts[1:-1]), keys):
+            measured = measure(text, shingles)
             if fault := outside_limits(record, measured):
                 rejected.append({"reason": fault, "id": record.id, "value": round(float(measured[fault]), 3)})
                 continue
-            good.append(i)
-            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
-            bin = BINS.index("retrieved" if piece.pool else record.domain)
-            index.append((*index_key(record.id), digest_of(text), 0, len(lines[-1]), len(text), bin))
-            if record.domain == "api_doc" and not piece.pool:
+            bin = "retrieved" if piece.pool else record.domain
+            if bin == "api_doc":
                 apis.update(record.apis)
-        bands.append(band_keys(minhash(hashes, starts))[:, good])
+            lines.append(record.to_json().encode("utf-8", "replace") + b"\n")
+            bands.append(key)
+            size = len(lines[-1]), len(text)
+            index.append((*index_key(record.id), digest_of(text), 0, *size, BINS.index(bin)))
     index = np.array(index, INDEX)
     index["start"] = np.cumsum(index["size"]) - index["size"]
-    reasons = Counter(example["reason"] for example in rejected)
-    write(path.with_suffix(".jsonl"), lines)
-    write(path.with_suffix(".bands.npy"), np.concatenate(bands, axis=1))
-    write(path.with_suffix(".json"), json.dumps(
-        {"reasons": reasons, "sample": sample_of(rejected), "masked": masked, "apis": sorted(apis)}))
-    write(path, index)
+    bands = np.array(bands, np.uint64).reshape(-1, BANDS).T.copy()
+    report = {"rejected": rejected, "masked": masked, "apis": sorted(apis)}
+    return {".jsonl": lines, ".bands.npy": bands, ".json": json.dumps(report), ".npy": index}
 
 
 def read_records(piece, rejected):
     """Yields the records in the lines of a piece. A line that holds none is named, and joins the rejected."""
-    counted, number = 0, 1  # bytes before which lines were counted, and the number of the line after them
-    with open(piece.shard, "rb") as file:
+    number = 1  # of the line that `before` has come to
+    with open(piece.shard, "rb") as file, open(piece.shard, "rb") as before:
         if piece.start:
             file.seek(piece.start - 1)
             file.readline()  # the rest of a line that begins in the piece before
         while (at := file.tell()) < piece.start + PIECE and (line := file.readline()):
             try:
-                record = Record.from_json(line.decode("utf-8", "replace").removesuffix("\n"))
+                record = Record.from_json(line.decode("utf-8", "replace"))
                 if piece.pool and record.text is None:
                     raise ValueError("a conversation has no place in a pool")
                 if attempt(well_formed, record) is not True:
                     raise ValueError("not in the form of a record")
+                yield record
             except ValueError as error:
-                following = file.tell()
-                file.seek(counted)
-                number += file.read(at - counted).count(b"\n")
-                counted = at
-                file.seek(following)
+                number += before.read(at - before.tell()).count(b"\n")
                 print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
                 rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
-            else:
-                yield record
 
 
 def well_formed(record):
     """Whether the parts that later steps read are of their types, which collect.py sees to."""
     messages = record.messages or []
-    calls = [call["function"] for m in messages for call in m.get("tool_calls") or []]
-    return (all(isinstance(api, str) for api in record.apis)
-            and all(isinstance(m["role"], str) and isinstance(m.get("content") or "", str) for m in messages)
-            and all(isinstance(json.loads(call["arguments"]), dict) for call in calls)
-            and all(isinstance(tool["function"]["name"], str) for tool in record.tools or []))
+    texts = [*record.apis, *(message["role"] for message in messages)]
+    texts += [message.get("content") or "" for message in messages]
+    texts += [tool["function"]["name"] for tool in record.tools or []]
+    given = [json.loads(function["arguments"]) for function in functions_called(messages)]
+    return {*map(type, texts)} <= {str} and {*map(type, given)} <= {dict}
 
 
 def index_key(name):
@@ -564,15 +547,6 @@ def batches(items, size, most):
             batch, total = [], 0
     if batch:
         yield batch
-
-
-def sample_of(rejected):
-    """Of the examples {"reason", "id", ...} of each reason those whose ids have the lowest hashes, so
-    that it does not matter in which pieces they were found.
-    """
-    examples = sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"]))
-    groups = groupby(examples, lambda e: e["reason"])
-    return [example for _, group in groups for example in islice(group, MAX_REJECTED)]
 
 
 def content_of(record):
@@ -615,9 +589,9 @@ def scrub(text, masked):
     text = CONTROL.sub("", text.replace("\r\n", "\n"))
     for kind, (hint, pattern) in SECRETS.items():
         if hint in text:
-            text, count = re.subn(pattern, f"<{kind}>", text)
-            if count:
-                masked[kind] += count
+            text, found = re.subn(pattern, f"<{kind}>", text)
+            if found:
+                masked[kind] += found
     return text
 
 
@@ -666,10 +640,8 @@ WORD_BYTES = np.array([bytes([b]).isalnum() or b >= 128 or b == 0 for b in range
 
 class Documents:
     """The cleaned documents of all pieces, numbered through: their index in memory, about 100 bytes each,
-    their texts on disk. The steps set why each is dropped, as an index into REASONS; 0: it is kept.
+    their texts on disk. The steps drop() some.
     """
-    REASONS = ["", "duplicate", "near duplicate", "shares words or a call with a benchmark",
-               "not of the seed's kind", *(f"{bin} mentions a held-out API" for bin in BINS)]
 
     def __init__(self, pieces, work):
         self.pieces, self.work = pieces, work
@@ -679,11 +651,11 @@ class Documents:
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
         self.piece = np.repeat(np.arange(len(parts)), np.diff(self.first))  # (N,)
         index = np.concatenate([np.zeros(0, INDEX), *parts])
-        vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .order, ...
-        self.reason = np.zeros(len(self), np.uint8)   # (N,)
+        vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .digest, ...
+        self.order = np.lexsort((self.id, self.order))  # (N,) all of them, by the hash of their ids
+        self.kept, self.dropped = np.ones(len(self), bool), []  # (N,); an example for rejected.jsonl of each
         self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
-        self.match = {}                               # {document: (words or call, benchmark file)}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
         self.open = lru_cache(500)(lambda name: open(work / name, "rb"))
 
@@ -713,22 +685,23 @@ class Documents:
         """
         chosen = self.is_in(*bins)
         if split:
-            chosen &= self.tokens["split"] == 1 + SPLITS.index(split)
-        chosen = np.flatnonzero(chosen)
-        return chosen[np.lexsort((self.id[chosen], self.order[chosen]))]
+            chosen &= self.tokens["split"] == split
+        return self.order[chosen[self.order]]
 
-    def tokens_of(self, chosen, size, suffix):
+    def tokens_of(self, chosen, suffix, size):
         """Yields the tokens of documents, or their mask, as bytes; one takes `size`."""
         for i in chosen.tolist():
-            path = self.tokenized[self.piece[i]].with_suffix("." + suffix)
+            path = self.tokenized[self.piece[i]].with_suffix(suffix)
             yield self.read(path.name, self.tokens["start"][i] * size, self.tokens["length"][i] * size)
 
-    @property
-    def kept(self):
-        return self.reason == 0
+    def name(self, i):
+        """The id of a document as it is shown."""
+        return self.id[i].decode("utf-8", "replace")
 
-    def drop(self, documents, reason):
-        self.reason[documents] = self.REASONS.index(reason)
+    def drop(self, i, reason, **details):
+        """Drop a document; rejected.jsonl may tell the details."""
+        self.kept[i] = False
+        self.dropped.append({"reason": reason, "id": self.name(i), **details})
 
     def file(self, suffix, *depends):
         """The path in work/ of what depends on all documents."""
@@ -758,66 +731,61 @@ def shingle_hashes(texts, size=SHINGLE):
     """Hashes (M,) uint64 of the runs of `size` words that begin at each word of the texts, and where each
     text's begin.
 
-    All texts at once, without a loop: with prefix[i] the sum of byte[j]·p^j for j < i, a word from a to b
-    has the hash (prefix[b] - prefix[a]) / p^a, and dividing by the odd p is multiplying by its inverse modulo
-    2^64. Behind each text stand as many empty words, of hash 0: its last runs are shorter, and none reaches
-    into the next text.
+    All texts at once: a word from a to b has the sum of byte[j]·p^(j-a) for a hash, and a run the same of
+    its words; dividing by the odd p^a is multiplying by its inverse modulo 2^64. Behind each text stand as
+    many empty words, of hash 0: its last runs are shorter, and none reaches into the next text.
     """
     padding = b" \0" * size + b" "
     encoded = [divided(text).replace("\0", " ").encode("utf-8", "replace") + padding for text in texts]
-    content = np.frombuffer(b" " + b"".join(encoded), np.uint8)
-    edges = np.flatnonzero(np.diff(WORD_BYTES[content])) + 1  # where words begin and end, by turns
-    begin, end = edges[::2], edges[1::2]
+    content = np.frombuffer(b"".join(encoded), np.uint8)
+    in_word = WORD_BYTES[content]
+    begin = np.flatnonzero(in_word & np.diff(in_word, prepend=False))
     p = 0x9E3779B97F4A7C15
     factors = np.array([[p], [pow(p, -1, 2**64)]], np.uint64)
     powers, inverse = np.multiply.accumulate(np.repeat(factors, len(content), 1), 1)
-    prefix = np.append(np.uint64(0), np.cumsum(content * powers, dtype=np.uint64))
-    words = mix((prefix[end] - prefix[begin]) * inverse[begin])
-    first = np.searchsorted(begin, np.cumsum([0, *map(len, encoded)]) + 1)  # of each text, and the end
-    runs = np.zeros(max(0, len(words) - size + 1), np.uint64)
-    for i in range(size):
-        runs = runs * p + words[i:i + len(runs)]
+    words = mix(np.add.reduceat(content * in_word * powers, begin) * inverse[begin])
+    runs = mix(np.convolve(words, np.append(np.uint64(1), powers[:size - 1]), "valid"))
+    first = np.searchsorted(begin, np.cumsum([0, *map(len, encoded)]))  # of each text, and the end
     counts = np.maximum(np.diff(first) - size, 1)  # a text without a word has one empty run
-    starts = np.cumsum([0, *counts])
-    return mix(runs[np.repeat(first[:-1] - starts[:-1], counts) + np.arange(starts[-1])]), starts
+    return np.concatenate([runs[a:a + n] for a, n in zip(first, counts)]), np.cumsum([0, *counts])
 
 
 def band_keys(signatures):
-    """(BANDS, N) uint64: a hash of each band of the signatures, equal where all its ROWS agree."""
+    """(N, BANDS) uint64: a hash of each band of the signatures, equal where all its ROWS agree."""
     weights = mix(np.arange(1, ROWS + 1, dtype=np.uint64))
-    return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64)).T
+    return mix((signatures.reshape(-1, BANDS, ROWS) * weights).sum(2, dtype=np.uint64))
 
 
-def find_pairs(path, documents, best, threshold):
-    """Write the pairs (later, earlier) of documents, given from the best on, that are to be compared: a
+def find_pairs(best, documents, threshold):
+    """The pairs (later, earlier) of documents, given from the best on, that are to be compared: a
     document with the best that has the hash of one of its bands, and with the NEAR before it.
     """
     pairs, n = np.zeros(0, np.int64), len(best)  # a pair is later * n + earlier, of places in `best`
     for band in tqdm(range(BANDS if threshold else 0), desc="bands", disable=None):
-        paths = [documents.work / f"{name}.bands.npy" for name in documents.names]
+        paths = (documents.work / f"{name}.bands.npy" for name in documents.names)
         keys = np.concatenate([np.load(path, mmap_mode="r")[band] for path in paths])[best]
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
         heads = np.searchsorted(keys, keys)  # where each run of equal keys begins
-        later = np.flatnonzero(heads < np.arange(n))
-        found = [order[later] * n + order[heads[later]]]
+        later, found = np.arange(n), [pairs]
         for step in range(1, NEAR + 1):
-            later = later[later - step > heads[later]]
+            later = later[later - step >= heads[later]]
             found.append(order[later] * n + order[later - step])
-        pairs = np.unique(np.concatenate([pairs, *found]))
-    write(path, pairs=best[np.stack(np.divmod(pairs, n), 1)])
+        pairs = np.unique(np.concatenate([*found, order[later] * n + order[heads[later]]]))
+    return {".npy": best[np.stack(np.divmod(pairs, n), 1)]}
 
 
-def compare_pairs(path, pairs, documents, threshold):
-    """Write for some pairs whether the Jaccard similarity of their shingles reaches the threshold."""
+def compare_pairs(pairs, documents, threshold):
+    """Those of some pairs whose shingles have a Jaccard similarity that reaches the threshold."""
     shingles = lru_cache(2_000)(lambda i: set(shingle_hashes([content_of(documents[i])])[0].tolist()))
     both = ((shingles(j), shingles(i)) for j, i in pairs.tolist())
-    write(path, np.array([len(a & b) >= threshold * len(a | b) for a, b in both], bool))
+    return {".npy": pairs[[len(a & b) >= threshold * len(a | b) for a, b in both]]}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Decontamination: no document that holds a part of a benchmark
 
+canonical = partial(json.dumps, sort_keys=True)  # equal for equal values
 OVERLAP = 13  # words in a row, as for GPT-3 (arXiv 2005.14165, appendix C)
 
 
@@ -829,11 +797,11 @@ class Benchmarks:
     def __init__(self, files):
         self.runs, self.calls = {}, defaultdict(list)
         for file in tqdm(files, desc="benchmarks", disable=None):
-            for part in (part for _, value in read_values(file) for part in parts_of(value)):
-                for name, accepted in gold_calls(part):
-                    self.calls[name].append(accepted)
-                for run in runs_of(part) if isinstance(part, str) else []:
-                    if is_telling(run):
+            for _, value in read_values(file):
+                for part in parts_of(value):
+                    for name, accepted in gold_calls(part):
+                        self.calls[name].append({k: [*map(canonical, v)] for k, v in accepted.items()})
+                    for run in filter(is_telling, runs_of(part) if isinstance(part, str) else []):
                         self.runs.setdefault(run, file.name)
 
     def match(self, text, messages):
@@ -841,8 +809,8 @@ class Benchmarks:
         for run in runs_of(text):
             if run in self.runs:
                 return run, self.runs[run]
-        for function in (call["function"] for m in messages or [] for call in m.get("tool_calls") or []):
-            given = {k: json.dumps(v, sort_keys=True) for k, v in json.loads(function["arguments"]).items()}
+        for function in functions_called(messages or []):
+            given = {k: canonical(v) for k, v in json.loads(function["arguments"]).items()}
             for accepted in self.calls.get(function["name"], []):
                 if given and all(given.get(k, '""') in accepted.get(k, ()) for k in given | accepted):
                     return f"{function['name']}({function['arguments']})", "a call"
@@ -859,23 +827,20 @@ def parts_of(value):
 
 
 def gold_calls(part):
-    """(name, {argument: acceptable values as JSON}) of a call in test data: {"name", "arguments"},
-    Python's f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
+    """[(name, {argument: acceptable values})] of the calls in test data: {"name", "arguments"}, Python's
+    f(a=1), or BFCL's {name: {argument: [acceptable values, "" if it may be left out]}}.
     """
-    calls, accepted = [], []
+    calls = []
     if isinstance(part, str):
         calls = list_or_none(python_calls, part) if re.match(r"\[?[\w.]+\(", part) else []
     elif {"name", "arguments"} <= part.keys():
         calls = list_or_none(calls_in, part)
     elif len(part) == 1:
         [(name, given)] = part.items()
-        if isinstance(given, dict) and all(isinstance(values, list) for values in given.values()):
-            accepted = [(name, given)]
-    for function in (call["function"] for call in calls):
-        given = json.loads(function["arguments"])
-        accepted.append((function["name"], {k: [v] for k, v in given.items()}))
-    return [(name, {k: [json.dumps(v, sort_keys=True) for v in values] for k, values in given.items()})
-            for name, given in accepted]
+        if isinstance(given, dict) and {*map(type, given.values())} <= {list}:
+            return [(name, given)]
+    functions = [call["function"] for call in calls]
+    return [(f["name"], {k: [v] for k, v in json.loads(f["arguments"]).items()}) for f in functions]
 
 
 def runs_of(text):
@@ -890,8 +855,8 @@ def is_telling(run):
     return len(words) >= 8
 
 
-def find_matches(path, n, documents, benchmarks):
-    """Write [row, words or call, file] of the documents of a piece that share something with the
+def find_matches(n, documents, benchmarks):
+    """[row, words or call, file] of the documents of a piece that share something with the
     benchmarks.
     """
     found = []
@@ -899,15 +864,15 @@ def find_matches(path, n, documents, benchmarks):
         record = documents[i]
         if match := benchmarks.match(content_of(record), record.messages):
             found.append((row, *match))
-    write(path, json.dumps(found))
+    return {".json": json.dumps(found)}
 
 
 def benchmark_files(path):
-    """The files of --benchmarks: none, one, or those in a directory."""
-    if path and Path(path).is_file():
-        return [Path(path)]
-    files = Path(path).rglob("*") if path else []
-    return sorted(file for file in files if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", file.name))
+    """The files of --benchmarks: one, or those in a directory."""
+    place = Path(path)
+    files = [place] if place.is_file() else sorted(
+        file for file in place.rglob("*") if re.search(r"\.(json|jsonl|csv|txt|md)(\.gz)?$", file.name))
+    return files or fail(f"--benchmarks {path}: no such file, or no JSON, CSV or text files in it")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -916,7 +881,6 @@ def benchmark_files(path):
 BUCKETS = 2**20  # places for the hashed n-grams
 SAMPLE = 100_000  # documents of each kind, at most, that the classifier learns from
 LONGEST_SCORED = 10_000  # characters of a document, at most, that it sees
-FIGURES = ("precision", "recall", "f1", "calibration_error", "tested")  # of it, on documents it did not see
 
 
 def plain_text(record):
@@ -926,39 +890,34 @@ def plain_text(record):
     parts = []
     for message in record.messages:
         parts += [message.get("reasoning_content") or "", message.get("content") or ""]
-        for function in (call["function"] for call in message.get("tool_calls") or []):
-            parts.append(f"{function['name']} {function['arguments']}")
+        parts += [f"{function['name']} {function['arguments']}" for function in functions_called([message])]
     return "\n".join(parts)
 
 
-def train_scorer(path, documents, encoder):
-    """Write what score() needs, and FIGURES. Texts are as many of the seed, which stand first, as of the
-    pool.
+def train_scorer(kinds, documents, encoder):
+    """What score() needs (.npy), the line from scores to the logarithm of odds, and figures of how well that
+    predicts unseen documents (.json). The kinds are as many documents of the seed as of the pool.
     """
-    seed, pool = documents.ordered("api_doc", "trajectory"), documents.ordered("retrieved")
-    count = min(SAMPLE, len(seed), len(pool))
-    if count < 50:
-        fail(f"--pool: {len(pool):,} documents of the pool and {len(seed):,} of the seed are left; a "
-             "classifier needs 50 of each")
-    rows = [[plain_text(documents[i]) for i in kind[:count]] for kind in (seed, pool)]
-    (seed, pool), tune, test = np.split(np.array(rows, object), [int(0.8 * count), int(0.9 * count)], axis=1)
+    texts = np.array([[plain_text(documents[i]) for i in kind] for kind in kinds], object)
+    (seed, pool), tune, test = np.split(texts, [int(share * len(kinds[0])) for share in (0.8, 0.9)], axis=1)
     if encoder:
-        learned = {"seeds": encode_texts(encoder, seed[:4096])}
+        scorer = encode_texts(encoder, seed[:4096])
     else:
-        learned = {"weights": fit_ngrams(seed, pool)}
+        scorer = fit_ngrams(seed, pool)
         # Hard negatives: of the pool those that it takes for the seed more than others, save the top, which
         # may well be of its kind.
-        order = np.argsort(score(pool, learned, None))
+        order = np.argsort(score(pool, scorer, None))
         hard = pool[order[len(order) // 2:len(order) * 9 // 10]]
-        learned = {"weights": fit_ngrams(seed, np.append(pool, hard))}
-    learned["slope"], learned["offset"] = calibrate(score(tune.ravel(), learned, encoder))
-    p = sigmoid(score(test.ravel(), learned, encoder))
-    found, is_seed, bins = p >= 0.5, first_half(p), np.minimum((p * 10).astype(int), 9)
+        scorer = fit_ngrams(seed, np.append(pool, hard))
+    line = calibrate(score(tune.ravel(), scorer, encoder))
+    p = probability(score(test.ravel(), scorer, encoder), line)
+    found, is_seed = p >= 0.5, first_half(p)
     hits = (found & is_seed).sum()
-    error = sum(abs(p[bins == b].sum() - is_seed[bins == b].sum()) for b in range(10)) / len(p)
-    precision, recall = hits / max(1, found.sum()), hits / is_seed.sum()
-    f1 = 2 * precision * recall / max(1e-9, precision + recall)
-    write(path, **learned, figures=[precision, recall, f1, error, len(p)])
+    gaps = np.bincount(np.minimum(p * 10, 9).astype(int), p - is_seed)  # of each tenth of the probabilities
+    figures = {"precision": hits / max(1, found.sum()), "recall": hits / is_seed.sum(),
+               "f1": 2 * hits / (found.sum() + is_seed.sum()), "calibration_error": abs(gaps).sum() / len(p),
+               "tested": float(len(p))}
+    return {".json": json.dumps({"line": line, "figures": figures}), ".npy": scorer}
 
 
 def first_half(values):
@@ -966,50 +925,45 @@ def first_half(values):
     return np.arange(len(values)) < len(values) // 2
 
 
-def score(texts, learned, encoder):
+def score(texts, scorer, encoder):
     """(N,) The mean weight of each text's n-grams or, with an encoder, its similarity to the nearest of the
-    seed; once calibrated, the logarithm of the odds that it is of the seed's kind.
+    seed.
     """
     if encoder:
-        scores = np.sort(encode_texts(encoder, texts) @ learned["seeds"].T, axis=1)[:, -8:].mean(1)
-    else:
-        buckets, starts = ngrams(texts)
-        scores = np.add.reduceat(learned["weights"][buckets], starts[:-1]) / np.diff(starts)
-    return learned.get("slope", 1) * scores + learned.get("offset", 0)
+        return np.sort(encode_texts(encoder, texts) @ scorer.T, axis=1)[:, -8:].mean(1)
+    places = ngrams(texts)
+    counts = [*map(len, places)]
+    return np.add.reduceat(scorer[np.concatenate(places)], np.cumsum([0, *counts[:-1]])) / counts
 
 
-def sigmoid(x):
-    """The logistic function of an array, elementwise."""
-    return 1 / (1 + np.exp(-x))
+def probability(scores, line):
+    """That a text is of the seed's kind, from its score and the line to the logarithm of odds."""
+    return 1 / (1 + np.exp(-np.polyval(line, scores)))
 
 
-def score_piece(path, n, documents, learned, encoder):
-    """Write the logarithm of the odds of each document of a piece of the pool."""
-    scores = [np.zeros(0)]
-    records = map(documents.__getitem__, documents.rows(n))
+def score_piece(n, documents, scorer, encoder):
+    """The score of each document of a piece of the pool."""
+    scores, records = [[]], map(documents.__getitem__, documents.rows(n))
     for batch in batches(records, lambda record: len(record.text), 500_000):
-        scores.append(score([plain_text(record) for record in batch], learned, encoder))
-    write(path, np.concatenate(scores))
+        scores.append(score([plain_text(record) for record in batch], scorer, encoder))
+    return {".npy": np.concatenate(scores)}
 
 
 def ngrams(texts):
-    """Places (M,) int32 of the texts' words and pairs of words, hashed, and where each text's begin."""
-    places, counts = [], [0]
+    """[Places (M,) int32] of each text's words and pairs of words, hashed."""
+    found = []
     for batch in batches(texts, len, 500_000):
         words, starts = shingle_hashes(batch, 1)
         pairs, _ = shingle_hashes(batch, 2)  # as many as words: the last is one word
-        for a, b in zip(starts, starts[1:]):
-            places += [words[a:b], pairs[a:b]]
-            counts.append(2 * (b - a))
-    return (np.concatenate(places) % BUCKETS).astype(np.int32), np.cumsum(counts)
+        found += [np.append(words[a:b], pairs[a:b]) for a, b in zip(starts, starts[1:])]
+    return [(hashes % BUCKETS).astype(np.int32) for hashes in found]
 
 
 def fit_ngrams(seed, pool, epochs=3, batch_size=64):
     """The number (BUCKETS,) of each n-gram by whose mean over a text those of the seed are told best."""
     import torch  # here, since only --pool needs it
     torch.set_num_threads(1)  # the same sums under torchrun, which sets their number
-    places, starts = map(torch.from_numpy, ngrams(np.append(seed, pool)))
-    grams = places.tensor_split(starts[1:-1])
+    grams = [*map(torch.from_numpy, ngrams(np.append(seed, pool)))]
     weights = torch.zeros(BUCKETS, 1, requires_grad=True)
     optimizer = torch.optim.SparseAdam([weights], lr=0.1)
     order = np.random.default_rng(0).permutation(np.tile(np.arange(len(grams)), epochs))
@@ -1048,13 +1002,14 @@ def encode_texts(directory, texts, longest=512):
     encoder, tokenizer = load_encoder(directory)
     vectors = np.zeros((len(texts), encoder.config.dim), np.float32)
     ids = [tokenizer.encode(text[:10 * longest])[:longest] or [tokenizer.end_of_text] for text in texts]
-    order = tqdm(sorted(range(len(ids)), key=lambda i: len(ids[i])), desc="encode", disable=None)
-    for rows in batches(order, lambda i: len(ids[i]), 4096):
+    lengths = [*map(len, ids)]
+    order = tqdm(np.argsort(lengths, kind="stable"), desc="encode", disable=None)
+    for rows in batches(order, lengths.__getitem__, 4096):
         sequences = [torch.tensor(ids[i]) for i in rows]
         padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # (B, T)
         with torch.inference_mode():
             for i, states in zip(rows, encoder.hidden(padded)):
-                vectors[i] = states[:len(ids[i])].mean(0)  # attention is causal: it saw no padding
+                vectors[i] = states[:lengths[i]].mean(0)  # attention is causal: it saw no padding
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
@@ -1062,12 +1017,13 @@ def calibrate(scores):
     """Slope and offset by which scores, the first half of the seed, become the logarithm of odds (Platt
     1999), by Newton's method; a weak prior keeps them finite.
     """
-    x, w = np.stack([scores / scores.std(), np.ones(len(scores))], 1), np.zeros(2)
+    scale, w = scores.std(), np.zeros(2)
+    x = np.vander(scores / scale, 2)  # (N, 2) with ones
     for _ in range(50):
-        p = sigmoid(x @ w)
+        p = 1 / (1 + np.exp(-x @ w))
         hessian = (x * (p * (1 - p))[:, None]).T @ x + 0.01 * np.eye(2)
         w -= np.linalg.solve(hessian, x.T @ (p - first_half(p)) + 0.01 * w)
-    return w[0] / scores.std(), w[1]
+    return w[0] / scale, w[1]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1081,19 +1037,17 @@ def mention_finder(names):
     >>> mentions("see numpy.add.reduce"), mentions("see numpy.ad")
     (True, False)
     """
-    names = set(names)
-    lengths = sorted({len(n) for n in names})
+    lengths = {len(name) for name in names}
     # A name can only start where its first component does, and ends before the next character that is no word
     # or dot.
-    components = sorted({re.escape(n.split(".")[0]) for n in names})
-    starts = re.compile(r"(?=(?:%s)\.)" % "|".join(components) if names else "(?!)")
+    components = {re.escape(name.split(".")[0]) for name in names}
+    starts = re.compile(rf"(?=(?:{'|'.join(components)})\.)")
 
     @lru_cache(1_000_000)
     def in_run(run):
         return any(run[m.start():m.start() + n] in names for m in starts.finditer(run) for n in lengths)
 
-    runs = re.compile(r"(?<![\w.-])[\w.-]*\w\.[\w.-]+")
-    return lambda text: any(in_run(run) for run in set(runs.findall(text)))
+    return lambda text: any(map(in_run, re.findall(r"(?<![\w.-])[\w.-]*\w\.[\w.-]+", text)))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1102,7 +1056,7 @@ def mention_finder(names):
 TAGS = ("<tools>", "</tools>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
         "<think>", "</think>")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *TAGS)
-SPECIAL = re.compile("(%s)" % "|".join(map(re.escape, SPECIAL_TOKENS)))
+SPECIAL = re.compile(f"({'|'.join(map(re.escape, SPECIAL_TOKENS))})")
 # What stands before a name, in a tool's definition as in a call; words with the space, dot or underscore
 # before them; numbers of up to three digits; punctuation; white space. A qualified name so follows one token
 # that nothing else follows, and is cut alike wherever it stands: to copy it a model need only look for what
@@ -1125,8 +1079,8 @@ RUNS = re.compile(r"((?=\S{%d})(?:\S{%d,%d}(?<=[^\W\d_])(?=[^\w\s])|\S{%d})|\s{%
     LONGEST_RUN + 1, LONGEST_RUN - 999, LONGEST_RUN - 1, LONGEST_RUN, LONGEST_RUN))
 # How turns begin, but for an assistant's. What no special token divides is encoded at once, as who reads the
 # text as a whole does.
-TURNS = {"system": "<|im_start|>system\n{}", "user": "<|im_start|>user\n{}",
-         "tool": "<|im_start|>tool\n<tool_response>\n{}\n</tool_response>"}
+TURNS = {"system": "<|im_start|>system\n{content}", "user": "<|im_start|>user\n{content}",
+         "tool": "<|im_start|>tool\n<tool_response>\n{content}\n</tool_response>"}
 
 
 class Tokenizer:
@@ -1138,28 +1092,36 @@ class Tokenizer:
     'lower <|im_end|>'
     """
 
-    def __init__(self, ranks, added=(), pattern=PATTERN, normal_form=None, base=None, cuts=()):
-        self.ranks = dict(sorted(ranks.items(), key=lambda entry: entry[1]))  # {bytes: id}
-        self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
-        self.special = {token["content"]: token["id"] for token in self.added_tokens}
-        self.pattern, self.normal_form = pattern, normal_form
+    def __init__(self, ranks, added=(), pattern=PATTERN, content=None):
+        """From the ranks and added tokens of a tokenizer.json with this content or, without one, which cuts
+        by this pattern. Raises ValueError for one that is not byte-level.
+        """
+        self.ranks = dict(sorted(ranks.items(), key=operator.itemgetter(1)))  # {bytes: id}
+        self.content = content or tokenizer_json(self.ranks, pattern)
+        *cuts, pattern = read_patterns(self.content["pre_tokenizer"])
+        self.normal_form = read_normal_form(self.content["normalizer"])
         self.cuts = [regex.compile(tiling(cut)) for cut in cuts]  # by which text is cut before, in this order
-        self.base = base  # the tokenizer.json that it was read from
+        self.words = regex.compile(tiling(pattern))
+        model = self.content["model"]
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)  # what it has no token for
-        model = base["model"] if base else {"vocab": {}}
         self.unknown = model["vocab"].get(model.get("unk_token"))
         self.fuse_unknown = bool(model.get("fuse_unk"))  # missing bytes in a row are one unknown token
         self.lost = 0  # bytes that it was given and has no token for
+        self.added_tokens = with_chat_tokens(added, ranks)  # as in a tokenizer.json
+        self.special = {token["content"]: token["id"] for token in self.added_tokens}
         # Added tokens that are not special count in text.
         self.added = {t["content"]: t for t in self.added_tokens
                       if not t.get("special") and t["content"] not in SPECIAL_TOKENS}
+        takes_space = any(t.get("lstrip") or t.get("rstrip") for t in self.added.values())
+        if takes_space and any(token[:1].isspace() for token in self.added):
+            raise ValueError("added tokens of white space, and others that take white space along")
         patterns = map(added_pattern, sorted(self.added.values(), key=lambda token: -len(token["content"])))
-        self.find_added = regex.compile("(%s)" % ("|".join(patterns) or r"\0(?!)"))
+        self.find_added = regex.compile(f"({'|'.join(patterns)})")
         self.vocab_size = max(*ranks.values(), *self.special.values()) + 1
         self.end_of_text = self.special.get("<|endoftext|>", self.special.get("<|end_of_text|>"))
         self.im_end = self.special["<|im_end|>"]
-        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)  # of ids in files
-        self.encoding = tiktoken.Encoding("corpus", pat_str=tiling(pattern), mergeable_ranks=ranks,
+        self.dtype = np.dtype("u2" if self.vocab_size <= 2**16 else "u4")  # of ids in files
+        self.encoding = tiktoken.Encoding("corpus", pat_str=self.words.pattern, mergeable_ranks=ranks,
                                           special_tokens=self.special)
 
     @classmethod
@@ -1187,32 +1149,16 @@ class Tokenizer:
         """
         place = Path(place)
         path, *_ = *place.glob("tokenizer.json"), *place.glob("tokenizer.model"), place
-        try:
-            if path.suffix == ".model":
-                ranks = read_ranks(path)
-                added = [added_token(name, len(ranks) + i) for i, name in enumerate(LLAMA_SPECIAL)]
-                return cls(ranks, added, LLAMA_PATTERN)
-            content = read_json(path)
-            ranks = read_vocabulary(content["model"], {token["content"] for token in content["added_tokens"]})
-            *cuts, pattern = read_patterns(content["pre_tokenizer"])
-            form = read_normal_form(content["normalizer"])
-            tokenizer = cls(ranks, content["added_tokens"], pattern, form, content, cuts)
-            added = tokenizer.added.values()
-            takes_space = any(token.get("lstrip") or token.get("rstrip") for token in added)
-            if takes_space and any(token["content"][:1].isspace() for token in added):
-                raise ValueError("added tokens of white space, and others that take white space along")
-            return tokenizer
-        except OSError:
-            fail(f"{path}: no such file; a directory with a tokenizer has a tokenizer.json")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else error
-            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {reason}. Start from a base "
-                 "that has one, as Llama 3, Qwen or SmolLM2; a SentencePiece model, as Llama 2's, is none")
+        tokenizer = attempt(read_tokenizer, path)  # or why it cannot be read
+        if not isinstance(tokenizer, cls):
+            fail(f"{path}: not a byte-level BPE tokenizer that can be read here: {tokenizer}. Start from a "
+                 "base that has one: Llama 3, Qwen or SmolLM2. A SentencePiece model, as Llama 2's, is none")
+        return tokenizer
 
     @classmethod
     def train(cls, texts, vocab_size):
         """Byte-pair encoding (Sennrich et al. 2016, arXiv 1508.07909) until there are vocab_size tokens."""
-        words = Counter(word for text in texts for word in regex.findall(PATTERN, text))
+        words = Counter(chain.from_iterable(map(regex.compile(PATTERN).findall, texts)))
         words = {word.encode("utf-8", "replace"): count for word, count in words.items()}
         return cls(train_bpe(words, vocab_size - len(SPECIAL_TOKENS)))
 
@@ -1231,7 +1177,7 @@ class Tokenizer:
     def encode_to_numpy(self, text):
         """The same as an array (N,) uint32."""
         arrays = []
-        for i, run in enumerate(self.find_added.split(text)):
+        for i, run in enumerate(self.find_added.split(text) if self.added else [text]):
             if i % 2:  # flags take white space along
                 token = self.added.get(run) or self.added[run.strip()]
                 arrays.append([token["id"]])
@@ -1241,18 +1187,19 @@ class Tokenizer:
 
     def encode_part(self, text):
         """The ids of a text without added tokens. A byte that has no token is the unknown one or, if
-        there is none, left out of its piece.
+        there is none, left out of its word.
         """
-        if not self.missing or not set(text.encode("utf-8", "replace")).intersection(self.missing):
+        data = text.encode("utf-8", "replace")
+        lost = len(data) - len(data.translate(None, self.missing))
+        if not lost:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
+        self.lost += lost
         ids, missing = [], b"[" + re.escape(self.missing) + b"]" + b"+" * self.fuse_unknown
-        for match in regex.finditer(tiling(self.pattern), text):
-            piece = match[0].encode("utf-8", "replace")
-            runs = re.split(missing, piece)
-            self.lost += len(piece) - sum(map(len, runs))
+        for match in self.words.finditer(text):
+            word = match[0].encode("utf-8", "replace")
             if self.unknown is None:
-                runs = [b"".join(runs)]
-            for i, run in enumerate(runs):
+                word = word.translate(None, self.missing)
+            for i, run in enumerate(re.split(missing, word)):
                 ids += [self.unknown] * (i > 0)  # for what stood between two runs
                 ids += self.encoding._encode_single_piece(run) if run else []
         return np.array(ids, np.uint32)
@@ -1290,45 +1237,42 @@ class Tokenizer:
         """
         ids, mask = [], []
 
-        def add(template, text="", target=0):
-            """Append a template, in which special tokens are special and {} stands for a text from the
-            data.
-            """
+        def add(template, target=0, **texts):
+            """Append a template, in which special tokens are special, with texts from the data."""
             for part in SPECIAL.split(template):
-                part = [self.special[part]] if part in self.special else self.encode(part.format(text))
+                part = [self.special[part]] if part in self.special else self.encode(part.format(**texts))
                 ids.extend(part)
                 mask.extend([target] * len(part))
 
         if tools:
             add("<|im_start|>system\n")
             if messages and messages[0]["role"] == "system":
-                add("{}\n", messages[0]["content"])
+                add("{content}\n", content=messages[0]["content"])
                 messages = messages[1:]
             add("<tools>\n")
             for f in (tool["function"] for tool in tools):
                 definition = {"description": f.get("description") or "", "name": f["name"],
                               "parameters": f.get("parameters") or {}}
-                add("{}\n", json.dumps(definition, ensure_ascii=False))
+                add("{text}\n", text=json.dumps(definition, ensure_ascii=False))
             add("</tools><|im_end|>\n")
         for message in messages:
-            role, content, target = message["role"], message.get("content") or "", 0
-            if role in TURNS:
-                add(TURNS[role], content)
+            content, target = message.get("content") or "", 0
+            if message["role"] in TURNS:
+                add(TURNS[message["role"]], content=content)
             else:
                 add("<|im_start|>assistant\n")
-                thought, target = message.get("reasoning_content"), int(role == "assistant")
-                if thought:
-                    add("<think>\n{}\n</think>", thought, 1)
-                add("\n\n{}" if thought else "{}", content, 1)
-            for i, call in enumerate(message.get("tool_calls") or []):
+                thought, target = message.get("reasoning_content"), 1
+                form = "<think>\n{thought}\n</think>\n\n{content}" if thought else "{content}"
+                add(form, target, thought=thought, content=content)
+            for i, function in enumerate(functions_called([message])):
                 if i or content:
-                    add("\n", "", target)
-                name = json.dumps(call["function"]["name"], ensure_ascii=False)
-                text = f'{{"name": {name}, "arguments": {call["function"]["arguments"]}}}'
+                    add("\n", target)
+                name = json.dumps(function["name"], ensure_ascii=False)
+                text = f'{{"name": {name}, "arguments": {function["arguments"]}}}'
                 # A tag within a string would end the call for who reads it; JSON has another way to write it.
                 text = re.sub("<(/?tool_call>)", r"\\u003c\1", text)
-                add("<tool_call>\n{}\n</tool_call>", text, target)
-            add("<|im_end|>", "", target)
+                add("<tool_call>\n{text}\n</tool_call>", target, text=text)
+            add("<|im_end|>", target)
             add("\n")
         if answer:
             add("<|im_start|>assistant\n")
@@ -1336,11 +1280,9 @@ class Tokenizer:
 
     def fingerprint(self):
         """A hash of all that decides which ids a text gets."""
-        ranks = [(i, token.hex()) for token, i in self.ranks.items()]
-        parts = [ranks, sorted(self.special.items()), self.pattern, self.normal_form]
-        parts += [self.added] if self.added else []
-        parts += [self.unknown, self.fuse_unknown] if self.unknown is not None else []
-        parts += [cut.pattern for cut in self.cuts]
+        patterns = [cut.pattern for cut in [*self.cuts, self.words]]
+        parts = [self.tiktoken_file(), self.special, patterns, self.normal_form, self.added, self.unknown,
+                 self.fuse_unknown]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def tiktoken_file(self):
@@ -1351,27 +1293,27 @@ class Tokenizer:
         """Write tokenizer.tiktoken and, for Hugging Face from the same ranks, tokenizer.json, its config
         and the stop tokens.
         """
-        directory = Path(directory)
-        write(directory / "tokenizer.tiktoken", self.tiktoken_file())
-        content = (self.base or self.hugging_face()) | {"added_tokens": self.added_tokens}
         # A reserved token may stand in the vocabulary too, whose names decide the ids of added tokens.
-        names = {i: token for token, i in self.special.items()}
-        vocabulary = {names.get(i, token): i for token, i in content["model"]["vocab"].items()}
-        content["model"] = content["model"] | {"vocab": vocabulary}
-        write(directory / "tokenizer.json", json.dumps(content, ensure_ascii=False))
-        config = TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE))
-        write(directory / "tokenizer_config.json", config)
-        stops = GENERATION_CONFIG % (self.im_end, self.end_of_text, self.end_of_text)
-        write(directory / "generation_config.json", stops)
+        names, model = {i: token for token, i in self.special.items()}, self.content["model"]
+        vocabulary = {names.get(i, token): i for token, i in model["vocab"].items()}
+        content = self.content | {"added_tokens": self.added_tokens, "model": model | {"vocab": vocabulary}}
+        files = {
+            "tokenizer.tiktoken": self.tiktoken_file(),
+            "tokenizer.json": json.dumps(content, ensure_ascii=False),
+            "tokenizer_config.json":
+                TOKENIZER_CONFIG % (self.decode([self.end_of_text]), json.dumps(CHAT_TEMPLATE)),
+            "generation_config.json": GENERATION_CONFIG % (self.im_end, self.end_of_text, self.end_of_text)}
+        for name, text in files.items():
+            write(Path(directory, name), text)
 
-    def hugging_face(self):
-        """What a tokenizer.json holds, from the ranks."""
-        symbol = byte_symbols()
-        written = {token: "".join(symbol[b] for b in token) for token in self.ranks}
-        vocabulary = dict(zip(written.values(), self.ranks.values()))
-        merges = [[written[half] for half in halves(token, self.ranks)]
-                  for token in self.ranks if len(token) > 1]
-        return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, (self.pattern, vocabulary, merges))))
+
+def tokenizer_json(ranks, pattern):
+    """What a tokenizer.json holds of a tokenizer with these ranks, but for its special tokens."""
+    symbol = byte_symbols()
+    written = {token: "".join(symbol[b] for b in token) for token in ranks}
+    vocabulary = dict(zip(written.values(), ranks.values()))
+    merges = [[written[half] for half in halves(token, ranks)] for token in ranks if len(token) > 1]
+    return json.loads(TOKENIZER_JSON % tuple(map(json.dumps, (pattern, vocabulary, merges))))
 
 
 TOKENIZER_JSON = """{
@@ -1412,15 +1354,15 @@ def with_chat_tokens(added, ranks):
     """Added tokens, in the order of their ids, with those of the chat format: missing ones take the
     places of reserved ones, or new ones at the end.
     """
-    tokens = {token["content"]: token for token in sorted(added, key=lambda token: token["id"])}
-    reserved = [name for name in tokens if re.search(r"reserved|unused|extra", name)]
-    last = max([*ranks.values(), *(token["id"] for token in added)])
-    for name in SPECIAL_TOKENS:
-        if name in tokens or name == "<|endoftext|>" and "<|end_of_text|>" in tokens:
-            continue
-        last += not reserved
-        tokens[name] = added_token(name, tokens.pop(reserved.pop(0))["id"] if reserved else last)
-    return sorted(tokens.values(), key=lambda token: token["id"])
+    tokens = {token["id"]: token for token in added}
+    names = {token["content"] for token in added}
+    if "<|end_of_text|>" in names:
+        names.add("<|endoftext|>")
+    reserved = [i for i in sorted(tokens) if re.search("reserved|unused|extra", tokens[i]["content"])]
+    free = chain(reserved, count(max([*ranks.values(), *tokens]) + 1))
+    for name, i in zip([name for name in SPECIAL_TOKENS if name not in names], free):
+        tokens[i] = added_token(name, i)
+    return [tokens[i] for i in sorted(tokens)]
 
 
 # What Tokenizer.render writes, as a template for servers.
@@ -1458,7 +1400,7 @@ def train_bpe(words, vocab_size):
     comes up.
     """
     tokens = [bytes([b]) for b in range(256)]
-    texts, counts = [word.decode("latin-1") for word in words], list(words.values())
+    texts, counts = [word.decode("latin-1") for word in words], [*words.values()]
     totals, holders, heap = Counter(), defaultdict(set), []  # holders: the words that may hold a pair
     changes, new = defaultdict(int), ""  # of the totals by the last merge, and the token that it made
 
@@ -1468,8 +1410,8 @@ def train_bpe(words, vocab_size):
             if new in pair:
                 holders[pair].add(i)
 
-    for i in range(len(texts)):
-        count_pairs(i, counts[i])
+    for i, count in enumerate(counts):
+        count_pairs(i, count)
     while len(tokens) < vocab_size:
         for pair, change in changes.items():
             if change:
@@ -1498,6 +1440,18 @@ def halves(token, ranks):
     return parts
 
 
+def read_tokenizer(path):
+    """The Tokenizer in a tokenizer.json, or in Meta's tokenizer.model of Llama 3."""
+    if path.suffix == ".model":
+        ranks = read_ranks(path)
+        added = [added_token(name, i) for i, name in enumerate(LLAMA_SPECIAL, len(ranks))]
+        return Tokenizer(ranks, added, LLAMA_PATTERN)
+    content = read_json(path)
+    added = content["added_tokens"]
+    ranks = read_vocabulary(content["model"], {token["content"] for token in added})
+    return Tokenizer(ranks, added, content=content)
+
+
 def read_vocabulary(model, special):
     """Ranks {bytes: id} of the model in a tokenizer.json. Raises ValueError for another than a byte-level
     BPE.
@@ -1510,18 +1464,16 @@ def read_vocabulary(model, special):
         ranks = {bytes(byte[c] for c in token): i for token, i in vocab.items() if token not in special}
     except KeyError as error:
         raise ValueError(f"model.vocab has {error}, which stands for no byte") from None
-    merged = [vocab["".join(m) if isinstance(m, list) else m.replace(" ", "")] for m in model["merges"]]
-    rejected = {
-        "model.merges not in the order of their ids": merged != sorted(merged),
-        "model.continuing_subword_prefix or end_of_word_suffix":
-            model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "a model.unk_token that is not in model.vocab": unknown and unknown not in vocab,
-        "model.byte_fallback":
-            model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab),
-        "a model.vocab without all of ASCII":  # rare bytes may be missing
-            not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}}
-    if faults := [fault for fault, holds in rejected.items() if holds]:
-        raise ValueError("; ".join(faults))
+    merged = [vocab["".join(merge).replace(" ", "")] for merge in model["merges"]]  # "a b" or ["a", "b"]
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise ValueError(f"model.{name}")
+    if merged != sorted(merged):
+        raise ValueError("model.merges not in the order of their ids")
+    if unknown and unknown not in vocab:
+        raise ValueError("a model.unk_token that is not in model.vocab")
+    if not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}:  # rarer bytes may be missing
+        raise ValueError("a model.vocab without all of ASCII")
     return ranks
 
 
@@ -1529,19 +1481,19 @@ def read_patterns(pre_tokenizer):
     """The patterns by which a tokenizer.json cuts text, one after the other, from its description there.
     Raises ValueError for others than byte-level ones.
     """
-    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
     patterns = []
-    for i, step in enumerate(steps, 1):
-        match step, i == len(steps):
-            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": split}, False:
-                patterns.append(split["Regex"])
-            case {"type": "Digits", "individual_digits": True}, False:
+    for step in steps:
+        match step:
+            case {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": pattern}}:
+                patterns.append(pattern)
+            case {"type": "Digits", "individual_digits": True}:
                 patterns.append(r"\p{N}")
-            case {"type": "ByteLevel"}, True if not step.get("add_prefix_space"):
+            case {"type": "ByteLevel", "add_prefix_space": False} if step is steps[-1]:
                 patterns += [GPT2_PATTERN] * step.get("use_regex", True)
             case _:
                 raise ValueError(f"pre_tokenizer {step}")
-    if not patterns:
+    if not patterns or steps[-1]["type"] != "ByteLevel":
         raise ValueError(f"pre_tokenizer {pre_tokenizer}")
     return [DIGITS_PATTERN] if patterns == [r"\p{N}", GPT2_PATTERN] else patterns
 
@@ -1573,12 +1525,12 @@ def train_tokenizer(documents, split, args):
     """The Tokenizer trained on a fair share of each domain's training text, or the one that was written
     when it was.
     """
-    def write_ranks(path):
+    def train():
         tokenizer = Tokenizer.train(training_texts(documents, split), args.vocab_size)
-        write(path, tokenizer.tiktoken_file())
+        return {".tiktoken": tokenizer.tiktoken_file()}
 
-    path = documents.file("tiktoken", documents.reason, sorted(split.heldout), args.fold, args.vocab_size)
-    run_jobs(write_ranks, [(path,)], 0, "train the tokenizer")
+    path = documents.file("tiktoken", documents.kept, sorted(split.heldout), args.fold, args.vocab_size)
+    run_jobs(train, [(path,)], 1, "train the tokenizer")
     return Tokenizer(read_ranks(path))
 
 
@@ -1606,12 +1558,10 @@ def read_ranks(path):
 # ----------------------------------------------------------------------------------------------------------
 # Bins
 
-# A bin's files, the bins that have them, and the type of their values; that of ids is the tokenizer's.
-FILES = {"bin": (BINS, None), "mask": (["instruction"], "u1"), "idx": (BINS, "<u8"),
-         "score": (["retrieved"], "<f4")}
-# What became of a document: where its tokens begin in those of its piece, their number, 1 + the place of its
-# split in SPLITS or 0 for none, bytes that have no token.
-TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "u1"), ("lost", "<u4")])
+ONLY_OF = {"mask": "instruction", "score": "retrieved"}  # files that only one bin has
+# What became of a document: where its tokens begin in those of its piece, their number, its split or "",
+# bytes that have no token.
+TOKENS = np.dtype([("start", "<u4"), ("length", "<u4"), ("split", "U7"), ("lost", "<u4")])
 
 
 def assemble(out, documents, heldout_apis, tokenizer):
@@ -1620,55 +1570,47 @@ def assemble(out, documents, heldout_apis, tokenizer):
     """
     documents.tokens = np.concatenate([np.load(path) for path in documents.tokenized])
     tokenizer.save(out)
+    for i in np.flatnonzero(documents.kept & (documents.tokens["split"] == "")):
+        documents.drop(i, f"{BINS[documents.bin[i]]} mentions a held-out API")
     files = {}
     for bin in BINS:
-        no_split = documents.is_in(bin) & (documents.tokens["split"] == 0)
-        documents.drop(no_split, f"{bin} mentions a held-out API")
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
     reasons, sample, masked = account(documents)
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
     chats = documents.ordered("instruction", split="heldout")
-    write(out / "heldout.jsonl", (documents[i].to_json() + "\n" for i in chats))
-    write(out / "rejected.jsonl", (json.dumps(example, ensure_ascii=False) + "\n" for example in sample))
+    write(out / "heldout.jsonl", "".join(documents[i].to_json() + "\n" for i in chats))
+    write(out / "rejected.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in sample))
     for name in ("tokenizer_config.json", "heldout_apis.json", "heldout.jsonl", "rejected.jsonl"):
         files[name] = {"sha256": sha256(out / name)}
-    for path in documents.work.iterdir():  # of other inputs and options
-        if key_of(path) not in USED:
+    for path in [*documents.work.iterdir(), *out.glob("*.tmp")]:  # of other options, and of what was killed
+        if key_of(path) not in USED or path.suffix == ".tmp":
             path.unlink()
-    for path in [*out.glob("*.tmp"), *documents.work.glob("*.tmp")]:  # of processes that were killed
-        path.unlink()
     counts = {bin: files[f"{bin}.train.bin"]["tokens"] for bin in BINS}
     total = max(1, sum(counts.values()))
     return {
         "vocab_size": tokenizer.vocab_size, "lost_bytes": int(documents.tokens["lost"].sum()),
         "tokenizer_sha256": sha256(out / "tokenizer.json"),
         "files": files, "heldout_apis": len(heldout_apis),
-        "dropped": dict(sorted(reasons.items())), "masked": dict(sorted(masked.items())),
+        "dropped": reasons, "masked": dict(sorted(masked.items())),
         "shares": {bin: count / total for bin, count in counts.items()},
         "stages": {stage: [f"{bin}.train.bin" for bin in bins if counts[bin]]
                    for stage, bins in STAGES.items()}}
 
 
 def account(documents):
-    """What was dropped, by reason and with examples, and what was masked, by kind."""
-    reasons, rejected, masked = Counter(), [], Counter()
+    """What was dropped, by reason, examples of it, and what was masked, by kind. The examples of a reason are
+    those whose ids have the lowest hashes, so that it does not matter in which pieces they were found.
+    """
+    rejected, masked, reasons, sample = [*documents.dropped], Counter(), Counter(), []
     for report in documents.reports:
-        reasons.update(report["reasons"])
         masked.update(report["masked"])
-        rejected += report["sample"]
-    name = lambda i: documents.id[i].decode("utf-8", "replace")
-    for i in np.flatnonzero(documents.reason).tolist():
-        example = {"reason": documents.REASONS[documents.reason[i]], "id": name(i)}
+        rejected += report["rejected"]
+    for example in sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
         reasons[example["reason"]] += 1
-        if documents.copy_of[i] != i:
-            example["of"] = name(documents.copy_of[i])
-        if i in documents.match:
-            example["match"], example["file"] = documents.match[i]
-        elif documents.score[i] and "mentions" not in example["reason"]:
-            example["probability"] = round(float(documents.score[i]), 4)
-        rejected.append(example)
-    return reasons, sample_of(rejected), masked
+        if reasons[example["reason"]] <= MAX_REJECTED:
+            sample.append(example)
+    return reasons, sample, masked
 
 
 def write_bin(out, bin, split, documents, dtype):
@@ -1677,17 +1619,15 @@ def write_bin(out, bin, split, documents, dtype):
     """
     chosen, entries = documents.ordered(bin, split=split), {}
     starts = np.cumsum([0, *documents.tokens["length"][chosen]])
-    arrays = {"idx": starts, "score": documents.score[chosen]}
-    for suffix, (bins, stored) in FILES.items():
-        if bin not in bins:
-            continue
-        path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored or dtype)
-        if suffix in arrays:
-            write(path, arrays[suffix].astype(stored).tobytes())
-        else:
-            write(path, documents.tokens_of(chosen, stored.itemsize, suffix))
-        count = path.stat().st_size // stored.itemsize
-        entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
+    contents = {"bin": (dtype, documents.tokens_of(chosen, ".bin", dtype.itemsize)),
+                "mask": ("u1", documents.tokens_of(chosen, ".mask", 1)),
+                "idx": ("<u8", [starts.astype("<u8")]), "score": ("<f4", [documents.score[chosen]])}
+    for suffix, (stored, parts) in contents.items():
+        if bin == ONLY_OF.get(suffix, bin):
+            path, stored = out / f"{bin}.{split}.{suffix}", np.dtype(stored)
+            write(path, parts)
+            count = path.stat().st_size // stored.itemsize
+            entries[path.name] = {"dtype": stored.name, "count": count, "sha256": sha256(path)}
     entries[f"{bin}.{split}.bin"] |= {"tokens": int(starts[-1]), "documents": len(chosen)}
     return entries
 
@@ -1704,24 +1644,19 @@ class Corpus:
         if not path.exists():
             raise ValueError(f"{path}: no such file. Run `python build_corpus.py` to its end first")
         self.manifest, self.sha256 = read_json(path), sha256(path)
-        self.check()
-        self.tokenizer = Tokenizer.load(self.directory)
-
-    def check(self):
-        """Hash what this machine has not hashed as it is now: at the paper's size these files have 400 GB."""
-        hashes = {name: entry["sha256"] for name, entry in self.manifest["files"].items()}
-        hashes["tokenizer.json"] = self.manifest["tokenizer_sha256"]
-        notes, found = self.directory / f".checked-{platform.node()}.json", {}
-        known = attempt(read_json, notes)
-        known = known if isinstance(known, dict) else {}
-        for name, expected in hashes.items():
+        files = self.manifest["files"] | {"tokenizer.json": {"sha256": self.manifest["tokenizer_sha256"]}}
+        # What this machine has hashed as it is now is not hashed again: the paper's size is 400 GB.
+        notes, found = self.directory / f".checked-{platform.node()}", ""
+        known = attempt(notes.read_text)  # or why there is none
+        for name, entry in files.items():
             path = self.directory / name
-            status = path.stat() if path.exists() else None
-            found[name] = status and [expected, status.st_ino, status.st_size, status.st_mtime_ns]
-            if not status or found[name] != known.get(name) and attempt(sha256, path) != expected:
+            state = f"{name} {entry['sha256']} {attempt(state_of, path)}\n"
+            if state not in known and attempt(sha256, path) != entry["sha256"]:
                 raise ValueError(f"{path}: missing or changed. Run `python build_corpus.py` again")
+            found += state
         if found != known and os.access(self.directory, os.W_OK):
-            write(notes, json.dumps(found))
+            write(notes, found)
+        self.tokenizer = Tokenizer.load(self.directory)
 
     def read(self, domain, split, suffix="bin"):
         """Token ids ("bin"), document starts and the end ("idx") or loss mask ("mask"), as a memory map."""
@@ -1737,22 +1672,15 @@ class Corpus:
         return [ids[a:b] for a, b in zip(starts, starts[1:])]
 
 
-def write(path, content=(), **arrays):
-    """Write a text, bytes, several of them, an array or, by name, several (in numpy's formats); the file
-    appears whole or not at all.
-    """
-    temporary = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")  # ranks may write the same
-    with open(temporary, "wb") as file:
-        if arrays:
-            np.savez(file, **arrays)
-        elif isinstance(content, np.ndarray):
-            np.save(file, content)
+def write(path, content):
+    """Write a text, a list of bytes, or an array in numpy's format; the file appears whole or not at all."""
+    with writing(path) as file:
+        if isinstance(content, np.ndarray):
+            np.save(file.buffer, content)
+        elif isinstance(content, str):
+            file.write(content)
         else:
-            for part in [content] if isinstance(content, (str, bytes)) else content:
-                file.write(part.encode("utf-8", "replace") if isinstance(part, str) else part)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+            file.buffer.writelines(content)
 
 
 def read_json(path):
@@ -1764,6 +1692,12 @@ def sha256(path):
     """A file's SHA-256, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_of(path):
+    """What changes when a file does."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def report(manifest, seconds):
@@ -1795,28 +1729,27 @@ def show(args):
     """Print documents of one bin after another, token by token in two shades; target tokens of tuning in
     green.
     """
-    try:
-        corpus = Corpus(args.out)
-    except ValueError as error:
-        fail(error)
+    corpus = attempt(Corpus, args.out)
+    if not isinstance(corpus, Corpus):
+        fail(corpus)
     files = corpus.manifest["files"]
     present = [(bin, split) for split in SPLITS for bin in BINS if files[f"{bin}.{split}.bin"]["documents"]]
     for k in range(args.show):
-        name = bin, split = present[k % len(present)]
-        starts = corpus.read(*name, "idx")
+        bin, split = present[k % len(present)]
+        starts = corpus.read(bin, split, "idx")
         number = k // len(present) * 7919 % (len(starts) - 1)  # a prime, to come around
-        a, b = starts[number:number + 2].tolist()
-        ids, mask = corpus.read(*name)[a:b].tolist(), [0] * (b - a)
-        text = corpus.tokenizer.decode(ids[:-1])
-        measured = measure(text, shingle_hashes([text])[0])
-        scores = [f"{name} {value:,.2f}" for name, value in measured.items()]
+        document = slice(*starts[number:number + 2].tolist())
+        ids = corpus.read(bin, split)[document].tolist()
+        text, mask = corpus.tokenizer.decode(ids[:-1]), [0] * len(ids)
+        measured = measure(text, shingle_hashes([text])[0]).items()
+        notes = [f"{name} {value:,.2f}" for name, value in measured]
         if bin == "instruction":
-            mask = corpus.read(*name, "mask")[a:b]
-            scores.append(f"learned {mask.mean():.0%}")
+            mask = corpus.read(bin, split, "mask")[document]
+            notes.append(f"learned {mask.mean():.0%}")
         if bin == "retrieved":
-            scores.append(f"probability {corpus.read(*name, 'score')[number]:.3f}")
+            notes.append(f"probability {corpus.read(bin, split, 'score')[number]:.3f}")
         print(f"--- {bin}.{split}, document {number:,}: {len(ids):,} tokens, "
-              f"{len(text) / len(ids):.1f} characters each; {', '.join(scores)}")
+              f"{len(text) / len(ids):.1f} characters each; {', '.join(notes)}")
         print_tokens(corpus.tokenizer, ids, mask)
 
 
@@ -1831,8 +1764,8 @@ def print_tokens(tokenizer, ids, targets):
             print(token, end="‖" if target else "|")
             continue
         style = f"{'32' if target else '39'};48;5;{(236, 239)[n % 2]}"
-        lines = token.split("\n")  # a background that goes over a line's end would fill the screen
-        print("\n".join(f"\033[{style}m{line}\033[0m" if line else "" for line in lines), end="")
+        # Line by line, since a background that goes over a line's end would fill the screen.
+        print(re.sub("(.+)", f"\033[{style}m\\1\033[0m", token), end="")
     print("\n")
 
 

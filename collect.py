@@ -3339,7 +3339,7 @@ def finish(messages, tools):
 
 def functions_called(messages):
     """The function of each call in messages: {"name", "arguments"}."""
-    return [c["function"] for m in messages for c in m.get("tool_calls", ())]
+    return [c["function"] for m in messages for c in m.get("tool_calls") or ()]
 
 
 def one_system(messages):

@@ -271,7 +271,7 @@ def cleaned(directory, near_duplicates=0.8):
     """Documents and args of the records in directory/raw, cleaned in two processes, as build_corpus.py's later steps take them."""
     args = argparse.Namespace(workers=2, near_duplicates=near_duplicates, heldout=0.08, fold=1, vocab_size=8192)
     shards = sorted((directory / "raw").glob("*.jsonl"))
-    pieces = build_corpus.find_pieces(shards, {shard: build_corpus.sha256(shard) for shard in shards}, False)
+    pieces = build_corpus.find_pieces({shard: build_corpus.sha256(shard) for shard in shards}, False)
     (directory / "work").mkdir(exist_ok=True)
     return build_corpus.clean_all(pieces, directory / "work", 2), args
 

@@ -472,7 +472,7 @@ def test_many_bad_lines_take_no_longer_each(tmp_path):
         file.write("x" * 60 + "\n" + ("-eyJ" * 20 + "\n") * 30_000)
     rejected, started = [], time.time()
     shard = tmp_path / "raw" / "records.jsonl"
-    [piece] = build_corpus.find_pieces([shard], {shard: ""}, False)
+    [piece] = build_corpus.find_pieces({shard: ""}, False)
     assert len(list(build_corpus.read_records(piece, rejected))) == 1 and rejected[-1]["id"] == "records.jsonl:30002"
     build_corpus.scrub("-eyJ" * 40_000, Counter())
     assert time.time() - started < 8
@@ -564,13 +564,13 @@ def test_only_what_changed_is_done_again(small_raw, tmp_path):
         run("build_corpus.py", "--raw", raw, "--out", out, *options)
         after = {p.name: p.stat().st_mtime_ns for p in (out / "work").glob("*")}
         made = {name for name in after if name not in before or before[name] != after[name]}
-        return {kind: sum(name.endswith(kind) for name in made) for kind in (".jsonl", ".pairs.npz", ".tiktoken", ".tokens.npy")}, after
+        return {kind: sum(name.endswith(kind) for name in made) for kind in (".jsonl", ".pairs.npy", ".tiktoken", ".tokens.npy")}, after
 
     first, files = build("--vocab-size", 512)
     shards = len(list(raw.glob("*.jsonl")))
-    assert first == {".jsonl": shards, ".pairs.npz": 1, ".tiktoken": 1, ".tokens.npy": shards}
-    assert build("--vocab-size", 600)[0] == {".jsonl": 0, ".pairs.npz": 0, ".tiktoken": 1, ".tokens.npy": shards}
-    assert build("--vocab-size", 600, "--near-duplicates", 0)[0] | {".tokens.npy": 0} == {".jsonl": 0, ".pairs.npz": 1, ".tiktoken": 1, ".tokens.npy": 0}
+    assert first == {".jsonl": shards, ".pairs.npy": 1, ".tiktoken": 1, ".tokens.npy": shards}
+    assert build("--vocab-size", 600)[0] == {".jsonl": 0, ".pairs.npy": 0, ".tiktoken": 1, ".tokens.npy": shards}
+    assert build("--vocab-size", 600, "--near-duplicates", 0)[0] | {".tokens.npy": 0} == {".jsonl": 0, ".pairs.npy": 1, ".tiktoken": 1, ".tokens.npy": 0}
     write_raw(raw, [record("new", text="A text that was not there before, and is long enough to stay.")])
     made, after = build("--vocab-size", 600, "--near-duplicates", 0)
     assert made[".jsonl"] == 1 and len(after) < 2 * len(files)  # what no corpus needs any more is gone
@@ -616,7 +616,7 @@ def through_files(directory, texts, threshold=0.8, workers=1, name=lambda i, tex
     write_raw(directory / "raw", [record(name(i, text), "api_doc", text) for i, text in enumerate(texts)])
     args = argparse.Namespace(workers=workers, near_duplicates=threshold)
     shard = directory / "raw" / "records.jsonl"
-    pieces = build_corpus.find_pieces([shard], {shard: build_corpus.sha256(shard)}, False)
+    pieces = build_corpus.find_pieces({shard: build_corpus.sha256(shard)}, False)
     (directory / "work").mkdir()
     documents = build_corpus.clean_all(pieces, directory / "work", workers)
     build_corpus.drop_duplicates(documents, args)
@@ -680,12 +680,13 @@ def test_near_duplicates_against_brute_force(real):
     documents = real
     assert len(documents) > 19_500
     texts = [documents[i].text for i in range(len(documents))]
-    for j in np.flatnonzero(documents.reason):
+    duplicates = {dropped["id"] for dropped in documents.dropped if dropped["reason"] == "duplicate"}
+    for j in np.flatnonzero(~documents.kept):
         i = documents.copy_of[j]
         assert words_jaccard(texts[i], texts[j]) >= 0.8
-        assert documents.reason[j] == 1 or not documents.reason[i] and (-len(texts[i]), documents[i].id) < (-len(texts[j]), documents[j].id)
+        assert documents.name(j) in duplicates or documents.kept[i] and (-len(texts[i]), documents[i].id) < (-len(texts[j]), documents[j].id)
     pairs = similar_pairs(texts, 0.8)
-    found = sum(bool(documents.reason[i] or documents.reason[j]) for i, j in pairs)
+    found = sum(not (documents.kept[i] and documents.kept[j]) for i, j in pairs)
     assert len(pairs) > 1500 and found >= 0.95 * len(pairs)
 
 
