@@ -7,8 +7,7 @@ Out:  out/base             trained on code and text alone (not with --init)
       out/stage2           from stage 1: the agent data, with --replay of code and text
       out/control-stage1, out/control-stage2    from the same base for the same tokens, without agent data
       each a Hugging Face checkpoint directory with metrics.jsonl and train_state/
-      out/scaling          with --scaling-law instead: the losses of many small runs, scaling_law.jsonl, and
-                           with --plot a picture
+      out/scaling          with --scaling-law instead: the losses of many small runs, scaling_law.jsonl
 
 Laptop:      python pretrain.py
 One GPU:     python pretrain.py --preset 124m --seq-len 1024 --batch-tokens 262144 --base-tokens 2e9 \\
@@ -46,6 +45,7 @@ import timeit
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -354,8 +354,7 @@ def parse_args():
         "tokens": ("150e3,300e3,450e3", "tokens of a run; the last is for the check", listed(number)),
         "seeds": (2, "runs of each kind in the grid, and twice as many in the check"),
         "weights": ("agent=1,code=1,text=1", "what the losses count, each relative to the base's",
-                    shares(TARGETS)),
-        "plot": (False, "draw out/scaling/scaling_law.png, with matplotlib")
+                    shares(TARGETS))
     }, "what a run needs": {
         "plan": (False, "print memory, tokens/s and days of such a run on --gpus of the kind --gpu, and end"),
         "gpus": (8, "how many of them"),
@@ -481,8 +480,8 @@ def number(text):
 
 
 def listed(kind):
-    """The type of a list with commas between."""
-    return lambda text: [kind(part) for part in text.split(",")]
+    """The type of a list of different values with commas between."""
+    return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))
 
 
 def share(text):
@@ -1016,14 +1015,15 @@ def duration(seconds):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The scaling law of the mixture
+# The scaling law of the mixture: small runs, curves of two forms fitted to them, a report
 
 TARGETS = ("agent", "code", "text")
 FORMS = {  # of the law: the coefficients that are searched, within bounds. The others are linear: solved for.
     # c + k·r^alpha of the share of agent data r, the paper's: fitted to each size and budget apart.
     "power": {"alpha": (0.05, 8)},
     # E + A/N^alpha + B·s^eta/D^beta + C/(s + epsilon)^gamma of N parameters, D tokens and the share s of the
-    # domain that is measured: Que et al. 2024, arXiv 2406.01375. Fitted to all runs at once.
+    # data that is measured: Que et al. 2024, arXiv 2406.01375. Fitted to all runs at once. For code and text
+    # s is the share of both together, of which each is a fixed part.
     "D-CPT": {"alpha": (0.05, 2), "eta": (0.05, 2), "beta": (0.05, 2), "epsilon": (0.01, 1),
               "gamma": (0.05, 2)}}
 
@@ -1035,48 +1035,35 @@ def scaling_law(corpus, args):
     Each run goes on from the base of its size. A run that is done is known by its result.json, so the same
     command goes on, and processes under torchrun share out the runs.
     """
-    counts = [len({Path(size).name for size in args.sizes}), len({*args.tokens}), len({*args.ratios}) - 2]
-    if min(counts) < 3 or args.seeds < 1:
+    *sizes, largest = args.sizes
+    *budgets, longest = args.tokens
+    if len(sizes) < 2 or len(budgets) < 2 or len(args.ratios) < 5 or args.seeds < 1:
         fail("--scaling-law needs at least three --sizes and --tokens, of which the last are left out of the "
              "fit, five --ratios and a seed")
-    pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
-    out, rank = Path(args.out) / "scaling", int(os.environ.get("RANK", 0))
-    while rank and not (out / "train_state" / "options.json").exists():  # which the first process writes
-        time.sleep(0.1)
+    out = Path(args.out) / "scaling"
     own_options = ("base_tokens", "mix", "practice", "document_mask", "val_windows")
     settle_options(out, {k: getattr(args, k) for k in own_options} | training_options(corpus, args))
     bases = {size: size if Path(size).is_dir() else out / f"base-{size}" for size in args.sizes}
     small_runs([(f"base-{size}", None, size, args.base_tokens, 0.0, args.seed)
                 for size in args.sizes if bases[size] != size], corpus, args)
 
-    def measure(sizes, budgets, ratios, seeds):
+    def measure(sizes, budgets, ratios, n_seeds):
+        grid = product(range(args.seed, args.seed + n_seeds), sizes, budgets, ratios)
         return small_runs([(f"{Path(size).name}-{tokens}-{r:g}-{seed}", bases[size], size, tokens, r, seed)
-                           for seed in range(args.seed, args.seed + seeds)
-                           for size in sizes for tokens in budgets for r in ratios], corpus, args)
+                           for seed, size, tokens, r in grid], corpus, args)
 
-    *sizes, largest = args.sizes
-    *budgets, longest = args.tokens
     runs = measure(sizes, budgets, args.ratios, args.seeds)
-    code_share = args.mix[1] / (args.mix[1] + args.mix[2])
-    errors = {form: left_out_error(form, runs, code_share) for form in FORMS}
-    chosen = min(errors, key=errors.get)
+    laws = {form: Law(form, runs, draws=1000) for form in FORMS}
+    errors = {form: left_out_error(form, runs) for form in FORMS}
+    chosen = laws[min(errors, key=errors.get)]
     r = np.linspace(min(args.ratios), max(args.ratios), 191)
-    target = meta_model(bases[largest]).flops_per_token(0) // 6, longest
-    curve = Law(chosen, runs, code_share).objective(r, *target, args.weights)[0]
+    curve = chosen.objective(r, count_multiplying(bases[largest]), longest, args.weights)[0]
     best = round(float(r[curve.argmin()]), 2)
     third = round((best + r[-1]) / 2 if best < 0.5 else best / 2, 2)
     check = measure([largest], [longest], dict.fromkeys([best, EQUAL, third]), 2 * args.seeds)
-    if rank:
-        return
-    write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
-    for run in runs + check:
-        run["loss"]["relative"] = relative(run["loss"], run["base"], args.weights)
-    laws = {form: Law(form, runs, code_share, draws=1000) for form in FORMS}
-    report_runs(laws[chosen], r, runs, args)
-    report_fits(laws, errors)
-    report_check(chosen, laws, r, check, args)
-    if pyplot:
-        draw_law(laws[chosen], laws["D-CPT"], r, check, args, pyplot)
+    if int(os.environ.get("RANK", 0)) == 0:
+        write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
+        report_law(laws, errors, r, runs, check, args)
 
 
 def small_runs(jobs, corpus, args):
@@ -1084,7 +1071,6 @@ def small_runs(jobs, corpus, args):
     process's turn, and wait for the rest. Returns what small_run measured of each.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    jobs = list(dict.fromkeys(jobs))  # a share may be given twice
     files = [Path(args.out) / "scaling" / name / "result.json" for name, *_ in jobs]
     own = list(zip(files, jobs))[rank::world]
     for file, job in tqdm(own, desc="runs", disable=None if rank == 0 else True):
@@ -1103,87 +1089,24 @@ def small_runs(jobs, corpus, args):
 
 def small_run(name, init, size, tokens, ratio, seed, corpus, args):
     """Train one model of the law. Returns its losses, by domain, and those of the base that it went on from.
-    Parameters are those that multiply: all but the table of embeddings.
     """
     own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
     weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
     with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
         run = pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
-    lines = held_out_losses(run) or [{}]
-    before, after = lines[0], lines[-1]
-    if absent := [d for d in VALIDATED if after.get(d) is None or before.get(d) is None]:
-        fail(f"{run}: no finite held-out loss of {', '.join(absent)}")
+    before, *_, after = held_out_losses(run)
     for losses in (before, after):
+        if any(losses.get(d) is None for d in VALIDATED):
+            fail(f"{run}: no finite held-out loss of each of {', '.join(VALIDATED)}")
         losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
     tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
-    parameters = meta_model(init, size, corpus.tokenizer.vocab_size).flops_per_token(0) // 6
-    return {"size": str(size), "parameters": parameters, "tokens": tokens, "ratio": ratio, "seed": seed,
-            "loss": after, "base": before}
+    return {"size": str(size), "parameters": count_multiplying(init or run), "tokens": tokens, "ratio": ratio,
+            "seed": seed, "loss": after, "base": before}
 
 
-class Law:
-    """Curves of loss against the share of agent data in one of FORMS, fitted to runs by variable projection
-    (Golub & Pereyra 1973), and with `draws` to so many bootstrap samples besides.
-
-    curves: {(cell, target): coefficients as `fit` gives them}, first those of the runs themselves. A cell is
-    what is fitted together: the runs of one size and budget, or for D-CPT all.
-    """
-
-    def __init__(self, form, runs, code_share, draws=0):
-        self.form, self.runs, self.code_share = form, runs, code_share
-        self.base = max(runs, key=lambda run: run["parameters"])["base"]
-        losses = {t: np.array([[run["loss"][t] for run in runs]]) for t in TARGETS}  # (1 + draws, runs)
-        self.fit_cells(losses)
-        if draws:
-            self.fit_cells(self.resample(losses, draws))
-
-    def fit_cells(self, losses):
-        cells = [where(run)[1:] if self.form == "power" else () for run in self.runs]
-        points, self.curves = np.array([where(run) for run in self.runs], float).T, {}
-        for cell in set(cells):
-            inside = [other == cell for other in cells]
-            for t in TARGETS:
-                x = self.inputs(t, *points)[:, inside]
-                self.curves[cell, t] = fit(self.form, x, losses[t][:, inside])
-
-    def resample(self, losses, draws):
-        """The losses, and draws of them: to what was fitted, the residuals of whole runs, all targets
-        together, are dealt out anew.
-        """
-        count, (p, linear) = len(self.runs), next(iter(self.curves.values()))
-        free = count - len(self.curves) / len(TARGETS) * (p.shape[1] + linear.shape[1])
-        rng = np.random.default_rng(0)
-        dealt = rng.integers(count, size=(draws, count))
-        # Residuals are smaller than the noise, and tell it inexactly.
-        spread = (count / rng.chisquare(free, (draws, 1))) ** 0.5
-        drawn = {}
-        for t, measured in losses.items():
-            residuals = self.residuals(t)
-            drawn[t] = np.concatenate([measured, measured - residuals + spread * residuals[dealt]])
-        return drawn
-
-    def inputs(self, target, r, n, d):
-        """What `basis` takes, (4, runs): last, the share of the target's own domain."""
-        own = {"agent": r, "code": (1 - r) * self.code_share, "text": (1 - r) * (1 - self.code_share)}
-        return np.stack(np.broadcast_arrays(r, n, d, own[target]))
-
-    def predict(self, target, r, n, d):
-        """Losses (1 + draws, len(r)). The power form knows neither size nor budget: where they were not
-        fitted, it gives those of the largest that were.
-        """
-        cell = (n, d) if ((n, d), target) in self.curves else max(cell for cell, _ in self.curves)
-        p, linear = self.curves[cell, target]
-        columns = basis(self.form, p, self.inputs(target, np.atleast_1d(r), n, d))
-        return np.einsum("prm,pm->pr", columns, linear)
-
-    def objective(self, r, n, d, weights):
-        """The weighted mean of the losses, each relative to that of the largest base: (1 + draws, len(r))."""
-        return relative({t: self.predict(t, r, n, d) for t in weights}, self.base, weights)
-
-    def residuals(self, target, runs=None):
-        """Measured minus fitted loss of each run, (runs,)."""
-        return np.array([run["loss"][target] - self.predict(target, *where(run))[0, 0]
-                         for run in runs or self.runs])
+def count_multiplying(directory):
+    """How many parameters of a checkpoint multiply: all but the table of embeddings."""
+    return meta_model(directory).flops_per_token(0) // 6
 
 
 def where(run):
@@ -1191,123 +1114,45 @@ def where(run):
     return run["ratio"], run["parameters"], run["tokens"]
 
 
-def basis(form, p, x):
-    """The columns whose linear combination is the loss, (P, points, columns), for nonlinear coefficients p
-    (P, k).
-
-    x: the share of agent data, parameters, tokens and the share of the measured domain, (points,) each.
-    """
-    r, n, d, s = x
-    p = p.T[:, :, None]                                                          # (k, P, 1)
-    if form == "power":
-        columns = [r ** p[0]]
-    else:
-        alpha, eta, beta, epsilon, gamma = p
-        columns = [(n / 1e6) ** -alpha, s ** eta / (d / 1e6) ** beta, (s + epsilon) ** -gamma]
-    return np.stack([np.ones_like(columns[0]), *columns], -1)
-
-
-def fit(form, x, y, rounds=60, tries=20):
-    """Least squares for each row of y (draws, points): nonlinear coefficients (draws, k) and linear ones
-    (draws, columns).
-
-    Given the nonlinear ones the best linear ones follow exactly, by an orthogonal projection. So only the
-    former are searched: at random in a box that shrinks about the best for the first row. All rows share the
-    candidates, which are many near that best, and their projections.
-    """
-    low, high = np.array(list(FORMS[form].values())).T
-    rng, width = np.random.default_rng(0), high - low
-    p, most = np.tile((low + high) / 2, (len(y), 1)), np.full(len(y), -np.inf)
-    for _ in range(rounds):
-        offsets = rng.uniform(-1, 1, (tries * len(low) ** 2, len(low)))
-        candidates = np.clip(p[0] + width * offsets, low, high)
-        q = np.linalg.qr(basis(form, candidates, x))[0]                         # (candidates, points, linear)
-        explained = np.square(np.tensordot(y, q, (1, 1))).sum(-1)                # (draws, candidates)
-        best = explained.max(1)
-        better = best > most
-        p[better], most[better] = candidates[explained.argmax(1)[better]], best[better]
-        width = 0.9 * width
-    linear = [np.linalg.lstsq(b, row, rcond=None)[0] for b, row in zip(basis(form, p, x), y)]
-    return p, np.stack(linear)
-
-
-def left_out_error(form, runs, code_share):
-    """Root mean square error (nats) of the losses at the inner shares, each predicted from the runs at all
-    others.
-    """
-    errors = []
-    for r in sorted({run["ratio"] for run in runs})[1:-1]:
-        law = Law(form, [run for run in runs if run["ratio"] != r], code_share)
-        errors += [law.residuals(t, [run for run in runs if run["ratio"] == r]) for t in TARGETS]
-    return float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
-
-
-def report_runs(law, r, runs, args):
-    """Print what was measured, and the best share by the law."""
-    ratios = sorted({*args.ratios})
-    print(f"\nHeld-out loss (nats a token) by share of agent data, {args.seeds} seeds. Relative: the mean of "
-          "loss / base's, " + ", ".join(f"{t} counted {w:g}" for t, w in args.weights.items()))
-    print(f"{'size':<10}{'tokens':>12} {'':<9}" + "".join(f"{x:>8g}" for x in ratios) + "   best share [95%]")
-    for (n, d, size), inside in cells(runs).items():
-        for t in (*TARGETS, "relative"):
-            best = best_share(law, r, n, d, args) if t == "relative" else ""
-            print(f"{size:<10}{d:>12,} {t:<9}" + "".join(f"{mean_loss(inside, x, t):>8.4f}" for x in ratios)
-                  + f"   {best}")
-
-
-def report_fits(laws, errors):
-    """Print how well each form fits, and its coefficients."""
-    print("\nform         of          R2  residual: rms  largest, at share  left-out error   "
-          "searched coefficients, where each size and budget has its own: of the largest [95%]")
-    for form, law in laws.items():
-        for t in TARGETS:
-            residual, (p, _) = law.residuals(t), law.curves[max(law.curves)[0], t]
-            worst = np.abs(residual).argmax()
-            explained = 1 - residual.var() / np.var([run["loss"][t] for run in law.runs])
-            found = [f"{name} {draws[0]:.2f}{interval(draws[1:])}" for name, draws in zip(FORMS[form], p.T)]
-            print(f"{form:<13}{t:<7}{explained:>7.4f}{np.sqrt(np.mean(residual ** 2)):>15.4f}"
-                  f"{residual[worst]:>+14.4f} {law.runs[worst]['ratio']:<4g}{errors[form]:>16.4f}   "
-                  + ", ".join(found))
-    print(f"Chosen for its error on shares left out of the fit: {min(errors, key=errors.get)}")
-
-
-def report_check(chosen, laws, r, check, args):
-    """Print what the check measured beside what D-CPT predicted, then the outcome in words."""
-    ((n, d, size), _), = cells(check).items()
-    best, *_ = ratios = list(dict.fromkeys(run["ratio"] for run in check))
-    print(f"\nCheck at {size}, {d:,} tokens, of which nothing was fitted, {2 * args.seeds} seeds. "
-          "In brackets what D-CPT predicted")
-    print(f"  share            agent             code             text  relative   minus that of {best:g} "
-          "[95%]")
-    for x in ratios:
-        line = f"{x:>7.3g}"
-        for t in TARGETS:
-            line += f"{mean_loss(check, x, t):>9.3f} ({laws['D-CPT'].predict(t, x, n, d)[0, 0]:.3f})"
-        middle, low, high = difference(check, x, best)
-        print(f"{line}{mean_loss(check, x, 'relative'):>10.4f}"
-              + f"   {middle:+.4f} [{low:+.4f}, {high:+.4f}]" * (x != best))
-
-    curve = laws[chosen].objective(r, n, d, args.weights)[0]
-    found = " and ".join(f"{best_share(law, r, n, d, args)} by {form}" for form, law in laws.items())
-    print(f"\nIn words: for {size} and {d:,} tokens the best share of agent data is {found}. By {chosen} it "
-          f"has {curve.min():.4f} of the base's loss, against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1.")
-    middle, low, high = difference(check, EQUAL, best)
-    verdict = "beats" if low > 0 else "loses to" if high < 0 else "is not to be told from"
-    print(f"Trained there, a share of {best:g} {verdict} 1 : 1 : 1, which has {middle:+.4f} [{low:+.4f}, "
-          f"{high:+.4f}] of the base's loss by comparison. The paper's best was near 0.36.")
-
-
-def cells(runs):
-    """{(parameters, tokens, name of the size): the runs of it}, from small to large."""
-    found = {}
+def by_cell(runs):
+    """{(parameters, tokens): the runs of that size and budget}, from small to large."""
+    cells = {}
     for run in sorted(runs, key=lambda run: where(run)[1:]):
-        found.setdefault((*where(run)[1:], Path(run["size"]).name), []).append(run)
-    return found
+        cells.setdefault(where(run)[1:], []).append(run)
+    return cells
 
 
-def mean_loss(runs, ratio, target):
-    """The mean over the runs at that share."""
-    return np.mean([run["loss"][target] for run in runs if run["ratio"] == ratio])
+class Law:
+    """Curves of loss against the share of agent data in one of FORMS, fitted to runs, and with `draws` to so
+    many bootstrap samples of them besides.
+
+    curves: {(cell, target): coefficients as `fit` gives them}. A cell is what is fitted together: the runs of
+    one size and budget, or for D-CPT all.
+    """
+
+    def __init__(self, form, runs, draws=0):
+        self.form, self.curves = form, {}
+        self.base = max(runs, key=lambda run: run["parameters"])["base"]
+        cells = by_cell(runs) if form == "power" else {"all": runs}
+        for (cell, inside), t in product(cells.items(), TARGETS):
+            x = np.array([where(run) for run in inside]).T                       # (3, runs)
+            y = np.array([run["loss"][t] for run in inside])                     # (runs,)
+            self.curves[cell, t] = fit(form, t, x, y, draws)
+
+    def predict(self, target, r, n, d):
+        """Losses (1 + draws, len(r)). The power form knows neither size nor budget: where they were not
+        fitted, it gives those of the largest that were.
+        """
+        cell = (n, d) if ((n, d), target) in self.curves else list(self.curves)[-1][0]
+        return losses_at(self.form, target, (r, n, d), *self.curves[cell, target])
+
+    def objective(self, r, n, d, weights):
+        """The weighted mean of the losses, each relative to that of the largest base: (1 + draws, len(r))."""
+        return relative({t: self.predict(t, r, n, d) for t in weights}, self.base, weights)
+
+    def residuals(self, runs):
+        """Measured minus fitted losses of runs, every target's."""
+        return [run["loss"][t] - self.predict(t, *where(run))[0, 0] for run in runs for t in TARGETS]
 
 
 def relative(losses, base, weights):
@@ -1315,48 +1160,124 @@ def relative(losses, base, weights):
     return sum(w * losses[t] / base[t] for t, w in weights.items()) / sum(weights.values())
 
 
-def difference(check, share, best):
-    """Of the relative loss, between two shares in pairs of one seed: mean, and Student's 95% interval."""
-    ours, theirs = ([run["loss"]["relative"] for run in check if run["ratio"] == x] for x in (share, best))
-    gaps = np.array(ours) - theirs                                               # (seeds,)
-    # The quantile is within 0.5% where there are four seeds.
+def fit(form, target, x, y, draws):
+    """The coefficients for losses y (runs,) at x (3, runs), and for so many draws of y, as `search` gives
+    them.
+
+    A draw deals out anew the residuals of whole runs: the same for all targets.
+    """
+    found = search(form, target, x, y[None])
+    if draws:
+        fitted, rng = losses_at(form, target, x, *found)[0], np.random.default_rng(0)
+        dealt = (y - fitted)[rng.integers(len(y), size=(draws, len(y)))]         # (draws, runs)
+        # Residuals are smaller than the noise, and tell it inexactly.
+        freedom = len(y) - np.hstack(found).size
+        spread = (len(y) / rng.chisquare(freedom, (draws, 1))) ** 0.5
+        found = search(form, target, x, np.vstack([y, fitted + spread * dealt]))
+    return found
+
+
+def search(form, target, x, y, rounds=60, tries=20):
+    """Least squares for each row of y (P, runs) by variable projection (Golub & Pereyra 1973): nonlinear
+    coefficients (P, k) and linear ones (P, columns).
+
+    Given the nonlinear ones the best linear ones follow exactly, by an orthogonal projection. So only the
+    former are searched: at random in a box that shrinks about the best for the first row. All rows share the
+    candidates, which are many near that best, and their projections.
+    """
+    low, high = np.array(list(FORMS[form].values())).T
+    rng, width = np.random.default_rng(0), high - low
+    p, most = np.tile((low + high) / 2, (len(y), 1)), np.zeros(len(y))
+    for _ in range(rounds):
+        offsets = rng.uniform(-1, 1, (tries * len(low) ** 2, len(low)))
+        candidates = np.clip(p[0] + width * offsets, low, high)
+        q = np.linalg.qr(basis(form, target, x, candidates))[0]                 # (candidates, runs, columns)
+        explained = np.square(np.tensordot(y, q, (1, 1))).sum(-1)                # (P, candidates)
+        better = explained.max(1) > most
+        p[better] = candidates[explained.argmax(1)[better]]
+        most = np.maximum(most, explained.max(1))
+        width = 0.9 * width
+    return p, np.einsum("pmr,pr->pm", np.linalg.pinv(basis(form, target, x, p)), y)
+
+
+def losses_at(form, target, x, p, linear):
+    """Losses (P, points) by coefficients p (P, k) and linear (P, columns)."""
+    return np.einsum("prm,pm->pr", basis(form, target, x, p), linear)
+
+
+def basis(form, target, x, p):
+    """The columns whose linear combination is the loss, (P, points, columns), for nonlinear coefficients p
+    (P, k).
+
+    x: share of agent data, parameters and tokens, each (points,) or a number.
+    """
+    r, n, d = x
+    p = p.T[:, :, None]                                                          # (k, P, 1)
+    if form == "power":
+        columns = [r ** p[0]]
+    else:
+        alpha, eta, beta, epsilon, gamma = p
+        s = r if target == "agent" else 1 - r
+        columns = [(n / 1e6) ** -alpha, s ** eta / (d / 1e6) ** beta, (s + epsilon) ** -gamma]
+    return np.stack(np.broadcast_arrays(1.0, *columns), -1)
+
+
+def left_out_error(form, runs):
+    """Root mean square error (nats) of the losses at the inner shares, each predicted from the runs at all
+    others.
+    """
+    errors = []
+    for r in sorted({run["ratio"] for run in runs})[1:-1]:
+        law = Law(form, [run for run in runs if run["ratio"] != r])
+        errors += law.residuals([run for run in runs if run["ratio"] == r])
+    return np.square(errors).mean() ** 0.5
+
+
+def report_law(laws, errors, r, runs, check, args):
+    """Print the measured losses with the best shares by each form, then the outcome of the check in words."""
+    for run in runs + check:
+        run["loss"]["relative"] = relative(run["loss"], run["base"], args.weights)
+    print("\nHeld-out loss (nats a token) by share of agent data. Relative: the mean of loss / base's, "
+          + ", ".join(f"{t} counted {w:g}" for t, w in args.weights.items()))
+    for group in (runs, check):
+        ratios = sorted({run["ratio"] for run in group})
+        print(f"\n{'size':<10}{'tokens':>12} {'':<9}" + "".join(f"{x:>8g}" for x in ratios))
+        for (n, d), inside in by_cell(group).items():
+            size = Path(inside[0]["size"]).name
+            for t in (*TARGETS, "relative"):
+                means = [losses_of(inside, t, x).mean() for x in ratios]
+                print(f"{size:<10}{d:>12,} {t:<9}" + "".join(f"{mean:>8.4f}" for mean in means))
+            found = [f"{best_share(law, r, n, d, args.weights)} by {form}" for form, law in laws.items()]
+            print("    best share [95%]: " + ", ".join(found))
+    for form, law in laws.items():
+        print(f"\n{form}: root mean square error {errors[form]:.4f} at shares left out of the fit, "
+              f"{np.square(law.residuals(check)).mean() ** 0.5:.4f} at the size and budget left out")
+
+    best = check[0]["ratio"]
+    gaps = losses_of(check, "relative", EQUAL) - losses_of(check, "relative", best)   # (seeds,)
+    # Student's 95% interval; the quantile is within 0.5% where there are four seeds.
     t = np.quantile(np.random.default_rng(0).standard_t(len(gaps) - 1, 10**6), 0.975)
     reach = t * gaps.std(ddof=1) / len(gaps) ** 0.5
-    return gaps.mean(), gaps.mean() - reach, gaps.mean() + reach
+    verdict = "beats" if gaps.mean() > 0 else "loses to"
+    if abs(gaps.mean()) <= reach:
+        verdict = "is not to be told from"
+    print(f"\nIn words: for {size} and {d:,} tokens {min(errors, key=errors.get)}, the form of less error at "
+          f"shares left out, predicts {best:g} as the best share of agent data. Trained there, a share of "
+          f"{best:g} {verdict} 1 : 1 : 1, which has {gaps.mean():+.4f} [{gaps.mean() - reach:+.4f}, "
+          f"{gaps.mean() + reach:+.4f}] of the base's loss by comparison. The paper's best was near 0.36.")
 
 
-def interval(draws):
-    """The middle 95% of bootstrap draws."""
+def losses_of(runs, target, ratio):
+    """(seeds,) The losses at that share."""
+    return np.array([run["loss"][target] for run in runs if run["ratio"] == ratio])
+
+
+def best_share(law, r, n, d, weights):
+    """The share of least loss among r, with its bootstrap interval, or at which end it lies."""
+    best, *draws = r[law.objective(r, n, d, weights).argmin(1)]
     low, high = np.quantile(draws, [0.025, 0.975])
-    return f" [{low:.2f}, {high:.2f}]"
-
-
-def best_share(law, r, n, d, args):
-    """The share of least loss among r, with its interval, or at which end it lies."""
-    best = r[law.objective(r, n, d, args.weights).argmin(1)]
-    end = {r[0]: ", the lowest tried", r[-1]: ", the highest tried"}.get(best[0], "")
-    return f"{best[0]:.2f}{interval(best[1:])}{end}"
-
-
-def draw_law(law, d_cpt, r, check, args, pyplot):
-    """Draw out/scaling/scaling_law.png: runs as dots, the law as lines; the check as stars, and what D-CPT
-    predicted of it as broken lines.
-    """
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    shown = [(law, "o", "-", group) for group in cells(law.runs).items()]
-    shown += [(d_cpt, "*", "--", group) for group in cells(check).items()]
-    for i, (curves, dots, line, ((n, d, size), inside)) in enumerate(shown):
-        for axis, title in zip(axes, (*TARGETS, "loss / largest base's")):
-            if title in TARGETS:
-                curve, losses = curves.predict(title, r, n, d), [run["loss"][title] for run in inside]
-            else:
-                curve = curves.objective(r, n, d, args.weights)
-                losses = [relative(run["loss"], law.base, args.weights) for run in inside]
-            axis.plot([run["ratio"] for run in inside], losses, dots, color=f"C{i}", markersize=5)
-            axis.plot(r, curve[0], line, color=f"C{i}", label=f"{size}, {d:,} tokens ({curves.form})")
-            axis.set(title=title, xlabel="share of agent data")
-    axes[-1].legend(fontsize=8)
-    figure.savefig(Path(args.out) / "scaling" / "scaling_law.png", dpi=100)
+    end = {r[0]: ", the lowest tried", r[-1]: ", the highest tried"}.get(best, "")
+    return f"{best:.2f} [{low:.2f}, {high:.2f}]{end}"
 
 
 # ------------------------------------------------------------------------------------------------------------
