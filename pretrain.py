@@ -45,7 +45,8 @@ import timeit
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
+from datetime import timedelta
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +155,9 @@ def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practi
     """
     bins = {name: corpus.read(name, "train") for name, weight in weights.items() if weight > 0}
     available = {name: (len(ids) - 1) // seq_len for name, ids in bins.items()}
-    if missing := [name for name, count in available.items() if count < 1]:
-        fail(f"{corpus.directory}: the domain {missing[0]} has no window of {seq_len} tokens to train on")
+    for name, count in available.items():
+        if count < 1:
+            fail(f"{corpus.directory}: the domain {name} has no window of {seq_len} tokens to train on")
     names, order, windows, epochs = plan_windows(available, weights, n_windows, seed)
 
     def get_batch(step, rows):
@@ -191,15 +193,14 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     checkpoints = Checkpoints(run / "train_state", args.keep, model, optimizer)
     start, skipped = checkpoints.load()
-    metrics, in_a_row = Metrics(run, start, options, args), 0
+    log, in_a_row = open_metrics(run, start, options, args), 0
     batches = prefetch(get_batch, batch_size, range(start, steps), args)
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if is_main() else True)
 
     for step in range(start, steps + 1):
         # ---- once in a while: validation, a checkpoint, the end
         if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
-            losses = validation(model, held_out, args, autocast)
-            metrics.log(step=step, **{f"loss/{d}": loss for d, loss in losses.items()})
+            log(step=step, **validation(model, held_out, args, autocast))
         # Any process's, so that all stop at the same step.
         stop = all_reduce(torch.tensor(float(STOP.is_set()))).item()
         if step > start and (step % args.save_every == 0 or step == steps or stop):
@@ -207,7 +208,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
         if step == steps or stop:
             break
         if step == start + 6:  # the first step compiles
-            tell_duration(run, steps * step_tokens, args)
+            tell_duration(run, rate, steps * step_tokens, args)
 
         # ---- a single training step
         started = time.perf_counter()
@@ -230,9 +231,9 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
         # ---- what it was like
         seconds = time.perf_counter() - started
         rate = step_tokens / seconds
-        metrics.log(step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
-                    ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
-                    data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
+        log(step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
+            ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
+            data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
         checkpoints.finish(wait=False)
         if in_a_row == 10:
@@ -245,8 +246,8 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     checkpoints.finish()
     if step < steps:
         if is_main():
-            print(f"{run.name}: stopped after step {step} of {steps}" + ", which is saved" * (step > 0)
-                  + "; the same command goes on")
+            print(f"{run.name}: stopped after step {step} of {steps}, which is saved; the same command goes "
+                  "on")
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(0)
@@ -268,14 +269,13 @@ def forward_and_backward(model, wrapped, batch, n_targets, autocast, args):
     micro-batches.
     """
     total, (_, world) = torch.zeros((), device=args.device), rank_and_world()
-    batch = [tensor.to(args.device, non_blocking=True) for tensor in batch]
-    micro_batches = list(zip(*(tensor.split(args.micro_batch) for tensor in batch)))
-    for i, micro_batch in enumerate(micro_batches, 1):
-        # DDP adds up over processes once, at the last.
-        with contextlib.nullcontext() if i == len(micro_batches) or wrapped is model else wrapped.no_sync():
-            with autocast:
-                loss = wrapped(*micro_batch)
-            (loss * (world / n_targets)).backward()  # DDP and FSDP average over processes
+    parts = micro_batches(batch, args)
+    for i, part in enumerate(parts, 1):
+        if wrapped is not model:  # DDP adds up over processes once, at the last
+            wrapped.require_backward_grad_sync = i == len(parts)
+        with autocast:
+            loss = wrapped(*part)
+        (loss * (world / n_targets)).backward()  # DDP and FSDP average over processes
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return all_reduce(total).item() / n_targets, (norm.full_tensor() if args.shard else norm).item()
@@ -350,7 +350,7 @@ def parse_args():
         "ratios": ("0,0.1,0.25,0.4,0.6,0.8,0.95", "shares of agent data; the rest is code and text as in "
                    "--mix", listed(share)),
         "sizes": ("2x192,4x192,4x256", "shapes, or checkpoint directories to begin from; the last is left "
-                  "out of the fit, for the check", listed(shape_or_directory)),
+                  "out of the fit, for the check", listed(shape)),
         "tokens": ("150e3,300e3,450e3", "tokens of a run; the last is for the check", listed(number)),
         "seeds": (2, "runs of each kind in the grid, and twice as many in the check"),
         "weights": ("agent=1,code=1,text=1", "what the losses count, each relative to the base's",
@@ -492,14 +492,10 @@ def share(text):
 
 
 def shape(text):
-    """The name of a preset, or LAYERSxWIDTH."""
-    shape_of(text)
+    """A preset, LAYERSxWIDTH or a checkpoint directory."""
+    if not Path(text).is_dir():
+        shape_of(text)
     return text
-
-
-def shape_or_directory(text):
-    """A shape, or where there is one a checkpoint directory."""
-    return text if Path(text).is_dir() else shape(text)
 
 
 def shape_of(name):
@@ -508,13 +504,9 @@ def shape_of(name):
         return transformer.PRESETS[name]
     layers, dim = (int(part) if part.isdecimal() else 0 for part in name.partition("x")[::2])
     if layers < 1 or dim < 64 or dim % 64:
-        presets = ", ".join(transformer.PRESETS)
-        message = f"{name} is none of {presets}, nor LAYERSxWIDTH with a multiple of 64"
-        raise argparse.ArgumentTypeError(message)
-    heads = dim // 64
-    hidden = 64 * round(dim * 8 / 3 / 64)
-    return dict(n_layers=layers, dim=dim, n_heads=heads, n_kv_heads=heads, hidden_dim=hidden,
-                attention_bias=True)
+        fail(f"{name} is none of {', '.join(transformer.PRESETS)}, nor LAYERSxWIDTH with a multiple of 64")
+    return dict(n_layers=layers, dim=dim, n_heads=dim // 64, n_kv_heads=dim // 64,
+                hidden_dim=64 * round(dim * 8 / 3 / 64), attention_bias=True)
 
 
 def ratio(text):
@@ -533,8 +525,6 @@ def normalise(weights, total):
 # ------------------------------------------------------------------------------------------------------------
 # Processes and devices
 
-# Of malloc.h: what is free at the heap's end, and single blocks, go back to the system from this size on.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 STOP = threading.Event()  # set by SIGTERM or Ctrl-C: training saves and ends
 
 
@@ -561,7 +551,7 @@ def setup(args, together=True):
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" or bfloat16_pays() else "float32"
     if args.compile == "auto":
-        args.compile = "yes" if shutil.which(os.environ.get("CXX", "c++")) or shutil.which("cl") else "no"
+        args.compile = "yes" if shutil.which(os.environ.get("CXX", "c++")) else "no"
     torch.set_float32_matmul_precision("high")
     # Compiled for a CPU, the gradient of the embedding is else added up in whatever order the threads arrive.
     torch.use_deterministic_algorithms(args.device == "cpu")
@@ -569,8 +559,8 @@ def setup(args, together=True):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         # glibc keeps what a step frees for the next: the system would clear every page that it lends anew.
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free at the heap's end does not go back
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: nor do single blocks below this size
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: STOP.set())
 
@@ -655,16 +645,16 @@ def wrap_model(model, args):
     if args.compile == "yes":  # many layers one by one: what is compiled for the first serves all
         for module in layers if args.shard or len(layers) > 8 else [model]:
             module.compile()
-    if args.shard:
-        policy = MixedPrecisionPolicy()
-        if args.dtype == "bfloat16":  # rotary angles need float32
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(args.device, (dist.get_world_size(),))
-        for module in [*layers, model]:  # one by one, so that no process ever holds the whole in float32
-            fully_shard(in_float32(module), mesh=mesh, mp_policy=policy)
-        return model
-    in_float32(model).to(args.device)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+    if not args.shard:
+        in_float32(model).to(args.device)
+        alone = not dist.is_initialized()
+        return model if alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    types = (torch.bfloat16, torch.float32) if args.dtype == "bfloat16" else ()
+    policy = MixedPrecisionPolicy(*types, cast_forward_inputs=False)  # rotary angles need float32
+    mesh = init_device_mesh(args.device, (dist.get_world_size(),))
+    for module in [*layers, model]:  # one by one, so that no process ever holds the whole in float32
+        fully_shard(in_float32(module), mesh=mesh, mp_policy=policy)
+    return model
 
 
 def fresh_model(corpus, args):
@@ -690,17 +680,17 @@ def plan_windows(available, weights, n_windows, seed):
     and in a new one every epoch. All follows from the seed.
     """
     rng = np.random.default_rng(seed)
-    names = [d for d, w in weights.items() if w > 0]
-    exact = np.array([weights[d] for d in names]) / sum(weights[d] for d in names) * n_windows
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    exact = np.array([*weights.values()]) / sum(weights.values()) * n_windows
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact)[:n_windows - counts.sum()]] += 1  # largest remainders
-    order = rng.permutation(np.repeat(np.arange(len(names)), counts))
+    order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     windows, epochs = np.zeros(n_windows, np.int64), {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(weights):
         epochs[name] = counts[i] / available[name]
         drawn = [rng.permutation(available[name]) for _ in range(math.ceil(epochs[name]))]
-        windows[order == i] = np.concatenate(drawn or [np.zeros(0, np.int64)])[:counts[i]]
-    return names, order, windows, epochs
+        windows[order == i] = np.concatenate([windows[:0], *drawn])[:counts[i]]
+    return [*weights], order, windows, epochs
 
 
 def split_windows(windows, corpus, document_mask):
@@ -749,11 +739,16 @@ def prefetch(get_batch, batch_size, steps, args):
         return [t.pin_memory() for t in tensors] if args.device == "cuda" else tensors
 
     with ThreadPoolExecutor(1) as pool:
-        coming = (pool.submit(fetch, step) for step in steps)
-        following = next(coming, None)
-        while now := following:
-            following = next(coming, None)
-            yield now.result()
+        ahead = pool.submit(fetch, steps[0])
+        for step in steps:
+            ready, ahead = ahead, pool.submit(fetch, min(step + 1, steps[-1]))
+            yield ready.result()
+
+
+def micro_batches(batch, args):
+    """The tensors of a batch on the device, --micro-batch rows at a time."""
+    on_device = (tensor.to(args.device, non_blocking=True) for tensor in batch)
+    return list(zip(*(tensor.split(args.micro_batch) for tensor in on_device)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -777,11 +772,13 @@ def weights_of(init):
 def settle_options(run, options):
     """Write down what a run depends on, or exit if it was begun with something else."""
     saved, now = run / "train_state" / "options.json", json.loads(json.dumps(options))
-    if saved.exists() and (before := read_json(saved)) != now:
-        changed = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in before | now
-                            if before.get(k) != now.get(k))
-        fail(f"{run} holds a run with other options: {changed}. Remove it, or choose another --out")
-    if is_main() and not saved.exists():
+    before = read_json(saved) if saved.exists() else now
+    changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in before | now
+               if before.get(k) != now.get(k)]
+    if changed:
+        fail(f"{run} holds a run with other options: {'; '.join(changed)}. Remove it, or choose another "
+             "--out")
+    if is_main():
         saved.parent.mkdir(parents=True, exist_ok=True)
         write(saved, json.dumps(now))
 
@@ -791,25 +788,25 @@ def parameter_groups(model, args):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decay = args.weight_decay if p.dim() >= 2 else 0.0
-            scale = args.attention_lr if "self_attn" in name else 1.0
-            new = {"params": [], "weight_decay": decay, "lr_scale": scale}
-            groups.setdefault(("self_attn" in name, p.dim() >= 2), new)["params"].append(p)
-    return list(groups.values())
+            groups.setdefault(("self_attn" in name, p.dim() >= 2), []).append(p)
+    return [{"params": params, "weight_decay": args.weight_decay if is_matrix else 0.0,
+             "lr_scale": args.attention_lr if in_attention else 1.0}
+            for (in_attention, is_matrix), params in groups.items()]
 
 
 @torch.no_grad()
 def validation(model, held_out, args, autocast):
-    """{domain: mean loss (nats a target token)} of `held_out`, whose windows the processes share out."""
+    """{"loss/<domain>": mean loss (nats a target token)} of `held_out`, whose windows the processes share
+    out.
+    """
     losses = {}
     for domain, arrays in held_out.items():
         batch = rank_tensors(lambda rows: [a[rows] for a in arrays], len(arrays[0]))
-        batch = [tensor.to(args.device) for tensor in batch]
         total = torch.zeros((), device=args.device)
-        for micro_batch in zip(*(tensor.split(args.micro_batch) for tensor in batch)):
+        for part in micro_batches(batch, args):
             with autocast:
-                total += model(*micro_batch)
-        losses[domain] = all_reduce(total).item() / (arrays[1] >= 0).sum()
+                total += model(*part)
+        losses[f"loss/{domain}"] = all_reduce(total).item() / (arrays[1] >= 0).sum()
     return losses
 
 
@@ -828,13 +825,17 @@ class Checkpoints:
 
     def __init__(self, directory, keep, model, optimizer):
         self.directory, self.keep, self.trained, self.saving = directory, keep, (model, optimizer), None
-        own_group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the writing thread's
-        self.processes = {"process_group": own_group, "no_dist": own_group is None}
+        # The writing thread's.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+    def whole(self):
+        """The directories of whole states, the newest last."""
+        return sorted((path.parent for path in self.directory.glob("step-*/.metadata")), key=step_of)
 
     def newest(self):
         """The directory of the newest whole state, or None."""
-        return max((p.parent for p in self.directory.glob("step-*/.metadata")), key=step_of, default=None)
+        return next(reversed(self.whole()), None)
 
     def state(self, skipped):
         weights, moments = dcp_state.get_state_dict(*self.trained, options=self.options)
@@ -844,7 +845,7 @@ class Checkpoints:
         """Begin to save the state before `step`: wait for the last one to be written, then copy this one."""
         self.finish()
         directory = self.directory / f"step-{step}"
-        self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, **self.processes)
+        self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, process_group=self.group)
 
     def finish(self, wait=True):
         """Once a state is saved, remove what is older than the last `keep`; a full disk ends the run."""
@@ -857,10 +858,8 @@ class Checkpoints:
                  f"The last whole one is {self.newest() or 'none'}")
         self.saving = None
         if is_main():
-            states = sorted(self.directory.glob("step-*"), key=step_of)
-            states.sort(key=lambda path: (path / ".metadata").exists())  # whole ones last
-            for old in states[:-self.keep]:
-                shutil.rmtree(old)
+            for state in {*self.directory.glob("step-*")} - {*self.whole()[-self.keep:]}:
+                shutil.rmtree(state)
 
     def load(self):
         """Put the newest state into model and optimizer. Returns its step, and how many were skipped."""
@@ -870,7 +869,7 @@ class Checkpoints:
         try:
             with open(newest / ".metadata", "rb") as index:
                 IndexUnpickler(index).load()
-            dcp.load(state, checkpoint_id=newest, **self.processes)
+            dcp.load(state, checkpoint_id=newest, process_group=self.group)
         except (Exception, CheckpointException) as error:
             fail(f"{newest} cannot be read: {first_cause(error)}. "
                  "Remove it to go on from the checkpoint before")
@@ -912,34 +911,33 @@ STEP_LINE = ("loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {ms:,.0f} ms  
              "tokens/s  data wait {data_wait:.1%}  skipped {skipped}")
 
 
-class Metrics:
-    """metrics.jsonl, cut back to the step that training goes on from; a dense line for each step; and Weights
-    & Biases if asked for.
+def open_metrics(run, start, options, args):
+    """log(**values), which adds them to metrics.jsonl, cut back to the step that training goes on from,
+    prints a dense line and, if asked for, tells Weights & Biases.
     """
-
-    def __init__(self, run, start, options, args):
-        self.run, self.steps, self.wandb = run, options["steps"], None
-        if not is_main():
-            return
+    path, wandb = run / "metrics.jsonl", None
+    if is_main():
         kept = [line for line in read_metrics(run) if line["step"] <= start] if start else []
-        write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        write(path, "".join(json.dumps(line) + "\n" for line in kept))
         if args.wandb:
-            wandb, name = optional("wandb", "--wandb"), f"{run.parent.name}-{run.name}"
-            self.wandb = wandb.init(project=args.wandb, name=run.name, id=name, config=options,
-                                    resume="allow")
+            wandb = optional("wandb", "--wandb").init(project=args.wandb, name=run.name, resume="allow",
+                                                      id=f"{run.parent.name}-{run.name}", config=options)
 
-    def log(self, **values):
+    def log(**values):
         if not is_main():
             return
-        with open(self.run / "metrics.jsonl", "a") as file:  # JSON has no NaN
+        with open(path, "a") as file:  # JSON has no NaN
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=values["step"])
+        if wandb:
+            wandb.log(values, step=values["step"])
         if "tokens" in values:
             line = (STEP_LINE + "  MFU {mfu:.1%}" * ("mfu" in values)).format(**values)
         else:
-            line = "held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in by_domain(values).items())
-        tqdm.write(f"{self.run.name} {values['step']}/{self.steps}  {line}")
+            losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k != "step"]
+            line = "held-out loss: " + ", ".join(losses)
+        tqdm.write(f"{run.name} {values['step']}/{options['steps']}  {line}")
+
+    return log
 
 
 def read_metrics(run):
@@ -951,14 +949,10 @@ def read_metrics(run):
     return lines
 
 
-def by_domain(line):
-    """{domain: held-out loss} of a line of metrics."""
-    return {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
-
-
 def held_out_losses(run):
     """[{domain: loss}] of a run's validations."""
-    return [by_domain(line) for line in read_metrics(run) if "tokens" not in line]
+    return [{k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
+            for line in read_metrics(run) if "tokens" not in line]
 
 
 def report(runs):
@@ -969,7 +963,7 @@ def report(runs):
         if not steps or not losses:
             print(f"{run.name:<16} {run / 'metrics.jsonl'} is gone or cut off")
             continue
-        last, rate = steps[-1], sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2]
+        last, rate = steps[-1], np.median([line["tokens_per_second"] for line in steps])
         print(f"{run.name:<16} {last['step']:>6,} {last['tokens']:>12,} {rate:>9,.0f}   "
               + ", ".join(f"{d} {math.nan if loss is None else loss:.3f}" for d, loss in losses[-1].items()))
 
@@ -993,25 +987,12 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS
 
 
-def tell_duration(run, tokens, args):
-    """Say how long a run, and all of them, will take, by the median speed of the last five steps."""
+def tell_duration(run, rate, tokens, args):
+    """Say how long a run, and all of them, will take at so many tokens/s."""
     if is_main() and args.all_tokens:
-        speeds = [line["tokens_per_second"] for line in read_metrics(run) if "tokens" in line]
-        rate = np.median(speeds[-5:])
-        tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {duration(tokens / rate)}"
-                   f", the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
-
-
-def duration(seconds):
-    """A time as people read it.
-
-    >>> duration(40), duration(719), duration(12_000)
-    ('40 s', '12 min', '3 h 20 min')
-    """
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+        takes, all_take = (timedelta(seconds=round(count / rate)) for count in (tokens, args.all_tokens))
+        tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {takes}, "
+                   f"the {args.all_tokens:,} of all runs {all_take}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1019,7 +1000,7 @@ def duration(seconds):
 
 TARGETS = ("agent", "code", "text")
 FORMS = {  # of the law: the coefficients that are searched, within bounds. The others are linear: solved for.
-    # c + k·r^alpha of the share of agent data r, the paper's: fitted to each size and budget apart.
+    # c + k·r^alpha of the share of agent data r, the paper's: fitted to the runs of one size and budget.
     "power": {"alpha": (0.05, 8)},
     # E + A/N^alpha + B·s^eta/D^beta + C/(s + epsilon)^gamma of N parameters, D tokens and the share s of the
     # data that is measured: Que et al. 2024, arXiv 2406.01375. Fitted to all runs at once. For code and text
@@ -1041,46 +1022,48 @@ def scaling_law(corpus, args):
         fail("--scaling-law needs at least three --sizes and --tokens, of which the last are left out of the "
              "fit, five --ratios and a seed")
     out = Path(args.out) / "scaling"
-    own_options = ("base_tokens", "mix", "practice", "document_mask", "val_windows")
-    settle_options(out, {k: getattr(args, k) for k in own_options} | training_options(corpus, args))
+    own = {k: getattr(args, k) for k in ("base_tokens", "mix", "practice", "document_mask", "val_windows")}
+    settle_options(out, own | training_options(corpus, args))
     bases = {size: size if Path(size).is_dir() else out / f"base-{size}" for size in args.sizes}
     small_runs([(f"base-{size}", None, size, args.base_tokens, 0.0, args.seed)
                 for size in args.sizes if bases[size] != size], corpus, args)
 
     def measure(sizes, budgets, ratios, n_seeds):
         grid = product(range(args.seed, args.seed + n_seeds), sizes, budgets, ratios)
-        return small_runs([(f"{Path(size).name}-{tokens}-{r:g}-{seed}", bases[size], size, tokens, r, seed)
+        runs = small_runs([(f"{Path(size).name}-{tokens}-{r:g}-{seed}", bases[size], size, tokens, r, seed)
                            for seed, size, tokens, r in grid], corpus, args)
+        for run in runs:
+            run["loss"]["relative"] = relative(run["loss"], run["base"], args.weights)
+        return runs
 
     runs = measure(sizes, budgets, args.ratios, args.seeds)
-    laws = {form: Law(form, runs, draws=1000) for form in FORMS}
+    laws = {form: Law(form, fitted_together(form, runs)[-1], draws=400) for form in FORMS}
     errors = {form: left_out_error(form, runs) for form in FORMS}
-    chosen = laws[min(errors, key=errors.get)]
-    r = np.linspace(min(args.ratios), max(args.ratios), 191)
-    curve = chosen.objective(r, count_multiplying(bases[largest]), longest, args.weights)[0]
-    best = round(float(r[curve.argmin()]), 2)
-    third = round((best + r[-1]) / 2 if best < 0.5 else best / 2, 2)
+    chosen = min(errors, key=errors.get)
+    shares = np.linspace(min(args.ratios), max(args.ratios), 191)
+    target = shares, count_multiplying(bases[largest]), longest, args.weights
+    best = round(float(shares[laws[chosen].relative_loss(*target)[0].argmin()]), 2)
+    third = round((best + shares[-1]) / 2 if best < 0.5 else best / 2, 2)
     check = measure([largest], [longest], dict.fromkeys([best, EQUAL, third]), 2 * args.seeds)
-    if int(os.environ.get("RANK", 0)) == 0:
-        write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
-        report_law(laws, errors, r, runs, check, args)
+    if int(os.environ.get("RANK", 0)):
+        return
+    write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
+    report_losses(runs + check, args.weights)
+    print("\nBest share of agent data for the last size and budget, of which nothing was fitted:")
+    for form, law in laws.items():
+        print(f"{form}: {best_share(law, *target)}; error of the form {errors[form]:.4f} (root mean square, "
+              "of shares left out of the fit)")
+    report_check(check, best)
 
 
 def small_runs(jobs, corpus, args):
-    """Do what is not yet done of [(name, init, size, tokens, agent share, seed)], as far as it is this
-    process's turn, and wait for the rest. Returns what small_run measured of each.
+    """small_run for each of [(name, init, size, tokens, agent share, seed)] for which it is this process's
+    turn; waits for the others. Returns what is in result.json of each.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    for job in tqdm(jobs[rank::world], desc="runs", disable=None if rank == 0 else True):
+        small_run(*job, corpus, args)
     files = [Path(args.out) / "scaling" / name / "result.json" for name, *_ in jobs]
-    own = list(zip(files, jobs))[rank::world]
-    for file, job in tqdm(own, desc="runs", disable=None if rank == 0 else True):
-        if not file.exists():
-            write(file, json.dumps(small_run(*job, corpus, args)))
-        shutil.rmtree(file.parent / "train_state", ignore_errors=True)
-        _, init, *_ = job
-        if init:  # nothing goes on from it
-            for weights_file in file.parent.glob("model*"):
-                weights_file.unlink()
     while not all(file.exists() for file in files):
         if STOP.wait(1):
             sys.exit(0)
@@ -1088,20 +1071,27 @@ def small_runs(jobs, corpus, args):
 
 
 def small_run(name, init, size, tokens, ratio, seed, corpus, args):
-    """Train one model of the law. Returns its losses, by domain, and those of the base that it went on from.
+    """Train one model of the law, if that is not done, and write result.json: its losses, by domain, and
+    those of the base that it went on from.
     """
-    own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
-    weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
-    with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
-        run = pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
-    before, *_, after = held_out_losses(run)
-    for losses in (before, after):
-        if any(losses.get(d) is None for d in VALIDATED):
-            fail(f"{run}: no finite held-out loss of each of {', '.join(VALIDATED)}")
-        losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
-    tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
-    return {"size": str(size), "parameters": count_multiplying(init or run), "tokens": tokens, "ratio": ratio,
-            "seed": seed, "loss": after, "base": before}
+    run = Path(args.out) / "scaling" / name
+    if not (run / "result.json").exists():
+        own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
+        weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
+        with contextlib.redirect_stdout(io.StringIO()):  # a line a step is too much; metrics.jsonl has them
+            pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
+        before, *_, after = held_out_losses(run)
+        for losses in (before, after):
+            if any(losses.get(d) is None for d in VALIDATED):
+                fail(f"{run}: no finite held-out loss of each of {', '.join(VALIDATED)}")
+            losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
+        tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
+        write(run / "result.json", json.dumps({
+            "size": str(size), "parameters": count_multiplying(init or run), "tokens": tokens, "ratio": ratio,
+            "seed": seed, "loss": after, "base": before}))
+    shutil.rmtree(run / "train_state", ignore_errors=True)
+    for weights_file in run.glob("model*") if init else []:  # nothing goes on from them
+        weights_file.unlink()
 
 
 def count_multiplying(directory):
@@ -1115,39 +1105,36 @@ def where(run):
 
 
 def by_cell(runs):
-    """{(parameters, tokens): the runs of that size and budget}, from small to large."""
-    cells = {}
-    for run in sorted(runs, key=lambda run: where(run)[1:]):
-        cells.setdefault(where(run)[1:], []).append(run)
-    return cells
+    """[The runs of one size and budget], from small to large."""
+    def cell(run):
+        return run["parameters"], run["tokens"]
+    return [list(inside) for _, inside in groupby(sorted(runs, key=cell), cell)]
+
+
+def fitted_together(form, runs):
+    """[The runs that a form is fitted to at once], from small to large."""
+    return by_cell(runs) if form == "power" else [runs]
 
 
 class Law:
     """Curves of loss against the share of agent data in one of FORMS, fitted to runs, and with `draws` to so
     many bootstrap samples of them besides.
 
-    curves: {(cell, target): coefficients as `fit` gives them}. A cell is what is fitted together: the runs of
-    one size and budget, or for D-CPT all.
+    curves: {target: coefficients as `search` gives them}.
     """
 
     def __init__(self, form, runs, draws=0):
-        self.form, self.curves = form, {}
-        self.base = max(runs, key=lambda run: run["parameters"])["base"]
-        cells = by_cell(runs) if form == "power" else {"all": runs}
-        for (cell, inside), t in product(cells.items(), TARGETS):
-            x = np.array([where(run) for run in inside]).T                       # (3, runs)
-            y = np.array([run["loss"][t] for run in inside])                     # (runs,)
-            self.curves[cell, t] = fit(form, t, x, y, draws)
+        self.form, self.base = form, max(runs, key=lambda run: run["parameters"])["base"]
+        x = np.array([where(run) for run in runs]).T                             # (3, runs)
+        self.curves = {t: fit(form, t, x, np.array([[run["loss"][t] for run in runs]]), draws)
+                       for t in TARGETS}
 
     def predict(self, target, r, n, d):
-        """Losses (1 + draws, len(r)). The power form knows neither size nor budget: where they were not
-        fitted, it gives those of the largest that were.
-        """
-        cell = (n, d) if ((n, d), target) in self.curves else list(self.curves)[-1][0]
-        return losses_at(self.form, target, (r, n, d), *self.curves[cell, target])
+        """Losses (1 + draws, len(r)). The power form knows neither size nor budget."""
+        return losses_at(self.form, target, (r, n, d), *self.curves[target])
 
-    def objective(self, r, n, d, weights):
-        """The weighted mean of the losses, each relative to that of the largest base: (1 + draws, len(r))."""
+    def relative_loss(self, r, n, d, weights):
+        """The weighted mean of the losses, each over that of the largest base: (1 + draws, len(r))."""
         return relative({t: self.predict(t, r, n, d) for t in weights}, self.base, weights)
 
     def residuals(self, runs):
@@ -1161,43 +1148,46 @@ def relative(losses, base, weights):
 
 
 def fit(form, target, x, y, draws):
-    """The coefficients for losses y (runs,) at x (3, runs), and for so many draws of y, as `search` gives
-    them.
-
-    A draw deals out anew the residuals of whole runs: the same for all targets.
+    """What `search` gives for losses y (1, runs), and for draws of them: to what was fitted, the residuals
+    are dealt out anew, those of one run together for all targets.
     """
-    found = search(form, target, x, y[None])
-    if draws:
-        fitted, rng = losses_at(form, target, x, *found)[0], np.random.default_rng(0)
-        dealt = (y - fitted)[rng.integers(len(y), size=(draws, len(y)))]         # (draws, runs)
-        # Residuals are smaller than the noise, and tell it inexactly.
-        freedom = len(y) - np.hstack(found).size
-        spread = (len(y) / rng.chisquare(freedom, (draws, 1))) ** 0.5
-        found = search(form, target, x, np.vstack([y, fitted + spread * dealt]))
-    return found
+    p, linear = search(form, target, x, y)
+    if not draws:
+        return p, linear
+    rng, count, fitted = np.random.default_rng(0), y.size, losses_at(form, target, x, p, linear)
+    dealt = (y - fitted)[0, rng.integers(count, size=(draws, count))]
+    # Residuals are smaller than the noise, and tell it inexactly.
+    spread = (count / rng.chisquare(count - p.numel() - linear.numel(), (draws, 1))) ** 0.5
+    return search(form, target, x, np.vstack([y, fitted + spread * dealt]))
 
 
-def search(form, target, x, y, rounds=60, tries=20):
-    """Least squares for each row of y (P, runs) by variable projection (Golub & Pereyra 1973): nonlinear
-    coefficients (P, k) and linear ones (P, columns).
+def search(form, target, x, y):
+    """Least squares for each row of losses y (P, runs) at x (3, runs): nonlinear coefficients (P, k) and
+    linear ones (P, columns).
 
-    Given the nonlinear ones the best linear ones follow exactly, by an orthogonal projection. So only the
-    former are searched: at random in a box that shrinks about the best for the first row. All rows share the
-    candidates, which are many near that best, and their projections.
+    By variable projection (Golub & Pereyra 1973): given the nonlinear ones the best linear ones follow
+    exactly. So only the former are searched, by gradients.
     """
-    low, high = np.array(list(FORMS[form].values())).T
-    rng, width = np.random.default_rng(0), high - low
-    p, most = np.tile((low + high) / 2, (len(y), 1)), np.zeros(len(y))
-    for _ in range(rounds):
-        offsets = rng.uniform(-1, 1, (tries * len(low) ** 2, len(low)))
-        candidates = np.clip(p[0] + width * offsets, low, high)
-        q = np.linalg.qr(basis(form, target, x, candidates))[0]                 # (candidates, runs, columns)
-        explained = np.square(np.tensordot(y, q, (1, 1))).sum(-1)                # (P, candidates)
-        better = explained.max(1) > most
-        p[better] = candidates[explained.argmax(1)[better]]
-        most = np.maximum(most, explained.max(1))
-        width = 0.9 * width
-    return p, np.einsum("pmr,pr->pm", np.linalg.pinv(basis(form, target, x, p)), y)
+    y = torch.as_tensor(y)[:, :, None]                                           # (P, runs, 1)
+    low, high = torch.tensor([*FORMS[form].values()], dtype=y.dtype).T
+    place = torch.zeros(len(y), len(low), dtype=y.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([place], max_iter=200, line_search_fn="strong_wolfe")
+
+    def solve():
+        p = low + (high - low) * place.sigmoid()  # within the bounds
+        q, r = torch.linalg.qr(basis(form, target, x, p))                        # (P, runs, columns)
+        linear = torch.linalg.solve_triangular(r, q.mT @ y, upper=True)
+        return p, linear[:, :, 0], (q @ (q.mT @ y) - y).square().sum() / y.var()
+
+    def error():
+        optimizer.zero_grad()
+        *_, value = solve()
+        value.backward()
+        return value
+
+    optimizer.step(error)
+    p, linear, _ = solve()
+    return p.detach(), linear.detach()
 
 
 def losses_at(form, target, x, p, linear):
@@ -1211,7 +1201,7 @@ def basis(form, target, x, p):
 
     x: share of agent data, parameters and tokens, each (points,) or a number.
     """
-    r, n, d = x
+    r, n, d = (torch.as_tensor(values, dtype=p.dtype) for values in x)
     p = p.T[:, :, None]                                                          # (k, P, 1)
     if form == "power":
         columns = [r ** p[0]]
@@ -1219,7 +1209,7 @@ def basis(form, target, x, p):
         alpha, eta, beta, epsilon, gamma = p
         s = r if target == "agent" else 1 - r
         columns = [(n / 1e6) ** -alpha, s ** eta / (d / 1e6) ** beta, (s + epsilon) ** -gamma]
-    return np.stack(np.broadcast_arrays(1.0, *columns), -1)
+    return torch.stack(torch.broadcast_tensors(torch.ones_like(r), *columns), -1)
 
 
 def left_out_error(form, runs):
@@ -1227,57 +1217,49 @@ def left_out_error(form, runs):
     others.
     """
     errors = []
-    for r in sorted({run["ratio"] for run in runs})[1:-1]:
-        law = Law(form, [run for run in runs if run["ratio"] != r])
-        errors += law.residuals([run for run in runs if run["ratio"] == r])
+    for group, r in product(fitted_together(form, runs), sorted({run["ratio"] for run in runs})[1:-1]):
+        law = Law(form, [run for run in group if run["ratio"] != r])
+        errors += law.residuals([run for run in group if run["ratio"] == r])
     return np.square(errors).mean() ** 0.5
 
 
-def report_law(laws, errors, r, runs, check, args):
-    """Print the measured losses with the best shares by each form, then the outcome of the check in words."""
-    for run in runs + check:
-        run["loss"]["relative"] = relative(run["loss"], run["base"], args.weights)
-    print("\nHeld-out loss (nats a token) by share of agent data. Relative: the mean of loss / base's, "
-          + ", ".join(f"{t} counted {w:g}" for t, w in args.weights.items()))
-    for group in (runs, check):
-        ratios = sorted({run["ratio"] for run in group})
-        print(f"\n{'size':<10}{'tokens':>12} {'':<9}" + "".join(f"{x:>8g}" for x in ratios))
-        for (n, d), inside in by_cell(group).items():
-            size = Path(inside[0]["size"]).name
-            for t in (*TARGETS, "relative"):
-                means = [losses_of(inside, t, x).mean() for x in ratios]
-                print(f"{size:<10}{d:>12,} {t:<9}" + "".join(f"{mean:>8.4f}" for mean in means))
-            found = [f"{best_share(law, r, n, d, args.weights)} by {form}" for form, law in laws.items()]
-            print("    best share [95%]: " + ", ".join(found))
-    for form, law in laws.items():
-        print(f"\n{form}: root mean square error {errors[form]:.4f} at shares left out of the fit, "
-              f"{np.square(law.residuals(check)).mean() ** 0.5:.4f} at the size and budget left out")
-
-    best = check[0]["ratio"]
-    gaps = losses_of(check, "relative", EQUAL) - losses_of(check, "relative", best)   # (seeds,)
-    # Student's 95% interval; the quantile is within 0.5% where there are four seeds.
-    t = np.quantile(np.random.default_rng(0).standard_t(len(gaps) - 1, 10**6), 0.975)
-    reach = t * gaps.std(ddof=1) / len(gaps) ** 0.5
-    verdict = "beats" if gaps.mean() > 0 else "loses to"
-    if abs(gaps.mean()) <= reach:
-        verdict = "is not to be told from"
-    print(f"\nIn words: for {size} and {d:,} tokens {min(errors, key=errors.get)}, the form of less error at "
-          f"shares left out, predicts {best:g} as the best share of agent data. Trained there, a share of "
-          f"{best:g} {verdict} 1 : 1 : 1, which has {gaps.mean():+.4f} [{gaps.mean() - reach:+.4f}, "
-          f"{gaps.mean() + reach:+.4f}] of the base's loss by comparison. The paper's best was near 0.36.")
-
-
-def losses_of(runs, target, ratio):
-    """(seeds,) The losses at that share."""
-    return np.array([run["loss"][target] for run in runs if run["ratio"] == ratio])
-
-
 def best_share(law, r, n, d, weights):
-    """The share of least loss among r, with its bootstrap interval, or at which end it lies."""
-    best, *draws = r[law.objective(r, n, d, weights).argmin(1)]
+    """The share of least loss among r, with its 95% interval by bootstrap, or at which end it lies."""
+    best, *draws = r[law.relative_loss(r, n, d, weights).argmin(1)]
     low, high = np.quantile(draws, [0.025, 0.975])
     end = {r[0]: ", the lowest tried", r[-1]: ", the highest tried"}.get(best, "")
     return f"{best:.2f} [{low:.2f}, {high:.2f}]{end}"
+
+
+def report_losses(runs, weights):
+    """Print the mean losses of each size and budget by the share of agent data."""
+    print("\nHeld-out loss (nats a token) by share of agent data. Relative: the mean of loss / base's, "
+          + ", ".join(f"{t} counted {w:g}" for t, w in weights.items()))
+    for inside in by_cell(runs):
+        ratios = sorted({run["ratio"] for run in inside})
+        print(f"\n{Path(inside[0]['size']).name + ',':<10}{inside[0]['tokens']:>12,} tokens"
+              + "".join(f"{x:>8g}" for x in ratios))
+        for t in (*TARGETS, "relative"):
+            print(f"{t:>29}" + "".join(f"{losses_of(inside, t, x).mean():>8.4f}" for x in ratios))
+
+
+def report_check(check, best):
+    """Print in words whether the best share is better than 1 : 1 : 1, in pairs of one seed."""
+    gaps = losses_of(check, "relative", EQUAL) - losses_of(check, "relative", best)   # (seeds,)
+    # Student's 95% interval; the quantile is within 0.5% where there are four seeds.
+    t = np.quantile(np.random.default_rng(0).standard_t(len(gaps) - 1, 10**6), 0.975)
+    middle, reach = gaps.mean(), t * gaps.std(ddof=1) / len(gaps) ** 0.5
+    verdict = "beats" if middle > 0 else "loses to"
+    if abs(middle) <= reach:
+        verdict = "is not to be told from"
+    print(f"\nIn words: the form of less error predicts {best:g}. Trained there, a share of {best:g} "
+          f"{verdict} 1 : 1 : 1, which has {middle:+.4f} [{middle - reach:+.4f}, {middle + reach:+.4f}] of "
+          "the base's loss by comparison. The paper's best was near 0.36.")
+
+
+def losses_of(runs, target, ratio):
+    """(seeds,) The losses of a target at that share."""
+    return np.array([run["loss"][target] for run in runs if run["ratio"] == ratio])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1292,21 +1274,18 @@ def plan(args):
     flops = model.flops_per_token(args.seq_len)
     print(f"{count_parameters(model):,} parameters, {flops:.3g} FLOPs a token, windows of "
           f"{args.seq_len:,} tokens, {args.micro_batch} at a time, on {args.gpus} {args.gpu}\n")
-    print("GB a GPU                     weights  gradients  optimizer  activations  logits    all"
+    print("GB a GPU                     weights  gradients  optimizer activations     logits        all"
           "        tokens/s  days for 103e9 tokens")
-    for shard in (False, True):
-        for checkpointing in (False, True):
-            world = args.gpus if shard else 1
-            parts = memory(model, args.seq_len, args.micro_batch, world, shard, checkpointing, "bfloat16")
-            weights, gradients, optimizer, activations, logits = (b / 1e9 for b in parts.values())
-            total = sum(parts.values()) / 1e9
-            rate = args.gpus * peak * args.mfu / flops
-            if checkpointing:
-                rate *= 0.75  # of four passes, one is done again
-            print(f"{'FSDP2 (--shard)' if shard else 'DDP':<16}{'checkpoint' if checkpointing else '':<10}"
-                  f"{weights:>10.1f}{gradients:>11.1f}{optimizer:>11.1f}{activations:>13.1f}{logits:>8.1f}"
-                  f"{total:>7.1f} {'fits' if total < 0.9 * room else '':<4} {rate:>10,.0f}"
-                  f"{103e9 / rate / 86400:>15.1f}")
+    for shard, checkpointing in product((False, True), repeat=2):
+        world = args.gpus if shard else 1
+        parts = memory(model, args.seq_len, args.micro_batch, world, shard, checkpointing, "bfloat16")
+        sizes = [part / 1e9 for part in (*parts.values(), sum(parts.values()))]
+        rate = args.gpus * peak * args.mfu / flops
+        if checkpointing:
+            rate *= 0.75  # of four passes, one is done again
+        print(f"{'FSDP2 (--shard)' if shard else 'DDP':<16}{'checkpoint' if checkpointing else '':<10}"
+              + "".join(f"{size:>11.1f}" for size in sizes)
+              + f" {'fits' if sizes[-1] < 0.9 * room else '':<4} {rate:>10,.0f}{103e9 / rate / 86400:>15.1f}")
     print(f"\nIt fits if a tenth of {room} GB is left for what is not counted. Speed is at {args.mfu:.0%} of "
           f"{peak / 1e12:,.0f} TFLOP/s (--mfu). The paper's run, an 8B model on 128 A100s of 40 GB, took "
           "11.1 days.")
@@ -1316,25 +1295,23 @@ def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
     """Bytes a process needs to train a model (on the meta device) without torch.compile: {"weights",
     "gradients", "optimizer", "activations", "logits"}.
     """
-    c, half = model.config, dtype == "bfloat16"
-    size, tokens = 2 if half else 4, micro_batch * seq_len  # size: of a number in the matrix products
+    c, size = model.config, 2 if dtype == "bfloat16" else 4  # size: of a number in the matrix products
     count, layer = count_parameters(model), count_parameters(model.model["layers"][0])
-    # With shard, brought together: embedding and head, the layer that runs and the next.
-    whole = size * (count - (c.n_layers - 2) * layer) if shard else 0
-    # What autograd keeps of a layer, as torch 2.13 was seen to: the residual stream and its norms; queries,
-    # keys, values and what attention gives; four of the feed-forward layer. Autocast remembers the weights in
-    # bfloat16.
-    stream = 24 if not half else 20 if shard else 26
-    kept = tokens * (stream * c.dim + size * c.head_dim * (3 * c.n_heads + 2 * c.n_kv_heads) + 4 * c.n_heads
-                     + 4 * size * c.hidden_dim) + 4 * seq_len * c.head_dim
-    remembered = 2 * c.n_layers * layer if half and not shard else 0
-    begins = tokens * c.dim * (2 if shard and half else 4)  # what a layer begins with
-    activations = kept + c.n_layers * begins if checkpointing else c.n_layers * kept
-    weights = 4 * count // world + whole
+    weights, tokens = 4 * count // world, micro_batch * seq_len
+    # What autograd keeps of a layer, as torch 2.13 was seen to: six numbers in float32 of the residual stream
+    # and its norms; queries, keys, values and what attention gives; four of the feed-forward layer.
+    kept = tokens * (24 * c.dim + size * (c.head_dim * (3 * c.n_heads + 2 * c.n_kv_heads) + 4 * c.hidden_dim))
+    activations = c.n_layers * kept
+    if checkpointing:  # what a layer begins with, and one layer in full
+        activations = c.n_layers * tokens * c.dim * (size if shard else 4) + kept
+    if shard:  # brought together: embedding and head, the layer that runs and the next
+        weights += size * (count - (c.n_layers - 2) * layer)
+    elif size == 2:  # autocast remembers the layers' weights in bfloat16
+        activations += 2 * c.n_layers * layer
     # In both types, with gradients.
-    logits = 16 * min(tokens * c.vocab_size, max(transformer.CHUNK, c.vocab_size))
+    logits = 16 * min(tokens * c.vocab_size, transformer.CHUNK)
     return {"weights": weights, "gradients": weights, "optimizer": 8 * count // world,
-            "activations": activations + remembered, "logits": logits}
+            "activations": activations, "logits": logits}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1402,49 +1379,46 @@ def wire_copying_heads(model):
     of enough width; another model is left as it is.
     """
     c = model.config
-    C, D = c.dim, c.head_dim
-    N = min(c.n_heads, 4)  # features, of which a copying head compares N - 1 with our own
+    if c.tie_embeddings or not c.attention_bias or c.n_layers < 2 or not c.n_kv_heads == c.n_heads >= 3:
+        return
+    first, second = (model.model["layers"][i].self_attn for i in (0, 1))
+    C, D, N = c.dim, c.head_dim, min(c.n_heads, 4)  # N features, of which a copying head compares N - 1
     # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle
     # ones some positions from others further on, and slow ones, which hardly turn within a window, compare
     # what stands in them.
-    pair, frequency = torch.arange(D // 2), model.frequencies
-    fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
-    middle = pair[(0.05 < frequency) & (frequency < 0.2)]
-    W = len(slow) // max(1, N - 1) * 2
-    biased = c.model_type == "llama" and c.attention_bias and not c.tie_embeddings
-    many = c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3
-    if not (biased and many and len(middle) and C >= (N + 1) * W):
-        return
-    first, second = (model.model["layers"][i].self_attn for i in (0, 1))
+    fast, middle, slow = torch.arange(6), torch.arange(4, 8), torch.arange(12, 32)
     # The residual stream's last coordinates are kept free for the features, W for each; a feature is a short
     # code of a token.
+    W = len(slow) // (N - 1) * 2
     model.model["embed_tokens"].weight[:, -N * W:] = 0
     model.lm_head.weight[:, -N * W:] = 0
     code = torch.linalg.qr(torch.randn(C - N * W, C - N * W))[0][:W]
     token = F.pad(code, (0, N * W))                                              # (W, C): reads the code
     features = torch.eye(C)[-N * W:].view(N, W, C)                               # (W, C) each: read a feature
+
     noted = [(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 6, 12, 2), (fast, 3, 35, 1)]
+    for projection in (first.q_proj, first.k_proj, first.v_proj):
+        projection.weight[:N * D] = 0
+    first.v_proj.weight.view(-1, D, C)[:N, :W] = token
+    q, k = (projection.bias.view(-1, 2, D // 2) for projection in (first.q_proj, first.k_proj))
     for h, (pairs, distance, sharpness, size) in enumerate(noted[:N]):
-        for projection in (first.q_proj, first.k_proj, first.v_proj):
-            projection.weight[h * D:(h + 1) * D] = 0
         # Constant q and k: k is turned so that they agree at the distance.
-        amplitude, angle = (sharpness * D ** 0.5 / len(pairs)) ** 0.5, frequency[pairs] * distance
-        first.q_proj.bias[h * D + pairs] = amplitude
-        first.k_proj.bias[h * D + pairs] = amplitude * angle.cos()
-        first.k_proj.bias[h * D + D // 2 + pairs] = amplitude * angle.sin()
-        first.v_proj.weight[h * D:h * D + W] = token
+        amplitude, angle = (sharpness * D ** 0.5 / len(pairs)) ** 0.5, model.frequencies[pairs] * distance
+        q[h, 0, pairs] = amplitude
+        k[h, 0, pairs], k[h, 1, pairs] = amplitude * angle.cos(), amplitude * angle.sin()
         first.o_proj.weight[:, h * D:h * D + W] = size * features[h].T
-    previous, second_previous, context, third_previous = features[[0, 1, 2, N - 1]]
+
+    previous, second_previous, context, third_previous = features[[0, 1, 2, -1]]
     copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
     matches = [[(16, token, previous), (11, previous, second_previous), (8, second_previous, third_previous)],
                [(24, token, previous), (12, context, context), (12, previous, second_previous)]]
     for h, match in enumerate(matches):
         here = slice(h * D, (h + 1) * D)
-        second.q_proj.weight[here] = second.k_proj.weight[here] = 0
+        q, k = second.q_proj.weight[here].view(2, -1, C), second.k_proj.weight[here].view(2, -1, C)
+        q[:], k[:] = 0, 0
         for i, (weight, query, key) in enumerate(match[:N - 1]):
             pairs = slow[i:W // 2 * (N - 1):N - 1]
-            rows = h * D + torch.cat([pairs, pairs + D // 2])
-            second.q_proj.weight[rows], second.k_proj.weight[rows] = weight * query, key
+            q[:, pairs], k[:, pairs] = weight * query.view(2, -1, C), key.view(2, -1, C)
         second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T
 
 

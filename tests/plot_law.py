@@ -14,7 +14,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from collect import run_main, shares
-from pretrain import FORMS, TARGETS, Law, by_cell, left_out_error, optional, relative
+from pretrain import FORMS, TARGETS, Law, by_cell, left_out_error, optional
 
 
 def main():
@@ -26,21 +26,17 @@ def main():
     runs = [json.loads(line) for line in open(Path(args.out) / "scaling" / "scaling_law.jsonl")]
     check = [run for run in runs if run["size"] == runs[-1]["size"]]
     runs = runs[:-len(check)]
-    law = Law(min(FORMS, key=lambda form: left_out_error(form, runs)), runs)
-    d_cpt = Law("D-CPT", runs)
-    shown = [(law, "o", "-", *cell) for cell in by_cell(runs).items()]
-    shown += [(d_cpt, "*", "--", *cell) for cell in by_cell(check).items()]
+    form = min(FORMS, key=lambda form: left_out_error(form, runs))
+    shown = [(Law(form, inside if form == "power" else runs), "o", "-", inside) for inside in by_cell(runs)]
+    shown += [(Law("D-CPT", runs), "*", "--", check)]
     r = np.linspace(min(run["ratio"] for run in runs), max(run["ratio"] for run in runs), 191)
     figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    for i, (curves, dots, line, (n, d), inside) in enumerate(shown):
-        label = f"{Path(inside[0]['size']).name}, {d:,} tokens ({curves.form})"
-        for axis, title in zip(axes, (*TARGETS, "loss / largest base's")):
-            if title in TARGETS:
-                curve, losses = curves.predict(title, r, n, d), [run["loss"][title] for run in inside]
-            else:
-                curve = curves.objective(r, n, d, args.weights)
-                losses = [relative(run["loss"], law.base, args.weights) for run in inside]
-            axis.plot([run["ratio"] for run in inside], losses, dots, color=f"C{i}", markersize=5)
+    for i, (law, dots, line, inside) in enumerate(shown):
+        x = r, inside[0]["parameters"], inside[0]["tokens"]
+        label = f"{Path(inside[0]['size']).name}, {inside[0]['tokens']:,} tokens ({law.form})"
+        for axis, title in zip(axes, (*TARGETS, "relative")):
+            curve = law.relative_loss(*x, args.weights) if title == "relative" else law.predict(title, *x)
+            axis.plot([run["ratio"] for run in inside], [run["loss"][title] for run in inside], dots, color=f"C{i}", markersize=5)
             axis.plot(r, curve[0], line, color=f"C{i}", label=label)
             axis.set(title=title, xlabel="share of agent data")
     axes[-1].legend(fontsize=8)
