@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import Corpus, Tokenizer, read_json, write
-from collect import HelpFormatter, claim, fail, run_main, shares
+from collect import HelpFormatter, claim, fail, positive, run_main, shares
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # what was retrieved from a pool, as a part of stage 1's agent share, where the corpus has it
@@ -207,8 +207,6 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
             checkpoints.save(step, skipped)
         if step == steps or stop:
             break
-        if step == start + 6:  # the first step compiles
-            tell_duration(run, rate, steps * step_tokens, args)
 
         # ---- a single training step
         started = time.perf_counter()
@@ -235,7 +233,8 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
             ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
             data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
-        checkpoints.finish(wait=False)
+        if step == start + 5:  # the first step compiles
+            tell_duration(run, rate, steps * step_tokens, args)
         if in_a_row == 10:
             checkpoints.finish()
             fail(f"{run}: loss or gradient was not finite in ten steps in a row; the last checkpoint is "
@@ -335,18 +334,19 @@ def parse_args():
         "corpus": ("data/corpus", "corpus directory"),
         "out": ("out", "directory for the runs"),
         "preset": ("tiny", "shape of the model, where there is no --init: one of "
-                   f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256", shape)})
-    add_groups(parser, {"stages and mixture": {
-        "base-tokens": (2 * 10**9, "tokens the base is trained on (1e9 is understood)"),
-        "stage1-tokens": (2 * 10**9, "tokens of stage 1; 0 leaves it out"),
-        "stage2-tokens": (5 * 10**8, "tokens of stage 2; 0 leaves it out"),
-        "agent": (AGENT, "what the agent data consists of, by tokens", shares(tuple(AGENT))),
-        "mix": ("1:1:1", "agent : code : text in stage 1, by tokens", ratio),
-        "replay": (0.25, "share of code and text in stage 2, in the ratio of --mix"),
-        "control": (True, "also train the control without agent data"),
-        "document-mask": ("auto", "let no token see another document of its window; auto: on a CPU", AUTO)}})
+                   f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256", shape),
+        "stages and mixture": {
+            "base-tokens": (2 * 10**9, "tokens the base is trained on (1e9 is understood)"),
+            "stage1-tokens": (2 * 10**9, "tokens of stage 1; 0 leaves it out"),
+            "stage2-tokens": (5 * 10**8, "tokens of stage 2; 0 leaves it out"),
+            "agent": (AGENT, "what the agent data consists of, by tokens", shares(tuple(AGENT))),
+            "mix": ("1:1:1", "agent : code : text in stage 1, by tokens", ratio),
+            "replay": (0.25, "share of code and text in stage 2, in the ratio of --mix"),
+            "control": (True, "also train the control without agent data"),
+            "document-mask": ("auto", "let no token see another document of its window; auto: on a CPU",
+                              AUTO)}})
     add_training_flags(parser)
-    add_groups(parser, {"with --scaling-law": {
+    add_flags(parser, {"with --scaling-law": {
         "ratios": ("0,0.1,0.25,0.4,0.6,0.8,0.95", "shares of agent data; the rest is code and text as in "
                    "--mix", listed(share)),
         "sizes": ("2x192,4x192,4x256", "shapes, or checkpoint directories to begin from; the last is left "
@@ -395,10 +395,11 @@ def with_defaults(parser, suited):
 def add_training_flags(parser):
     """Flags that pre-training and tuning share."""
     parser.set_defaults(all_tokens=0)  # of all runs, where they are known beforehand
-    add_groups(parser, {"training": {
-        "seq-len": (2048, "tokens of a window"),
-        "batch-tokens": (2**19, "tokens of an optimizer step, over all processes"),
-        "micro-batch": (16, "windows of one forward pass; gradients of several add up to a step"),
+    at_least_1 = positive(number)
+    add_flags(parser, {"training": {
+        "seq-len": (2048, "tokens of a window", at_least_1),
+        "batch-tokens": (2**19, "tokens of an optimizer step, over all processes", at_least_1),
+        "micro-batch": (16, "windows of one forward pass; gradients of several add up to a step", at_least_1),
         "lr": (2e-4, "peak learning rate, decayed to a tenth"),
         "schedule": ("cosine", "after a linear warm-up the rate decays as a cosine, or it stays "
                      "(warmup-stable-decay) and falls linearly over the last fifth", ["cosine", "wsd"]),
@@ -409,9 +410,10 @@ def add_training_flags(parser):
         "seed": (0, "seed of weights and data order", int)
     }, "once in a while": {
         "val-windows": (32, "held-out windows of each domain in a validation"),
-        "val-every": (1000, "steps between validations; one is before the first step and one after the last"),
-        "save-every": (200, "steps between checkpoints"),
-        "keep": (2, "checkpoints kept of a run"),
+        "val-every": (1000, "steps between validations; one is before the first step and one after the last",
+                      at_least_1),
+        "save-every": (200, "steps between checkpoints", at_least_1),
+        "keep": (2, "checkpoints kept of a run", at_least_1),
         "wandb": (None, "log to this project of Weights & Biases too (pip install wandb)")
     }, "the machine": {
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "one of cpu and cuda"),
@@ -427,21 +429,19 @@ def add_training_flags(parser):
 AUTO = ["auto", "yes", "no"]
 
 
-def add_groups(parser, groups):
-    """Add {heading: flags} to the parser."""
-    for heading, flags in groups.items():
-        add_flags(parser.add_argument_group(heading), flags)
-
-
 def add_flags(group, flags):
-    """Add {name: (default, help)} to a group, or (default, help, type or list of choices). Else the type is
-    the default's; False makes a switch, True one with a --no- too.
+    """Add {name: (default, help)} to a group, or (default, help, type or list of choices), or {heading: such
+    flags}. Else the type is the default's; False makes a switch, True one with a --no- too.
     """
     types = {int: number, float: float}
-    for name, (default, text, *given) in flags.items():
+    for name, flag in flags.items():
+        if isinstance(flag, dict):
+            add_flags(group.add_argument_group(name), flag)
+            continue
+        default, text, *given = flag
         kind = given[0] if given else types.get(type(default))
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        if default is True or default is False:
+        if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction if default else "store_true"}
         group.add_argument(f"--{name}", default=default, help=text, **how)
 
@@ -532,9 +532,6 @@ def setup(args, together=True):
     """Settle what 'auto' means on this machine, end in order when asked to, and, to train together, join the
     group that torchrun made.
     """
-    for name in ("seq_len", "batch_tokens", "micro_batch", "save_every", "val_every", "keep"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.batch_tokens < args.seq_len:
         fail(f"--batch-tokens {args.batch_tokens} is less than one window of --seq-len {args.seq_len}")
     if "RANK" in os.environ and args.device == "cuda":
@@ -847,9 +844,11 @@ class Checkpoints:
         directory = self.directory / f"step-{step}"
         self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, process_group=self.group)
 
-    def finish(self, wait=True):
-        """Once a state is saved, remove what is older than the last `keep`; a full disk ends the run."""
-        if not self.saving or not wait and not self.saving.done():
+    def finish(self):
+        """Wait for the state that is being saved and remove what is older than the last `keep`; a full disk
+        ends the run.
+        """
+        if not self.saving:
             return
         try:
             self.saving.result()
@@ -1049,10 +1048,10 @@ def scaling_law(corpus, args):
         return
     write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
     report_losses(runs + check, args.weights)
-    print("\nBest share of agent data for the last size and budget, of which nothing was fitted:")
+    print("\nBest share of agent data for the last size and budget, of which nothing was fitted, and the root "
+          "mean square error\nof losses at shares that were left out of a fit:")
     for form, law in laws.items():
-        print(f"{form}: {best_share(law, *target)}; error of the form {errors[form]:.4f} (root mean square, "
-              "of shares left out of the fit)")
+        print(f"{form:<6} {best_share(law, *target)}; {errors[form]:.4f}")
     report_check(check, best)
 
 
@@ -1085,9 +1084,8 @@ def small_run(name, init, size, tokens, ratio, seed, corpus, args):
             if any(losses.get(d) is None for d in VALIDATED):
                 fail(f"{run}: no finite held-out loss of each of {', '.join(VALIDATED)}")
             losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
-        tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
         write(run / "result.json", json.dumps({
-            "size": str(size), "parameters": count_multiplying(init or run), "tokens": tokens, "ratio": ratio,
+            "size": size, "parameters": count_multiplying(init or run), "tokens": tokens, "ratio": ratio,
             "seed": seed, "loss": after, "base": before}))
     shutil.rmtree(run / "train_state", ignore_errors=True)
     for weights_file in run.glob("model*") if init else []:  # nothing goes on from them
@@ -1107,7 +1105,7 @@ def where(run):
 def by_cell(runs):
     """[The runs of one size and budget], from small to large."""
     def cell(run):
-        return run["parameters"], run["tokens"]
+        return where(run)[1:]
     return [list(inside) for _, inside in groupby(sorted(runs, key=cell), cell)]
 
 
@@ -1124,14 +1122,20 @@ class Law:
     """
 
     def __init__(self, form, runs, draws=0):
-        self.form, self.base = form, max(runs, key=lambda run: run["parameters"])["base"]
+        self.form, self.curves = form, {}
+        self.base = max(runs, key=lambda run: run["parameters"])["base"]
         x = np.array([where(run) for run in runs]).T                             # (3, runs)
-        self.curves = {t: fit(form, t, x, np.array([[run["loss"][t] for run in runs]]), draws)
-                       for t in TARGETS}
+        for t in TARGETS:
+            y = np.array([[run["loss"][t] for run in runs]])                     # (1, runs)
+            p, linear = self.curves[t] = search(form, t, x, y)
+            if draws:
+                y = resample(y, self.predict(t, *x), p.numel() + linear.numel(), draws)
+                self.curves[t] = search(form, t, x, y)
 
     def predict(self, target, r, n, d):
         """Losses (1 + draws, len(r)). The power form knows neither size nor budget."""
-        return losses_at(self.form, target, (r, n, d), *self.curves[target])
+        p, linear = self.curves[target]
+        return np.einsum("prm,pm->pr", basis(self.form, target, (r, n, d), p), linear)
 
     def relative_loss(self, r, n, d, weights):
         """The weighted mean of the losses, each over that of the largest base: (1 + draws, len(r))."""
@@ -1147,18 +1151,15 @@ def relative(losses, base, weights):
     return sum(w * losses[t] / base[t] for t, w in weights.items()) / sum(weights.values())
 
 
-def fit(form, target, x, y, draws):
-    """What `search` gives for losses y (1, runs), and for draws of them: to what was fitted, the residuals
-    are dealt out anew, those of one run together for all targets.
+def resample(y, fitted, n_coefficients, draws):
+    """(1 + draws, runs) The losses y (1, runs), and draws of them: to what was fitted, the residuals are
+    dealt out anew, those of one run together for all targets.
     """
-    p, linear = search(form, target, x, y)
-    if not draws:
-        return p, linear
-    rng, count, fitted = np.random.default_rng(0), y.size, losses_at(form, target, x, p, linear)
+    rng, count = np.random.default_rng(0), y.size
     dealt = (y - fitted)[0, rng.integers(count, size=(draws, count))]
     # Residuals are smaller than the noise, and tell it inexactly.
-    spread = (count / rng.chisquare(count - p.numel() - linear.numel(), (draws, 1))) ** 0.5
-    return search(form, target, x, np.vstack([y, fitted + spread * dealt]))
+    spread = (count / rng.chisquare(count - n_coefficients, (draws, 1))) ** 0.5
+    return np.vstack([y, fitted + spread * dealt])
 
 
 def search(form, target, x, y):
@@ -1188,11 +1189,6 @@ def search(form, target, x, y):
     optimizer.step(error)
     p, linear, _ = solve()
     return p.detach(), linear.detach()
-
-
-def losses_at(form, target, x, p, linear):
-    """Losses (P, points) by coefficients p (P, k) and linear (P, columns)."""
-    return np.einsum("prm,pm->pr", basis(form, target, x, p), linear)
 
 
 def basis(form, target, x, p):
