@@ -998,14 +998,13 @@ def tell_duration(run, rate, tokens, args):
 # The scaling law of the mixture: small runs, curves of two forms fitted to them, a report
 
 TARGETS = ("agent", "code", "text")
-FORMS = {  # of the law: the coefficients that are searched, within bounds. The others are linear: solved for.
+FORMS = {  # of the law: how many coefficients are searched, up to what. The others are linear: solved for.
     # c + k·r^alpha of the share of agent data r, the paper's: fitted to the runs of one size and budget.
-    "power": {"alpha": (0.05, 8)},
+    "power": (1, 8),
     # E + A/N^alpha + B·s^eta/D^beta + C/(s + epsilon)^gamma of N parameters, D tokens and the share s of the
     # data that is measured: Que et al. 2024, arXiv 2406.01375. Fitted to all runs at once. For code and text
     # s is the share of both together, of which each is a fixed part.
-    "D-CPT": {"alpha": (0.05, 2), "eta": (0.05, 2), "beta": (0.05, 2), "epsilon": (0.01, 1),
-              "gamma": (0.05, 2)}}
+    "D-CPT": (5, 2)}
 
 
 def scaling_law(corpus, args):
@@ -1048,8 +1047,8 @@ def scaling_law(corpus, args):
         return
     write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
     report_losses(runs + check, args.weights)
-    print("\nBest share of agent data for the last size and budget, of which nothing was fitted, and the root "
-          "mean square error\nof losses at shares that were left out of a fit:")
+    print("\nBest share of agent data for the last size and budget, of which nothing was fitted, and root mean "
+          "square\nerror of the losses at shares that were left out of a fit:")
     for form, law in laws.items():
         print(f"{form:<6} {best_share(law, *target)}; {errors[form]:.4f}")
     report_check(check, best)
@@ -1170,12 +1169,12 @@ def search(form, target, x, y):
     exactly. So only the former are searched, by gradients.
     """
     y = torch.as_tensor(y)[:, :, None]                                           # (P, runs, 1)
-    low, high = torch.tensor([*FORMS[form].values()], dtype=y.dtype).T
-    place = torch.zeros(len(y), len(low), dtype=y.dtype, requires_grad=True)
+    k, most = FORMS[form]
+    place = torch.zeros(len(y), k, dtype=y.dtype, requires_grad=True)
     optimizer = torch.optim.LBFGS([place], max_iter=200, line_search_fn="strong_wolfe")
 
     def solve():
-        p = low + (high - low) * place.sigmoid()  # within the bounds
+        p = 0.01 + most * place.sigmoid()
         q, r = torch.linalg.qr(basis(form, target, x, p))                        # (P, runs, columns)
         linear = torch.linalg.solve_triangular(r, q.mT @ y, upper=True)
         return p, linear[:, :, 0], (q @ (q.mT @ y) - y).square().sum() / y.var()
