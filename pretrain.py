@@ -1047,8 +1047,8 @@ def scaling_law(corpus, args):
         return
     write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
     report_losses(runs + check, args.weights)
-    print("\nBest share of agent data for the last size and budget, of which nothing was fitted, and root mean "
-          "square\nerror of the losses at shares that were left out of a fit:")
+    print("\nBest share of agent data for the last size and budget, of which nothing was fitted, and root "
+          "mean square\nerror of the losses at shares that were left out of a fit:")
     for form, law in laws.items():
         print(f"{form:<6} {best_share(law, *target)}; {errors[form]:.4f}")
     report_check(check, best)
