@@ -68,7 +68,7 @@ from collect import HelpFormatter, claim, fail, positive, run_main, shares
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # what was retrieved from a pool, as a part of stage 1's agent share, where the corpus has it
-EQUAL = round(1 / 3, 3)  # the share of agent data in 1 : 1 : 1
+EQUAL = 0.333  # the share of agent data in 1 : 1 : 1
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 
 
@@ -989,9 +989,9 @@ def memory_gb(device):
 def tell_duration(run, rate, tokens, args):
     """Say how long a run, and all of them, will take at so many tokens/s."""
     if is_main() and args.all_tokens:
-        takes, all_take = (timedelta(seconds=round(count / rate)) for count in (tokens, args.all_tokens))
-        tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {takes}, "
-                   f"the {args.all_tokens:,} of all runs {all_take}")
+        tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take "
+                   f"{timedelta(seconds=round(tokens / rate))}, the {args.all_tokens:,} of all runs "
+                   f"{timedelta(seconds=round(args.all_tokens / rate))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
