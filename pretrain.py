@@ -193,14 +193,14 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     autocast = torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
     checkpoints = Checkpoints(run / "train_state", args.keep, model, optimizer)
     start, skipped = checkpoints.load()
-    log, in_a_row = open_metrics(run, start, options, args), 0
+    metrics, in_a_row = Metrics(run, start, options, args), 0
     batches = prefetch(get_batch, batch_size, range(start, steps), args)
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if is_main() else True)
 
     for step in range(start, steps + 1):
         # ---- once in a while: validation, a checkpoint, the end
         if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
-            log(step=step, **validation(model, held_out, args, autocast))
+            metrics.log(step=step, **validation(model, held_out, args, autocast))
         # Any process's, so that all stop at the same step.
         stop = all_reduce(torch.tensor(float(STOP.is_set()))).item()
         if step > start and (step % args.save_every == 0 or step == steps or stop):
@@ -229,9 +229,9 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
         # ---- what it was like
         seconds = time.perf_counter() - started
         rate = step_tokens / seconds
-        log(step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
-            ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
-            data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
+        metrics.log(step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
+                    ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
+                    data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
         if step == start + 5:  # the first step compiles
             tell_duration(run, rate, steps * step_tokens, args)
@@ -910,33 +910,35 @@ STEP_LINE = ("loss {loss:.3f}  lr {lr:.2e}  norm {grad_norm:.2f}  {ms:,.0f} ms  
              "tokens/s  data wait {data_wait:.1%}  skipped {skipped}")
 
 
-def open_metrics(run, start, options, args):
-    """log(**values), which adds them to metrics.jsonl, cut back to the step that training goes on from,
-    prints a dense line and, if asked for, tells Weights & Biases.
+class Metrics:
+    """metrics.jsonl, cut back to the step that training goes on from; a dense line for each step; and Weights
+    & Biases if asked for.
     """
-    path, wandb = run / "metrics.jsonl", None
-    if is_main():
-        kept = [line for line in read_metrics(run) if line["step"] <= start] if start else []
-        write(path, "".join(json.dumps(line) + "\n" for line in kept))
-        if args.wandb:
-            wandb = optional("wandb", "--wandb").init(project=args.wandb, name=run.name, resume="allow",
-                                                      id=f"{run.parent.name}-{run.name}", config=options)
 
-    def log(**values):
+    def __init__(self, run, start, options, args):
+        self.run, self.steps, self.wandb = run, options["steps"], None
         if not is_main():
             return
-        with open(path, "a") as file:  # JSON has no NaN
+        kept = [line for line in read_metrics(run) if line["step"] <= start] if start else []
+        write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        if args.wandb:
+            self.wandb = optional("wandb", "--wandb").init(
+                project=args.wandb, name=run.name, id=f"{run.parent.name}-{run.name}", config=options,
+                resume="allow")
+
+    def log(self, **values):
+        if not is_main():
+            return
+        with open(self.run / "metrics.jsonl", "a") as file:  # JSON has no NaN
             file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in values.items()}) + "\n")
-        if wandb:
-            wandb.log(values, step=values["step"])
+        if self.wandb:
+            self.wandb.log(values, step=values["step"])
         if "tokens" in values:
             line = (STEP_LINE + "  MFU {mfu:.1%}" * ("mfu" in values)).format(**values)
         else:
             losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k != "step"]
             line = "held-out loss: " + ", ".join(losses)
-        tqdm.write(f"{run.name} {values['step']}/{options['steps']}  {line}")
-
-    return log
+        tqdm.write(f"{self.run.name} {values['step']}/{self.steps}  {line}")
 
 
 def read_metrics(run):
