@@ -7,8 +7,7 @@ Out:  out/base             trained on code and text alone (not with --init)
       out/stage2           from stage 1: the agent data, with --replay of code and text
       out/control-stage1, out/control-stage2    from the same base for the same tokens, without agent data
       each a Hugging Face checkpoint directory with metrics.jsonl and train_state/
-      out/scaling          with --scaling-law instead: the losses of many small runs, scaling_law.jsonl, and
-                           with --plot a picture
+      out/scaling          with --scaling-law instead: the losses of many small runs, scaling_law.jsonl
 
 Laptop:      python pretrain.py
 One GPU:     python pretrain.py --preset 124m --seq-len 1024 --batch-tokens 262144 --base-tokens 2e9 \\
@@ -46,6 +45,8 @@ import timeit
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import groupby, product
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,11 @@ from tqdm import tqdm
 
 import model as transformer
 from build_corpus import Corpus, Tokenizer, read_json, write
-from collect import HelpFormatter, claim, fail, run_main, shares
+from collect import HelpFormatter, claim, fail, positive, run_main, shares
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # what was retrieved from a pool, as a part of stage 1's agent share, where the corpus has it
-EQUAL = round(1 / 3, 3)  # the share of agent data in 1 : 1 : 1
+EQUAL = 0.333  # the share of agent data in 1 : 1 : 1
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 
 
@@ -154,8 +155,9 @@ def window_batches(corpus, weights, n_windows, seq_len, batch_size, seed, practi
     """
     bins = {name: corpus.read(name, "train") for name, weight in weights.items() if weight > 0}
     available = {name: (len(ids) - 1) // seq_len for name, ids in bins.items()}
-    if missing := [name for name, count in available.items() if count < 1]:
-        fail(f"{corpus.directory}: the domain {missing[0]} has no window of {seq_len} tokens to train on")
+    for name, count in available.items():
+        if count < 1:
+            fail(f"{corpus.directory}: the domain {name} has no window of {seq_len} tokens to train on")
     names, order, windows, epochs = plan_windows(available, weights, n_windows, seed)
 
     def get_batch(step, rows):
@@ -198,16 +200,13 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     for step in range(start, steps + 1):
         # ---- once in a while: validation, a checkpoint, the end
         if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
-            losses = validation(model, held_out, args, autocast)
-            metrics.log(step=step, **{f"loss/{d}": loss for d, loss in losses.items()})
+            metrics.log(step=step, **validation(model, held_out, args, autocast))
         # Any process's, so that all stop at the same step.
         stop = all_reduce(torch.tensor(float(STOP.is_set()))).item()
         if step > start and (step % args.save_every == 0 or step == steps or stop):
             checkpoints.save(step, skipped)
         if step == steps or stop:
             break
-        if step == start + 6:  # the first step compiles
-            tell_duration(run, steps * step_tokens, args)
 
         # ---- a single training step
         started = time.perf_counter()
@@ -234,7 +233,8 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
                     ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
                     data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
-        checkpoints.finish(wait=False)
+        if step == start + 5:  # the first step compiles
+            tell_duration(run, rate, steps * step_tokens, args)
         if in_a_row == 10:
             checkpoints.finish()
             fail(f"{run}: loss or gradient was not finite in ten steps in a row; the last checkpoint is "
@@ -245,8 +245,8 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     checkpoints.finish()
     if step < steps:
         if is_main():
-            print(f"{run.name}: stopped after step {step} of {steps}" + ", which is saved" * (step > 0)
-                  + "; the same command goes on")
+            print(f"{run.name}: stopped after step {step} of {steps}, which is saved; the same command goes "
+                  "on")
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(0)
@@ -268,14 +268,13 @@ def forward_and_backward(model, wrapped, batch, n_targets, autocast, args):
     micro-batches.
     """
     total, (_, world) = torch.zeros((), device=args.device), rank_and_world()
-    batch = [tensor.to(args.device, non_blocking=True) for tensor in batch]
-    micro_batches = list(zip(*(tensor.split(args.micro_batch) for tensor in batch)))
-    for i, micro_batch in enumerate(micro_batches, 1):
-        # DDP adds up over processes once, at the last.
-        with contextlib.nullcontext() if i == len(micro_batches) or wrapped is model else wrapped.no_sync():
-            with autocast:
-                loss = wrapped(*micro_batch)
-            (loss * (world / n_targets)).backward()  # DDP and FSDP average over processes
+    parts = micro_batches(batch, args)
+    for i, part in enumerate(parts, 1):
+        if wrapped is not model:  # DDP adds up over processes once, at the last
+            wrapped.require_backward_grad_sync = i == len(parts)
+        with autocast:
+            loss = wrapped(*part)
+        (loss * (world / n_targets)).backward()  # DDP and FSDP average over processes
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return all_reduce(total).item() / n_targets, (norm.full_tensor() if args.shard else norm).item()
@@ -335,27 +334,27 @@ def parse_args():
         "corpus": ("data/corpus", "corpus directory"),
         "out": ("out", "directory for the runs"),
         "preset": ("tiny", "shape of the model, where there is no --init: one of "
-                   f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256", shape)})
-    add_groups(parser, {"stages and mixture": {
-        "base-tokens": (2 * 10**9, "tokens the base is trained on (1e9 is understood)"),
-        "stage1-tokens": (2 * 10**9, "tokens of stage 1; 0 leaves it out"),
-        "stage2-tokens": (5 * 10**8, "tokens of stage 2; 0 leaves it out"),
-        "agent": (AGENT, "what the agent data consists of, by tokens", shares(tuple(AGENT))),
-        "mix": ("1:1:1", "agent : code : text in stage 1, by tokens", ratio),
-        "replay": (0.25, "share of code and text in stage 2, in the ratio of --mix"),
-        "control": (True, "also train the control without agent data"),
-        "document-mask": ("auto", "let no token see another document of its window; auto: on a CPU", AUTO)}})
+                   f"{', '.join(transformer.PRESETS)}, or LAYERSxWIDTH such as 4x256", shape),
+        "stages and mixture": {
+            "base-tokens": (2 * 10**9, "tokens the base is trained on (1e9 is understood)"),
+            "stage1-tokens": (2 * 10**9, "tokens of stage 1; 0 leaves it out"),
+            "stage2-tokens": (5 * 10**8, "tokens of stage 2; 0 leaves it out"),
+            "agent": (AGENT, "what the agent data consists of, by tokens", shares(tuple(AGENT))),
+            "mix": ("1:1:1", "agent : code : text in stage 1, by tokens", ratio),
+            "replay": (0.25, "share of code and text in stage 2, in the ratio of --mix"),
+            "control": (True, "also train the control without agent data"),
+            "document-mask": ("auto", "let no token see another document of its window; auto: on a CPU",
+                              AUTO)}})
     add_training_flags(parser)
-    add_groups(parser, {"with --scaling-law": {
+    add_flags(parser, {"with --scaling-law": {
         "ratios": ("0,0.1,0.25,0.4,0.6,0.8,0.95", "shares of agent data; the rest is code and text as in "
                    "--mix", listed(share)),
         "sizes": ("2x192,4x192,4x256", "shapes, or checkpoint directories to begin from; the last is left "
-                  "out of the fit, for the check", listed(shape_or_directory)),
+                  "out of the fit, for the check", listed(shape)),
         "tokens": ("150e3,300e3,450e3", "tokens of a run; the last is for the check", listed(number)),
         "seeds": (2, "runs of each kind in the grid, and twice as many in the check"),
         "weights": ("agent=1,code=1,text=1", "what the losses count, each relative to the base's",
-                    shares(TARGETS)),
-        "plot": (False, "draw out/scaling/scaling_law.png, with matplotlib")
+                    shares(TARGETS))
     }, "what a run needs": {
         "plan": (False, "print memory, tokens/s and days of such a run on --gpus of the kind --gpu, and end"),
         "gpus": (8, "how many of them"),
@@ -396,10 +395,11 @@ def with_defaults(parser, suited):
 def add_training_flags(parser):
     """Flags that pre-training and tuning share."""
     parser.set_defaults(all_tokens=0)  # of all runs, where they are known beforehand
-    add_groups(parser, {"training": {
-        "seq-len": (2048, "tokens of a window"),
-        "batch-tokens": (2**19, "tokens of an optimizer step, over all processes"),
-        "micro-batch": (16, "windows of one forward pass; gradients of several add up to a step"),
+    at_least_1 = positive(number)
+    add_flags(parser, {"training": {
+        "seq-len": (2048, "tokens of a window", at_least_1),
+        "batch-tokens": (2**19, "tokens of an optimizer step, over all processes", at_least_1),
+        "micro-batch": (16, "windows of one forward pass; gradients of several add up to a step", at_least_1),
         "lr": (2e-4, "peak learning rate, decayed to a tenth"),
         "schedule": ("cosine", "after a linear warm-up the rate decays as a cosine, or it stays "
                      "(warmup-stable-decay) and falls linearly over the last fifth", ["cosine", "wsd"]),
@@ -410,9 +410,10 @@ def add_training_flags(parser):
         "seed": (0, "seed of weights and data order", int)
     }, "once in a while": {
         "val-windows": (32, "held-out windows of each domain in a validation"),
-        "val-every": (1000, "steps between validations; one is before the first step and one after the last"),
-        "save-every": (200, "steps between checkpoints"),
-        "keep": (2, "checkpoints kept of a run"),
+        "val-every": (1000, "steps between validations; one is before the first step and one after the last",
+                      at_least_1),
+        "save-every": (200, "steps between checkpoints", at_least_1),
+        "keep": (2, "checkpoints kept of a run", at_least_1),
         "wandb": (None, "log to this project of Weights & Biases too (pip install wandb)")
     }, "the machine": {
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "one of cpu and cuda"),
@@ -428,21 +429,19 @@ def add_training_flags(parser):
 AUTO = ["auto", "yes", "no"]
 
 
-def add_groups(parser, groups):
-    """Add {heading: flags} to the parser."""
-    for heading, flags in groups.items():
-        add_flags(parser.add_argument_group(heading), flags)
-
-
 def add_flags(group, flags):
-    """Add {name: (default, help)} to a group, or (default, help, type or list of choices). Else the type is
-    the default's; False makes a switch, True one with a --no- too.
+    """Add {name: (default, help)} to a group, or (default, help, type or list of choices), or {heading: such
+    flags}. Else the type is the default's; False makes a switch, True one with a --no- too.
     """
     types = {int: number, float: float}
-    for name, (default, text, *given) in flags.items():
+    for name, flag in flags.items():
+        if isinstance(flag, dict):
+            add_flags(group.add_argument_group(name), flag)
+            continue
+        default, text, *given = flag
         kind = given[0] if given else types.get(type(default))
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-        if default is True or default is False:
+        if isinstance(default, bool):
             how = {"action": argparse.BooleanOptionalAction if default else "store_true"}
         group.add_argument(f"--{name}", default=default, help=text, **how)
 
@@ -481,8 +480,8 @@ def number(text):
 
 
 def listed(kind):
-    """The type of a list with commas between."""
-    return lambda text: [kind(part) for part in text.split(",")]
+    """The type of a list of different values with commas between."""
+    return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))
 
 
 def share(text):
@@ -493,14 +492,10 @@ def share(text):
 
 
 def shape(text):
-    """The name of a preset, or LAYERSxWIDTH."""
-    shape_of(text)
+    """A preset, LAYERSxWIDTH or a checkpoint directory."""
+    if not Path(text).is_dir():
+        shape_of(text)
     return text
-
-
-def shape_or_directory(text):
-    """A shape, or where there is one a checkpoint directory."""
-    return text if Path(text).is_dir() else shape(text)
 
 
 def shape_of(name):
@@ -509,13 +504,9 @@ def shape_of(name):
         return transformer.PRESETS[name]
     layers, dim = (int(part) if part.isdecimal() else 0 for part in name.partition("x")[::2])
     if layers < 1 or dim < 64 or dim % 64:
-        presets = ", ".join(transformer.PRESETS)
-        message = f"{name} is none of {presets}, nor LAYERSxWIDTH with a multiple of 64"
-        raise argparse.ArgumentTypeError(message)
-    heads = dim // 64
-    hidden = 64 * round(dim * 8 / 3 / 64)
-    return dict(n_layers=layers, dim=dim, n_heads=heads, n_kv_heads=heads, hidden_dim=hidden,
-                attention_bias=True)
+        fail(f"{name} is none of {', '.join(transformer.PRESETS)}, nor LAYERSxWIDTH with a multiple of 64")
+    return dict(n_layers=layers, dim=dim, n_heads=dim // 64, n_kv_heads=dim // 64,
+                hidden_dim=64 * round(dim * 8 / 3 / 64), attention_bias=True)
 
 
 def ratio(text):
@@ -534,8 +525,6 @@ def normalise(weights, total):
 # ------------------------------------------------------------------------------------------------------------
 # Processes and devices
 
-# Of malloc.h: what is free at the heap's end, and single blocks, go back to the system from this size on.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 STOP = threading.Event()  # set by SIGTERM or Ctrl-C: training saves and ends
 
 
@@ -543,9 +532,6 @@ def setup(args, together=True):
     """Settle what 'auto' means on this machine, end in order when asked to, and, to train together, join the
     group that torchrun made.
     """
-    for name in ("seq_len", "batch_tokens", "micro_batch", "save_every", "val_every", "keep"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1")
     if args.batch_tokens < args.seq_len:
         fail(f"--batch-tokens {args.batch_tokens} is less than one window of --seq-len {args.seq_len}")
     if "RANK" in os.environ and args.device == "cuda":
@@ -562,7 +548,7 @@ def setup(args, together=True):
     if args.dtype == "auto":
         args.dtype = "bfloat16" if args.device == "cuda" or bfloat16_pays() else "float32"
     if args.compile == "auto":
-        args.compile = "yes" if shutil.which(os.environ.get("CXX", "c++")) or shutil.which("cl") else "no"
+        args.compile = "yes" if shutil.which(os.environ.get("CXX", "c++")) else "no"
     torch.set_float32_matmul_precision("high")
     # Compiled for a CPU, the gradient of the embedding is else added up in whatever order the threads arrive.
     torch.use_deterministic_algorithms(args.device == "cpu")
@@ -570,8 +556,8 @@ def setup(args, together=True):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         # glibc keeps what a step frees for the next: the system would clear every page that it lends anew.
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: what is free at the heap's end does not go back
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: nor do single blocks below this size
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: STOP.set())
 
@@ -656,16 +642,16 @@ def wrap_model(model, args):
     if args.compile == "yes":  # many layers one by one: what is compiled for the first serves all
         for module in layers if args.shard or len(layers) > 8 else [model]:
             module.compile()
-    if args.shard:
-        policy = MixedPrecisionPolicy()
-        if args.dtype == "bfloat16":  # rotary angles need float32
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        mesh = init_device_mesh(args.device, (dist.get_world_size(),))
-        for module in [*layers, model]:  # one by one, so that no process ever holds the whole in float32
-            fully_shard(in_float32(module), mesh=mesh, mp_policy=policy)
-        return model
-    in_float32(model).to(args.device)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if dist.is_initialized() else model
+    if not args.shard:
+        in_float32(model).to(args.device)
+        alone = not dist.is_initialized()
+        return model if alone else DistributedDataParallel(model, gradient_as_bucket_view=True)
+    types = (torch.bfloat16, torch.float32) if args.dtype == "bfloat16" else ()
+    policy = MixedPrecisionPolicy(*types, cast_forward_inputs=False)  # rotary angles need float32
+    mesh = init_device_mesh(args.device, (dist.get_world_size(),))
+    for module in [*layers, model]:  # one by one, so that no process ever holds the whole in float32
+        fully_shard(in_float32(module), mesh=mesh, mp_policy=policy)
+    return model
 
 
 def fresh_model(corpus, args):
@@ -691,17 +677,17 @@ def plan_windows(available, weights, n_windows, seed):
     and in a new one every epoch. All follows from the seed.
     """
     rng = np.random.default_rng(seed)
-    names = [d for d, w in weights.items() if w > 0]
-    exact = np.array([weights[d] for d in names]) / sum(weights[d] for d in names) * n_windows
+    weights = {name: weight for name, weight in weights.items() if weight > 0}
+    exact = np.array([*weights.values()]) / sum(weights.values()) * n_windows
     counts = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact)[:n_windows - counts.sum()]] += 1  # largest remainders
-    order = rng.permutation(np.repeat(np.arange(len(names)), counts))
+    order = rng.permutation(np.repeat(np.arange(len(counts)), counts))
     windows, epochs = np.zeros(n_windows, np.int64), {}
-    for i, name in enumerate(names):
+    for i, name in enumerate(weights):
         epochs[name] = counts[i] / available[name]
         drawn = [rng.permutation(available[name]) for _ in range(math.ceil(epochs[name]))]
-        windows[order == i] = np.concatenate(drawn or [np.zeros(0, np.int64)])[:counts[i]]
-    return names, order, windows, epochs
+        windows[order == i] = np.concatenate([windows[:0], *drawn])[:counts[i]]
+    return [*weights], order, windows, epochs
 
 
 def split_windows(windows, corpus, document_mask):
@@ -750,11 +736,16 @@ def prefetch(get_batch, batch_size, steps, args):
         return [t.pin_memory() for t in tensors] if args.device == "cuda" else tensors
 
     with ThreadPoolExecutor(1) as pool:
-        coming = (pool.submit(fetch, step) for step in steps)
-        following = next(coming, None)
-        while now := following:
-            following = next(coming, None)
-            yield now.result()
+        ahead = pool.submit(fetch, steps[0])
+        for step in steps:
+            ready, ahead = ahead, pool.submit(fetch, min(step + 1, steps[-1]))
+            yield ready.result()
+
+
+def micro_batches(batch, args):
+    """The tensors of a batch on the device, --micro-batch rows at a time."""
+    on_device = (tensor.to(args.device, non_blocking=True) for tensor in batch)
+    return list(zip(*(tensor.split(args.micro_batch) for tensor in on_device)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -778,11 +769,13 @@ def weights_of(init):
 def settle_options(run, options):
     """Write down what a run depends on, or exit if it was begun with something else."""
     saved, now = run / "train_state" / "options.json", json.loads(json.dumps(options))
-    if saved.exists() and (before := read_json(saved)) != now:
-        changed = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in before | now
-                            if before.get(k) != now.get(k))
-        fail(f"{run} holds a run with other options: {changed}. Remove it, or choose another --out")
-    if is_main() and not saved.exists():
+    before = read_json(saved) if saved.exists() else now
+    changed = [f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in before | now
+               if before.get(k) != now.get(k)]
+    if changed:
+        fail(f"{run} holds a run with other options: {'; '.join(changed)}. Remove it, or choose another "
+             "--out")
+    if is_main():
         saved.parent.mkdir(parents=True, exist_ok=True)
         write(saved, json.dumps(now))
 
@@ -792,25 +785,25 @@ def parameter_groups(model, args):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decay = args.weight_decay if p.dim() >= 2 else 0.0
-            scale = args.attention_lr if "self_attn" in name else 1.0
-            new = {"params": [], "weight_decay": decay, "lr_scale": scale}
-            groups.setdefault(("self_attn" in name, p.dim() >= 2), new)["params"].append(p)
-    return list(groups.values())
+            groups.setdefault(("self_attn" in name, p.dim() >= 2), []).append(p)
+    return [{"params": params, "weight_decay": args.weight_decay if is_matrix else 0.0,
+             "lr_scale": args.attention_lr if in_attention else 1.0}
+            for (in_attention, is_matrix), params in groups.items()]
 
 
 @torch.no_grad()
 def validation(model, held_out, args, autocast):
-    """{domain: mean loss (nats a target token)} of `held_out`, whose windows the processes share out."""
+    """{"loss/<domain>": mean loss (nats a target token)} of `held_out`, whose windows the processes share
+    out.
+    """
     losses = {}
     for domain, arrays in held_out.items():
         batch = rank_tensors(lambda rows: [a[rows] for a in arrays], len(arrays[0]))
-        batch = [tensor.to(args.device) for tensor in batch]
         total = torch.zeros((), device=args.device)
-        for micro_batch in zip(*(tensor.split(args.micro_batch) for tensor in batch)):
+        for part in micro_batches(batch, args):
             with autocast:
-                total += model(*micro_batch)
-        losses[domain] = all_reduce(total).item() / (arrays[1] >= 0).sum()
+                total += model(*part)
+        losses[f"loss/{domain}"] = all_reduce(total).item() / (arrays[1] >= 0).sum()
     return losses
 
 
@@ -829,13 +822,17 @@ class Checkpoints:
 
     def __init__(self, directory, keep, model, optimizer):
         self.directory, self.keep, self.trained, self.saving = directory, keep, (model, optimizer), None
-        own_group = dist.new_group(backend="gloo") if dist.is_initialized() else None  # the writing thread's
-        self.processes = {"process_group": own_group, "no_dist": own_group is None}
+        # The writing thread's.
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+    def whole(self):
+        """The directories of whole states, the newest last."""
+        return sorted((path.parent for path in self.directory.glob("step-*/.metadata")), key=step_of)
 
     def newest(self):
         """The directory of the newest whole state, or None."""
-        return max((p.parent for p in self.directory.glob("step-*/.metadata")), key=step_of, default=None)
+        return next(reversed(self.whole()), None)
 
     def state(self, skipped):
         weights, moments = dcp_state.get_state_dict(*self.trained, options=self.options)
@@ -845,11 +842,13 @@ class Checkpoints:
         """Begin to save the state before `step`: wait for the last one to be written, then copy this one."""
         self.finish()
         directory = self.directory / f"step-{step}"
-        self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, **self.processes)
+        self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, process_group=self.group)
 
-    def finish(self, wait=True):
-        """Once a state is saved, remove what is older than the last `keep`; a full disk ends the run."""
-        if not self.saving or not wait and not self.saving.done():
+    def finish(self):
+        """Wait for the state that is being saved and remove what is older than the last `keep`; a full disk
+        ends the run.
+        """
+        if not self.saving:
             return
         try:
             self.saving.result()
@@ -858,10 +857,8 @@ class Checkpoints:
                  f"The last whole one is {self.newest() or 'none'}")
         self.saving = None
         if is_main():
-            states = sorted(self.directory.glob("step-*"), key=step_of)
-            states.sort(key=lambda path: (path / ".metadata").exists())  # whole ones last
-            for old in states[:-self.keep]:
-                shutil.rmtree(old)
+            for state in {*self.directory.glob("step-*")} - {*self.whole()[-self.keep:]}:
+                shutil.rmtree(state)
 
     def load(self):
         """Put the newest state into model and optimizer. Returns its step, and how many were skipped."""
@@ -871,7 +868,7 @@ class Checkpoints:
         try:
             with open(newest / ".metadata", "rb") as index:
                 IndexUnpickler(index).load()
-            dcp.load(state, checkpoint_id=newest, **self.processes)
+            dcp.load(state, checkpoint_id=newest, process_group=self.group)
         except (Exception, CheckpointException) as error:
             fail(f"{newest} cannot be read: {first_cause(error)}. "
                  "Remove it to go on from the checkpoint before")
@@ -925,9 +922,9 @@ class Metrics:
         kept = [line for line in read_metrics(run) if line["step"] <= start] if start else []
         write(run / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
         if args.wandb:
-            wandb, name = optional("wandb", "--wandb"), f"{run.parent.name}-{run.name}"
-            self.wandb = wandb.init(project=args.wandb, name=run.name, id=name, config=options,
-                                    resume="allow")
+            self.wandb = optional("wandb", "--wandb").init(
+                project=args.wandb, name=run.name, id=f"{run.parent.name}-{run.name}", config=options,
+                resume="allow")
 
     def log(self, **values):
         if not is_main():
@@ -939,7 +936,8 @@ class Metrics:
         if "tokens" in values:
             line = (STEP_LINE + "  MFU {mfu:.1%}" * ("mfu" in values)).format(**values)
         else:
-            line = "held-out loss: " + ", ".join(f"{d} {v:.3f}" for d, v in by_domain(values).items())
+            losses = [f"{k.removeprefix('loss/')} {v:.3f}" for k, v in values.items() if k != "step"]
+            line = "held-out loss: " + ", ".join(losses)
         tqdm.write(f"{self.run.name} {values['step']}/{self.steps}  {line}")
 
 
@@ -952,14 +950,10 @@ def read_metrics(run):
     return lines
 
 
-def by_domain(line):
-    """{domain: held-out loss} of a line of metrics."""
-    return {k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
-
-
 def held_out_losses(run):
     """[{domain: loss}] of a run's validations."""
-    return [by_domain(line) for line in read_metrics(run) if "tokens" not in line]
+    return [{k.removeprefix("loss/"): v for k, v in line.items() if k.startswith("loss/")}
+            for line in read_metrics(run) if "tokens" not in line]
 
 
 def report(runs):
@@ -970,7 +964,7 @@ def report(runs):
         if not steps or not losses:
             print(f"{run.name:<16} {run / 'metrics.jsonl'} is gone or cut off")
             continue
-        last, rate = steps[-1], sorted(line["tokens_per_second"] for line in steps)[len(steps) // 2]
+        last, rate = steps[-1], np.median([line["tokens_per_second"] for line in steps])
         print(f"{run.name:<16} {last['step']:>6,} {last['tokens']:>12,} {rate:>9,.0f}   "
               + ", ".join(f"{d} {math.nan if loss is None else loss:.3f}" for d, loss in losses[-1].items()))
 
@@ -994,38 +988,25 @@ def memory_gb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # macOS
 
 
-def tell_duration(run, tokens, args):
-    """Say how long a run, and all of them, will take, by the median speed of the last five steps."""
+def tell_duration(run, rate, tokens, args):
+    """Say how long a run, and all of them, will take at so many tokens/s."""
     if is_main() and args.all_tokens:
-        speeds = [line["tokens_per_second"] for line in read_metrics(run) if "tokens" in line]
-        rate = np.median(speeds[-5:])
-        tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take {duration(tokens / rate)}"
-                   f", the {args.all_tokens:,} of all runs {duration(args.all_tokens / rate)}")
-
-
-def duration(seconds):
-    """A time as people read it.
-
-    >>> duration(40), duration(719), duration(12_000)
-    ('40 s', '12 min', '3 h 20 min')
-    """
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+        tqdm.write(f"{run.name}: at {rate:,.0f} tokens/s its {tokens:,} tokens take "
+                   f"{timedelta(seconds=round(tokens / rate))}, the {args.all_tokens:,} of all runs "
+                   f"{timedelta(seconds=round(args.all_tokens / rate))}")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The scaling law of the mixture
+# The scaling law of the mixture: small runs, curves of two forms fitted to them, a report
 
 TARGETS = ("agent", "code", "text")
-FORMS = {  # of the law: the coefficients that are searched, within bounds. The others are linear: solved for.
-    # c + k·r^alpha of the share of agent data r, the paper's: fitted to each size and budget apart.
-    "power": {"alpha": (0.05, 8)},
+FORMS = {  # of the law: how many coefficients are searched, up to what. The others are linear: solved for.
+    # c + k·r^alpha of the share of agent data r, the paper's: fitted to the runs of one size and budget.
+    "power": (1, 8),
     # E + A/N^alpha + B·s^eta/D^beta + C/(s + epsilon)^gamma of N parameters, D tokens and the share s of the
-    # domain that is measured: Que et al. 2024, arXiv 2406.01375. Fitted to all runs at once.
-    "D-CPT": {"alpha": (0.05, 2), "eta": (0.05, 2), "beta": (0.05, 2), "epsilon": (0.01, 1),
-              "gamma": (0.05, 2)}}
+    # data that is measured: Que et al. 2024, arXiv 2406.01375. Fitted to all runs at once. For code and text
+    # s is the share of both together, of which each is a fixed part.
+    "D-CPT": (5, 2)}
 
 
 def scaling_law(corpus, args):
@@ -1035,66 +1016,54 @@ def scaling_law(corpus, args):
     Each run goes on from the base of its size. A run that is done is known by its result.json, so the same
     command goes on, and processes under torchrun share out the runs.
     """
-    counts = [len({Path(size).name for size in args.sizes}), len({*args.tokens}), len({*args.ratios}) - 2]
-    if min(counts) < 3 or args.seeds < 1:
+    *sizes, largest = args.sizes
+    *budgets, longest = args.tokens
+    if len(sizes) < 2 or len(budgets) < 2 or len(args.ratios) < 5 or args.seeds < 1:
         fail("--scaling-law needs at least three --sizes and --tokens, of which the last are left out of the "
              "fit, five --ratios and a seed")
-    pyplot = args.plot and optional("matplotlib.pyplot", "--plot")
-    out, rank = Path(args.out) / "scaling", int(os.environ.get("RANK", 0))
-    while rank and not (out / "train_state" / "options.json").exists():  # which the first process writes
-        time.sleep(0.1)
-    own_options = ("base_tokens", "mix", "practice", "document_mask", "val_windows")
-    settle_options(out, {k: getattr(args, k) for k in own_options} | training_options(corpus, args))
+    out = Path(args.out) / "scaling"
+    own = {k: getattr(args, k) for k in ("base_tokens", "mix", "practice", "document_mask", "val_windows")}
+    settle_options(out, own | training_options(corpus, args))
     bases = {size: size if Path(size).is_dir() else out / f"base-{size}" for size in args.sizes}
     small_runs([(f"base-{size}", None, size, args.base_tokens, 0.0, args.seed)
                 for size in args.sizes if bases[size] != size], corpus, args)
 
-    def measure(sizes, budgets, ratios, seeds):
-        return small_runs([(f"{Path(size).name}-{tokens}-{r:g}-{seed}", bases[size], size, tokens, r, seed)
-                           for seed in range(args.seed, args.seed + seeds)
-                           for size in sizes for tokens in budgets for r in ratios], corpus, args)
+    def measure(sizes, budgets, ratios, n_seeds):
+        grid = product(range(args.seed, args.seed + n_seeds), sizes, budgets, ratios)
+        runs = small_runs([(f"{Path(size).name}-{tokens}-{r:g}-{seed}", bases[size], size, tokens, r, seed)
+                           for seed, size, tokens, r in grid], corpus, args)
+        for run in runs:
+            run["loss"]["relative"] = relative(run["loss"], run["base"], args.weights)
+        return runs
 
-    *sizes, largest = args.sizes
-    *budgets, longest = args.tokens
     runs = measure(sizes, budgets, args.ratios, args.seeds)
-    code_share = args.mix[1] / (args.mix[1] + args.mix[2])
-    errors = {form: left_out_error(form, runs, code_share) for form in FORMS}
+    laws = {form: Law(form, fitted_together(form, runs)[-1], draws=400) for form in FORMS}
+    errors = {form: left_out_error(form, runs) for form in FORMS}
     chosen = min(errors, key=errors.get)
-    r = np.linspace(min(args.ratios), max(args.ratios), 191)
-    target = meta_model(bases[largest]).flops_per_token(0) // 6, longest
-    curve = Law(chosen, runs, code_share).objective(r, *target, args.weights)[0]
-    best = round(float(r[curve.argmin()]), 2)
-    third = round((best + r[-1]) / 2 if best < 0.5 else best / 2, 2)
+    shares = np.linspace(min(args.ratios), max(args.ratios), 191)
+    target = shares, count_multiplying(bases[largest]), longest, args.weights
+    best = round(float(shares[laws[chosen].relative_loss(*target)[0].argmin()]), 2)
+    third = round((best + shares[-1]) / 2 if best < 0.5 else best / 2, 2)
     check = measure([largest], [longest], dict.fromkeys([best, EQUAL, third]), 2 * args.seeds)
-    if rank:
+    if int(os.environ.get("RANK", 0)):
         return
     write(out / "scaling_law.jsonl", "".join(json.dumps(run) + "\n" for run in runs + check))
-    for run in runs + check:
-        run["loss"]["relative"] = relative(run["loss"], run["base"], args.weights)
-    laws = {form: Law(form, runs, code_share, draws=1000) for form in FORMS}
-    report_runs(laws[chosen], r, runs, args)
-    report_fits(laws, errors)
-    report_check(chosen, laws, r, check, args)
-    if pyplot:
-        draw_law(laws[chosen], laws["D-CPT"], r, check, args, pyplot)
+    report_losses(runs + check, args.weights)
+    print("\nBest share of agent data for the last size and budget, of which nothing was fitted, and root "
+          "mean square\nerror of the losses at shares that were left out of a fit:")
+    for form, law in laws.items():
+        print(f"{form:<6} {best_share(law, *target)}; {errors[form]:.4f}")
+    report_check(check, best)
 
 
 def small_runs(jobs, corpus, args):
-    """Do what is not yet done of [(name, init, size, tokens, agent share, seed)], as far as it is this
-    process's turn, and wait for the rest. Returns what small_run measured of each.
+    """small_run for each of [(name, init, size, tokens, agent share, seed)] for which it is this process's
+    turn; waits for the others. Returns what is in result.json of each.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    jobs = list(dict.fromkeys(jobs))  # a share may be given twice
+    for job in tqdm(jobs[rank::world], desc="runs", disable=None if rank == 0 else True):
+        small_run(*job, corpus, args)
     files = [Path(args.out) / "scaling" / name / "result.json" for name, *_ in jobs]
-    own = list(zip(files, jobs))[rank::world]
-    for file, job in tqdm(own, desc="runs", disable=None if rank == 0 else True):
-        if not file.exists():
-            write(file, json.dumps(small_run(*job, corpus, args)))
-        shutil.rmtree(file.parent / "train_state", ignore_errors=True)
-        _, init, *_ = job
-        if init:  # nothing goes on from it
-            for weights_file in file.parent.glob("model*"):
-                weights_file.unlink()
     while not all(file.exists() for file in files):
         if STOP.wait(1):
             sys.exit(0)
@@ -1102,88 +1071,31 @@ def small_runs(jobs, corpus, args):
 
 
 def small_run(name, init, size, tokens, ratio, seed, corpus, args):
-    """Train one model of the law. Returns its losses, by domain, and those of the base that it went on from.
-    Parameters are those that multiply: all but the table of embeddings.
+    """Train one model of the law, if that is not done, and write result.json: its losses, by domain, and
+    those of the base that it went on from.
     """
-    own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
-    weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
-    with contextlib.redirect_stdout(io.StringIO()):  # a line a step would be too much; metrics.jsonl has them
-        run = pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
-    lines = held_out_losses(run) or [{}]
-    before, after = lines[0], lines[-1]
-    if absent := [d for d in VALIDATED if after.get(d) is None or before.get(d) is None]:
-        fail(f"{run}: no finite held-out loss of {', '.join(absent)}")
-    for losses in (before, after):
-        losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
-    tqdm.write(f"{name}: " + ", ".join(f"{d} {after[d]:.3f}" for d in TARGETS))
-    parameters = meta_model(init, size, corpus.tokenizer.vocab_size).flops_per_token(0) // 6
-    return {"size": str(size), "parameters": parameters, "tokens": tokens, "ratio": ratio, "seed": seed,
-            "loss": after, "base": before}
+    run = Path(args.out) / "scaling" / name
+    if not (run / "result.json").exists():
+        own = argparse.Namespace(**vars(args) | {"seed": seed, "preset": size, "val_every": tokens})
+        weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
+        with contextlib.redirect_stdout(io.StringIO()):  # a line a step is too much; metrics.jsonl has them
+            pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
+        before, *_, after = held_out_losses(run)
+        for losses in (before, after):
+            if any(losses.get(d) is None for d in VALIDATED):
+                fail(f"{run}: no finite held-out loss of each of {', '.join(VALIDATED)}")
+            losses["agent"] = sum(share * losses[d] for d, share in normalise(args.agent, 1).items())
+        write(run / "result.json", json.dumps({
+            "size": size, "parameters": count_multiplying(init or run), "tokens": tokens, "ratio": ratio,
+            "seed": seed, "loss": after, "base": before}))
+    shutil.rmtree(run / "train_state", ignore_errors=True)
+    for weights_file in run.glob("model*") if init else []:  # nothing goes on from them
+        weights_file.unlink()
 
 
-class Law:
-    """Curves of loss against the share of agent data in one of FORMS, fitted to runs by variable projection
-    (Golub & Pereyra 1973), and with `draws` to so many bootstrap samples besides.
-
-    curves: {(cell, target): coefficients as `fit` gives them}, first those of the runs themselves. A cell is
-    what is fitted together: the runs of one size and budget, or for D-CPT all.
-    """
-
-    def __init__(self, form, runs, code_share, draws=0):
-        self.form, self.runs, self.code_share = form, runs, code_share
-        self.base = max(runs, key=lambda run: run["parameters"])["base"]
-        losses = {t: np.array([[run["loss"][t] for run in runs]]) for t in TARGETS}  # (1 + draws, runs)
-        self.fit_cells(losses)
-        if draws:
-            self.fit_cells(self.resample(losses, draws))
-
-    def fit_cells(self, losses):
-        cells = [where(run)[1:] if self.form == "power" else () for run in self.runs]
-        points, self.curves = np.array([where(run) for run in self.runs], float).T, {}
-        for cell in set(cells):
-            inside = [other == cell for other in cells]
-            for t in TARGETS:
-                x = self.inputs(t, *points)[:, inside]
-                self.curves[cell, t] = fit(self.form, x, losses[t][:, inside])
-
-    def resample(self, losses, draws):
-        """The losses, and draws of them: to what was fitted, the residuals of whole runs, all targets
-        together, are dealt out anew.
-        """
-        count, (p, linear) = len(self.runs), next(iter(self.curves.values()))
-        free = count - len(self.curves) / len(TARGETS) * (p.shape[1] + linear.shape[1])
-        rng = np.random.default_rng(0)
-        dealt = rng.integers(count, size=(draws, count))
-        # Residuals are smaller than the noise, and tell it inexactly.
-        spread = (count / rng.chisquare(free, (draws, 1))) ** 0.5
-        drawn = {}
-        for t, measured in losses.items():
-            residuals = self.residuals(t)
-            drawn[t] = np.concatenate([measured, measured - residuals + spread * residuals[dealt]])
-        return drawn
-
-    def inputs(self, target, r, n, d):
-        """What `basis` takes, (4, runs): last, the share of the target's own domain."""
-        own = {"agent": r, "code": (1 - r) * self.code_share, "text": (1 - r) * (1 - self.code_share)}
-        return np.stack(np.broadcast_arrays(r, n, d, own[target]))
-
-    def predict(self, target, r, n, d):
-        """Losses (1 + draws, len(r)). The power form knows neither size nor budget: where they were not
-        fitted, it gives those of the largest that were.
-        """
-        cell = (n, d) if ((n, d), target) in self.curves else max(cell for cell, _ in self.curves)
-        p, linear = self.curves[cell, target]
-        columns = basis(self.form, p, self.inputs(target, np.atleast_1d(r), n, d))
-        return np.einsum("prm,pm->pr", columns, linear)
-
-    def objective(self, r, n, d, weights):
-        """The weighted mean of the losses, each relative to that of the largest base: (1 + draws, len(r))."""
-        return relative({t: self.predict(t, r, n, d) for t in weights}, self.base, weights)
-
-    def residuals(self, target, runs=None):
-        """Measured minus fitted loss of each run, (runs,)."""
-        return np.array([run["loss"][target] - self.predict(target, *where(run))[0, 0]
-                         for run in runs or self.runs])
+def count_multiplying(directory):
+    """How many parameters of a checkpoint multiply: all but the table of embeddings."""
+    return meta_model(directory).flops_per_token(0) // 6
 
 
 def where(run):
@@ -1191,123 +1103,48 @@ def where(run):
     return run["ratio"], run["parameters"], run["tokens"]
 
 
-def basis(form, p, x):
-    """The columns whose linear combination is the loss, (P, points, columns), for nonlinear coefficients p
-    (P, k).
+def by_cell(runs):
+    """[The runs of one size and budget], from small to large."""
+    def cell(run):
+        return where(run)[1:]
+    return [list(inside) for _, inside in groupby(sorted(runs, key=cell), cell)]
 
-    x: the share of agent data, parameters, tokens and the share of the measured domain, (points,) each.
+
+def fitted_together(form, runs):
+    """[The runs that a form is fitted to at once], from small to large."""
+    return by_cell(runs) if form == "power" else [runs]
+
+
+class Law:
+    """Curves of loss against the share of agent data in one of FORMS, fitted to runs, and with `draws` to so
+    many bootstrap samples of them besides.
+
+    curves: {target: coefficients as `search` gives them}.
     """
-    r, n, d, s = x
-    p = p.T[:, :, None]                                                          # (k, P, 1)
-    if form == "power":
-        columns = [r ** p[0]]
-    else:
-        alpha, eta, beta, epsilon, gamma = p
-        columns = [(n / 1e6) ** -alpha, s ** eta / (d / 1e6) ** beta, (s + epsilon) ** -gamma]
-    return np.stack([np.ones_like(columns[0]), *columns], -1)
 
-
-def fit(form, x, y, rounds=60, tries=20):
-    """Least squares for each row of y (draws, points): nonlinear coefficients (draws, k) and linear ones
-    (draws, columns).
-
-    Given the nonlinear ones the best linear ones follow exactly, by an orthogonal projection. So only the
-    former are searched: at random in a box that shrinks about the best for the first row. All rows share the
-    candidates, which are many near that best, and their projections.
-    """
-    low, high = np.array(list(FORMS[form].values())).T
-    rng, width = np.random.default_rng(0), high - low
-    p, most = np.tile((low + high) / 2, (len(y), 1)), np.full(len(y), -np.inf)
-    for _ in range(rounds):
-        offsets = rng.uniform(-1, 1, (tries * len(low) ** 2, len(low)))
-        candidates = np.clip(p[0] + width * offsets, low, high)
-        q = np.linalg.qr(basis(form, candidates, x))[0]                         # (candidates, points, linear)
-        explained = np.square(np.tensordot(y, q, (1, 1))).sum(-1)                # (draws, candidates)
-        best = explained.max(1)
-        better = best > most
-        p[better], most[better] = candidates[explained.argmax(1)[better]], best[better]
-        width = 0.9 * width
-    linear = [np.linalg.lstsq(b, row, rcond=None)[0] for b, row in zip(basis(form, p, x), y)]
-    return p, np.stack(linear)
-
-
-def left_out_error(form, runs, code_share):
-    """Root mean square error (nats) of the losses at the inner shares, each predicted from the runs at all
-    others.
-    """
-    errors = []
-    for r in sorted({run["ratio"] for run in runs})[1:-1]:
-        law = Law(form, [run for run in runs if run["ratio"] != r], code_share)
-        errors += [law.residuals(t, [run for run in runs if run["ratio"] == r]) for t in TARGETS]
-    return float(np.sqrt(np.mean(np.square(np.concatenate(errors)))))
-
-
-def report_runs(law, r, runs, args):
-    """Print what was measured, and the best share by the law."""
-    ratios = sorted({*args.ratios})
-    print(f"\nHeld-out loss (nats a token) by share of agent data, {args.seeds} seeds. Relative: the mean of "
-          "loss / base's, " + ", ".join(f"{t} counted {w:g}" for t, w in args.weights.items()))
-    print(f"{'size':<10}{'tokens':>12} {'':<9}" + "".join(f"{x:>8g}" for x in ratios) + "   best share [95%]")
-    for (n, d, size), inside in cells(runs).items():
-        for t in (*TARGETS, "relative"):
-            best = best_share(law, r, n, d, args) if t == "relative" else ""
-            print(f"{size:<10}{d:>12,} {t:<9}" + "".join(f"{mean_loss(inside, x, t):>8.4f}" for x in ratios)
-                  + f"   {best}")
-
-
-def report_fits(laws, errors):
-    """Print how well each form fits, and its coefficients."""
-    print("\nform         of          R2  residual: rms  largest, at share  left-out error   "
-          "searched coefficients, where each size and budget has its own: of the largest [95%]")
-    for form, law in laws.items():
+    def __init__(self, form, runs, draws=0):
+        self.form, self.curves = form, {}
+        self.base = max(runs, key=lambda run: run["parameters"])["base"]
+        x = np.array([where(run) for run in runs]).T                             # (3, runs)
         for t in TARGETS:
-            residual, (p, _) = law.residuals(t), law.curves[max(law.curves)[0], t]
-            worst = np.abs(residual).argmax()
-            explained = 1 - residual.var() / np.var([run["loss"][t] for run in law.runs])
-            found = [f"{name} {draws[0]:.2f}{interval(draws[1:])}" for name, draws in zip(FORMS[form], p.T)]
-            print(f"{form:<13}{t:<7}{explained:>7.4f}{np.sqrt(np.mean(residual ** 2)):>15.4f}"
-                  f"{residual[worst]:>+14.4f} {law.runs[worst]['ratio']:<4g}{errors[form]:>16.4f}   "
-                  + ", ".join(found))
-    print(f"Chosen for its error on shares left out of the fit: {min(errors, key=errors.get)}")
+            y = np.array([[run["loss"][t] for run in runs]])                     # (1, runs)
+            p, linear = self.curves[t] = search(form, t, x, y)
+            if draws:
+                y = resample(y, self.predict(t, *x), p.numel() + linear.numel(), draws)
+                self.curves[t] = search(form, t, x, y)
 
+    def predict(self, target, r, n, d):
+        """Losses (1 + draws, len(r)). The power form knows neither size nor budget."""
+        p, linear = self.curves[target]
+        return np.einsum("prm,pm->pr", basis(self.form, target, (r, n, d), p), linear)
 
-def report_check(chosen, laws, r, check, args):
-    """Print what the check measured beside what D-CPT predicted, then the outcome in words."""
-    ((n, d, size), _), = cells(check).items()
-    best, *_ = ratios = list(dict.fromkeys(run["ratio"] for run in check))
-    print(f"\nCheck at {size}, {d:,} tokens, of which nothing was fitted, {2 * args.seeds} seeds. "
-          "In brackets what D-CPT predicted")
-    print(f"  share            agent             code             text  relative   minus that of {best:g} "
-          "[95%]")
-    for x in ratios:
-        line = f"{x:>7.3g}"
-        for t in TARGETS:
-            line += f"{mean_loss(check, x, t):>9.3f} ({laws['D-CPT'].predict(t, x, n, d)[0, 0]:.3f})"
-        middle, low, high = difference(check, x, best)
-        print(f"{line}{mean_loss(check, x, 'relative'):>10.4f}"
-              + f"   {middle:+.4f} [{low:+.4f}, {high:+.4f}]" * (x != best))
+    def relative_loss(self, r, n, d, weights):
+        """The weighted mean of the losses, each over that of the largest base: (1 + draws, len(r))."""
+        return relative({t: self.predict(t, r, n, d) for t in weights}, self.base, weights)
 
-    curve = laws[chosen].objective(r, n, d, args.weights)[0]
-    found = " and ".join(f"{best_share(law, r, n, d, args)} by {form}" for form, law in laws.items())
-    print(f"\nIn words: for {size} and {d:,} tokens the best share of agent data is {found}. By {chosen} it "
-          f"has {curve.min():.4f} of the base's loss, against {np.interp(EQUAL, r, curve):.4f} at 1 : 1 : 1.")
-    middle, low, high = difference(check, EQUAL, best)
-    verdict = "beats" if low > 0 else "loses to" if high < 0 else "is not to be told from"
-    print(f"Trained there, a share of {best:g} {verdict} 1 : 1 : 1, which has {middle:+.4f} [{low:+.4f}, "
-          f"{high:+.4f}] of the base's loss by comparison. The paper's best was near 0.36.")
-
-
-def cells(runs):
-    """{(parameters, tokens, name of the size): the runs of it}, from small to large."""
-    found = {}
-    for run in sorted(runs, key=lambda run: where(run)[1:]):
-        found.setdefault((*where(run)[1:], Path(run["size"]).name), []).append(run)
-    return found
-
-
-def mean_loss(runs, ratio, target):
-    """The mean over the runs at that share."""
-    return np.mean([run["loss"][target] for run in runs if run["ratio"] == ratio])
+    def residuals(self, runs):
+        """Measured minus fitted losses of runs, every target's."""
+        return [run["loss"][t] - self.predict(t, *where(run))[0, 0] for run in runs for t in TARGETS]
 
 
 def relative(losses, base, weights):
@@ -1315,48 +1152,111 @@ def relative(losses, base, weights):
     return sum(w * losses[t] / base[t] for t, w in weights.items()) / sum(weights.values())
 
 
-def difference(check, share, best):
-    """Of the relative loss, between two shares in pairs of one seed: mean, and Student's 95% interval."""
-    ours, theirs = ([run["loss"]["relative"] for run in check if run["ratio"] == x] for x in (share, best))
-    gaps = np.array(ours) - theirs                                               # (seeds,)
-    # The quantile is within 0.5% where there are four seeds.
-    t = np.quantile(np.random.default_rng(0).standard_t(len(gaps) - 1, 10**6), 0.975)
-    reach = t * gaps.std(ddof=1) / len(gaps) ** 0.5
-    return gaps.mean(), gaps.mean() - reach, gaps.mean() + reach
-
-
-def interval(draws):
-    """The middle 95% of bootstrap draws."""
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return f" [{low:.2f}, {high:.2f}]"
-
-
-def best_share(law, r, n, d, args):
-    """The share of least loss among r, with its interval, or at which end it lies."""
-    best = r[law.objective(r, n, d, args.weights).argmin(1)]
-    end = {r[0]: ", the lowest tried", r[-1]: ", the highest tried"}.get(best[0], "")
-    return f"{best[0]:.2f}{interval(best[1:])}{end}"
-
-
-def draw_law(law, d_cpt, r, check, args, pyplot):
-    """Draw out/scaling/scaling_law.png: runs as dots, the law as lines; the check as stars, and what D-CPT
-    predicted of it as broken lines.
+def resample(y, fitted, n_coefficients, draws):
+    """(1 + draws, runs) The losses y (1, runs), and draws of them: to what was fitted, the residuals are
+    dealt out anew, those of one run together for all targets.
     """
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 4), layout="constrained")
-    shown = [(law, "o", "-", group) for group in cells(law.runs).items()]
-    shown += [(d_cpt, "*", "--", group) for group in cells(check).items()]
-    for i, (curves, dots, line, ((n, d, size), inside)) in enumerate(shown):
-        for axis, title in zip(axes, (*TARGETS, "loss / largest base's")):
-            if title in TARGETS:
-                curve, losses = curves.predict(title, r, n, d), [run["loss"][title] for run in inside]
-            else:
-                curve = curves.objective(r, n, d, args.weights)
-                losses = [relative(run["loss"], law.base, args.weights) for run in inside]
-            axis.plot([run["ratio"] for run in inside], losses, dots, color=f"C{i}", markersize=5)
-            axis.plot(r, curve[0], line, color=f"C{i}", label=f"{size}, {d:,} tokens ({curves.form})")
-            axis.set(title=title, xlabel="share of agent data")
-    axes[-1].legend(fontsize=8)
-    figure.savefig(Path(args.out) / "scaling" / "scaling_law.png", dpi=100)
+    rng, count = np.random.default_rng(0), y.size
+    dealt = (y - fitted)[0, rng.integers(count, size=(draws, count))]
+    # Residuals are smaller than the noise, and tell it inexactly.
+    spread = (count / rng.chisquare(count - n_coefficients, (draws, 1))) ** 0.5
+    return np.vstack([y, fitted + spread * dealt])
+
+
+def search(form, target, x, y):
+    """Least squares for each row of losses y (P, runs) at x (3, runs): nonlinear coefficients (P, k) and
+    linear ones (P, columns).
+
+    By variable projection (Golub & Pereyra 1973): given the nonlinear ones the best linear ones follow
+    exactly. So only the former are searched, by gradients.
+    """
+    y = torch.as_tensor(y)[:, :, None]                                           # (P, runs, 1)
+    k, most = FORMS[form]
+    place = torch.zeros(len(y), k, dtype=y.dtype, requires_grad=True)
+    optimizer = torch.optim.LBFGS([place], max_iter=200, line_search_fn="strong_wolfe")
+
+    def solve():
+        p = 0.01 + most * place.sigmoid()
+        q, r = torch.linalg.qr(basis(form, target, x, p))                        # (P, runs, columns)
+        linear = torch.linalg.solve_triangular(r, q.mT @ y, upper=True)
+        return p, linear[:, :, 0], (q @ (q.mT @ y) - y).square().sum() / y.var()
+
+    def error():
+        optimizer.zero_grad()
+        *_, value = solve()
+        value.backward()
+        return value
+
+    optimizer.step(error)
+    p, linear, _ = solve()
+    return p.detach(), linear.detach()
+
+
+def basis(form, target, x, p):
+    """The columns whose linear combination is the loss, (P, points, columns), for nonlinear coefficients p
+    (P, k).
+
+    x: share of agent data, parameters and tokens, each (points,) or a number.
+    """
+    r, n, d = (torch.as_tensor(values, dtype=p.dtype) for values in x)
+    p = p.T[:, :, None]                                                          # (k, P, 1)
+    if form == "power":
+        columns = [r ** p[0]]
+    else:
+        alpha, eta, beta, epsilon, gamma = p
+        s = r if target == "agent" else 1 - r
+        columns = [(n / 1e6) ** -alpha, s ** eta / (d / 1e6) ** beta, (s + epsilon) ** -gamma]
+    return torch.stack(torch.broadcast_tensors(torch.ones_like(r), *columns), -1)
+
+
+def left_out_error(form, runs):
+    """Root mean square error (nats) of the losses at the inner shares, each predicted from the runs at all
+    others.
+    """
+    errors = []
+    for group, r in product(fitted_together(form, runs), sorted({run["ratio"] for run in runs})[1:-1]):
+        law = Law(form, [run for run in group if run["ratio"] != r])
+        errors += law.residuals([run for run in group if run["ratio"] == r])
+    return np.square(errors).mean() ** 0.5
+
+
+def best_share(law, r, n, d, weights):
+    """The share of least loss among r, with its 95% interval by bootstrap, or at which end it lies."""
+    best, *draws = r[law.relative_loss(r, n, d, weights).argmin(1)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    end = {r[0]: ", the lowest tried", r[-1]: ", the highest tried"}.get(best, "")
+    return f"{best:.2f} [{low:.2f}, {high:.2f}]{end}"
+
+
+def report_losses(runs, weights):
+    """Print the mean losses of each size and budget by the share of agent data."""
+    print("\nHeld-out loss (nats a token) by share of agent data. Relative: the mean of loss / base's, "
+          + ", ".join(f"{t} counted {w:g}" for t, w in weights.items()))
+    for inside in by_cell(runs):
+        ratios = sorted({run["ratio"] for run in inside})
+        print(f"\n{Path(inside[0]['size']).name + ',':<10}{inside[0]['tokens']:>12,} tokens"
+              + "".join(f"{x:>8g}" for x in ratios))
+        for t in (*TARGETS, "relative"):
+            print(f"{t:>29}" + "".join(f"{losses_of(inside, t, x).mean():>8.4f}" for x in ratios))
+
+
+def report_check(check, best):
+    """Print in words whether the best share is better than 1 : 1 : 1, in pairs of one seed."""
+    gaps = losses_of(check, "relative", EQUAL) - losses_of(check, "relative", best)   # (seeds,)
+    # Student's 95% interval; the quantile is within 0.5% where there are four seeds.
+    t = np.quantile(np.random.default_rng(0).standard_t(len(gaps) - 1, 10**6), 0.975)
+    middle, reach = gaps.mean(), t * gaps.std(ddof=1) / len(gaps) ** 0.5
+    verdict = "beats" if middle > 0 else "loses to"
+    if abs(middle) <= reach:
+        verdict = "is not to be told from"
+    print(f"\nIn words: the form of less error predicts {best:g}. Trained there, a share of {best:g} "
+          f"{verdict} 1 : 1 : 1, which has {middle:+.4f} [{middle - reach:+.4f}, {middle + reach:+.4f}] of "
+          "the base's loss by comparison. The paper's best was near 0.36.")
+
+
+def losses_of(runs, target, ratio):
+    """(seeds,) The losses of a target at that share."""
+    return np.array([run["loss"][target] for run in runs if run["ratio"] == ratio])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1371,21 +1271,18 @@ def plan(args):
     flops = model.flops_per_token(args.seq_len)
     print(f"{count_parameters(model):,} parameters, {flops:.3g} FLOPs a token, windows of "
           f"{args.seq_len:,} tokens, {args.micro_batch} at a time, on {args.gpus} {args.gpu}\n")
-    print("GB a GPU                     weights  gradients  optimizer  activations  logits    all"
+    print("GB a GPU                     weights  gradients  optimizer activations     logits        all"
           "        tokens/s  days for 103e9 tokens")
-    for shard in (False, True):
-        for checkpointing in (False, True):
-            world = args.gpus if shard else 1
-            parts = memory(model, args.seq_len, args.micro_batch, world, shard, checkpointing, "bfloat16")
-            weights, gradients, optimizer, activations, logits = (b / 1e9 for b in parts.values())
-            total = sum(parts.values()) / 1e9
-            rate = args.gpus * peak * args.mfu / flops
-            if checkpointing:
-                rate *= 0.75  # of four passes, one is done again
-            print(f"{'FSDP2 (--shard)' if shard else 'DDP':<16}{'checkpoint' if checkpointing else '':<10}"
-                  f"{weights:>10.1f}{gradients:>11.1f}{optimizer:>11.1f}{activations:>13.1f}{logits:>8.1f}"
-                  f"{total:>7.1f} {'fits' if total < 0.9 * room else '':<4} {rate:>10,.0f}"
-                  f"{103e9 / rate / 86400:>15.1f}")
+    for shard, checkpointing in product((False, True), repeat=2):
+        world = args.gpus if shard else 1
+        parts = memory(model, args.seq_len, args.micro_batch, world, shard, checkpointing, "bfloat16")
+        sizes = [part / 1e9 for part in (*parts.values(), sum(parts.values()))]
+        rate = args.gpus * peak * args.mfu / flops
+        if checkpointing:
+            rate *= 0.75  # of four passes, one is done again
+        print(f"{'FSDP2 (--shard)' if shard else 'DDP':<16}{'checkpoint' if checkpointing else '':<10}"
+              + "".join(f"{size:>11.1f}" for size in sizes)
+              + f" {'fits' if sizes[-1] < 0.9 * room else '':<4} {rate:>10,.0f}{103e9 / rate / 86400:>15.1f}")
     print(f"\nIt fits if a tenth of {room} GB is left for what is not counted. Speed is at {args.mfu:.0%} of "
           f"{peak / 1e12:,.0f} TFLOP/s (--mfu). The paper's run, an 8B model on 128 A100s of 40 GB, took "
           "11.1 days.")
@@ -1395,25 +1292,23 @@ def memory(model, seq_len, micro_batch, world, shard, checkpointing, dtype):
     """Bytes a process needs to train a model (on the meta device) without torch.compile: {"weights",
     "gradients", "optimizer", "activations", "logits"}.
     """
-    c, half = model.config, dtype == "bfloat16"
-    size, tokens = 2 if half else 4, micro_batch * seq_len  # size: of a number in the matrix products
+    c, size = model.config, 2 if dtype == "bfloat16" else 4  # size: of a number in the matrix products
     count, layer = count_parameters(model), count_parameters(model.model["layers"][0])
-    # With shard, brought together: embedding and head, the layer that runs and the next.
-    whole = size * (count - (c.n_layers - 2) * layer) if shard else 0
-    # What autograd keeps of a layer, as torch 2.13 was seen to: the residual stream and its norms; queries,
-    # keys, values and what attention gives; four of the feed-forward layer. Autocast remembers the weights in
-    # bfloat16.
-    stream = 24 if not half else 20 if shard else 26
-    kept = tokens * (stream * c.dim + size * c.head_dim * (3 * c.n_heads + 2 * c.n_kv_heads) + 4 * c.n_heads
-                     + 4 * size * c.hidden_dim) + 4 * seq_len * c.head_dim
-    remembered = 2 * c.n_layers * layer if half and not shard else 0
-    begins = tokens * c.dim * (2 if shard and half else 4)  # what a layer begins with
-    activations = kept + c.n_layers * begins if checkpointing else c.n_layers * kept
-    weights = 4 * count // world + whole
+    weights, tokens = 4 * count // world, micro_batch * seq_len
+    # What autograd keeps of a layer, as torch 2.13 was seen to: six numbers in float32 of the residual stream
+    # and its norms; queries, keys, values and what attention gives; four of the feed-forward layer.
+    kept = tokens * (24 * c.dim + size * (c.head_dim * (3 * c.n_heads + 2 * c.n_kv_heads) + 4 * c.hidden_dim))
+    activations = c.n_layers * kept
+    if checkpointing:  # what a layer begins with, and one layer in full
+        activations = c.n_layers * tokens * c.dim * (size if shard else 4) + kept
+    if shard:  # brought together: embedding and head, the layer that runs and the next
+        weights += size * (count - (c.n_layers - 2) * layer)
+    elif size == 2:  # autocast remembers the layers' weights in bfloat16
+        activations += 2 * c.n_layers * layer
     # In both types, with gradients.
-    logits = 16 * min(tokens * c.vocab_size, max(transformer.CHUNK, c.vocab_size))
+    logits = 16 * min(tokens * c.vocab_size, transformer.CHUNK)
     return {"weights": weights, "gradients": weights, "optimizer": 8 * count // world,
-            "activations": activations + remembered, "logits": logits}
+            "activations": activations, "logits": logits}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1481,49 +1376,46 @@ def wire_copying_heads(model):
     of enough width; another model is left as it is.
     """
     c = model.config
-    C, D = c.dim, c.head_dim
-    N = min(c.n_heads, 4)  # features, of which a copying head compares N - 1 with our own
+    if c.tie_embeddings or not c.attention_bias or c.n_layers < 2 or not c.n_kv_heads == c.n_heads >= 3:
+        return
+    first, second = (model.model["layers"][i].self_attn for i in (0, 1))
+    C, D, N = c.dim, c.head_dim, min(c.n_heads, 4)  # N features, of which a copying head compares N - 1
     # Rotary scores turn with the distance. Fast pairs of coordinates tell one position from the next, middle
     # ones some positions from others further on, and slow ones, which hardly turn within a window, compare
     # what stands in them.
-    pair, frequency = torch.arange(D // 2), model.frequencies
-    fast, slow = pair[frequency > 0.1], pair[frequency < 0.01]
-    middle = pair[(0.05 < frequency) & (frequency < 0.2)]
-    W = len(slow) // max(1, N - 1) * 2
-    biased = c.model_type == "llama" and c.attention_bias and not c.tie_embeddings
-    many = c.n_layers > 1 and c.n_kv_heads == c.n_heads >= 3
-    if not (biased and many and len(middle) and C >= (N + 1) * W):
-        return
-    first, second = (model.model["layers"][i].self_attn for i in (0, 1))
+    fast, middle, slow = torch.arange(6), torch.arange(4, 8), torch.arange(12, 32)
     # The residual stream's last coordinates are kept free for the features, W for each; a feature is a short
     # code of a token.
+    W = len(slow) // (N - 1) * 2
     model.model["embed_tokens"].weight[:, -N * W:] = 0
     model.lm_head.weight[:, -N * W:] = 0
     code = torch.linalg.qr(torch.randn(C - N * W, C - N * W))[0][:W]
     token = F.pad(code, (0, N * W))                                              # (W, C): reads the code
     features = torch.eye(C)[-N * W:].view(N, W, C)                               # (W, C) each: read a feature
+
     noted = [(fast, 1, 35, 1), (fast, 2, 35, 1), (middle, 6, 12, 2), (fast, 3, 35, 1)]
+    for projection in (first.q_proj, first.k_proj, first.v_proj):
+        projection.weight[:N * D] = 0
+    first.v_proj.weight.view(-1, D, C)[:N, :W] = token
+    q, k = (projection.bias.view(-1, 2, D // 2) for projection in (first.q_proj, first.k_proj))
     for h, (pairs, distance, sharpness, size) in enumerate(noted[:N]):
-        for projection in (first.q_proj, first.k_proj, first.v_proj):
-            projection.weight[h * D:(h + 1) * D] = 0
         # Constant q and k: k is turned so that they agree at the distance.
-        amplitude, angle = (sharpness * D ** 0.5 / len(pairs)) ** 0.5, frequency[pairs] * distance
-        first.q_proj.bias[h * D + pairs] = amplitude
-        first.k_proj.bias[h * D + pairs] = amplitude * angle.cos()
-        first.k_proj.bias[h * D + D // 2 + pairs] = amplitude * angle.sin()
-        first.v_proj.weight[h * D:h * D + W] = token
+        amplitude, angle = (sharpness * D ** 0.5 / len(pairs)) ** 0.5, model.frequencies[pairs] * distance
+        q[h, 0, pairs] = amplitude
+        k[h, 0, pairs], k[h, 1, pairs] = amplitude * angle.cos(), amplitude * angle.sin()
         first.o_proj.weight[:, h * D:h * D + W] = size * features[h].T
-    previous, second_previous, context, third_previous = features[[0, 1, 2, N - 1]]
+
+    previous, second_previous, context, third_previous = features[[0, 1, 2, -1]]
     copied = torch.linalg.qr(torch.randn(C, C))[0][:D]
     matches = [[(16, token, previous), (11, previous, second_previous), (8, second_previous, third_previous)],
                [(24, token, previous), (12, context, context), (12, previous, second_previous)]]
     for h, match in enumerate(matches):
         here = slice(h * D, (h + 1) * D)
-        second.q_proj.weight[here] = second.k_proj.weight[here] = 0
+        q, k = second.q_proj.weight[here].view(2, -1, C), second.k_proj.weight[here].view(2, -1, C)
+        q[:], k[:] = 0, 0
         for i, (weight, query, key) in enumerate(match[:N - 1]):
             pairs = slow[i:W // 2 * (N - 1):N - 1]
-            rows = h * D + torch.cat([pairs, pairs + D // 2])
-            second.q_proj.weight[rows], second.k_proj.weight[rows] = weight * query, key
+            q[:, pairs], k[:, pairs] = weight * query.view(2, -1, C), key.view(2, -1, C)
         second.v_proj.weight[here], second.o_proj.weight[:, here] = copied, 6 * copied.T
 
 

@@ -617,19 +617,20 @@ def of_form(form):
 @pytest.mark.parametrize("form", pretrain.FORMS)
 def test_fits_without_noise_are_exact(form):
     """The searched coefficients where they are told apart by the data; for D-CPT, what matters of them: losses where nothing was fitted."""
-    law = pretrain.Law(form, runs_of(of_form(form), sizes=(1e6, 2e6, 4e6), budgets=(1e5, 3e5, 9e5), seeds=1), 0.5)
+    runs = runs_of(of_form(form), sizes=(1e6, 2e6, 4e6), budgets=(1e5, 3e5, 9e5), seeds=1)
+    law = pretrain.Law(form, runs)
     r = np.linspace(0, 0.95, 20)
+    assert np.abs(law.residuals(runs)).max() < (5e-3 if form == "D-CPT" else 1e-4)
     for t in pretrain.TARGETS:
-        assert np.abs(law.residuals(t)).max() < (5e-3 if form == "D-CPT" else 1e-4)
         assert law.predict(t, r, 8e6, 2e6)[0] == pytest.approx(of_form(form)(t, r, 8e6, 2e6), abs=0.02 if form == "D-CPT" else 1e-4)
         if form != "D-CPT":
-            assert law.curves[(4e6, 9e5), t][0][0, 0] == pytest.approx(CURVES[form][t][2], abs=0.01)
+            assert law.curves[t][0][0, 0] == pytest.approx(CURVES[form][t][2], abs=0.01)
 
 
 @pytest.mark.parametrize("form", ["power"])
 def test_the_form_is_told_by_what_was_left_out(form):
     runs = runs_of(of_form(form), noise=0.002)
-    errors = {other: pretrain.left_out_error(other, runs, 0.5) for other in pretrain.FORMS}
+    errors = {other: pretrain.left_out_error(other, runs) for other in pretrain.FORMS}
     assert errors[form] < 0.004 and errors[form] < min(e for other, e in errors.items() if other != form)
 
 
@@ -642,9 +643,9 @@ def test_intervals_cover_the_truth(form):
     covered = dict.fromkeys(truth, 0)
     for draw in range(200):
         runs = runs_of(of_form(form), 0.01, sizes=[2e6], budgets=[300_000], draw=draw)
-        law = pretrain.Law(form, runs, 0.5, draws=200)
-        draws = {t: law.curves[(2e6, 300_000), t][0][1:, 0] for t in pretrain.TARGETS}
-        draws["best"] = r[law.objective(r, 2e6, 300_000, WEIGHTS)[1:].argmin(1)]
+        law = pretrain.Law(form, runs, draws=200)
+        draws = {t: law.curves[t][0][1:, 0] for t in pretrain.TARGETS}
+        draws["best"] = r[law.relative_loss(r, 2e6, 300_000, WEIGHTS)[1:].argmin(1)]
         for name in truth:
             low, high = np.quantile(draws[name], [0.025, 0.975])
             covered[name] += low <= truth[name] <= high
@@ -656,8 +657,8 @@ def test_no_optimum_inside_is_said():
     r = np.linspace(0, 0.95, 191)
     for slope, words in ((-0.1, "the highest tried"), (0.1, "the lowest tried")):
         runs = runs_of(lambda t, x, n, d: 3 + slope * np.exp(x), noise=0.001)
-        law = pretrain.Law("power", runs, 0.5, draws=20)
-        assert pretrain.best_share(law, r, 2e6, 300_000, argparse.Namespace(weights=WEIGHTS)).endswith(words)
+        law = pretrain.Law("power", runs, draws=20)
+        assert pretrain.best_share(law, r, 2e6, 300_000, WEIGHTS).endswith(words)
 
 
 LAW = ["--scaling-law", "--sizes", "1x64,2x64,1x128", "--tokens", "512,1024,1536", "--ratios", "0,0.2,0.4,0.6,0.8", "--seeds", 1, "--base-tokens", 1024, *SMALL]
@@ -676,7 +677,7 @@ def test_scaling_law(trained, small_corpus, tmp_path):
     assert process.wait() == -signal.SIGKILL
     killed_after = next(path.parent for path in done if path.parent.name.count("-") == 3)  # before its weights were removed
     (killed_after / "model.safetensors").write_bytes(b"")
-    process = start(sys.executable, *command, "--out", tmp_path / "one", "--plot", env=environment)
+    process = start(sys.executable, *command, "--out", tmp_path / "one", env=environment)
     said = process.communicate()[0]
     assert process.returncode == 0, said
     assert all(p.stat().st_mtime_ns == then for p, then in done.items())
@@ -685,6 +686,7 @@ def test_scaling_law(trained, small_corpus, tmp_path):
     last = [line for line in metrics(trained / "stage1") if "loss/code" in line][-1]
     assert {run["base"]["code"] for run in runs if run["size"].endswith("stage1")} == {last["loss/code"]}
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
+    run("tests/plot_law.py", "--out", tmp_path / "one", "--weights", "agent=1,code=3")
     assert (tmp_path / "one" / "scaling" / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("one/scaling/*-*-*-*/*.safetensors")) and list(tmp_path.glob("one/scaling/base-*/model.safetensors"))
     assert {"power", "D-CPT"} <= set(said.split()) and re.search(r"Trained there, a share of \S+ (beats|loses to|is not to be told from) 1 : 1 : 1", said)
@@ -706,7 +708,7 @@ def test_scaling_law_bad_options(options, message, small_corpus, tmp_path):
     assert message in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *options, ok=False).stderr
 
 
-def test_plot_without_matplotlib(small_corpus, tmp_path):
+def test_plot_without_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError\n")
-    process = start(sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, "--plot", env=os.environ | {"PYTHONPATH": str(tmp_path)})
-    assert "--plot needs the package matplotlib: pip install matplotlib" in process.communicate()[0] and process.returncode == 2
+    process = start(sys.executable, ROOT / "tests" / "plot_law.py", "--out", tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert "plot_law.py needs the package matplotlib: pip install matplotlib" in process.communicate()[0] and process.returncode == 2
