@@ -76,7 +76,7 @@ import typing
 import urllib.parse
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1169,15 +1169,8 @@ CLASS_NAME = (  # a name in capitals that is neither that of a library nor of wh
     r"(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)"
 )
-PYTHON_TYPES = {
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    str: "string",
-    list: "array",
-    tuple: "array",
-    dict: "object",
-}
+PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array",
+                dict: "object"}
 
 
 def json_schema(parameters, doc, module=None):
@@ -1186,7 +1179,7 @@ def json_schema(parameters, doc, module=None):
     typing.Annotated.
     """
     parameters = [p for i, p in enumerate(parameters) if i or p.name != "self"]
-    known, kinds = {p.name for p in parameters}, {p.kind for p in parameters}
+    known, takes_more = {p.name for p in parameters}, any(p.kind == p.VAR_KEYWORD for p in parameters)
     documented = documented_parameters(doc, known)
     others = {name: said for name, said in documented.items() if name not in known}
     properties, required = {}, []
@@ -1195,26 +1188,19 @@ def json_schema(parameters, doc, module=None):
         if p.kind == p.VAR_KEYWORD:  # stands for those that are documented by name
             properties |= {other: parameter_schema(other, "", entry) for other, entry in others.items()}
             continue
-        if (
-            p.kind == p.VAR_POSITIONAL
-            and p.VAR_KEYWORD not in kinds
-            and said == Documented()
-            and len(others) == 1
-        ):
+        if p.kind == p.VAR_POSITIONAL and not takes_more and said == Documented() and len(others) == 1:
             [(name, said)] = others.items()
         stated, note = ("", "") if p.annotation is p.empty else annotation_text(p.annotation, module)
         entry = parameter_schema(name, stated, said._replace(description=said.description or note), p.default)
         if p.kind == p.VAR_POSITIONAL and entry.get("type") != "array":
-            items = {k: v for k, v in entry.items() if k != "description"}
-            entry = array_of([items] if items else []) | {
-                k: v for k, v in entry.items() if k == "description"
-            }
+            described = {"description": entry.pop("description")} if "description" in entry else {}
+            entry = array_of([entry] if entry else []) | described
         elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and name != "out":
             if not re.search(r"\boptional\b", said.type):
                 required.append(name)
                 entry.pop("default", None)
         properties[name] = entry
-    more = {"additionalProperties": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    more = {"additionalProperties": True} if takes_more else {}
     return {"type": "object", "properties": properties, "required": required} | more
 
 
@@ -1223,50 +1209,42 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     or guessed from its description and name. An object of a class is {"type": "object", "title": <the
     class>}.
     """
-    said = said._replace(description=said.description[:1000])
+    told, description = stated or said.type, said.description[:1000]
     schema, documented = type_schema(stated), type_schema(said.type)
-    narrower = schema == {"type": "string"} == {k: v for k, v in documented.items() if k != "enum"}
-    narrower = narrower and (type(default) is not str or default in documented.get("enum", [default]))
-    narrower = narrower or is_listed(said.type, documented, schema, default)
-    schema = dict(documented if narrower else schema or documented)
+    if not schema or is_narrower(said.type, documented, schema, default):
+        schema = documented
     if type(default) not in PYTHON_TYPES:
-        default = default_in_words(f"{said.type} {said.description}")
-    if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", stated or said.type):
+        default = default_in_words(f"{said.type} {description}")
+    if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", told):
         kind = "number" if type(default) is int and REAL.fullmatch(name) else PYTHON_TYPES[type(default)]
         schema = schema or {"type": kind}
         short = len(repr(default)) < 200 and (type(default) is not float or abs(default) < 1e300)
         if type(default) in (bool, int, str, float) and short and fits(default, schema):
-            schema["default"] = default
-    schema = dict(
-        schema
-        or class_schema(stated or said.type)
-        or ({} if stated or said.type else guessed_schema(name, said.description))
-    )
-    plain = (
-        {"type", "default"} >= schema.keys()
-        and (schema or not stated)
-        and schema.get("type", "string") == "string"
-    )
-    if plain and len(values := values_in_words(said.description)) > 1:
-        schema = {"type": "string", "enum": values} | (
-            {"default": schema["default"]} if schema.get("default") in values else {}
-        )
-    if schema and may_be_none(stated or said.type):
-        schema["nullable"] = True
-    description = textwrap.shorten(said.description, 200, placeholder=" ...")
+            schema = schema | {"default": default}
+    schema = schema or (class_schema(told) if told else guessed_schema(name, description))
+    plain = schema.keys() <= {"type", "default"} and schema.get("type", "string") == "string"
+    if plain and (schema or not stated) and len(values := values_in_words(description)) > 1:
+        kept = {key: value for key, value in schema.items() if value in values}  # the default
+        schema = {"type": "string", "enum": values} | kept
+    if schema and may_be_none(told):
+        schema = schema | {"nullable": True}
+    description = textwrap.shorten(description, 200, placeholder=" ...")
     return schema | ({"description": description} if description else {})
 
 
-def is_listed(stated, documented, schema, default):
+def is_narrower(stated, documented, schema, default):
     """Whether a docstring lists the values of a parameter, such as {0 or 'index', 1 or 'columns'}, of which
     the annotation's schema says less: it has no such list, and holds the values or is that of an integer.
     """
-    plain = re.fullmatch(r"\{[^{}:]*\}(?:,? *(?:optional|or None|defaults?.*))?", stated)
-    values = documented.get("enum", []) if plain and "..." not in stated else []
+    values = documented.get("enum", [])
     if not values or "enum" in schema or type(default) in PYTHON_TYPES and not fits(default, documented):
         return False
+    if schema == {"type": "string"} == {"type": documented.get("type")}:
+        return True
+    listed = re.fullmatch(r"\{[^{}:]*\}(?:,? *(?:optional|or None|defaults?.*))?", stated)
     of_integers = schema == {"type": "integer"} and any(type(value) is int for value in values)
-    return of_integers or all(fits(value, schema) for value in values)
+    holds = of_integers or all(fits(value, schema) for value in values)
+    return holds and listed is not None and "..." not in stated
 
 
 def may_be_none(stated):
@@ -1280,7 +1258,7 @@ def may_be_none(stated):
         stated = union[1]
     while more:
         stated, more = re.subn(r"\[[^\[\]]*\]", "", stated)
-    return re.search(r"\bNone\b|\bOptional\b", stated) is not None
+    return re.search(r"\b(None|Optional)\b", stated) is not None
 
 
 def class_schema(stated):
@@ -1298,13 +1276,20 @@ def class_schema(stated):
     others = re.findall(r"(?:\bor|\|) ([a-z][a-z-]+)$", stated.strip())  # "Medium or sympifiable"
     if {*others} - {"none", "null", "graph", "subclass", "subclasses"}:
         return {}
-    found = re.search(rf"\b{CLASS_NAME}\b", stated)
-    described = found or re.search(
-        r"\b(?!any |an? |the )([a-z_]\w*)(?=[ -](?:object|instance|like object)s?\b)", stated
-    )
-    if re.search(r"(?i)\b(multi|di)?graphs?\b", stated) and not found:
+    named = re.search(rf"\b{CLASS_NAME}\b", stated)
+    if not named and re.search(r"(?i)\b(multi|di)?graphs?\b", stated):
         return {"type": "object", "title": "Graph"}
-    return {"type": "object", "title": described[0]} if described else {}
+    described = r"\b(?!any |an? |the )[a-z_]\w*(?=[ -](?:object|instance|like object)s?\b)"
+    found = named or re.search(described, stated)
+    return {"type": "object", "title": found[0]} if found else {}
+
+
+GUESSES = [  # (how the first words of a description begin, what it describes)
+    (r"(?:whether|if (?:true|set|false)|true (?:if|to)|(?:a )?flag|enable|disable|boolean)\b", "boolean"),
+    (r"(?:the |an? )?(?:\w+ ){0,3}(?:number of|count|index|size|length|width|height|dimension|position|"
+     r"(?:line|column|row|color) number)\b", "integer"),
+    (r"(?:the |an? )?(?:\w+ )?(?:name|filename|path|url|title|message|prefix|suffix|encoding)\b"
+     r"(?!.*\bor\b.*\b(?:object|id|number|handle|buffer|stream)\b)", "string")]
 
 
 def guessed_schema(name, description):
@@ -1316,36 +1301,21 @@ def guessed_schema(name, description):
         return type_schema(" or ".join(found.groups()))  # "Can be a single number or a tuple (kW,)"
     description = re.sub(r",(?= or\b)", "", description)  # "A string, or a sequence of strings"
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
-    if re.match(
-        r"(?i)(whether|if (true|set|false)|true (if|to)|(a )?flag|enable|disable|boolean)\b", description
-    ):
-        return {"type": "boolean"}
-    if re.match(
-        r"(?i)(the |an? )?(\w+ ){0,3}"
-        r"(number of|count|index|size|length|width|height|dimension|position|"
-        r"(line|column|row|color) number)\b",
-        start,
-    ):
-        return {} if re.search(r"\btuple\b", description) else {"type": "integer"}
-    if re.match(
-        r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b"
-        r"(?!.*\bor\b.*\b(object|id|number|handle|buffer|stream)\b)",
-        start,
-    ):
-        return {"type": "string"}
+    for pattern, kind in GUESSES:
+        if re.match(pattern, description if kind == "boolean" else start, re.I):
+            return {} if kind == "integer" and re.search(r"\btuple\b", description) else {"type": kind}
     for kind, names in NAMED.items():
         if re.fullmatch(names, name):
             return {"type": kind}
     start = re.sub(r"['\"]|(?i:^sets?\b(?! of))", "", start)
-    parts = [part for part in type_parts(start) if part != "None"]
-    parts = [part for part in parts if not re.search(r"\bfile([- ](object|like|handle))|buffer|stream", part)]
-    unknown = [part for part in parts if not alternatives(part, 0)]  # "article number or message id"
+    no_value = r"None|.*\bfile[- ](object|like|handle).*|.*(buffer|stream).*"
+    parts = [part for part in type_parts(start) if not re.fullmatch(no_value, part)]
+    unknown = [part for part in parts if not alternatives(part)]  # "article number or message id"
     known = {} if 0 < len(unknown) < len(parts) else type_schema(" or ".join(parts))
     if len(known.get("enum", "ab")) == 1:  # "0 for invisible, 1 for normal"
         return {}
-    named = type_schema(name)
     vague = "node nodes label labels sequence timestamp paths characters mappings".split()
-    return known or ({} if name in vague else named)
+    return known or ({} if name in vague else type_schema(name))
 
 
 def values_in_words(description):
@@ -1389,86 +1359,84 @@ def default_in_words(text):
 
 
 def annotation_text(annotation, module=None, depth=0):
-    """An annotation as (text that type_schema() reads, description in typing.Annotated or ""). What a name in
-    a text means is looked up in the module and in what its package has for typing.
+    """An annotation, as an object, a text or its syntax tree, as (text that type_schema() reads, description
+    in typing.Annotated or ""). What a name in a text means is looked up in the module and in what its package
+    has for typing.
     """
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
     if isinstance(annotation, str):
         try:
-            return written_annotation(ast.parse(annotation.strip(), mode="eval").body, module, depth)
+            return annotation_text(ast.parse(annotation.strip(), mode="eval").body, module, depth)
         except (SyntaxError, ValueError, MemoryError, RecursionError):  # words
             return annotation, ""
-    if origin is typing.Annotated:
-        notes = [
-            getattr(note, "documentation", None) or getattr(note, "description", None) or note
-            for note in args[1:]
-        ]
-        return text(args[0]), next((note for note in notes if isinstance(note, str)), "")
-    if origin is typing.Literal:
-        values = [
-            getattr(a, "value", a) for a in args if not (isinstance(a, enum.Enum) and len(type(a)) == 1)
-        ]  # NO_DEFAULT
-        simple = values and all(v is None or type(v) in (str, int, bool) for v in values)
-        return f"Literal[{', '.join(map(repr, values))}]" if simple else "", ""
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(text, args)), ""
-    if origin:
-        return (
-            f"{getattr(origin, '__name__', origin)}["
-            f"{', '.join(text(a) for a in args if not isinstance(a, list))}]",
-            "",
-        )
-    if annotation in (None, type(None)):
-        return "None", ""
+    if depth > 8:
+        return "", ""
+    written, (name, parts) = isinstance(annotation, ast.AST), type_arguments(annotation)
+    text = lambda part: annotation_text(part, module, depth + (not written))[0]
+    if name == "Annotated":
+        notes = [getattr(note, "documentation", None) or getattr(note, "description", None) or note
+                 for note in parts[1:]]
+        if written:
+            notes = [getattr(node, "value", None) for note in notes for node in ast.walk(note)]
+        return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
+    if name == "Literal" and written:
+        constant = all(isinstance(getattr(part, "operand", part), ast.Constant) for part in parts)
+        return ast.unparse(annotation) if constant else "", ""
+    if name == "Literal":  # an enumeration of one member is NO_DEFAULT and the like
+        values = [part for part in parts if not (isinstance(part, enum.Enum) and len(type(part)) == 1)]
+        return literal_text([getattr(value, "value", value) for value in values]), ""
+    if name == "|":
+        return " | ".join(map(text, parts)), ""
+    if name and not (written and find_alias(name, module)):
+        held = [text(part) for part in parts if not isinstance(part, (list, ast.List))]
+        return f"{name}[{', '.join(held)}]", ""
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
-        values = [m.value for m in annotation]
-        simple = values and all(type(v) in (str, int) for v in values)
-        if issubclass(annotation, enum.Flag):  # members may be joined
-            return "int" if issubclass(annotation, int) else annotation.__name__, ""
-        return f"Literal[{', '.join(map(repr, values))}]" if simple else annotation.__name__, ""
-    if isinstance(annotation, typing.TypeVar) and not annotation.__bound__:
-        return " | ".join(map(text, annotation.__constraints__)) or "Any", ""
-    for attribute in (
-        "__supertype__",
-        "__bound__",
-        "__forward_arg__",
-        "__value__",
-    ):  # NewType, TypeVar, ForwardRef, type statement
-        if meant := getattr(annotation, attribute, None):
-            return text(meant), ""
-    return getattr(annotation, "__qualname__", None) or str(annotation), ""
+        values = [] if issubclass(annotation, enum.Flag) else [m.value for m in annotation]  # flags are joined
+        return "int" if issubclass(annotation, enum.IntFlag) else literal_text(values) or annotation.__name__, ""
+    if isinstance(annotation, ast.Subscript):  # an alias that takes arguments
+        annotation = annotation.value
+    if meant := stands_for(annotation, module):
+        return annotation_text(meant, module, depth + 1)[0], ""
+    if written:
+        return ast.unparse(annotation), ""
+    return "None" if annotation is type(None) else getattr(annotation, "__qualname__", str(annotation)), ""
 
 
-def written_annotation(node, module, depth):
-    """annotation_text() of an annotation that is itself a text, by its syntax tree."""
-    text = lambda part: written_annotation(part, module, depth)[0]
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a type that is defined later
-        return annotation_text(node.value, module, depth + 1) if depth < 8 else ("", "")
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return f"{text(node.left)} | {text(node.right)}", ""
-    if isinstance(node, ast.BoolOp):  # "int or str"
-        return " | ".join(map(text, node.values)), ""
-    if isinstance(node, ast.Subscript):
-        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        name = ast.unparse(node.value).rpartition(".")[2]
-        if name == "Annotated":
-            notes = [getattr(part, "value", None) for more in parts[1:] for part in ast.walk(more)]
-            return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
-        if name == "Literal":
-            return ast.unparse(node) if all(map(is_constant, parts)) else "", ""
-        if not find_alias(name, module):
-            return f"{name}[{', '.join(text(part) for part in parts if not isinstance(part, ast.List))}]", ""
-        node = node.value
-    name = ast.unparse(node)
-    if isinstance(node, (ast.Name, ast.Attribute)) and (alias := find_alias(name, module)):
-        return annotation_text(alias, module, depth + 1)[0] if depth < 8 else "", ""
-    return name, ""
+def type_arguments(annotation):
+    """("list", [int]) of list[int], as an object or a syntax tree. The name of a union is "|", that of a type
+    without arguments "".
+    """
+    match annotation:
+        case ast.BinOp(left, ast.BitOr(), right):
+            return "|", [left, right]
+        case ast.BoolOp():  # "int or str"
+            return "|", annotation.values
+        case ast.Subscript(generic, ast.Tuple(parts)):
+            return ast.unparse(generic).rpartition(".")[2], parts
+        case ast.Subscript(generic, part):
+            return ast.unparse(generic).rpartition(".")[2], [part]
+    if not (origin := typing.get_origin(annotation)):
+        return "", []
+    union = origin in (typing.Union, types.UnionType)
+    return "|" if union else getattr(origin, "__name__", str(origin)), typing.get_args(annotation)
 
 
-def is_constant(node):
-    """Whether a part of Literal[...] is a value, not the name of one."""
-    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
+def literal_text(values):
+    """Literal[...] of values, or "" if one is not JSON's."""
+    simple = values and all(value is None or type(value) in (str, int, bool) for value in values)
+    return f"Literal[{', '.join(map(repr, values))}]" if simple else ""
+
+
+def stands_for(annotation, module):
+    """The type that is meant by a name, a forward reference, a NewType or a TypeVar; None if it is itself."""
+    match annotation:
+        case ast.Constant(str(text)):
+            return text
+        case ast.Name() | ast.Attribute():
+            return find_alias(ast.unparse(annotation), module)
+        case typing.TypeVar():
+            return annotation.__bound__ or typing.Union[annotation.__constraints__ or (typing.Any,)]
+    meant = (getattr(annotation, name, None) for name in ("__supertype__", "__forward_arg__", "__value__"))
+    return next(filter(None, meant), None)
 
 
 def find_alias(name, module):
@@ -1480,22 +1448,12 @@ def find_alias(name, module):
         return None
     for place in (module, *places_of(name, top, len(sys.modules))):
         found = vars(place).get(name)
-        if inspect.isclass(found) and found in PYTHON_TYPES:  # AxisInt = int
-            return found
-        plain = inspect.isclass(found) and not issubclass(found, enum.Enum) and not typing.get_origin(found)
-        if plain and not hasattr(found, "__supertype__"):
+        if inspect.isclass(found) and not typing.get_origin(found):  # AxisInt = int
+            return found if found in PYTHON_TYPES or issubclass(found, enum.Enum) else None
+        if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)):
             return None
-        if (
-            found is not None
-            and not plain
-            and not callable(found)
-            or typing.get_origin(found)
-            or hasattr(found, "__value__")
-        ):
-            return (
-                None if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)) else found
-            )
-        if inspect.isclass(found) and issubclass(found, enum.Enum) or hasattr(found, "__supertype__"):
+        known = any(hasattr(found, attribute) for attribute in ("__origin__", "__value__", "__supertype__"))
+        if found is not None and (known or not callable(found)):
             return found
     return None
 
@@ -1505,17 +1463,14 @@ def places_of(name, top, loaded):
     """The `loaded` modules of a package that have a name, those for its types first: it may be imported
     for type checkers alone where it is used.
     """
-    own = [
-        m
-        for n, m in list(sys.modules.items())
-        if n.split(".")[0] == top and name in getattr(m, "__dict__", ())
-    ]
-    types = lambda m: re.search(r"\b_?(typing|types)$", m.__name__) is not None
-    return sorted(own, key=lambda m: (not types(m), not inspect.isclass(vars(m)[name])))
+    own = [module for path, module in list(sys.modules.items())
+           if path.split(".")[0] == top and name in getattr(module, "__dict__", ())]
+    types = lambda module: re.search(r"\b_?(typing|types)$", module.__name__) is not None
+    return sorted(own, key=lambda module: (not types(module), not inspect.isclass(vars(module)[name])))
 
 
 @lru_cache(2**12)
-def type_schema(stated, depth=0):
+def type_schema(stated):
     """The JSON Schema of an annotation or a docstring's type, with each alternative that JSON can express; {}
     if there is none.
 
@@ -1534,7 +1489,7 @@ def type_schema(stated, depth=0):
     stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
-    for schema in alternatives(stated, depth):
+    for schema in alternatives(stated):
         if schema.keys() == {"enum"}:
             values += schema["enum"]
         elif schema not in found:
@@ -1562,10 +1517,10 @@ def enumeration(values):
     return stated | ({} if kinds == ["boolean"] else {"enum": values})
 
 
-def alternatives(text, depth):
+def alternatives(text, depth=0):
     """The schemas of the parts of a type; {"enum": [...]} of literal values.
 
-    >>> alternatives("int, array of floats or strings", 0)  # of strings is the array too
+    >>> alternatives("int, array of floats or strings")  # of strings is the array too
     [{'type': 'integer'}, {'type': 'array'}]
     """
     found = []
@@ -1601,6 +1556,24 @@ def type_parts(text):
     return [part.strip() for part in parts if part.strip()]
 
 
+HOLDING = r"pair|ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
+INSIDE = re.compile(  # a type whose alternatives stand in its brackets, {"a", "b"} and ("a", "b") among them
+    r"(?:[\w.]+\.)?(?:Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]|"
+    rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]|"
+    r"(?!.*\b(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of \{)"
+    r"[\w\s:-]*\{(.*)\}[^}]*", re.S)
+WORDS = [  # (a type in words, its schemas)
+    (r"Any", [{}]),
+    (r"(the )?number of\b.*", [{"type": "integer"}]),
+    (r"\w+ ?=.*", []),  # dtype=float
+    (rf"the (?!(?:{'|'.join(JSON_TYPES)}) )\w+ of\b.*", []),  # not its type
+    (r"Size", [{"type": "array", "items": {"type": "integer"}}]),
+    (r"(pandas |polars )?data ?frame", [{"type": "object", "title": "DataFrame"}]),
+    (r"(\w+ )?name", [{"type": "string"}]),  # "int or name"
+    (r"(a |the )?([Nn]etwork[xX] |nx )?graph", [{"type": "object", "title": "Graph"}]),
+    (r"(?i:((?! of ).)*\b(callable|function|type|class)\b.*)", [])]
+
+
 def alternative(text, depth):
     """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
     text = re.sub(r"^(?:one of|either)\b:? *", "", text)
@@ -1609,31 +1582,10 @@ def alternative(text, depth):
             return [{"enum": [ast.literal_eval(text)]}]
         except (ValueError, SyntaxError):  # such as 0755, or a lone backslash in quotes
             return []
-    if re.fullmatch(r"([\w.]+\.)?Any", text):
-        return [{}]
-    if re.match(r"(the )?number of\b", text):
-        return [{"type": "integer"}]
-    if re.match(r"\w+ ?=", text):  # dtype=float
-        return []
-    if (what := re.match(r"the (\w+) of\b", text)) and what[1] not in JSON_TYPES:  # not its type
-        return []
-    if re.fullmatch(r"(torch\.)?Size", text):
-        return [array_of([{"type": "integer"}])]
-    if found := re.fullmatch(
-        r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S
-    ):
-        return alternatives(found[2], depth)
-    holding = r"(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of"
-    if found := re.match(rf"(?!.*\b{holding} \{{)[\w\s:-]*\{{(.*)\}}", text, re.S):
-        return (
-            [{"type": "object"}]
-            if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[1])
-            else alternatives(found[1], depth)
-        )
-    if found := re.fullmatch(
-        rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]", text
-    ):  # ('a', 'b')
-        return alternatives(found[1] or found[2], depth)
+    if found := INSIDE.fullmatch(text):
+        if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[4] or ""):  # {'a': int}
+            return [{"type": "object"}]
+        return alternatives(found[found.lastindex], depth)
     if found := re.fullmatch(r"\((.*)\)( tuples?)?|\[(.*)\]|(\w+)\.\.\.", text, re.S):  # also int...
         items = item_schemas(found[1] or found[3] or found[4] or "", depth)
         return [array_of(items)] if items or found[2] != " tuples" else []
@@ -1641,24 +1593,17 @@ def alternative(text, depth):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower().strip("_"), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
     words = re.sub(r"data-type\b", "datatype", re.sub(r"-like\b", "_like", words))
-    kinds = "pair|ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
-    if found := re.fullmatch(rf"([a-z]\w*) (?:{kinds})s?", words):  # int64 ndarray
+    for pattern, schemas in WORDS:
+        if re.fullmatch(pattern, words, re.S):
+            return schemas
+    if found := re.fullmatch(rf"([a-z]\w*) (?:{HOLDING})s?", words):  # int64 ndarray
         return [array_of(alternatives(found[1], depth))]
-    if re.fullmatch(r"(?:pandas |polars )?data ?frame", words):
-        return [{"type": "object", "title": "DataFrame"}]
-    if re.fullmatch(r"(?:\w+ )?name", words):  # "int or name"
-        return [{"type": "string"}]
-    if re.fullmatch(r"(?:a |the )?(?:[Nn]etwork[xX] |nx )?graph", words):
-        return [{"type": "object", "title": "Graph"}]
-    if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
-        return []
     for word in re.finditer(r"\w+", words):
         if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
             items = re.match(r"(?: \w+)? of (?!shape|length|size|\d)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
-    found = re.fullmatch(
-        rf"(?:an? )?(?:instance of (?:an? )?|[a-z]+ )?({CLASS_NAME})(?: object| instance)?", words
-    )
+    named = rf"(?:an? )?(?:instance of (?:an? )?|[a-z]+ )?({CLASS_NAME})(?: object| instance)?"
+    found = re.fullmatch(named, words)
     return [{"type": "object", "title": found[1]}] if found and "_t." not in text else []
 
 
@@ -1682,24 +1627,15 @@ def array_of(items):
 
 USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars",
                "nn": "torch.nn", "F": "torch.nn.functional"}
-SHOWING = {
-    "print",
-    "list",
-    "tuple",
-    "dict",
-    "set",
-    "str",
-    "repr",
-    "pprint",
-    "pprint.pprint",
-}  # show a call's result
-ARRAYS = {"array", "asarray", "tensor", "Tensor", "Matrix"}  # of a literal: as good as the literal
+SHOWING = "print list tuple dict set str repr pprint pprint.pprint".split()  # show a call's result
+ARRAYS = "array asarray tensor Tensor Matrix".split()  # of a literal: as good as the literal
 DTYPE = re.compile(r"(np|numpy|torch)\.((u?int|float|complex|bool)\d*_?)|(int|float|bool|str)")
 ALTERING = re.compile(  # names of methods that change their object
     r"(add|append|clear|delete|discard|drain|extend|insert|move|next|partial_fit|pop|push|put|read|remove|"
     r"seek|set|sort|step|update|write)(_|$)")
 RETURNS_SELF = re.compile(r"Returns\n *-+\n *self\b")
-SYMBOLS = {"symbols", "Symbol", "var", "Function", "Dummy"}
+SYMBOLS = "symbols Symbol var Function Dummy".split()
+NO_LITERAL = (ValueError, TypeError, SyntaxError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
 class Symbol(str):
@@ -1719,103 +1655,150 @@ def sessions(doc, obj, module):
     that it changes it; `binds` is the name that its result gets, `imports` what the code needs. Names are
     looked up, no code is run.
     """
-    if ">>>" not in doc:
-        return []
     try:
         parts = doctest.DocTestParser().parse(doc)
     except ValueError:
         return []
-    names, literals, objects, made_by, bound = dict(USUAL_NAMES), {}, {}, {}, set()
-    found, prose = [], ""
-    for part in parts:
+    session, found, prose = Session(obj, module), [], ""
+    for part in parts if ">>>" in doc else []:
         if isinstance(part, str):
             prose += part
             continue
-        code = re.sub(r"(?<!\s)\s*# ?doctest:.*", "", part.source).rstrip()
         if prose.strip() or not found:
             found.append([prose, []])
             prose = ""
-        try:
-            tree = ast.parse(code)
-        except SyntaxError:  # its lines lack the dots of a continued statement, or it is for another Python
-            continue
-        nodes = list(ast.walk(tree))
-        imported = imported_names(nodes)
-        names |= imported
-        literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
-        calls = {ast.unparse(n.func): n for n in nodes if isinstance(n, ast.Call)}
-        targets = {text: look_up(text, names, obj, module) for text in calls}
-        statement = tree.body[0] if len(tree.body) == 1 else None
-        assigned = assigned_name(statement)
-        node = shown_call(statement.value) if assigned or isinstance(statement, ast.Expr) else None
-        target = node and targets.get(ast.unparse(node.func))
-        on, _, method = ast.unparse(node.func).rpartition(".") if node else ("", "", "")
-        maker = node.func.value if node and isinstance(node.func, ast.Attribute) else None
-        if isinstance(maker, ast.Call):
-            objects[on] = result_class(targets[ast.unparse(maker.func)], None)
-            made_by[on] = standing_alone(maker, names, literals)
-        elif isinstance(maker, ast.Attribute) and (whole := ast.unparse(maker.value)) in objects:
-            objects[on] = attribute_class(objects[whole], maker.attr)
-            made_by[on] = made_by.get(whole) and f"{made_by[whole]}.{maker.attr}"
-        home = next((c for c in getattr(objects.get(on), "__mro__", ()) if method in vars(c)), None)
-        is_method = home is not None and inspect.isfunction(vars(home)[method])
-        if is_method:
-            target = vars(home)[method]
-        key = f"{api_key(home)}.{method}" if is_method else target and api_key(target)
-        output = re.sub(r"(?<!\s)\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
-        used = {n.id for n in nodes if isinstance(n, ast.Name)}
-        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        found[-1][1].append(
-            {
-                "code": code,
-                "output": output,
-                "acts": isinstance(statement, ast.Expr),
-                "call": target and literal_call(key, target, node, literals, is_method),
-                "on": on if is_method else None,
-                "made_by": made_by.get(on),
-                "alters": is_method and alters(method, target),
-                "binds": assigned,
-                "imports": sorted(
-                    filter(None, (import_of(name, names, obj, module) for name in used - bound - stored))
-                ),
-                "keys": sorted({api_key(t) for t in targets.values() if t is not None}),
-            }
-        )
-        bound |= stored | imported.keys()
-        touched = (
-            used
-            if not output and not assigned
-            else {  # a statement may change what it names, a method its object
-                n.func.value.id
-                for n in calls.values()
-                if isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name)
-            }
-        )
-        for name in touched | {assigned}:
-            literals.pop(name, None)
-            made_by.pop(name, None)
-        given = result_class(target, objects.get(on)) if target else None
-        objects[assigned] = None
-        if given and isinstance(statement, ast.Assign) and node is statement.value:
-            objects[assigned] = given
-            made_by[assigned] = standing_alone(node, names, literals)
-        if assigned and not isinstance(statement.value, ast.Name):  # two names for one object may change it
-            with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                literals[assigned] = literal_value(statement.value, literals)
-        if (
-            isinstance(statement, ast.Assign)
-            and isinstance(statement.value, ast.Call)
-            and ast.unparse(statement.value.func) in SYMBOLS
-        ):
-            literals |= {
-                n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)
-            }
+        with contextlib.suppress(SyntaxError):  # its lines lack the dots of a continued statement, say
+            found[-1][1].append(session.step(part))
     return found
 
 
-def alters(name, method):
-    """Whether a method seems to change its object: it is called so, or gives the object back."""
-    return bool(ALTERING.match(name) or RETURNS_SELF.search(method.__doc__ or ""))
+class Session:
+    """What is known of the names in the examples of one docstring, after each of their steps."""
+
+    def __init__(self, obj, module):
+        self.obj, self.module = obj, module
+        own = {getattr(obj, "__name__", None): obj}
+        self.places = ChainMap(own, vars(module), sys.modules, {module.__name__.rpartition(".")[2]: module})
+        self.paths = dict(USUAL_NAMES)  # of what is imported
+        self.literals = {}              # JSON values
+        self.classes = {}               # of objects
+        self.made_by = {}               # expressions that have just made objects
+        self.bound = set()              # by a statement
+
+    def step(self, example):
+        """What sessions() says of one example. Raises SyntaxError where it is none of this Python."""
+        code = re.sub(r"(?<!\s)\s*# ?doctest:.*", "", example.source).rstrip()
+        output = re.sub(r"(?<!\s)\s*# (may vary|random).*", "", example.want)
+        output = output.replace("<BLANKLINE>", "").rstrip()
+        tree = ast.parse(code)
+        nodes = list(ast.walk(tree))
+        imported = imported_names(nodes)
+        self.paths |= imported
+        self.literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
+        used = {node.id for node in nodes if isinstance(node, ast.Name)}
+        stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        imports = {self.import_of(name) for name in used - self.bound - stored}
+        self.bound |= stored | imported.keys()
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        statement, assigned = tree.body[0] if len(tree.body) == 1 else None, None
+        match statement:
+            case ast.Assign([ast.Name(name)]):
+                assigned = name
+        acts = isinstance(statement, ast.Expr)
+        call = shown_call(statement.value) if acts or assigned else None
+        target, cls, called = self.find_called(call)
+        # A statement that shows nothing may change what it names, a method its object.
+        quiet = not output and not assigned
+        for name in {assigned} | (used if quiet else {text.rpartition(".")[0] for text in calls}):
+            self.literals.pop(name, None)
+            self.made_by.pop(name, None)
+        if assigned:
+            self.classes[assigned] = result_class(target, cls) if call is statement.value else None
+            if self.classes[assigned]:
+                self.made_by[assigned] = self.standing_alone(call)
+            if not isinstance(statement.value, ast.Name):  # two names for one object may change it
+                with contextlib.suppress(*NO_LITERAL):
+                    self.literals[assigned] = literal_value(statement.value, self.literals)
+        match statement:
+            case ast.Assign(value=ast.Call(function)) if ast.unparse(function) in SYMBOLS:
+                self.literals |= {name: Symbol(name) for name in stored}
+        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
+        return called | {"code": code, "output": output, "acts": acts, "binds": assigned,
+                         "imports": sorted(filter(None, imports)), "keys": sorted(keys)}
+
+    def find_called(self, call):
+        """(The callable that a call is of, the class of the object if it is a method, what sessions() says)."""
+        function = ast.unparse(call.func) if call else ""
+        on, _, name = function.rpartition(".")
+        target, cls, made_by = self.look_up(function), None, None
+        if call and isinstance(call.func, ast.Attribute):
+            cls, made_by = self.made(call.func.value)
+        key = target and api_key(target)
+        home = next((c for c in getattr(cls, "__mro__", ()) if name in vars(c)), None)
+        is_method = home is not None and inspect.isfunction(vars(home)[name])
+        if is_method:
+            target, key = vars(home)[name], f"{api_key(home)}.{name}"
+        return target, cls, {
+            "call": target and literal_call(key, target, call, self.literals, is_method),
+            "on": on if is_method else None, "made_by": made_by,
+            "alters": is_method and bool(ALTERING.match(name) or RETURNS_SELF.search(target.__doc__ or ""))}
+
+    def made(self, node):
+        """(The class of the object that an expression gives, an expression that makes it and stands alone);
+        None for what is not known.
+        """
+        if isinstance(node, ast.Call):
+            return result_class(self.look_up(ast.unparse(node.func)), None), self.standing_alone(node)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            cls, made_by = self.made(node.value)
+            return attribute_class(cls, node.attr), made_by and f"{made_by}.{node.attr}"
+        name = ast.unparse(node)
+        return self.classes.get(name), self.made_by.get(name)
+
+    def standing_alone(self, node):
+        """The text of an expression, put so that it needs no name but those of modules; None if it cannot."""
+        known = {name: repr(v) for name, v in self.literals.items() if not isinstance(v, Symbol)} | self.paths
+        with contextlib.suppress(KeyError, SyntaxError, RecursionError):
+            return ast.unparse(StandAlone(known).visit(ast.parse(ast.unparse(node), mode="eval")))
+
+    def import_of(self, name):
+        """The statement that brings a name which an example uses without importing it, or None."""
+        if name in USUAL_NAMES and self.paths[name] in sys.modules:
+            return f"import {self.paths[name]} as {name}"
+        found = self.places.get(name)
+        if inspect.ismodule(found):
+            return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
+        known = found is not None and not hasattr(builtins, name)
+        return f"from {self.module.__name__} import {name}" if known else None
+
+    def look_up(self, text):
+        """The callable that a dotted name in an example stands for, or None. Only already imported modules
+        are searched.
+        """
+        if not re.fullmatch(r"[\w.]+", text):
+            return None
+        first, *rest = text.split(".")
+        parts = [*self.paths.get(first, first).split("."), *rest]
+        if parts == [getattr(self.obj, "__name__", None)]:
+            return self.obj
+        for split in reversed(range(len(parts))):
+            found = sys.modules.get(".".join(parts[:split])) if split else self.module
+            for part in parts[split:]:
+                get = inspect.getattr_static if inspect.isclass(found) else getattr
+                found = get(found, part, None)
+            if callable(found) and isinstance(getattr(found, "__name__", None), str):
+                return found
+
+
+class StandAlone(ast.NodeTransformer):
+    """Puts what is `known`, {name: expression}, in the place of names; raises KeyError for one that is not."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def visit_Name(self, node):
+        known = node.id if hasattr(builtins, node.id) else self.known[node.id]
+        return ast.parse(known, mode="eval").body
 
 
 def result_class(target, home):
@@ -1841,23 +1824,6 @@ def attribute_class(cls, name):
     return found if inspect.isclass(found) else None
 
 
-class StandAlone(ast.NodeTransformer):
-    """Makes an expression that needs no name but those of modules; raises KeyError where it needs others."""
-
-    def __init__(self, names, literals):
-        self.values = {name: repr(v) for name, v in literals.items() if not isinstance(v, Symbol)} | names
-
-    def visit_Name(self, node):
-        known = node.id if hasattr(builtins, node.id) else self.values[node.id]
-        return ast.parse(known, mode="eval").body
-
-
-def standing_alone(node, names, literals):
-    """The text of an expression that needs no name but those of modules, or None."""
-    with contextlib.suppress(KeyError, SyntaxError, RecursionError):
-        return ast.unparse(StandAlone(names, literals).visit(ast.parse(ast.unparse(node), mode="eval")))
-
-
 def is_symbolic(path):
     """Whether a dotted path leads to a mathematical symbol or constant, such as sympy.abc.x or sympy.pi."""
     module, _, name = path.rpartition(".")
@@ -1865,90 +1831,55 @@ def is_symbolic(path):
     return module.endswith(".abc") or hasattr(found, "free_symbols") and not inspect.isclass(found)
 
 
-def assigned_name(statement):
-    """The name that a statement such as `x = ...` binds, or None."""
-    simple = (
-        isinstance(statement, ast.Assign)
-        and len(statement.targets) == 1
-        and isinstance(statement.targets[0], ast.Name)
-    )
-    return statement.targets[0].id if simple else None
-
-
 def shown_call(node):
     """The call whose result an expression shows: itself, or what stands in print(...) or list(...). None if
     there is no such call.
     """
-    while (
-        isinstance(node, ast.Call)
-        and ast.unparse(node.func) in SHOWING
-        and len(node.args) == 1
-        and isinstance(node.args[0], ast.Call)
-    ):
-        node = node.args[0]
-    return node if isinstance(node, ast.Call) else None
+    match node:
+        case ast.Call(function, [ast.Call() as inner]) if ast.unparse(function) in SHOWING:
+            return shown_call(inner)
+        case ast.Call():
+            return node
 
 
 def literal_value(node, literals):
     """The JSON value of an expression of literals and of names that `literals` holds; np.array([1, 2]) is [1,
-    2].
-
-    Raises ValueError, TypeError or SyntaxError for any other expression.
+    2]. Raises one of NO_LITERAL for any other expression.
     """
-    if isinstance(node, ast.Name) and not DTYPE.fullmatch(node.id):
-        if node.id not in literals:
-            raise ValueError(f"{node.id} is no literal")
-        return literals[node.id]
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        return [literal_value(item, literals) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            ast.literal_eval(key): literal_value(value, literals)
-            for key, value in zip(node.keys, node.values)
-        }
-    if (
-        isinstance(node, ast.Call)
-        and ast.unparse(node.func).rpartition(".")[2] in ARRAYS
-        and len(node.args) == 1
-        and not node.keywords
-    ):
-        return literal_value(node.args[0], literals)
-    if isinstance(node, ast.Call) and not node.keywords and (made := made_array(node, literals)) is not None:
-        return made
-    if isinstance(node, (ast.Name, ast.Attribute)) and (dtype := DTYPE.fullmatch(ast.unparse(node))):
-        return dtype[2] or dtype[0]
-    functions = {
-        n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    used = [literals.get(n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in functions]
-    if (
-        isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call))
-        and used
-        and all(isinstance(value, Symbol) for value in used)
-    ):
+    value = partial(literal_value, literals=literals)
+    match node:
+        case ast.Name() | ast.Attribute():
+            dtype = DTYPE.fullmatch(ast.unparse(node))
+            return dtype[2] or dtype[0] if dtype else literals[ast.unparse(node)]
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            return [value(item) for item in items]
+        case ast.Dict(keys, items):
+            return {ast.literal_eval(key): value(item) for key, item in zip(keys, items)}
+        case ast.Call(keywords=[]) if (made := made_array(node, value)) is not None:
+            return made
+    inside = list(ast.walk(node))
+    functions = {getattr(n.func, "id", None) for n in inside if isinstance(n, ast.Call)}
+    used = {n.id for n in inside if isinstance(n, ast.Name)} - functions
+    if used and all(isinstance(literals.get(name), Symbol) for name in used):
         return ast.unparse(node)
-    value = ast.literal_eval(node)
-    json.dumps(value, allow_nan=False)
-    return value
+    found = ast.literal_eval(node)
+    json.dumps(found, allow_nan=False)
+    return found
 
 
-def made_array(node, literals):
-    """The list in arange(6), range(6), ones(3), zeros(2, 3) and arange(6).reshape(2, 3), or None."""
-    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [
-        literal_value(a, literals) for a in node.args
-    ]
+def made_array(node, value):
+    """The list in array([1, 2]), arange(6), range(6), ones(3), zeros(2, 3) and arange(6).reshape(2, 3), or
+    None. `value` gives that of an argument.
+    """
+    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [value(argument) for argument in node.args]
+    if kind in ARRAYS and len(arguments) == 1:
+        return arguments[0]
     if kind in ("reshape", "view") and isinstance(node.func, ast.Attribute) and arguments:
-        values, shape = literal_value(node.func.value, literals), (
-            arguments[0] if isinstance(arguments[0], list) else arguments
-        )
-        for n in shape[:0:-1]:
+        values, shape = value(node.func.value), arguments
+        for n in (shape[0] if isinstance(shape[0], list) else shape)[:0:-1]:
             values = [values[i:i + n] for i in range(0, len(values), n)] if n > 0 else None
         return values
-    if (
-        not arguments
-        or len(arguments) > 3
-        or not all(type(a) in (int, float) and a == int(a) and abs(a) <= 100 for a in arguments)
-    ):
+    if not arguments or not all(type(a) in (int, float) and abs(a) <= 100 and a == int(a) for a in arguments):
         return None
     whole = [int(a) for a in arguments]
     if kind in ("arange", "range"):
@@ -1956,57 +1887,22 @@ def made_array(node, literals):
     matrix = len(whole) == 1 and isinstance(node.func, ast.Name)  # to mpmath and SymPy zeros(3) is one
     if kind not in ("ones", "zeros") or math.prod(whole) > 100 or matrix:
         return None
-    values = 1.0 if kind == "ones" else 0.0
+    values = float(kind == "ones")
     for n in reversed(whole):
         values = [values] * n
     return values
-
-
-def import_of(name, names, obj, module):
-    """The statement that brings a name which an example uses without importing it, or None."""
-    if name in USUAL_NAMES and names.get(name) in sys.modules:
-        return f"import {names[name]} as {name}"
-    found = obj if name == getattr(obj, "__name__", None) else vars(module).get(name, sys.modules.get(name))
-    found = module if found is None and name == module.__name__.rpartition(".")[2] else found
-    if inspect.ismodule(found):
-        return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
-    return (
-        f"from {module.__name__} import {name}" if found is not None and not hasattr(builtins, name) else None
-    )
 
 
 def imported_names(nodes):
     """Names bound by import statements, as dotted paths: `from a import b as c` binds c to a.b."""
     names = {}
     for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        match node:
+            case ast.Import(aliases):
+                names |= {a.asname: a.name for a in aliases if a.asname}
+            case ast.ImportFrom(str(module), aliases, 0):
+                names |= {a.asname or a.name: f"{module}.{a.name}" for a in aliases}
     return names
-
-
-def look_up(text, names, obj, module):
-    """The callable that a dotted name in an example stands for, or None. Only already imported modules are
-    searched.
-    """
-    if not re.fullmatch(r"[\w.]+", text):
-        return None
-    parts = text.split(".")
-    parts[:1] = names.get(parts[0], parts[0]).split(".")
-    if len(parts) == 1 and parts[0] == getattr(obj, "__name__", None):
-        return obj
-    for split in range(len(parts) - 1, -1, -1):
-        found = sys.modules.get(".".join(parts[:split])) if split else module
-        for part in parts[split:]:
-            found = (
-                inspect.getattr_static(found, part, None)
-                if inspect.isclass(found)
-                else getattr(found, part, None)
-            )
-        if callable(found) and isinstance(getattr(found, "__name__", None), str):
-            return found
-    return None
 
 
 def api_key(obj, home=None, name=None):
@@ -2022,41 +1918,45 @@ def literal_call(key, target, node, literals, is_method):
     """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one;
     else None. Of a method the first parameter is not given.
     """
-    try:
+    with contextlib.suppress(*NO_LITERAL):
         signature = find_signature(target, documentation(target))
         parameters = list(signature.parameters.values())
         if is_method or parameters and parameters[0].name == "self":  # which no tool has
             signature = signature.replace(parameters=parameters[1:])
         return [key, bind_literals(signature, node, literals)]
-    except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
-        return None
 
 
 def bind_literals(signature, node, literals):
-    """The arguments of a call by the parameters' names. Raises what literal_value() raises."""
-    arguments = {}
-    for name, bound in signature.bind(
-        *node.args, **{k.arg: k.value for k in node.keywords}
-    ).arguments.items():
+    """The arguments of a call by the parameters' names. Raises what literal_value() raises, also for a Python
+    type such as int where no dtype is meant.
+    """
+    def value(name, given):
+        if isinstance(given, ast.Name) and DTYPE.fullmatch(given.id) and "dtype" not in name:
+            raise ValueError(f"{given.id} is no literal")
+        return literal_value(given, literals)
+
+    arguments, named = {}, {k.arg: k.value for k in node.keywords}
+    for name, given in signature.bind(*node.args, **named).arguments.items():
         kind = signature.parameters[name].kind
         if kind == inspect.Parameter.VAR_KEYWORD:
-            arguments |= {key: literal_argument(key, value, literals) for key, value in bound.items()}
+            arguments |= {key: value(key, item) for key, item in given.items()}
         elif kind == inspect.Parameter.VAR_POSITIONAL:
-            arguments[name] = [literal_argument(name, value, literals) for value in bound]
+            arguments[name] = [value(name, item) for item in given]
         else:
-            arguments[name] = literal_argument(name, bound, literals)
+            arguments[name] = value(name, given)
     return arguments
-
-
-def literal_argument(name, node, literals):
-    """literal_value() of an argument. A Python type such as int is one only where a dtype is meant."""
-    if isinstance(node, ast.Name) and DTYPE.fullmatch(node.id) and "dtype" not in name:
-        raise ValueError(f"{node.id} is no literal")
-    return literal_value(node, literals)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The parent: one package to records
+
+
+# Little of the user's environment goes along: some modules have defaults that show it, and it may hold secrets.
+KEPT_VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
+CHILD_VARIABLES = {
+    "PATH": os.defpath, "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "BROWSER": "true",
+    "QT_QPA_PLATFORM": "offscreen", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+    "PYTHONSAFEPATH": "1"}  # an installed package may have the name of a file beside this one
 
 
 def introspect(package, timeout):
@@ -2064,47 +1964,26 @@ def introspect(package, timeout):
     lost.
     """
     objects, rejected, process = [], [], None
-    # Little of the user's environment goes along: some modules have defaults that show it, and it may
-    # hold secrets.
-    environment = {
-        k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
-    } | {
-        "PATH": os.defpath,
-        "PYTHONHASHSEED": "0",
-        "PYTHONSAFEPATH": "1",  # an installed package may have the name of a file beside this one
-        "MPLBACKEND": "Agg",
-        "BROWSER": "true",
-        "QT_QPA_PLATFORM": "offscreen",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-    }
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     with tempfile.TemporaryDirectory() as scratch:
-        environment["HOME"] = scratch
         for module in package.modules:
             if process is None or process.poll() is not None:
                 process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), "--child"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    cwd=scratch,
-                    env=environment,
-                    start_new_session=True,
-                )
+                    [sys.executable, os.path.abspath(__file__), "--child"], start_new_session=True, cwd=scratch,
+                    env=kept | CHILD_VARIABLES | {"HOME": scratch}, stderr=subprocess.DEVNULL,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             token, deadline = secrets.token_hex(8), time.monotonic() + timeout
             try:
                 process.stdin.write(f"{token} {module}\n".encode())
                 process.stdin.flush()
-                answer = json.loads(read_answer(process.stdout.fileno(), f"\n{token} ".encode(), deadline))
+                answer = json.loads(read_answer(process.stdout.fileno(), token, deadline))
                 objects += answer["objects"]
                 if answer["error"]:
                     rejected.append((module, answer["error"]))
             except (OSError, ValueError):
-                expired = time.monotonic() >= deadline
+                late = time.monotonic() >= deadline
                 end_group(process)
-                rejected.append(
-                    (module, f"over {timeout} s" if expired else f"exited with status {process.returncode}")
-                )
+                rejected.append((module, f"over {timeout} s" if late else f"exited with status {process.returncode}"))
         if process:
             end_group(process)
     return objects, rejected
@@ -2119,12 +1998,8 @@ def read_answer(descriptor, token, deadline):
         if not (data := os.read(descriptor, 2**16)):
             break
         held += data
-        if (
-            b"\n" in data
-            and (start := held.find(token)) >= 0
-            and (end := held.find(b"\n", start + len(token))) >= 0
-        ):
-            return bytes(held[start + len(token):end])
+        if b"\n" in data and (found := re.search(rf"\n{token} (.*)\n".encode(), held)):
+            return found[1]
     return b""
 
 
@@ -2141,12 +2016,11 @@ def name_apis(objects, package):
 
     Returns {key: description with "name", "summary", "tool"} for what is documented.
     """
-    paths, described, borrowed = {}, {}, set()
+    paths, described = defaultdict(set), {}
+    borrowed = {o["path"] for o in objects if o.get("borrowed")}
     for o in objects:
         if "path" in o:
-            paths.setdefault(o["key"], set()).add(o["path"])
-            if o["borrowed"]:
-                borrowed.add(o["path"])
+            paths[o["key"]].add(o["path"])
         if o.get("same") in described:
             first = described[o["same"]]
             schema = first["parameters"] | {"properties": first["parameters"]["properties"].copy()}
@@ -2157,39 +2031,32 @@ def name_apis(objects, package):
     def rank(path, home):
         parent = path.rpartition(".")[0]
         own = home == parent or home.startswith(parent + ".") or home.lstrip("_") == parent
-        return (
-            path in borrowed,
-            path.count("."),
-            re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None,
-            not own,
-            len(path),
-            path,
-        )
+        second_hand = re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None
+        return path in borrowed, path.count("."), second_hand, not own, len(path), path
 
-    best = {key: min(found, key=lambda p: rank(p, key.split(":")[0])) for key, found in paths.items()}
-    names = {key: best.get(key) or f"{best[o['of']]}.{o['name']}" for key, o in described.items()
-             if key in best or o.get("of") in best}
-    for key in names:
-        if best.get(key, best.get(described[key].get("of"))) in borrowed:
-            described[key]["unfit"] = described[key]["unfit"] or "imported from where nothing is public"
-    infer_types([o for o in described.values() if o["key"] in names])
-    apis, taken = {}, {}
-    for key in sorted(names, key=lambda k: rank(names[k], described[k]["home"])):
-        o, name, summary = described[key], names[key], summarise(described[key]["doc"])
+    best = {key: min(found, key=lambda path: rank(path, key.split(":")[0])) for key, found in paths.items()}
+    named = {}
+    for key, o in described.items():
+        if place := best.get(key, best.get(o.get("of"))):
+            named[key] = o | {"name": place if key in best else f"{place}.{o['name']}"}
+            if place in borrowed and not o["unfit"]:
+                named[key]["unfit"] = "imported from where nothing is public"
+    infer_types(named)
+    apis, taken, summaries = {}, {}, {}
+    for key, o in sorted(named.items(), key=lambda pair: rank(pair[1]["name"], pair[1]["home"])):
+        name, summary = o["name"], summarise(o["doc"])
         if len(summary) < 12:
             continue
         # One API under several classes (torch.Tensor.abs, torch.IntTensor.abs, ...) has one documentation:
         # keep the first.
-        api = taken.setdefault((name.rpartition(".")[2], o["doc"], o["signature"]), o)
+        api = apis[key] = taken.setdefault((name.rpartition(".")[2], o["doc"], o["signature"]), o)
         if api is o:
             tool = {"description": summary, "name": name, "parameters": o["parameters"]}
-            api |= {"name": name, "summary": summary, "tool": {"type": "function", "function": tool}}
-        apis[key] = api
-    summaries = {api["name"]: api["summary"] for api in apis.values()}
+            api |= {"summary": summary, "tool": {"type": "function", "function": tool}}
+            summaries[name] = summary
     for api in apis.values():
-        if (other := re.fullmatch(r"See ([\w.]+\w)( for details)?.?", api["summary"])) and other[
-            1
-        ] in summaries:
+        other = re.fullmatch(r"See ([\w.]+\w)( for details)?.?", api["summary"])
+        if other and other[1] in summaries:
             api["tool"]["function"]["description"] = summaries[other[1]]
     return apis
 
@@ -2206,35 +2073,32 @@ def infer_types(described):
     all of the same name have nearby: in the subpackage or, where too few state one, in the package (of the
     standard library, in the module).
     """
-    by_key = {o["key"]: o for o in described}
-    properties = {key: o["parameters"]["properties"] for key, o in by_key.items()}
-    values, stated = defaultdict(set), defaultdict(Counter)
-    for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
-        for name, value in step["call"][1].items():
-            values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
-    untyped, special = [], re.compile(r"(?i)\b(tensors?|of shape|tuple|callable|function)\b")
-    package = lambda key: re.match(r"\w*", key)[0]  # of "a.b.c:D" it is "a"
-    subpackage = lambda key: re.match(r"\w*(\.\w+)?", key)[0]  # "a.b"
-    for key, name, schema in ((k, n, s) for k, of in properties.items() for n, s in of.items()):
-        if {"type", "anyOf", "enum"} & schema.keys():
-            for place in {package(key), subpackage(key)}:
-                stated[place, name][str(schema.get("type"))] += 1
-        elif not states_type(by_key[key], name) and not special.search(
-            schema.get("description", "")
-        ):  # one that JSON does not have
-            untyped.append((key, name, schema))
+    values, stated, untyped = defaultdict(set), defaultdict(Counter), []
+    no_json = re.compile(r"(?i)\b(tensors?|of shape|tuple|callable|function)\b")
+    nearby = lambda key: re.match(r"(\w*)(?:\.\w+)?", key)  # of "a.b.c:D" it is "a.b", in the package "a"
+    for key, o in described.items():
+        for step in (step for _, steps in o["sessions"] for step in steps if step["call"]):
+            for name, value in step["call"][1].items():
+                values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
+        for name, schema in o["parameters"]["properties"].items():
+            if {"type", "anyOf", "enum"} & schema.keys():
+                for place in {nearby(key)[0], nearby(key)[1]}:
+                    stated[place, name][str(schema.get("type"))] += 1
+            elif not states_type(o, name) and not no_json.search(schema.get("description", "")):
+                untyped.append((key, name, schema))
     for key, name, schema in untyped:
-        seen, same_name = values[key, name], stated[subpackage(key), name]
+        seen, same_name = values[key, name], stated[nearby(key)[0], name]
         if same_name.total() < 3:
-            same_name = stated[package(key), name]
-        usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
+            same_name = stated[nearby(key)[1], name]
+        [(usual, count)] = same_name.most_common(1) or [(None, 0)]
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
         plural = usual == "string" and name.endswith("s") and name != "errors"
         odd = plural or usual == "boolean" and not SWITCH.match(name)
-        if agreed and usual in PYTHON_TYPES.values() and seen <= {usual} and not odd:
-            properties[key][name] = {"type": usual} | schema
-        elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
-            properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema
+        if not (agreed and usual in PYTHON_TYPES.values() and seen <= {usual} and not odd):
+            # A whole number among the examples tells of numbers.
+            usual = seen.pop().replace("integer", "number") if len(seen) == 1 and None not in seen else None
+        if usual:
+            described[key]["parameters"]["properties"][name] = {"type": usual} | schema
 
 
 def states_type(api, name):
@@ -2339,11 +2203,7 @@ def actions(api, apis):
                 continue
             *before, last = waiting
             name = before[-1]["binds"] if before else None
-            if name and step["code"] in (
-                name,
-                f"print({name})",
-                f"list({name})",
-            ):  # shows what the call before gave
+            if name and step["code"] in (name, f"print({name})", f"list({name})"):  # what the call before gave
                 last = before.pop() | {"output": step["output"]}
             unmade = {s["binds"] for s in waiting}
             acting = [*(s for s in before if s["acts"]), last]
@@ -2399,10 +2259,8 @@ def on_object(api):
     function = api["tool"]["function"]
     schema = function["parameters"]
     named = {"type": "string", "description": "The object: its name in the Python session, or an expression."}
-    parameters = schema | {
-        "properties": {"object": named} | schema["properties"],
-        "required": ["object", *schema["required"]],
-    }
+    parameters = schema | {"properties": {"object": named} | schema["properties"],
+                           "required": ["object", *schema["required"]]}
     tool = {"type": "function", "function": function | {"parameters": parameters}}
     return api | {"tool": tool, "known": False}
 
@@ -2426,29 +2284,22 @@ def package_tools(apis, package):
     """A Tool for each API, with the calls of it that the package's documentation shows."""
     examples, chains = defaultdict(dict), defaultdict(list)
     for api in distinct(apis):
-        acts = [
-            (target["name"], arguments, result)
-            for _, of in actions(api, apis)
-            for target, arguments, result in of
-            if target and target["known"]
-        ]
-        for name, arguments, result in acts:
+        for target, arguments, result in (act for _, acts in actions(api, apis) for act in acts):
+            written = json.dumps(arguments)
             empty = {"[]", "{}", '""'} & {*map(json.dumps, arguments.values())}
-            if len(json.dumps(arguments)) < 300 and not empty and not result.startswith("Traceback"):
-                examples[name].setdefault(json.dumps(arguments), (arguments, result))
-    shown = [(name, *example) for name, of in examples.items() for example in of.values()]
-    takers = defaultdict(list)
-    for call in shown:
+            shown = target and target["known"] and not empty and not result.startswith("Traceback")
+            if shown and len(written) < 300:
+                examples[target["name"]].setdefault(written, (arguments, result))
+    calls, takers = [(name, *of) for name, found in examples.items() for of in found.values()], defaultdict(list)
+    for call in calls:
         for value in call[1].values():
             takers[plain_value(value)].append(call)
-    for first in shown:
-        for second in takers[plain_value(first[2])][:20] if len(plain_value(first[2])) > 4 else []:
-            if (
-                second[0] != first[0]
-                and not any(same_value(v, first[2]) for v in first[1].values())
-                and len(chains[first[0]]) < 5
-            ):
-                chains[first[0]].append((first, second))
+    for name, arguments, result in calls:
+        shown = plain_value(result)
+        for taker in takers[shown][:20] if len(shown) > 4 else []:
+            given = shown in map(plain_value, arguments.values())
+            if taker[0] != name and not given and len(chains[name]) < 5:
+                chains[name].append(((name, arguments, result), taker))
     for api in distinct(apis):
         yield package_tool(api, package, list(examples[api["name"]].values()), chains[api["name"]])
 
@@ -2458,29 +2309,15 @@ def package_tool(api, package, examples=(), chains=()):
     parts.
     """
     usable = api["known"] and not api["unfit"] and api["name"].count(".") <= 3
-    return Tool(
-        api["name"],
-        api["summary"],
-        api["parameters"],
-        api["doc"],
-        f"python:{package.name}",
-        package.license,
-        api["is_class"],
-        usable,
-        examples,
-        chains,
-    )
+    return Tool(api["name"], api["summary"], api["parameters"], api["doc"], f"python:{package.name}",
+                package.license, api["is_class"], usable, examples, chains)
 
 
 def plain_value(value):
     """A value, or an output that shows one, as text to compare: array([1, 2]) is [1,2]."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return (
-        re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|'", "", text)
-        .replace('"', "")
-        .replace("(", "[")
-        .replace(")", "]")
-    )
+    text = re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|['\"]", "", text)
+    return text.translate(str.maketrans("()", "[]"))
 
 
 def same_value(value, output):
@@ -2494,10 +2331,7 @@ def last_paragraph(text, summary):
     paragraphs = [re.sub(r"\s+", " ", p).strip("# \n") for p in re.split(r"\n\s*\n", text)]
     odd = re.compile(
         r"-{4,}|={4,}|\(.*\) ?->|^(\w+ )?(args|arguments|parameters|returns|inputs?|raises|references?)\b|"
-        r":param|"
-        r"^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\",
-        re.I,
-    )
+        r":param|^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\", re.I)
     for p in reversed(paragraphs):
         if len(p) > 15 and not odd.search(p[:1000]) and summarise(p) != summary:
             return p.rstrip(":")[:500]
@@ -2533,9 +2367,8 @@ def prose(package):
         texts[f"text:{module}"] = inspect.cleandoc(docstring[1]) if docstring else ""
         for found in re.finditer(r"(?:^[ \t]*#.*\n){6,}", source, re.M):
             comment = re.sub(r"^[ \t]*#+ ?", "", found[0], flags=re.M)
-            if len(re.findall(r"[^\w\s.,;:'\"`()-]", comment)) < 0.02 * len(
-                comment
-            ):  # prose, not code switched off
+            odd = re.findall(r"[^\w\s.,;:'\"`()-]", comment)
+            if len(odd) < 0.02 * len(comment):  # prose, not code switched off
                 texts[f"text:{module}:{found.start()}"] = comment
     for name, text in sorted(texts.items()):
         if len(text) >= 200:
