@@ -201,16 +201,13 @@ def write_unit(unit, out, args):
     try:  # the file of the records, which says that the unit is done, appears last
         with (writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected,
               writing(out / "tools" / unit.filename) as tools):
+            files = {Record: records, Tool: tools, dict: rejected}
             for found in unit.function(*unit.arguments):
-                if isinstance(found, dict):
-                    rejected.write(json.dumps(found, ensure_ascii=False) + "\n")
-                elif not wanted(found.license, args):
+                if not isinstance(found, dict) and not wanted(found.license, args):
                     name = found.id if isinstance(found, Record) else found.name
-                    refused = rejection(found.source, name, f"license {found.license}")
-                    rejected.write(json.dumps(refused, ensure_ascii=False) + "\n")
-                else:
-                    file = records if isinstance(found, Record) else tools
-                    file.write(found.to_json() + "\n")
+                    found = rejection(found.source, name, f"license {found.license}")
+                line = json.dumps(found, ensure_ascii=False) if isinstance(found, dict) else found.to_json()
+                files[type(found)].write(line + "\n")
     except (ValueError, OSError) as error:  # a server that does not answer, a full disk
         return str(error)
 
@@ -453,14 +450,12 @@ def find_units(kind, value="", *, args):
     root, license = (Path(value).resolve(), None) if value else installed_data(kind)
     if not root.exists():
         fail(f"{kind}:{value}: no such file or directory")
-    pattern, files = sources()[kind][1], []
-    folder = root if root.is_dir() else root.parent
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        chosen = path == root or re.search(pattern, path.name) and path.is_file()
-        if chosen and path.resolve().is_relative_to(root):  # a link may lead out
-            name = path.relative_to(folder.parent).as_posix() if root.is_dir() else path.name
-            if "/." not in name:  # none that is hidden
-                files.append((path, name, license or nearby_license(path.parent, folder)))
+    pattern, files, folder = sources()[kind][1], [], root if root.is_dir() else root.parent
+    inside = sorted(path for path in root.rglob("*") if re.search(pattern, path.name) and path.is_file())
+    for path in inside if root.is_dir() else [root]:
+        name = path.relative_to(root.parent).as_posix()
+        if "/." not in name and path.resolve().is_relative_to(root):  # none hidden; a link may lead out
+            files.append((path, name, license or nearby_license(path.parent, folder)))
     if not files:
         fail(f"{kind}:{value}: no files of this kind in it ({pattern})")
     return file_units(kind, f"{kind}.{identifier(root.name)}-{fingerprint(None, str(root))}", files, args)
@@ -637,72 +632,43 @@ class Package:
 
 def find_packages():
     """The standard library and every installed distribution that brings modules."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    top_level = sorted(
-        n
-        for n in sys.stdlib_module_names
-        if not n.startswith("_") and n not in ("this", "antigravity", "test")
-    )
-    roots = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("stdlib")) / "lib-dynload"]
-    packages = [describe_package("stdlib", version, "PSF-2.0", "", top_level, roots, top_level)]
-    owners = {}
+    version, stdlib = ".".join(map(str, sys.version_info[:3])), Path(sysconfig.get_path("stdlib"))
+    names = sorted(name for name in sys.stdlib_module_names - {"this", "antigravity", "test"} if name[0] != "_")
+    roots = [stdlib, stdlib / "lib-dynload"]
+    packages, owners = [describe_package("stdlib", version, "PSF-2.0", "", names, roots, names)], defaultdict(list)
     for module, names in importlib.metadata.packages_distributions().items():
         if module.isidentifier() and not module.startswith("_") and module not in sys.stdlib_module_names:
-            owners.setdefault(min(names), []).append(module)
+            owners[min(names)].append(module)
     for name, modules in sorted(owners.items()):
         dist = importlib.metadata.distribution(name)
-        description = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
-        packages.append(
-            describe_package(
-                name.lower(),
-                dist.version,
-                license_of(dist.metadata),
-                description,
-                sorted(modules),
-                [Path(dist.locate_file(""))],
-                [],
-            )
-        )
+        license, roots = license_of(dist.metadata), [Path(dist.locate_file(""))]
+        text = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
+        packages.append(describe_package(name.lower(), dist.version, license, text, sorted(modules), roots, []))
     return packages
 
 
 def license_of(metadata):
     """SPDX expression if stated, else the classifiers' names, else the first line of the License field."""
     classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier", []) if c.startswith("License")]
-    stated = (
-        metadata.get("License-Expression")
-        or " AND ".join(classifiers)
-        or metadata.get("License")
-        or "unknown"
-    )
-    return stated.strip().split("\n")[0][:80]
+    stated = metadata.get("License-Expression") or " AND ".join(classifiers) or metadata.get("License")
+    return (stated or "unknown").strip().split("\n")[0][:80]
 
 
 def describe_package(name, version, license, description, top_level, roots, builtin_modules):
     """List the source files and public modules that lie under the top-level names in the roots."""
     files, modules = [], set(builtin_modules)
-    for root in roots:
-        for module in top_level:
-            paths = (
-                sorted((root / module).rglob("*"))
-                if (root / module).is_dir()
-                else sorted(root.glob(module + ".*"))
-            )
-            for path in paths:
-                if path.suffix not in (".py", ".so", ".pyd") or not path.is_file():
-                    continue
-                parts = list(path.relative_to(root).parts)
-                parts[-1] = parts[-1].split(".")[0]
-                if parts[-1] == "__init__":
-                    parts.pop()
-                public = all(
-                    p.isidentifier() and not re.match(r"_|tests?$|test_|.*_tests?$|conftest$|setup$", p)
-                    for p in parts
-                )
-                if path.suffix == ".py":
-                    files.append((path, ".".join(parts), public))
-                if public:
-                    modules.add(".".join(parts))
+    private = re.compile(r"_|tests?$|test_|.*_tests?$|conftest$|setup$")
+    for root, module in itertools.product(roots, top_level):
+        inside = (root / module).rglob("*") if (root / module).is_dir() else root.glob(module + ".*")
+        for path in sorted(inside):
+            if path.suffix not in (".py", ".so", ".pyd") or not path.is_file():
+                continue
+            parts = re.sub(r"(/__init__)?\.[^/]*$", "", path.relative_to(root).as_posix()).split("/")
+            public = all(part.isidentifier() and not private.match(part) for part in parts)
+            if path.suffix == ".py":
+                files.append((path, ".".join(parts), public))
+            if public:
+                modules.add(".".join(parts))
     size = sum(path.stat().st_size for path, *_ in files)
     return Package(name, version, license, description, files, sorted(modules), size)
 
@@ -715,20 +681,17 @@ def child():
     """Answer lines of a token and a module's name on standard input with the token and JSON, a line
     each, on (a private copy of) standard output.
     """
-    own, reply = os.getpid(), os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
-    null = os.open(os.devnull, os.O_RDWR)
-    requests = os.fdopen(os.dup(0), encoding="utf-8")
-    for descriptor in (0, 1, 2):  # what modules print, or ask, goes nowhere
+    own, null, seen = os.getpid(), os.open(os.devnull, os.O_RDWR), {}
+    requests, reply = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
+    for descriptor in (0, 1):  # what modules print, or ask, goes nowhere
         os.dup2(null, descriptor)
     warnings.simplefilter("ignore")
-    seen = {}
     for line in requests:
         token, name = line.split()
         answer = describe_module(name, seen)
         if os.getpid() != own:  # the module forked, and this is the copy
             os._exit(0)
-        reply.write(f"\n{token} {stable(json.dumps(answer))}\n")
-        reply.flush()
+        print(f"\n{token} {stable(json.dumps(answer))}", file=reply, flush=True)
 
 
 def describe_module(name, seen):
@@ -746,9 +709,7 @@ def describe_module(name, seen):
         with contextlib.suppress(Exception):  # one that is imported when it is asked for, and cannot be
             objects.append((public_name, getattr(module, public_name)))
     for public_name, obj in objects:
-        with contextlib.suppress(
-            Exception
-        ):  # an object that breaks under inspection has no usable documentation
+        with contextlib.suppress(Exception):  # one that breaks under inspection has no documentation to use
             described += describe_object(obj, module, public_name, seen)
     return {"objects": described, "error": None}
 
@@ -1015,9 +976,9 @@ def documented_parameters(doc, known=()):
             level = indentation(line)
             names, kind = parameter_names(match[1]), match[2] or ""
             description = paragraph(match[3], lines, i)
-            spaced = style == "" and not kind and re.match(rf"\W*{PARAMETER_NAMES}\W* : ", text)
+            spaced = style == "" and re.match(rf"\W*{PARAMETER_NAMES}\W* : ", text)
             if spaced and is_indented_below(lines, i):
-                goes_on = ". " in match[3] or " " in match[3] and lines[i + 1].strip()[0].islower()
+                goes_on = " " in match[3] and lines[i + 1].lstrip()[0].islower()
                 if not goes_on:  # a type, as under NumPy's heading
                     kind, description = match[3], paragraph("", lines, i)
             if style == "" and {*names} <= {*known}:
@@ -1237,14 +1198,11 @@ def is_narrower(stated, documented, schema, default):
     the annotation's schema says less: it has no such list, and holds the values or is that of an integer.
     """
     values = documented.get("enum", [])
-    if not values or "enum" in schema or type(default) in PYTHON_TYPES and not fits(default, documented):
+    listed = schema == {"type": "string"} or re.fullmatch(r"\{((?!\.{3})[^{}])*\}[^{}]*", stated)
+    if not values or not listed or "enum" in schema:
         return False
-    if schema == {"type": "string"} == {"type": documented.get("type")}:
-        return True
-    listed = re.fullmatch(r"\{[^{}:]*\}(?:,? *(?:optional|or None|defaults?.*))?", stated)
-    of_integers = schema == {"type": "integer"} and any(type(value) is int for value in values)
-    holds = of_integers or all(fits(value, schema) for value in values)
-    return holds and listed is not None and "..." not in stated
+    holds = schema == {"type": "integer"} or all(fits(value, schema) for value in values)
+    return holds and (type(default) not in PYTHON_TYPES or fits(default, documented))
 
 
 def may_be_none(stated):
