@@ -633,17 +633,18 @@ class Package:
 def find_packages():
     """The standard library and every installed distribution that brings modules."""
     version, stdlib = ".".join(map(str, sys.version_info[:3])), Path(sysconfig.get_path("stdlib"))
-    names = sorted(name for name in sys.stdlib_module_names - {"this", "antigravity", "test"} if name[0] != "_")
-    roots = [stdlib, stdlib / "lib-dynload"]
-    packages, owners = [describe_package("stdlib", version, "PSF-2.0", "", names, roots, names)], defaultdict(list)
+    unwanted = re.compile("_|(this|antigravity|test)$")
+    names = sorted(name for name in sys.stdlib_module_names if not unwanted.match(name))
+    roots, owners = [stdlib, stdlib / "lib-dynload"], defaultdict(list)
+    packages = [describe_package("stdlib", version, "PSF-2.0", "", names, roots, names)]
     for module, names in importlib.metadata.packages_distributions().items():
         if module.isidentifier() and not module.startswith("_") and module not in sys.stdlib_module_names:
             owners[min(names)].append(module)
     for name, modules in sorted(owners.items()):
         dist = importlib.metadata.distribution(name)
-        license, roots = license_of(dist.metadata), [Path(dist.locate_file(""))]
-        text = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
-        packages.append(describe_package(name.lower(), dist.version, license, text, sorted(modules), roots, []))
+        about = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
+        packages.append(describe_package(name.lower(), dist.version, license_of(dist.metadata), about,
+                                         sorted(modules), [Path(dist.locate_file(""))], []))
     return packages
 
 
@@ -716,7 +717,7 @@ def describe_module(name, seen):
 
 def describe_object(obj, module, public_name, seen):
     """A callable and, of a class, its documented methods, or nothing if it belongs to another package. What
-    was described is noted in `seen`: the keys of callables and {id of a method: its key}.
+    was described is noted in `seen`: the keys of callables and {id of a method: its description}.
     """
     home = getattr(obj, "__module__", None) or module.__name__
     if inspect.ismodule(obj) or not callable(obj) or not belongs(home, module.__name__):
@@ -737,17 +738,14 @@ def describe_object(obj, module, public_name, seen):
             function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
             if name.startswith("_") or not callable(function) or inspect.isclass(function):
                 continue
-            needs_object = "" if function is not member else "a method, whose object a call cannot name"
-            member_key = f"{key}.{name}"
-            description = {"same": seen.get(id(member))}  # a base's method may be that of many classes
-            if id(member) not in seen:
+            if id(member) not in seen:  # a base's method may be that of many classes
                 bound = not isinstance(member, staticmethod)
-                description = describe_callable(function, documentation(function), module, bound)
-                seen[id(member)] = member_key
-            why = needs_object or reason or unfit(function, member_key)
-            described.append(
-                description | {"key": member_key, "home": home, "of": key, "name": name, "unfit": why}
-            )
+                seen[id(member)] = describe_callable(function, documentation(function), module, bound)
+            why = reason or unfit(function, f"{key}.{name}")
+            if function is member:
+                why = "a method, whose object a call cannot name"
+            method = {"key": f"{key}.{name}", "home": home, "of": key, "name": name, "unfit": why}
+            described.append(seen[id(member)] | method)
     return described
 
 
@@ -820,24 +818,17 @@ def describe_callable(obj, doc, module, bound=False):
     parameters = list(signature.parameters.values()) if signature else []
     first = parameters[0].name if parameters else ""
     takes_self = inspect.isfunction(obj) and obj.__code__.co_varnames[:1] == (first,)
-    if bound and first and (first in ("self", "cls") or takes_self):
+    if bound and (first in ("self", "cls") or takes_self):
         parameters = parameters[1:]
     schema = json_schema(parameters, doc, sys.modules.get(getattr(obj, "__module__", None), module))
     if not signature:  # what it takes is not known
         schema["additionalProperties"] = True
+    vague = [p for p in parameters if p.kind == p.VAR_POSITIONAL and "description" not in
+             schema["properties"].get(p.name, ["description"])]  # one under another name is described
     return {
-        "doc": doc,
+        "doc": doc, "is_class": inspect.isclass(obj), "parameters": schema,
         "signature": str(signature.replace(parameters=map(shown, parameters))) if signature else "(...)",
-        "is_class": inspect.isclass(obj),
-        "parameters": schema,
-        "known": signature is not None
-        and all(
-            p.kind != p.VAR_POSITIONAL
-            or "description" in schema["properties"].get(p.name, {"description": ""})
-            for p in parameters
-        ),
-        "sessions": sessions(doc, obj, module),
-    }
+        "known": signature is not None and not vague, "sessions": sessions(doc, obj, module)}
 
 
 def shown(parameter):
@@ -1130,8 +1121,8 @@ CLASS_NAME = (  # a name in capitals that is neither that of a library nor of wh
     r"(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)"
 )
-PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", tuple: "array",
-                dict: "object"}
+PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string",
+                list: "array", tuple: "array", dict: "object"}
 
 
 def json_schema(parameters, doc, module=None):
@@ -1243,7 +1234,7 @@ def class_schema(stated):
 
 
 GUESSES = [  # (how the first words of a description begin, what it describes)
-    (r"(?:whether|if (?:true|set|false)|true (?:if|to)|(?:a )?flag|enable|disable|boolean)\b", "boolean"),
+    (r"(?:whether|if (?:true|set|false)|true(?: if|$)|(?:a )?flag|enable|disable|boolean)\b", "boolean"),
     (r"(?:the |an? )?(?:\w+ ){0,3}(?:number of|count|index|size|length|width|height|dimension|position|"
      r"(?:line|column|row|color) number)\b", "integer"),
     (r"(?:the |an? )?(?:\w+ )?(?:name|filename|path|url|title|message|prefix|suffix|encoding)\b"
@@ -1260,7 +1251,7 @@ def guessed_schema(name, description):
     description = re.sub(r",(?= or\b)", "", description)  # "A string, or a sequence of strings"
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
     for pattern, kind in GUESSES:
-        if re.match(pattern, description if kind == "boolean" else start, re.I):
+        if re.match(pattern, start, re.I):
             return {} if kind == "integer" and re.search(r"\btuple\b", description) else {"type": kind}
     for kind, names in NAMED.items():
         if re.fullmatch(names, name):
@@ -1348,8 +1339,9 @@ def annotation_text(annotation, module=None, depth=0):
         held = [text(part) for part in parts if not isinstance(part, (list, ast.List))]
         return f"{name}[{', '.join(held)}]", ""
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
-        values = [] if issubclass(annotation, enum.Flag) else [m.value for m in annotation]  # flags are joined
-        return "int" if issubclass(annotation, enum.IntFlag) else literal_text(values) or annotation.__name__, ""
+        if issubclass(annotation, enum.Flag):  # members may be joined
+            return "int" if issubclass(annotation, int) else annotation.__name__, ""
+        return literal_text([member.value for member in annotation]) or annotation.__name__, ""
     if isinstance(annotation, ast.Subscript):  # an alias that takes arguments
         annotation = annotation.value
     if meant := stands_for(annotation, module):
@@ -1440,11 +1432,10 @@ def type_schema(stated):
     """
     if len(stated) > LONGEST_TYPE:
         return {}
-    stated = re.sub(r":[\w:]+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", " ".join(stated.split()))
+    stated = re.sub(r":[\w:]+:`~?\.?([^`]*)`|`", r"\1", " ".join(stated.split()))
     aside = rf"({QUOTED})|\( ?defaults?\b[^()]*\)|\((?=or )([^()]*)\)"  # (default 3), (or str)
-    stated = re.sub(aside, lambda m: m[1] or m[2] or "", stated)
+    stated = re.sub(aside, r"\1\2", stated)
     stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b|, with\b).)*", stated)[0]
-    stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
     for schema in alternatives(stated):
@@ -1618,7 +1609,7 @@ def sessions(doc, obj, module):
     except ValueError:
         return []
     session, found, prose = Session(obj, module), [], ""
-    for part in parts if ">>>" in doc else []:
+    for part in parts:
         if isinstance(part, str):
             prose += part
             continue
@@ -1685,7 +1676,9 @@ class Session:
                          "imports": sorted(filter(None, imports)), "keys": sorted(keys)}
 
     def find_called(self, call):
-        """(The callable that a call is of, the class of the object if it is a method, what sessions() says)."""
+        """(The callable that a call is of, the class of the object on which it is called, what sessions() says
+        of it).
+        """
         function = ast.unparse(call.func) if call else ""
         on, _, name = function.rpartition(".")
         target, cls, made_by = self.look_up(function), None, None
@@ -1733,8 +1726,6 @@ class Session:
         """The callable that a dotted name in an example stands for, or None. Only already imported modules
         are searched.
         """
-        if not re.fullmatch(r"[\w.]+", text):
-            return None
         first, *rest = text.split(".")
         parts = [*self.paths.get(first, first).split("."), *rest]
         if parts == [getattr(self.obj, "__name__", None)]:
@@ -1749,7 +1740,7 @@ class Session:
 
 
 class StandAlone(ast.NodeTransformer):
-    """Puts what is `known`, {name: expression}, in the place of names; raises KeyError for one that is not."""
+    """Puts what is `known`, {name: expression}, in the place of names. Raises KeyError for other names."""
 
     def __init__(self, known):
         self.known = known
@@ -1895,13 +1886,13 @@ def bind_literals(signature, node, literals):
 
     arguments, named = {}, {k.arg: k.value for k in node.keywords}
     for name, given in signature.bind(*node.args, **named).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind == inspect.Parameter.VAR_KEYWORD:
-            arguments |= {key: value(key, item) for key, item in given.items()}
-        elif kind == inspect.Parameter.VAR_POSITIONAL:
-            arguments[name] = [value(name, item) for item in given]
-        else:
-            arguments[name] = value(name, given)
+        match given:
+            case dict():  # of **
+                arguments |= {key: value(key, item) for key, item in given.items()}
+            case tuple():  # of *
+                arguments[name] = [value(name, item) for item in given]
+            case _:
+                arguments[name] = value(name, given)
     return arguments
 
 
@@ -1909,7 +1900,8 @@ def bind_literals(signature, node, literals):
 # The parent: one package to records
 
 
-# Little of the user's environment goes along: some modules have defaults that show it, and it may hold secrets.
+# Little of the user's environment goes along: some modules have defaults that show it, and it may
+# hold secrets.
 KEPT_VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
 CHILD_VARIABLES = {
     "PATH": os.defpath, "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "BROWSER": "true",
@@ -1927,9 +1919,9 @@ def introspect(package, timeout):
         for module in package.modules:
             if process is None or process.poll() is not None:
                 process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), "--child"], start_new_session=True, cwd=scratch,
-                    env=kept | CHILD_VARIABLES | {"HOME": scratch}, stderr=subprocess.DEVNULL,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                    [sys.executable, os.path.abspath(__file__), "--child"], cwd=scratch,
+                    env=kept | CHILD_VARIABLES | {"HOME": scratch}, start_new_session=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             token, deadline = secrets.token_hex(8), time.monotonic() + timeout
             try:
                 process.stdin.write(f"{token} {module}\n".encode())
@@ -1941,7 +1933,8 @@ def introspect(package, timeout):
             except (OSError, ValueError):
                 late = time.monotonic() >= deadline
                 end_group(process)
-                rejected.append((module, f"over {timeout} s" if late else f"exited with status {process.returncode}"))
+                reason = f"over {timeout} s" if late else f"exited with status {process.returncode}"
+                rejected.append((module, reason))
         if process:
             end_group(process)
     return objects, rejected
@@ -1979,10 +1972,6 @@ def name_apis(objects, package):
     for o in objects:
         if "path" in o:
             paths[o["key"]].add(o["path"])
-        if o.get("same") in described:
-            first = described[o["same"]]
-            schema = first["parameters"] | {"properties": first["parameters"]["properties"].copy()}
-            o = first | {"parameters": schema} | o
         if "doc" in o:
             described.setdefault(o["key"], o)
 
@@ -2083,45 +2072,50 @@ def summarise(doc):
     """
     first = re.sub(r"`~[\w.]*?(\w+)`", r"`\1`", first_sentence(doc))
     first = re.sub(r"(:[\w:]+:`[^`<]*\w) ?<[^<>`]*>`", r"\1`", first)  # where a link leads
-    first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
+    first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", r"\1\2", first)
     first = re.sub(r",? (?:with|using|by|based on|according to) (?:the )?following [\w ]+:$", ".", first)
     return textwrap.shorten(re.sub(r"::$", ":", first), 300, placeholder=" ...")
+
+
+def listed_in_line(items):
+    """A list, a match of a pattern, in one line; a blank line where it is long or an item is of several
+    sentences.
+    """
+    text = " ".join(items[1].split())
+    return f" {text}\n\n" if len(text) < 200 and not re.search(r"[.!?] [A-Z]", text) else "\n\n"
+
+
+HEADING = rf"(?i:{PARAMETERS.pattern}|{OTHERS.pattern})"
+TO_PROSE = [  # (what is no prose or follows it, what is put in its place), in this order
+    (r"^[\w.]+\(.*\) *->[^\n]*? -- (?=[a-z])", ""),  # a signature before the text
+    (r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", ""),  # or above it
+    (r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*(?:\n|$)(?:[ \t]+(?![-*] |\d\. )\S.*(?:\n|$))*)+)",
+     listed_in_line),  # which "the following:" announces
+    (rf"(?<=\S)\n[ \t]*(?:{HEADING}:[ \t]*\n|(?i:[:@](?:param|type|returns?|raises))\b|>>>|"
+     r"(?:[-*]|\d\.) )(?s:.*)", ""),
+    (r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", " "),
+    (r"::\n\n[ \t]+(?!>>>|\.\. )(\S[^\n]{0,80})(\n\n|$)", r": \1\n\n"),  # a literal line
+    (r"(?m)^([ \t]*)(!!!|\.\. \w+ ?::)[^\n]*(\n+\1[ \t]+[^\n]+)*", ""),  # admonitions and directives
+    (rf"(?m)^[ \t]*{HEADING}\n[ \t]*{RULE.pattern}[ \t]*$(?s:.*)", ""),
+    (rf"(?m)^[ \t]*{RULE.pattern}[ \t]*$", "")]
+NO_PROSE = re.compile(
+    r"(?i)(\d+\. )?[\w.]+(?>\((?:[^()]|\([^()]*\))*\))"
+    r"(?!(?-i: [a-z]+ (?:an?|the|as|in|to|of|that|with|is|be)\b))|"
+    r"(explanation|description|overview)$|[.=~*-]{2,}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
+    rf"[\w()|-]+( \[.*\])+$|{HEADING}: ")  # also how a command is used
 
 
 def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
     does not belong to it; a formula in which it ends does.
     """
-    doc = re.sub(r"^[\w.]+\(.*\) *->[^\n]*? -- (?=[a-z])", "", doc[:2000])  # a signature before the text
-    doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc)  # or above it
-    heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
-    ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
-    announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*(?:\n|$)(?:[ \t]+(?![-*] |\d\. )\S.*(?:\n|$))*)+)"
-
-    def in_line(items):  # of a list, or nothing where it is long or its items are of several sentences
-        text = " ".join(items[1].split())
-        return f" {text}\n\n" if len(text) < 200 and not re.search(r"[.!?] [A-Z]", text) else "\n\n"
-
-    doc = re.sub(announced, in_line, doc)
-    doc = re.split(rf"{ends}|(?<=\S)\n[ \t]*(?:[-*]|\d\.) ", doc)[0]
-    doc = re.sub(r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", r" ", doc)
-    doc = re.sub(r"::\n\n[ \t]+(?!>>>|\.\. )(\S[^\n]{0,80})(\n\n|$)", r": \1\n\n", doc)  # a literal line
-    doc = re.sub(
-        r"^([ \t]*)(!!!|\.\. \w+ ?::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
-    )  # admonitions and directives
-    rule, title = rf"[ \t]*{RULE.pattern}[ \t]*$", rf"[ \t]*({PARAMETERS.pattern}|{OTHERS.pattern})"
-    doc = re.sub(rf"(?m)^{rule}", "", re.split(rf"(?im)^{title}\n{rule}", doc)[0])
-    paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
+    doc = doc[:2000]
+    for pattern, instead in TO_PROSE:
+        doc = re.sub(pattern, instead, doc)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
     paragraphs = [re.sub(r"^[\w.]+\([^()]*\) -> (?=[a-z]+ (?:\w+ ){3})(?!.*->)", "", p) for p in paragraphs]
-    without_prose = re.compile(
-        rf"(?i)(\d+\. )?[\w.]+(?>\((?:[^()]|\([^()]*\))*\))"
-        rf"(?!(?-i: [a-z]+ (?:an?|the|as|in|to|of|that|with|is|be)\b))|"
-        rf"(explanation|description|overview)$|[.=~*-]{{2,}}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
-        rf"[\w()|-]+( \[.*\])+$|{heading} "  # also how a command is used
-    )
-    paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
-    ends = r"(?<=[a-z)`'\"\]][.!?])(?<!i\.e\.)(?<!e\.g\.) (?=[A-Z`])"
-    first = re.split(ends, paragraphs[0])[0] if paragraphs else ""
+    prose = next((p for p in paragraphs if p and not NO_PROSE.match(p)), "")
+    first = re.split(r"(?<=[a-z)`'\"\]][.!?])(?<!i\.e\.)(?<!e\.g\.) (?=[A-Z`])", prose)[0]
     return "" if "-----" in first else first  # a drawing
 
 
@@ -2161,7 +2155,8 @@ def actions(api, apis):
                 continue
             *before, last = waiting
             name = before[-1]["binds"] if before else None
-            if name and step["code"] in (name, f"print({name})", f"list({name})"):  # what the call before gave
+            shows = (name, f"print({name})", f"list({name})")  # what the call before gave
+            if name and step["code"] in shows:
                 last = before.pop() | {"output": step["output"]}
             unmade = {s["binds"] for s in waiting}
             acting = [*(s for s in before if s["acts"]), last]
@@ -2248,7 +2243,8 @@ def package_tools(apis, package):
             shown = target and target["known"] and not empty and not result.startswith("Traceback")
             if shown and len(written) < 300:
                 examples[target["name"]].setdefault(written, (arguments, result))
-    calls, takers = [(name, *of) for name, found in examples.items() for of in found.values()], defaultdict(list)
+    calls = [(name, *example) for name, found in examples.items() for example in found.values()]
+    takers = defaultdict(list)
     for call in calls:
         for value in call[1].values():
             takers[plain_value(value)].append(call)
