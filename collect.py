@@ -788,7 +788,7 @@ def unfit(obj, key):
     if re.search(
         r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|"
         r"lib2to3|distutils|tkinter|turtle\w*|curses)\b",
-        key,
+        key
     ):
         return "test code, or part of a program"
     return ""
@@ -907,10 +907,8 @@ class Opaque(str):
 
 ONE_NAME = r"(?:\\?\*){0,2}[^\W\d]\w*"
 PARAMETER_NAMES = rf"{ONE_NAME}(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+){ONE_NAME})*(?:,\s*\.{{3}})?"
-FIELD = re.compile(
-    r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)"
-)
-FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
+FIELD = re.compile(r"[:@](param|parameter|arg|argument|key|keyword|kwarg|type|kwtype)\s+"
+                   r"(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)")
 NUMPY_ENTRY = re.compile(rf"`*({PARAMETER_NAMES})`*(?:\s*:(?:\s+(.*))?)?")
 # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
 ENTRY = re.compile(
@@ -922,7 +920,7 @@ PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?
 OTHERS = re.compile(
     r"returns?|yields?|receives?|raises?|warns?|warnings?|exceptions?|see also|notes?|"
     r"references?|examples?|usage|attributes|methods|shape|outputs?|results?|side effects",
-    re.I,
+    re.I
 )
 
 
@@ -955,11 +953,9 @@ def documented_parameters(doc, known=()):
             literal = indentation(line)
         level = level if style == "google" else None  # of the entries; what is indented more belongs to one
         nested = level is not None and indentation(line) > level
-        if match := FIELD_TYPE.match(text):
-            names, kind = [match[1]], paragraph(match[2], lines, i)
-        elif match := FIELD.match(text):
-            names, kind = [match[2].strip("*")], match[1].strip()
-            description = paragraph(match[3], lines, i)
+        if match := FIELD.match(text):
+            names, said = [match[3].strip("*")], paragraph(match[4], lines, i)
+            kind, description = (said, "") if "type" in match[1] else (match[2].strip(), said)
         elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
             kind, more = whole_type(match[2] or "", lines, i)
             names, description = parameter_names(match[1]), paragraph("", lines, i, skipped=more)
@@ -1110,7 +1106,7 @@ NAMED = {  # names that tell of the type by themselves
     "integer": r"(\w+_)?fd|p?pid|lineno|bufsize|backlog|chunk_?size|block_?size|stacklevel|"
     r"port|year|month|day|hour|minute|offset|limit|count|length|num|"
     r"(n|num)_\w+|\w+_(count|index|length)",
-    "number": r"(\w+_)?timeout",
+    "number": r"(\w+_)?timeout"
 }
 # Classes, though such words mean JSON_TYPES
 CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text", "Layout"}
@@ -1278,7 +1274,7 @@ def values_in_words(description):
         rf"(?i)\b(?:one of|either|(?:must|should|can) be|options?(?: are)?|choices?(?: are)?):?"
         rf"(?: one of)?:?[\s({{\[]*"
         rf"({value}(?:,?\s*(?:or\b|and\b|\|)?\s*{value})*)",
-        description,
+        description
     )
     return [value for _, value in re.findall(r"(['\"])([\w .+-]+)\1", found[1])] if found else []
 
@@ -1297,7 +1293,7 @@ def default_in_words(text):
         r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?(?![\w/*^%]|[.,:-]\d| [*/^+] ?\w))"
         r"(?!`*,? (?:if|when|for|unless|except|or|on|in)\b)",
         " ".join(text.split()),
-        re.I,
+        re.I
     )
     values = []
     for match in found:
@@ -1327,10 +1323,8 @@ def annotation_text(annotation, module=None, depth=0):
         if written:
             notes = [getattr(node, "value", None) for note in notes for node in ast.walk(note)]
         return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
-    if name == "Literal" and written:
-        constant = all(isinstance(getattr(part, "operand", part), ast.Constant) for part in parts)
-        return ast.unparse(annotation) if constant else "", ""
     if name == "Literal":  # an enumeration of one member is NO_DEFAULT and the like
+        parts = [ast.literal_eval(part) if isinstance(part, ast.UnaryOp) else part for part in parts]
         values = [part for part in parts if not (isinstance(part, enum.Enum) and len(type(part)) == 1)]
         return literal_text([getattr(value, "value", value) for value in values]), ""
     if name == "|":
@@ -1360,10 +1354,9 @@ def type_arguments(annotation):
             return "|", [left, right]
         case ast.BoolOp():  # "int or str"
             return "|", annotation.values
-        case ast.Subscript(generic, ast.Tuple(parts)):
+        case ast.Subscript(generic, inside):
+            parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
             return ast.unparse(generic).rpartition(".")[2], parts
-        case ast.Subscript(generic, part):
-            return ast.unparse(generic).rpartition(".")[2], [part]
     if not (origin := typing.get_origin(annotation)):
         return "", []
     union = origin in (typing.Union, types.UnionType)
@@ -1641,14 +1634,17 @@ class Session:
         output = output.replace("<BLANKLINE>", "").rstrip()
         tree = ast.parse(code)
         nodes = list(ast.walk(tree))
+        # What it imports, and which names it needs to be imported.
         imported = imported_names(nodes)
         self.paths |= imported
         self.literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
-        used = {node.id for node in nodes if isinstance(node, ast.Name)}
-        stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        used, stored = {n.id for n in names}, {n.id for n in names if isinstance(n.ctx, ast.Store)}
         imports = {self.import_of(name) for name in used - self.bound - stored}
         self.bound |= stored | imported.keys()
+        # What it calls.
         calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
         statement, assigned = tree.body[0] if len(tree.body) == 1 else None, None
         match statement:
             case ast.Assign([ast.Name(name)]):
@@ -1656,7 +1652,8 @@ class Session:
         acts = isinstance(statement, ast.Expr)
         call = shown_call(statement.value) if acts or assigned else None
         target, cls, called = self.find_called(call)
-        # A statement that shows nothing may change what it names, a method its object.
+        # What is known afterwards: a statement that shows nothing may change what it names, a method its
+        # object.
         quiet = not output and not assigned
         for name in {assigned} | (used if quiet else {text.rpartition(".")[0] for text in calls}):
             self.literals.pop(name, None)
@@ -1671,7 +1668,6 @@ class Session:
         match statement:
             case ast.Assign(value=ast.Call(function)) if ast.unparse(function) in SYMBOLS:
                 self.literals |= {name: Symbol(name) for name in stored}
-        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
         return called | {"code": code, "output": output, "acts": acts, "binds": assigned,
                          "imports": sorted(filter(None, imports)), "keys": sorted(keys)}
 
