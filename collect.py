@@ -498,8 +498,8 @@ def file_units(kind, prefix, files, args):
         grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % groups].append(file)
     options = [getattr(args, name) for name in sources()[kind][2]]
     for number, group in grouped.items():
-        found = [(name, license, os.stat(path)) for path, name, license in group]
-        stats = [(name, license, stat.st_size, stat.st_mtime_ns) for name, license, stat in found]
+        stats = [(name, license, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+                 for path, name, license in group]
         filename = f"{prefix}.{number:02}-{fingerprint(args, stats, options)}.jsonl"
         units.append(Unit(filename, sum(entry[2] for entry in stats), file_records, (kind, group, args)))
     return units, [prefix + "."]
@@ -584,8 +584,8 @@ def nearby_license(directory, root):
     for path in sorted(directory.iterdir()):
         if re.match(r"(?i)(un)?licen[cs]e|copying", path.name) and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
-            found = {name: re.search(pattern, text, re.I) for name, pattern in LICENSES.items()}
-            starts = {name: match.start() for name, match in found.items() if match}  # others it may mention
+            starts = {name: found.start() for name, pattern in LICENSES.items()
+                      if (found := re.search(pattern, text, re.I))}  # others it may mention
             return min(starts, key=starts.get, default=f"see {path.name}")
     return nearby_license(directory.parent, root) if directory != root else "unknown"
 
@@ -762,36 +762,27 @@ def documentation(obj):
 
 def unfit(obj, key):
     """Why no one would call an object as a tool, though it has its document; or ""."""
-    doc = documentation(obj)
-    if inspect.isclass(obj) and issubclass(obj, (BaseException, type, enum.Enum)):
+    doc, is_class = documentation(obj), inspect.isclass(obj)
+    if is_class and issubclass(obj, (BaseException, type, enum.Enum)):
         return "an exception, a metaclass or an enumeration"
     gives = getattr(obj, "__annotations__", {}).get("return", "")
     if re.match(r"([\w.]+\.)?Callable\b", str(gives)):
         return "it makes a decorator or another function"
-    if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not inspect.isclass(obj):
+    if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not is_class:
         return "a type"
-    if inspect.isclass(obj) and (
-        inspect.isabstract(obj)
-        or getattr(obj, "_is_protocol", False)
-        or re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
-        or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
-    ):
+    named = is_class and re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
+    called = is_class and re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
+    if named or called or is_class and (inspect.isabstract(obj) or getattr(obj, "_is_protocol", False)):
         return "an abstract base"
-    head = re.split(r"\n[ \t]*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0][
-        :1000
-    ]  # below, parameters may be
-    said = r"(?i)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
-    if hasattr(obj, "__deprecated__") or re.search(said, head, re.M):
+    head = re.split(r"\n[ \t]*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0]  # below, parameters may be
+    said = r"(?im)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
+    if hasattr(obj, "__deprecated__") or re.search(said, head[:1000]):
         return "deprecated"
     if re.search(r"(?i)\binternal(ly)? (function|method|helper|use|api)|\bprivate\b", head[:300]):
         return "private"
-    if re.search(
-        r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|"
-        r"lib2to3|distutils|tkinter|turtle\w*|curses)\b",
-        key
-    ):
-        return "test code, or part of a program"
-    return ""
+    of_tests = (r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|"
+                r"^(idlelib|lib2to3|distutils|tkinter|turtle\w*|curses)\b")
+    return "test code, or part of a program" if re.search(of_tests, key) else ""
 
 
 def members(cls):
@@ -885,9 +876,8 @@ def signature_of(definition):
             value = Opaque("...") if value is ... else value
         except (ValueError, TypeError):
             value = Opaque(ast.unparse(default))
-        return P(
-            arg.arg, kind, default=value, annotation=ast.unparse(arg.annotation) if arg.annotation else empty
-        )
+        annotation = ast.unparse(arg.annotation) if arg.annotation else empty
+        return P(arg.arg, kind, default=value, annotation=annotation)
 
     positional = definition.posonlyargs + definition.args
     defaults = [None] * (len(positional) - len(definition.defaults)) + definition.defaults
@@ -1140,13 +1130,13 @@ def json_schema(parameters, doc, module=None):
             [(name, said)] = others.items()
         stated, note = ("", "") if p.annotation is p.empty else annotation_text(p.annotation, module)
         entry = parameter_schema(name, stated, said._replace(description=said.description or note), p.default)
-        if p.kind == p.VAR_POSITIONAL and entry.get("type") != "array":
-            described = {"description": entry.pop("description")} if "description" in entry else {}
-            entry = array_of([entry] if entry else []) | described
-        elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and name != "out":
-            if not re.search(r"\boptional\b", said.type):
-                required.append(name)
-                entry.pop("default", None)
+        if p.kind == p.VAR_POSITIONAL:
+            if entry.get("type") != "array":
+                described = {"description": entry.pop("description")} if "description" in entry else {}
+                entry = array_of([entry] if entry else []) | described
+        elif p.default is p.empty and name != "out" and not re.search(r"\boptional\b", said.type):
+            required.append(name)
+            entry.pop("default", None)
         properties[name] = entry
     more = {"additionalProperties": True} if takes_more else {}
     return {"type": "object", "properties": properties, "required": required} | more
@@ -1442,10 +1432,8 @@ def type_schema(stated):
         found = [schema for schema in found if schema != {"type": "integer"}]
     if values := [v for v in values if {"type": PYTHON_TYPES[type(v)]} not in found]:
         found.insert(0, enumeration(values))
-    if not found or len(found) == 1 and "title" in found[0]:  # a class alone: see class_schema
-        return {}
     if len(found) < 2:
-        return found[0]
+        return found[0] if found and "title" not in found[0] else {}  # a class alone: see class_schema
     if all(schema.keys() == {"type"} for schema in found):
         return {"type": [schema["type"] for schema in found]}
     return {"anyOf": found}
@@ -1588,14 +1576,14 @@ class Symbol(str):
 
 def sessions(doc, obj, module):
     """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "on",
-    "made_by", "alters", "imports", "binds"}, ...]], ...
+    "owner", "made_by", "alters", "imports", "binds"}, ...]], ...
 
     `acts` says that it is an expression, which without an output must have changed something. `keys` identify
     the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments,
     or names bound to such before, which can be shown as a call of that very tool; for a method `on` is the
-    name of the object, `made_by` the expression that has just made it, if it stands alone, and `alters` says
-    that it changes it; `binds` is the name that its result gets, `imports` what the code needs. Names are
-    looked up, no code is run.
+    name of the object, `owner` the name with which that begins, `made_by` the expression that has just made
+    the object, if it stands alone, and `alters` says that it changes it; `binds` is the name that its result
+    gets, `imports` what the code needs. Names are looked up, no code is run.
     """
     try:
         parts = doctest.DocTestParser().parse(doc)
@@ -1672,8 +1660,8 @@ class Session:
                          "imports": sorted(filter(None, imports)), "keys": sorted(keys)}
 
     def find_called(self, call):
-        """(The callable that a call is of, the class of the object on which it is called, what sessions() says
-        of it).
+        """(The callable that a call is of, the class of the object on which it is called, what sessions()
+        says of it).
         """
         function = ast.unparse(call.func) if call else ""
         on, _, name = function.rpartition(".")
@@ -1687,7 +1675,7 @@ class Session:
             target, key = vars(home)[name], f"{api_key(home)}.{name}"
         return target, cls, {
             "call": target and literal_call(key, target, call, self.literals, is_method),
-            "on": on if is_method else None, "made_by": made_by,
+            "on": on if is_method else None, "owner": on.partition(".")[0], "made_by": made_by,
             "alters": is_method and bool(ALTERING.match(name) or RETURNS_SELF.search(target.__doc__ or ""))}
 
     def made(self, node):
@@ -2159,7 +2147,7 @@ def actions(api, apis):
             named = [(*called_api(s, apis, made - unmade), s["output"]) for s in acting]
             if all(target for target, *_ in named):
                 acts += named
-                waiting = [s for s in waiting if not s["acts"] or s["alters"] and owner(s) in unmade]
+                waiting = [s for s in waiting if not s["acts"] or s["alters"] and s["owner"] in unmade]
                 continue
             run, waiting = parted(step, waiting[:-1])
             needed = sorted({line for s in run for line in s["imports"]} - imported)
@@ -2184,11 +2172,6 @@ def parted(last, before):
     return code, later
 
 
-def owner(step):
-    """The name that the object of a method is, or is part of."""
-    return step["on"].partition(".")[0]
-
-
 def called_api(step, apis, made):
     """(the API that a step is a call of, its arguments), or (None, None). The object of a method is an
     argument too: one of the names made, or an expression.
@@ -2199,7 +2182,7 @@ def called_api(step, apis, made):
     api, on = apis[key], step["on"]
     if on is None:
         return api, arguments
-    thing = on if owner(step) in made else step["made_by"]
+    thing = on if step["owner"] in made else step["made_by"]
     return (on_object(api), {"object": thing} | arguments) if thing else (None, None)
 
 
