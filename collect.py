@@ -934,23 +934,21 @@ def documented_parameters(doc, known=()):
     found, plain, level, lines = {}, {}, None, doc.expandtabs().split("\n")
     literal = None  # indentation of the line that a literal block belongs to
     for i, (line, (style, base)) in enumerate(zip(lines, sections(lines))):
-        text, names, kind, description = line.strip()[:500], [], "", ""
-        if text and literal is not None and indentation(line) <= literal:
-            literal = None
-        if literal is not None:
+        text, indent, names, kind, description = line.strip()[:500], indentation(line), [], "", ""
+        if literal is not None and (not text or indent > literal):
             continue
-        if style == "" and text.endswith("::") and not PARAMETERS.fullmatch(text.rstrip(":")):
-            literal = indentation(line)
+        announced = style == "" and text.endswith("::") and not PARAMETERS.fullmatch(text.rstrip(":"))
+        literal = indent if announced else None
         level = level if style == "google" else None  # of the entries; what is indented more belongs to one
-        nested = level is not None and indentation(line) > level
+        nested = level is not None and indent > level
         if match := FIELD.match(text):
             names, said = [match[3].strip("*")], paragraph(match[4], lines, i)
             kind, description = (said, "") if "type" in match[1] else (match[2].strip(), said)
-        elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
+        elif style == "numpy" and indent == base and (match := NUMPY_ENTRY.fullmatch(text)):
             kind, more = whole_type(match[2] or "", lines, i)
             names, description = parameter_names(match[1]), paragraph("", lines, i, skipped=more)
         elif style in ("google", "") and not nested and (match := ENTRY.fullmatch(text)):
-            level = indentation(line)
+            level = indent
             names, kind = parameter_names(match[1]), match[2] or ""
             description = paragraph(match[3], lines, i)
             spaced = style == "" and re.match(rf"\W*{PARAMETER_NAMES}\W* : ", text)
@@ -1046,11 +1044,8 @@ def paragraph(first, lines, i, skipped=0):
     paragraph, with the list that it announces.
     """
     held, ended, bullet = [first] * bool(first.strip()), False, re.match(r"\s*[-*•+] ", lines[i])
-    for line in map(
-        lines.__getitem__, range(i + 1 + skipped, len(lines))
-    ):  # a copy of the rest would cost quadratic time
-        text = line.strip()
-        deeper = indentation(line) - indentation(lines[i])
+    for n in range(i + 1 + skipped, len(lines)):  # a copy of the rest would cost quadratic time
+        text, deeper = lines[n].strip(), indentation(lines[n]) - indentation(lines[i])
         wraps = bullet and deeper == 0 and not ended and text[:1].islower()
         if text and (deeper <= 0 and not wraps or ended and not re.match(r"[-*•] ", text)):
             break
