@@ -76,7 +76,7 @@ import typing
 import urllib.parse
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
@@ -201,16 +201,13 @@ def write_unit(unit, out, args):
     try:  # the file of the records, which says that the unit is done, appears last
         with (writing(out / unit.filename) as records, writing(out / "rejected" / unit.filename) as rejected,
               writing(out / "tools" / unit.filename) as tools):
+            files = {Record: records, Tool: tools, dict: rejected}
             for found in unit.function(*unit.arguments):
-                if isinstance(found, dict):
-                    rejected.write(json.dumps(found, ensure_ascii=False) + "\n")
-                elif not wanted(found.license, args):
+                if not isinstance(found, dict) and not wanted(found.license, args):
                     name = found.id if isinstance(found, Record) else found.name
-                    refused = rejection(found.source, name, f"license {found.license}")
-                    rejected.write(json.dumps(refused, ensure_ascii=False) + "\n")
-                else:
-                    file = records if isinstance(found, Record) else tools
-                    file.write(found.to_json() + "\n")
+                    found = rejection(found.source, name, f"license {found.license}")
+                line = json.dumps(found, ensure_ascii=False) if isinstance(found, dict) else found.to_json()
+                files[type(found)].write(line + "\n")
     except (ValueError, OSError) as error:  # a server that does not answer, a full disk
         return str(error)
 
@@ -453,14 +450,12 @@ def find_units(kind, value="", *, args):
     root, license = (Path(value).resolve(), None) if value else installed_data(kind)
     if not root.exists():
         fail(f"{kind}:{value}: no such file or directory")
-    pattern, files = sources()[kind][1], []
-    folder = root if root.is_dir() else root.parent
-    for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
-        chosen = path == root or re.search(pattern, path.name) and path.is_file()
-        if chosen and path.resolve().is_relative_to(root):  # a link may lead out
-            name = path.relative_to(folder.parent).as_posix() if root.is_dir() else path.name
-            if "/." not in name:  # none that is hidden
-                files.append((path, name, license or nearby_license(path.parent, folder)))
+    pattern, files, folder = sources()[kind][1], [], root if root.is_dir() else root.parent
+    inside = sorted(path for path in root.rglob("*") if re.search(pattern, path.name) and path.is_file())
+    for path in inside if root.is_dir() else [root]:
+        name = path.relative_to(root.parent).as_posix()
+        if "/." not in name and path.resolve().is_relative_to(root):  # none hidden; a link may lead out
+            files.append((path, name, license or nearby_license(path.parent, folder)))
     if not files:
         fail(f"{kind}:{value}: no files of this kind in it ({pattern})")
     return file_units(kind, f"{kind}.{identifier(root.name)}-{fingerprint(None, str(root))}", files, args)
@@ -503,8 +498,8 @@ def file_units(kind, prefix, files, args):
         grouped[zlib.crc32(file[1].encode("utf-8", "replace")) % groups].append(file)
     options = [getattr(args, name) for name in sources()[kind][2]]
     for number, group in grouped.items():
-        found = [(name, license, os.stat(path)) for path, name, license in group]
-        stats = [(name, license, stat.st_size, stat.st_mtime_ns) for name, license, stat in found]
+        stats = [(name, license, os.stat(path).st_size, os.stat(path).st_mtime_ns)
+                 for path, name, license in group]
         filename = f"{prefix}.{number:02}-{fingerprint(args, stats, options)}.jsonl"
         units.append(Unit(filename, sum(entry[2] for entry in stats), file_records, (kind, group, args)))
     return units, [prefix + "."]
@@ -589,8 +584,8 @@ def nearby_license(directory, root):
     for path in sorted(directory.iterdir()):
         if re.match(r"(?i)(un)?licen[cs]e|copying", path.name) and path.is_file():
             text = path.read_text(encoding="utf-8", errors="replace")[:20_000]
-            found = {name: re.search(pattern, text, re.I) for name, pattern in LICENSES.items()}
-            starts = {name: match.start() for name, match in found.items() if match}  # others it may mention
+            starts = {name: found.start() for name, pattern in LICENSES.items()
+                      if (found := re.search(pattern, text, re.I))}  # others it may mention
             return min(starts, key=starts.get, default=f"see {path.name}")
     return nearby_license(directory.parent, root) if directory != root else "unknown"
 
@@ -637,72 +632,44 @@ class Package:
 
 def find_packages():
     """The standard library and every installed distribution that brings modules."""
-    version = ".".join(map(str, sys.version_info[:3]))
-    top_level = sorted(
-        n
-        for n in sys.stdlib_module_names
-        if not n.startswith("_") and n not in ("this", "antigravity", "test")
-    )
-    roots = [Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("stdlib")) / "lib-dynload"]
-    packages = [describe_package("stdlib", version, "PSF-2.0", "", top_level, roots, top_level)]
-    owners = {}
+    version, stdlib = ".".join(map(str, sys.version_info[:3])), Path(sysconfig.get_path("stdlib"))
+    unwanted = re.compile("_|(this|antigravity|test)$")
+    names = sorted(name for name in sys.stdlib_module_names if not unwanted.match(name))
+    roots, owners = [stdlib, stdlib / "lib-dynload"], defaultdict(list)
+    packages = [describe_package("stdlib", version, "PSF-2.0", "", names, roots, names)]
     for module, names in importlib.metadata.packages_distributions().items():
         if module.isidentifier() and not module.startswith("_") and module not in sys.stdlib_module_names:
-            owners.setdefault(min(names), []).append(module)
+            owners[min(names)].append(module)
     for name, modules in sorted(owners.items()):
         dist = importlib.metadata.distribution(name)
-        description = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
-        packages.append(
-            describe_package(
-                name.lower(),
-                dist.version,
-                license_of(dist.metadata),
-                description,
-                sorted(modules),
-                [Path(dist.locate_file(""))],
-                [],
-            )
-        )
+        about = dist.metadata.get_payload() or dist.metadata.get("Description") or ""
+        packages.append(describe_package(name.lower(), dist.version, license_of(dist.metadata), about,
+                                         sorted(modules), [Path(dist.locate_file(""))], []))
     return packages
 
 
 def license_of(metadata):
     """SPDX expression if stated, else the classifiers' names, else the first line of the License field."""
     classifiers = [c.split(" :: ")[-1] for c in metadata.get_all("Classifier", []) if c.startswith("License")]
-    stated = (
-        metadata.get("License-Expression")
-        or " AND ".join(classifiers)
-        or metadata.get("License")
-        or "unknown"
-    )
-    return stated.strip().split("\n")[0][:80]
+    stated = metadata.get("License-Expression") or " AND ".join(classifiers) or metadata.get("License")
+    return (stated or "unknown").strip().split("\n")[0][:80]
 
 
 def describe_package(name, version, license, description, top_level, roots, builtin_modules):
     """List the source files and public modules that lie under the top-level names in the roots."""
     files, modules = [], set(builtin_modules)
-    for root in roots:
-        for module in top_level:
-            paths = (
-                sorted((root / module).rglob("*"))
-                if (root / module).is_dir()
-                else sorted(root.glob(module + ".*"))
-            )
-            for path in paths:
-                if path.suffix not in (".py", ".so", ".pyd") or not path.is_file():
-                    continue
-                parts = list(path.relative_to(root).parts)
-                parts[-1] = parts[-1].split(".")[0]
-                if parts[-1] == "__init__":
-                    parts.pop()
-                public = all(
-                    p.isidentifier() and not re.match(r"_|tests?$|test_|.*_tests?$|conftest$|setup$", p)
-                    for p in parts
-                )
-                if path.suffix == ".py":
-                    files.append((path, ".".join(parts), public))
-                if public:
-                    modules.add(".".join(parts))
+    private = re.compile(r"_|tests?$|test_|.*_tests?$|conftest$|setup$")
+    for root, module in itertools.product(roots, top_level):
+        inside = (root / module).rglob("*") if (root / module).is_dir() else root.glob(module + ".*")
+        for path in sorted(inside):
+            if path.suffix not in (".py", ".so", ".pyd") or not path.is_file():
+                continue
+            parts = re.sub(r"(/__init__)?\.[^/]*$", "", path.relative_to(root).as_posix()).split("/")
+            public = all(part.isidentifier() and not private.match(part) for part in parts)
+            if path.suffix == ".py":
+                files.append((path, ".".join(parts), public))
+            if public:
+                modules.add(".".join(parts))
     size = sum(path.stat().st_size for path, *_ in files)
     return Package(name, version, license, description, files, sorted(modules), size)
 
@@ -715,20 +682,17 @@ def child():
     """Answer lines of a token and a module's name on standard input with the token and JSON, a line
     each, on (a private copy of) standard output.
     """
-    own, reply = os.getpid(), os.fdopen(os.dup(1), "w", encoding="utf-8", errors="replace")
-    null = os.open(os.devnull, os.O_RDWR)
-    requests = os.fdopen(os.dup(0), encoding="utf-8")
-    for descriptor in (0, 1, 2):  # what modules print, or ask, goes nowhere
+    own, null, seen = os.getpid(), os.open(os.devnull, os.O_RDWR), {}
+    requests, reply = os.fdopen(os.dup(0), encoding="utf-8"), os.fdopen(os.dup(1), "w")
+    for descriptor in (0, 1):  # what modules print, or ask, goes nowhere
         os.dup2(null, descriptor)
     warnings.simplefilter("ignore")
-    seen = {}
     for line in requests:
         token, name = line.split()
         answer = describe_module(name, seen)
         if os.getpid() != own:  # the module forked, and this is the copy
             os._exit(0)
-        reply.write(f"\n{token} {stable(json.dumps(answer))}\n")
-        reply.flush()
+        print(f"\n{token} {stable(json.dumps(answer))}", file=reply, flush=True)
 
 
 def describe_module(name, seen):
@@ -746,16 +710,14 @@ def describe_module(name, seen):
         with contextlib.suppress(Exception):  # one that is imported when it is asked for, and cannot be
             objects.append((public_name, getattr(module, public_name)))
     for public_name, obj in objects:
-        with contextlib.suppress(
-            Exception
-        ):  # an object that breaks under inspection has no usable documentation
+        with contextlib.suppress(Exception):  # one that breaks under inspection has no documentation to use
             described += describe_object(obj, module, public_name, seen)
     return {"objects": described, "error": None}
 
 
 def describe_object(obj, module, public_name, seen):
     """A callable and, of a class, its documented methods, or nothing if it belongs to another package. What
-    was described is noted in `seen`: the keys of callables and {id of a method: its key}.
+    was described is noted in `seen`: the keys of callables and {id of a method: its description}.
     """
     home = getattr(obj, "__module__", None) or module.__name__
     if inspect.ismodule(obj) or not callable(obj) or not belongs(home, module.__name__):
@@ -776,17 +738,14 @@ def describe_object(obj, module, public_name, seen):
             function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
             if name.startswith("_") or not callable(function) or inspect.isclass(function):
                 continue
-            needs_object = "" if function is not member else "a method, whose object a call cannot name"
-            member_key = f"{key}.{name}"
-            description = {"same": seen.get(id(member))}  # a base's method may be that of many classes
-            if id(member) not in seen:
+            if id(member) not in seen:  # a base's method may be that of many classes
                 bound = not isinstance(member, staticmethod)
-                description = describe_callable(function, documentation(function), module, bound)
-                seen[id(member)] = member_key
-            why = needs_object or reason or unfit(function, member_key)
-            described.append(
-                description | {"key": member_key, "home": home, "of": key, "name": name, "unfit": why}
-            )
+                seen[id(member)] = describe_callable(function, documentation(function), module, bound)
+            why = reason or unfit(function, f"{key}.{name}")
+            if function is member:
+                why = "a method, whose object a call cannot name"
+            method = {"key": f"{key}.{name}", "home": home, "of": key, "name": name, "unfit": why}
+            described.append(seen[id(member)] | method)
     return described
 
 
@@ -803,36 +762,27 @@ def documentation(obj):
 
 def unfit(obj, key):
     """Why no one would call an object as a tool, though it has its document; or ""."""
-    doc = documentation(obj)
-    if inspect.isclass(obj) and issubclass(obj, (BaseException, type, enum.Enum)):
+    doc, is_class = documentation(obj), inspect.isclass(obj)
+    if is_class and issubclass(obj, (BaseException, type, enum.Enum)):
         return "an exception, a metaclass or an enumeration"
     gives = getattr(obj, "__annotations__", {}).get("return", "")
     if re.match(r"([\w.]+\.)?Callable\b", str(gives)):
         return "it makes a decorator or another function"
-    if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not inspect.isclass(obj):
+    if hasattr(obj, "__origin__") or hasattr(obj, "mro") and not is_class:
         return "a type"
-    if inspect.isclass(obj) and (
-        inspect.isabstract(obj)
-        or getattr(obj, "_is_protocol", False)
-        or re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
-        or re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
-    ):
+    named = is_class and re.match(r"(Base|Abstract)[A-Z_]", obj.__name__)
+    called = is_class and re.search(r"\b([Aa]bstract|[Bb]ase) class\b", doc[:200])
+    if named or called or is_class and (inspect.isabstract(obj) or getattr(obj, "_is_protocol", False)):
         return "an abstract base"
-    head = re.split(r"\n[ \t]*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0][
-        :1000
-    ]  # below, parameters may be
-    said = r"(?i)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
-    if hasattr(obj, "__deprecated__") or re.search(said, head, re.M):
+    head = re.split(r"\n[ \t]*(?:Parameters|Args|Arguments)\b|\n:param", doc)[0]  # below, parameters may be
+    said = r"(?im)^\.\. deprecated::|^[ \t*.]*deprecated\b|\b(is|are|was|been) deprecated\b"
+    if hasattr(obj, "__deprecated__") or re.search(said, head[:1000]):
         return "deprecated"
     if re.search(r"(?i)\binternal(ly)? (function|method|helper|use|api)|\bprivate\b", head[:300]):
         return "private"
-    if re.search(
-        r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|^(idlelib|"
-        r"lib2to3|distutils|tkinter|turtle\w*|curses)\b",
-        key,
-    ):
-        return "test code, or part of a program"
-    return ""
+    of_tests = (r"(^|[.:_])(_?tests?|testing|conftest|unittest|doctest|benchmarks|examples)([.:_]|$)|"
+                r"^(idlelib|lib2to3|distutils|tkinter|turtle\w*|curses)\b")
+    return "test code, or part of a program" if re.search(of_tests, key) else ""
 
 
 def members(cls):
@@ -859,24 +809,17 @@ def describe_callable(obj, doc, module, bound=False):
     parameters = list(signature.parameters.values()) if signature else []
     first = parameters[0].name if parameters else ""
     takes_self = inspect.isfunction(obj) and obj.__code__.co_varnames[:1] == (first,)
-    if bound and first and (first in ("self", "cls") or takes_self):
+    if bound and (first in ("self", "cls") or takes_self):
         parameters = parameters[1:]
     schema = json_schema(parameters, doc, sys.modules.get(getattr(obj, "__module__", None), module))
     if not signature:  # what it takes is not known
         schema["additionalProperties"] = True
+    vague = [p for p in parameters if p.kind == p.VAR_POSITIONAL and "description" not in
+             schema["properties"].get(p.name, ["description"])]  # one under another name is described
     return {
-        "doc": doc,
+        "doc": doc, "is_class": inspect.isclass(obj), "parameters": schema,
         "signature": str(signature.replace(parameters=map(shown, parameters))) if signature else "(...)",
-        "is_class": inspect.isclass(obj),
-        "parameters": schema,
-        "known": signature is not None
-        and all(
-            p.kind != p.VAR_POSITIONAL
-            or "description" in schema["properties"].get(p.name, {"description": ""})
-            for p in parameters
-        ),
-        "sessions": sessions(doc, obj, module),
-    }
+        "known": signature is not None and not vague, "sessions": sessions(doc, obj, module)}
 
 
 def shown(parameter):
@@ -933,9 +876,8 @@ def signature_of(definition):
             value = Opaque("...") if value is ... else value
         except (ValueError, TypeError):
             value = Opaque(ast.unparse(default))
-        return P(
-            arg.arg, kind, default=value, annotation=ast.unparse(arg.annotation) if arg.annotation else empty
-        )
+        annotation = ast.unparse(arg.annotation) if arg.annotation else empty
+        return P(arg.arg, kind, default=value, annotation=annotation)
 
     positional = definition.posonlyargs + definition.args
     defaults = [None] * (len(positional) - len(definition.defaults)) + definition.defaults
@@ -955,10 +897,8 @@ class Opaque(str):
 
 ONE_NAME = r"(?:\\?\*){0,2}[^\W\d]\w*"
 PARAMETER_NAMES = rf"{ONE_NAME}(?:(?:\s*,\s*(?:and\s+)?|\s+and\s+){ONE_NAME})*(?:,\s*\.{{3}})?"
-FIELD = re.compile(
-    r"[:@](?:param|parameter|arg|argument|key|keyword|kwarg)\s+(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)"
-)
-FIELD_TYPE = re.compile(r"[:@](?:type|kwtype)\s+\*{0,2}(\w+)\s*:\s*(.*)")
+FIELD = re.compile(r"[:@](param|parameter|arg|argument|key|keyword|kwarg|type|kwtype)\s+"
+                   r"(.*?)(?<![\w.])(\*{0,2}\w+)\s*:\s*(.*)")
 NUMPY_ENTRY = re.compile(rf"`*({PARAMETER_NAMES})`*(?:\s*:(?:\s+(.*))?)?")
 # "name (type): what" of Google; "'name' -- what", "* name - what" and "name   What" of plain lists
 ENTRY = re.compile(
@@ -970,7 +910,7 @@ PARAMETERS = re.compile(r"((other|keyword|optional|required|init|constructor) )?
 OTHERS = re.compile(
     r"returns?|yields?|receives?|raises?|warns?|warnings?|exceptions?|see also|notes?|"
     r"references?|examples?|usage|attributes|methods|shape|outputs?|results?|side effects",
-    re.I,
+    re.I
 )
 
 
@@ -994,30 +934,26 @@ def documented_parameters(doc, known=()):
     found, plain, level, lines = {}, {}, None, doc.expandtabs().split("\n")
     literal = None  # indentation of the line that a literal block belongs to
     for i, (line, (style, base)) in enumerate(zip(lines, sections(lines))):
-        text, names, kind, description = line.strip()[:500], [], "", ""
-        if text and literal is not None and indentation(line) <= literal:
-            literal = None
-        if literal is not None:
+        text, indent, names, kind, description = line.strip()[:500], indentation(line), [], "", ""
+        if literal is not None and (not text or indent > literal):
             continue
-        if style == "" and text.endswith("::") and not PARAMETERS.fullmatch(text.rstrip(":")):
-            literal = indentation(line)
+        announced = style == "" and text.endswith("::") and not PARAMETERS.fullmatch(text.rstrip(":"))
+        literal = indent if announced else None
         level = level if style == "google" else None  # of the entries; what is indented more belongs to one
-        nested = level is not None and indentation(line) > level
-        if match := FIELD_TYPE.match(text):
-            names, kind = [match[1]], paragraph(match[2], lines, i)
-        elif match := FIELD.match(text):
-            names, kind = [match[2].strip("*")], match[1].strip()
-            description = paragraph(match[3], lines, i)
-        elif style == "numpy" and indentation(line) == base and (match := NUMPY_ENTRY.fullmatch(text)):
+        nested = level is not None and indent > level
+        if match := FIELD.match(text):
+            names, said = [match[3].strip("*")], paragraph(match[4], lines, i)
+            kind, description = (said, "") if "type" in match[1] else (match[2].strip(), said)
+        elif style == "numpy" and indent == base and (match := NUMPY_ENTRY.fullmatch(text)):
             kind, more = whole_type(match[2] or "", lines, i)
             names, description = parameter_names(match[1]), paragraph("", lines, i, skipped=more)
         elif style in ("google", "") and not nested and (match := ENTRY.fullmatch(text)):
-            level = indentation(line)
+            level = indent
             names, kind = parameter_names(match[1]), match[2] or ""
             description = paragraph(match[3], lines, i)
-            spaced = style == "" and not kind and re.match(rf"\W*{PARAMETER_NAMES}\W* : ", text)
+            spaced = style == "" and re.match(rf"\W*{PARAMETER_NAMES}\W* : ", text)
             if spaced and is_indented_below(lines, i):
-                goes_on = ". " in match[3] or " " in match[3] and lines[i + 1].strip()[0].islower()
+                goes_on = " " in match[3] and lines[i + 1].lstrip()[0].islower()
                 if not goes_on:  # a type, as under NumPy's heading
                     kind, description = match[3], paragraph("", lines, i)
             if style == "" and {*names} <= {*known}:
@@ -1108,11 +1044,8 @@ def paragraph(first, lines, i, skipped=0):
     paragraph, with the list that it announces.
     """
     held, ended, bullet = [first] * bool(first.strip()), False, re.match(r"\s*[-*•+] ", lines[i])
-    for line in map(
-        lines.__getitem__, range(i + 1 + skipped, len(lines))
-    ):  # a copy of the rest would cost quadratic time
-        text = line.strip()
-        deeper = indentation(line) - indentation(lines[i])
+    for n in range(i + 1 + skipped, len(lines)):  # a copy of the rest would cost quadratic time
+        text, deeper = lines[n].strip(), indentation(lines[n]) - indentation(lines[i])
         wraps = bullet and deeper == 0 and not ended and text[:1].islower()
         if text and (deeper <= 0 and not wraps or ended and not re.match(r"[-*•] ", text)):
             break
@@ -1158,7 +1091,7 @@ NAMED = {  # names that tell of the type by themselves
     "integer": r"(\w+_)?fd|p?pid|lineno|bufsize|backlog|chunk_?size|block_?size|stacklevel|"
     r"port|year|month|day|hour|minute|offset|limit|count|length|num|"
     r"(n|num)_\w+|\w+_(count|index|length)",
-    "number": r"(\w+_)?timeout",
+    "number": r"(\w+_)?timeout"
 }
 # Classes, though such words mean JSON_TYPES
 CLASSES = {"Vector", "Series", "Node", "Label", "Expression", "Symbol", "Generator", "Text", "Layout"}
@@ -1169,15 +1102,8 @@ CLASS_NAME = (  # a name in capitals that is neither that of a library nor of wh
     r"(?<!\b_t\.)"  # ArrayLike and _t.Type are aliases more often than classes
     r"(?:[A-Z]\w*[a-z]\w*|IO)"
 )
-PYTHON_TYPES = {
-    bool: "boolean",
-    int: "integer",
-    float: "number",
-    str: "string",
-    list: "array",
-    tuple: "array",
-    dict: "object",
-}
+PYTHON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string",
+                list: "array", tuple: "array", dict: "object"}
 
 
 def json_schema(parameters, doc, module=None):
@@ -1186,7 +1112,7 @@ def json_schema(parameters, doc, module=None):
     typing.Annotated.
     """
     parameters = [p for i, p in enumerate(parameters) if i or p.name != "self"]
-    known, kinds = {p.name for p in parameters}, {p.kind for p in parameters}
+    known, takes_more = {p.name for p in parameters}, any(p.kind == p.VAR_KEYWORD for p in parameters)
     documented = documented_parameters(doc, known)
     others = {name: said for name, said in documented.items() if name not in known}
     properties, required = {}, []
@@ -1195,26 +1121,19 @@ def json_schema(parameters, doc, module=None):
         if p.kind == p.VAR_KEYWORD:  # stands for those that are documented by name
             properties |= {other: parameter_schema(other, "", entry) for other, entry in others.items()}
             continue
-        if (
-            p.kind == p.VAR_POSITIONAL
-            and p.VAR_KEYWORD not in kinds
-            and said == Documented()
-            and len(others) == 1
-        ):
+        if p.kind == p.VAR_POSITIONAL and not takes_more and said == Documented() and len(others) == 1:
             [(name, said)] = others.items()
         stated, note = ("", "") if p.annotation is p.empty else annotation_text(p.annotation, module)
         entry = parameter_schema(name, stated, said._replace(description=said.description or note), p.default)
-        if p.kind == p.VAR_POSITIONAL and entry.get("type") != "array":
-            items = {k: v for k, v in entry.items() if k != "description"}
-            entry = array_of([items] if items else []) | {
-                k: v for k, v in entry.items() if k == "description"
-            }
-        elif p.kind != p.VAR_POSITIONAL and p.default is p.empty and name != "out":
-            if not re.search(r"\boptional\b", said.type):
-                required.append(name)
-                entry.pop("default", None)
+        if p.kind == p.VAR_POSITIONAL:
+            if entry.get("type") != "array":
+                described = {"description": entry.pop("description")} if "description" in entry else {}
+                entry = array_of([entry] if entry else []) | described
+        elif p.default is p.empty and name != "out" and not re.search(r"\boptional\b", said.type):
+            required.append(name)
+            entry.pop("default", None)
         properties[name] = entry
-    more = {"additionalProperties": True} if inspect.Parameter.VAR_KEYWORD in kinds else {}
+    more = {"additionalProperties": True} if takes_more else {}
     return {"type": "object", "properties": properties, "required": required} | more
 
 
@@ -1223,50 +1142,39 @@ def parameter_schema(name, stated, said, default=inspect.Parameter.empty):
     or guessed from its description and name. An object of a class is {"type": "object", "title": <the
     class>}.
     """
-    said = said._replace(description=said.description[:1000])
+    told, description = stated or said.type, said.description[:1000]
     schema, documented = type_schema(stated), type_schema(said.type)
-    narrower = schema == {"type": "string"} == {k: v for k, v in documented.items() if k != "enum"}
-    narrower = narrower and (type(default) is not str or default in documented.get("enum", [default]))
-    narrower = narrower or is_listed(said.type, documented, schema, default)
-    schema = dict(documented if narrower else schema or documented)
+    if not schema or is_narrower(said.type, documented, schema, default):
+        schema = documented
     if type(default) not in PYTHON_TYPES:
-        default = default_in_words(f"{said.type} {said.description}")
-    if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", stated or said.type):
+        default = default_in_words(f"{said.type} {description}")
+    if type(default) in PYTHON_TYPES and not re.match(r"any\b|object$", told):
         kind = "number" if type(default) is int and REAL.fullmatch(name) else PYTHON_TYPES[type(default)]
         schema = schema or {"type": kind}
         short = len(repr(default)) < 200 and (type(default) is not float or abs(default) < 1e300)
         if type(default) in (bool, int, str, float) and short and fits(default, schema):
-            schema["default"] = default
-    schema = dict(
-        schema
-        or class_schema(stated or said.type)
-        or ({} if stated or said.type else guessed_schema(name, said.description))
-    )
-    plain = (
-        {"type", "default"} >= schema.keys()
-        and (schema or not stated)
-        and schema.get("type", "string") == "string"
-    )
-    if plain and len(values := values_in_words(said.description)) > 1:
-        schema = {"type": "string", "enum": values} | (
-            {"default": schema["default"]} if schema.get("default") in values else {}
-        )
-    if schema and may_be_none(stated or said.type):
-        schema["nullable"] = True
-    description = textwrap.shorten(said.description, 200, placeholder=" ...")
+            schema = schema | {"default": default}
+    schema = schema or (class_schema(told) if told else guessed_schema(name, description))
+    plain = schema.keys() <= {"type", "default"} and schema.get("type", "string") == "string"
+    if plain and (schema or not stated) and len(values := values_in_words(description)) > 1:
+        kept = {key: value for key, value in schema.items() if value in values}  # the default
+        schema = {"type": "string", "enum": values} | kept
+    if schema and may_be_none(told):
+        schema = schema | {"nullable": True}
+    description = textwrap.shorten(description, 200, placeholder=" ...")
     return schema | ({"description": description} if description else {})
 
 
-def is_listed(stated, documented, schema, default):
+def is_narrower(stated, documented, schema, default):
     """Whether a docstring lists the values of a parameter, such as {0 or 'index', 1 or 'columns'}, of which
     the annotation's schema says less: it has no such list, and holds the values or is that of an integer.
     """
-    plain = re.fullmatch(r"\{[^{}:]*\}(?:,? *(?:optional|or None|defaults?.*))?", stated)
-    values = documented.get("enum", []) if plain and "..." not in stated else []
-    if not values or "enum" in schema or type(default) in PYTHON_TYPES and not fits(default, documented):
+    values = documented.get("enum", [])
+    listed = schema == {"type": "string"} or re.fullmatch(r"\{((?!\.{3})[^{}])*\}[^{}]*", stated)
+    if not values or not listed or "enum" in schema:
         return False
-    of_integers = schema == {"type": "integer"} and any(type(value) is int for value in values)
-    return of_integers or all(fits(value, schema) for value in values)
+    holds = schema == {"type": "integer"} or all(fits(value, schema) for value in values)
+    return holds and (type(default) not in PYTHON_TYPES or fits(default, documented))
 
 
 def may_be_none(stated):
@@ -1280,7 +1188,7 @@ def may_be_none(stated):
         stated = union[1]
     while more:
         stated, more = re.subn(r"\[[^\[\]]*\]", "", stated)
-    return re.search(r"\bNone\b|\bOptional\b", stated) is not None
+    return re.search(r"\b(None|Optional)\b", stated) is not None
 
 
 def class_schema(stated):
@@ -1298,13 +1206,20 @@ def class_schema(stated):
     others = re.findall(r"(?:\bor|\|) ([a-z][a-z-]+)$", stated.strip())  # "Medium or sympifiable"
     if {*others} - {"none", "null", "graph", "subclass", "subclasses"}:
         return {}
-    found = re.search(rf"\b{CLASS_NAME}\b", stated)
-    described = found or re.search(
-        r"\b(?!any |an? |the )([a-z_]\w*)(?=[ -](?:object|instance|like object)s?\b)", stated
-    )
-    if re.search(r"(?i)\b(multi|di)?graphs?\b", stated) and not found:
+    named = re.search(rf"\b{CLASS_NAME}\b", stated)
+    if not named and re.search(r"(?i)\b(multi|di)?graphs?\b", stated):
         return {"type": "object", "title": "Graph"}
-    return {"type": "object", "title": described[0]} if described else {}
+    described = r"\b(?!any |an? |the )[a-z_]\w*(?=[ -](?:object|instance|like object)s?\b)"
+    found = named or re.search(described, stated)
+    return {"type": "object", "title": found[0]} if found else {}
+
+
+GUESSES = [  # (how the first words of a description begin, what it describes)
+    (r"(?:whether|if (?:true|set|false)|true(?: if|$)|(?:a )?flag|enable|disable|boolean)\b", "boolean"),
+    (r"(?:the |an? )?(?:\w+ ){0,3}(?:number of|count|index|size|length|width|height|dimension|position|"
+     r"(?:line|column|row|color) number)\b", "integer"),
+    (r"(?:the |an? )?(?:\w+ )?(?:name|filename|path|url|title|message|prefix|suffix|encoding)\b"
+     r"(?!.*\bor\b.*\b(?:object|id|number|handle|buffer|stream)\b)", "string")]
 
 
 def guessed_schema(name, description):
@@ -1316,36 +1231,21 @@ def guessed_schema(name, description):
         return type_schema(" or ".join(found.groups()))  # "Can be a single number or a tuple (kW,)"
     description = re.sub(r",(?= or\b)", "", description)  # "A string, or a sequence of strings"
     start = " ".join(re.split(r"[.,;:(]|\b(?:that|which|to|for|from|in|used)\b", description)[0].split()[:5])
-    if re.match(
-        r"(?i)(whether|if (true|set|false)|true (if|to)|(a )?flag|enable|disable|boolean)\b", description
-    ):
-        return {"type": "boolean"}
-    if re.match(
-        r"(?i)(the |an? )?(\w+ ){0,3}"
-        r"(number of|count|index|size|length|width|height|dimension|position|"
-        r"(line|column|row|color) number)\b",
-        start,
-    ):
-        return {} if re.search(r"\btuple\b", description) else {"type": "integer"}
-    if re.match(
-        r"(?i)(the |an? )?(\w+ )?(name|filename|path|url|title|message|prefix|suffix|encoding)\b"
-        r"(?!.*\bor\b.*\b(object|id|number|handle|buffer|stream)\b)",
-        start,
-    ):
-        return {"type": "string"}
+    for pattern, kind in GUESSES:
+        if re.match(pattern, start, re.I):
+            return {} if kind == "integer" and re.search(r"\btuple\b", description) else {"type": kind}
     for kind, names in NAMED.items():
         if re.fullmatch(names, name):
             return {"type": kind}
     start = re.sub(r"['\"]|(?i:^sets?\b(?! of))", "", start)
-    parts = [part for part in type_parts(start) if part != "None"]
-    parts = [part for part in parts if not re.search(r"\bfile([- ](object|like|handle))|buffer|stream", part)]
-    unknown = [part for part in parts if not alternatives(part, 0)]  # "article number or message id"
+    no_value = r"None|.*\bfile[- ](object|like|handle).*|.*(buffer|stream).*"
+    parts = [part for part in type_parts(start) if not re.fullmatch(no_value, part)]
+    unknown = [part for part in parts if not alternatives(part)]  # "article number or message id"
     known = {} if 0 < len(unknown) < len(parts) else type_schema(" or ".join(parts))
     if len(known.get("enum", "ab")) == 1:  # "0 for invisible, 1 for normal"
         return {}
-    named = type_schema(name)
     vague = "node nodes label labels sequence timestamp paths characters mappings".split()
-    return known or ({} if name in vague else named)
+    return known or ({} if name in vague else type_schema(name))
 
 
 def values_in_words(description):
@@ -1359,7 +1259,7 @@ def values_in_words(description):
         rf"(?i)\b(?:one of|either|(?:must|should|can) be|options?(?: are)?|choices?(?: are)?):?"
         rf"(?: one of)?:?[\s({{\[]*"
         rf"({value}(?:,?\s*(?:or\b|and\b|\|)?\s*{value})*)",
-        description,
+        description
     )
     return [value for _, value in re.findall(r"(['\"])([\w .+-]+)\1", found[1])] if found else []
 
@@ -1378,7 +1278,7 @@ def default_in_words(text):
         r"-?(?:\d+(?:\.\d+)?|\.\d+)(?:e-?\d+)?(?![\w/*^%]|[.,:-]\d| [*/^+] ?\w))"
         r"(?!`*,? (?:if|when|for|unless|except|or|on|in)\b)",
         " ".join(text.split()),
-        re.I,
+        re.I
     )
     values = []
     for match in found:
@@ -1389,86 +1289,82 @@ def default_in_words(text):
 
 
 def annotation_text(annotation, module=None, depth=0):
-    """An annotation as (text that type_schema() reads, description in typing.Annotated or ""). What a name in
-    a text means is looked up in the module and in what its package has for typing.
+    """An annotation, as an object, a text or its syntax tree, as (text that type_schema() reads, description
+    in typing.Annotated or ""). What a name in a text means is looked up in the module and in what its package
+    has for typing.
     """
-    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
-    text = lambda part: annotation_text(part, module, depth + 1)[0] if depth < 8 else ""
     if isinstance(annotation, str):
         try:
-            return written_annotation(ast.parse(annotation.strip(), mode="eval").body, module, depth)
+            return annotation_text(ast.parse(annotation.strip(), mode="eval").body, module, depth)
         except (SyntaxError, ValueError, MemoryError, RecursionError):  # words
             return annotation, ""
-    if origin is typing.Annotated:
-        notes = [
-            getattr(note, "documentation", None) or getattr(note, "description", None) or note
-            for note in args[1:]
-        ]
-        return text(args[0]), next((note for note in notes if isinstance(note, str)), "")
-    if origin is typing.Literal:
-        values = [
-            getattr(a, "value", a) for a in args if not (isinstance(a, enum.Enum) and len(type(a)) == 1)
-        ]  # NO_DEFAULT
-        simple = values and all(v is None or type(v) in (str, int, bool) for v in values)
-        return f"Literal[{', '.join(map(repr, values))}]" if simple else "", ""
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(text, args)), ""
-    if origin:
-        return (
-            f"{getattr(origin, '__name__', origin)}["
-            f"{', '.join(text(a) for a in args if not isinstance(a, list))}]",
-            "",
-        )
-    if annotation in (None, type(None)):
-        return "None", ""
+    if depth > 8:
+        return "", ""
+    written, (name, parts) = isinstance(annotation, ast.AST), type_arguments(annotation)
+    text = lambda part: annotation_text(part, module, depth + (not written))[0]
+    if name == "Annotated":
+        notes = [getattr(note, "documentation", None) or getattr(note, "description", None) or note
+                 for note in parts[1:]]
+        if written:
+            notes = [getattr(node, "value", None) for note in notes for node in ast.walk(note)]
+        return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
+    if name == "Literal":  # an enumeration of one member is NO_DEFAULT and the like
+        parts = [ast.literal_eval(part) if isinstance(part, ast.UnaryOp) else part for part in parts]
+        values = [part for part in parts if not (isinstance(part, enum.Enum) and len(type(part)) == 1)]
+        return literal_text([getattr(value, "value", value) for value in values]), ""
+    if name == "|":
+        return " | ".join(map(text, parts)), ""
+    if name and not (written and find_alias(name, module)):
+        held = [text(part) for part in parts if not isinstance(part, (list, ast.List))]
+        return f"{name}[{', '.join(held)}]", ""
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
-        values = [m.value for m in annotation]
-        simple = values and all(type(v) in (str, int) for v in values)
         if issubclass(annotation, enum.Flag):  # members may be joined
             return "int" if issubclass(annotation, int) else annotation.__name__, ""
-        return f"Literal[{', '.join(map(repr, values))}]" if simple else annotation.__name__, ""
-    if isinstance(annotation, typing.TypeVar) and not annotation.__bound__:
-        return " | ".join(map(text, annotation.__constraints__)) or "Any", ""
-    for attribute in (
-        "__supertype__",
-        "__bound__",
-        "__forward_arg__",
-        "__value__",
-    ):  # NewType, TypeVar, ForwardRef, type statement
-        if meant := getattr(annotation, attribute, None):
-            return text(meant), ""
-    return getattr(annotation, "__qualname__", None) or str(annotation), ""
+        return literal_text([member.value for member in annotation]) or annotation.__name__, ""
+    if isinstance(annotation, ast.Subscript):  # an alias that takes arguments
+        annotation = annotation.value
+    if meant := stands_for(annotation, module):
+        return annotation_text(meant, module, depth + 1)[0], ""
+    if written:
+        return ast.unparse(annotation), ""
+    return "None" if annotation is type(None) else getattr(annotation, "__qualname__", str(annotation)), ""
 
 
-def written_annotation(node, module, depth):
-    """annotation_text() of an annotation that is itself a text, by its syntax tree."""
-    text = lambda part: written_annotation(part, module, depth)[0]
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):  # a type that is defined later
-        return annotation_text(node.value, module, depth + 1) if depth < 8 else ("", "")
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
-        return f"{text(node.left)} | {text(node.right)}", ""
-    if isinstance(node, ast.BoolOp):  # "int or str"
-        return " | ".join(map(text, node.values)), ""
-    if isinstance(node, ast.Subscript):
-        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-        name = ast.unparse(node.value).rpartition(".")[2]
-        if name == "Annotated":
-            notes = [getattr(part, "value", None) for more in parts[1:] for part in ast.walk(more)]
-            return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
-        if name == "Literal":
-            return ast.unparse(node) if all(map(is_constant, parts)) else "", ""
-        if not find_alias(name, module):
-            return f"{name}[{', '.join(text(part) for part in parts if not isinstance(part, ast.List))}]", ""
-        node = node.value
-    name = ast.unparse(node)
-    if isinstance(node, (ast.Name, ast.Attribute)) and (alias := find_alias(name, module)):
-        return annotation_text(alias, module, depth + 1)[0] if depth < 8 else "", ""
-    return name, ""
+def type_arguments(annotation):
+    """("list", [int]) of list[int], as an object or a syntax tree. The name of a union is "|", that of a type
+    without arguments "".
+    """
+    match annotation:
+        case ast.BinOp(left, ast.BitOr(), right):
+            return "|", [left, right]
+        case ast.BoolOp():  # "int or str"
+            return "|", annotation.values
+        case ast.Subscript(generic, inside):
+            parts = inside.elts if isinstance(inside, ast.Tuple) else [inside]
+            return ast.unparse(generic).rpartition(".")[2], parts
+    if not (origin := typing.get_origin(annotation)):
+        return "", []
+    union = origin in (typing.Union, types.UnionType)
+    return "|" if union else getattr(origin, "__name__", str(origin)), typing.get_args(annotation)
 
 
-def is_constant(node):
-    """Whether a part of Literal[...] is a value, not the name of one."""
-    return isinstance(node.operand if isinstance(node, ast.UnaryOp) else node, ast.Constant)
+def literal_text(values):
+    """Literal[...] of values, or "" if one is not JSON's."""
+    simple = values and all(value is None or type(value) in (str, int, bool) for value in values)
+    return f"Literal[{', '.join(map(repr, values))}]" if simple else ""
+
+
+def stands_for(annotation, module):
+    """The type that is meant by a name, a forward reference, a NewType or a TypeVar; None if it is itself."""
+    match annotation:
+        case ast.Constant(str(text)):
+            return text
+        case ast.Name() | ast.Attribute():
+            return find_alias(ast.unparse(annotation), module)
+        case typing.TypeVar():
+            return annotation.__bound__ or typing.Union[annotation.__constraints__ or (typing.Any,)]
+    meant = (getattr(annotation, name, None) for name in ("__supertype__", "__forward_arg__", "__value__"))
+    return next(filter(None, meant), None)
 
 
 def find_alias(name, module):
@@ -1480,22 +1376,12 @@ def find_alias(name, module):
         return None
     for place in (module, *places_of(name, top, len(sys.modules))):
         found = vars(place).get(name)
-        if inspect.isclass(found) and found in PYTHON_TYPES:  # AxisInt = int
-            return found
-        plain = inspect.isclass(found) and not issubclass(found, enum.Enum) and not typing.get_origin(found)
-        if plain and not hasattr(found, "__supertype__"):
+        if inspect.isclass(found) and not typing.get_origin(found):  # AxisInt = int
+            return found if found in PYTHON_TYPES or issubclass(found, enum.Enum) else None
+        if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)):
             return None
-        if (
-            found is not None
-            and not plain
-            and not callable(found)
-            or typing.get_origin(found)
-            or hasattr(found, "__value__")
-        ):
-            return (
-                None if inspect.ismodule(found) or isinstance(found, (str, int, float, list, dict)) else found
-            )
-        if inspect.isclass(found) and issubclass(found, enum.Enum) or hasattr(found, "__supertype__"):
+        known = any(hasattr(found, attribute) for attribute in ("__origin__", "__value__", "__supertype__"))
+        if found is not None and (known or not callable(found)):
             return found
     return None
 
@@ -1505,17 +1391,14 @@ def places_of(name, top, loaded):
     """The `loaded` modules of a package that have a name, those for its types first: it may be imported
     for type checkers alone where it is used.
     """
-    own = [
-        m
-        for n, m in list(sys.modules.items())
-        if n.split(".")[0] == top and name in getattr(m, "__dict__", ())
-    ]
-    types = lambda m: re.search(r"\b_?(typing|types)$", m.__name__) is not None
-    return sorted(own, key=lambda m: (not types(m), not inspect.isclass(vars(m)[name])))
+    own = [module for path, module in list(sys.modules.items())
+           if path.split(".")[0] == top and name in getattr(module, "__dict__", ())]
+    types = lambda module: re.search(r"\b_?(typing|types)$", module.__name__) is not None
+    return sorted(own, key=lambda module: (not types(module), not inspect.isclass(vars(module)[name])))
 
 
 @lru_cache(2**12)
-def type_schema(stated, depth=0):
+def type_schema(stated):
     """The JSON Schema of an annotation or a docstring's type, with each alternative that JSON can express; {}
     if there is none.
 
@@ -1527,14 +1410,13 @@ def type_schema(stated, depth=0):
     """
     if len(stated) > LONGEST_TYPE:
         return {}
-    stated = re.sub(r":[\w:]+:`~?\.?([^`]*)`|`", lambda m: m[1] or "", " ".join(stated.split()))
+    stated = re.sub(r":[\w:]+:`~?\.?([^`]*)`|`", r"\1", " ".join(stated.split()))
     aside = rf"({QUOTED})|\( ?defaults?\b[^()]*\)|\((?=or )([^()]*)\)"  # (default 3), (or str)
-    stated = re.sub(aside, lambda m: m[1] or m[2] or "", stated)
+    stated = re.sub(aside, r"\1\2", stated)
     stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b|, with\b).)*", stated)[0]
-    stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
-    for schema in alternatives(stated, depth):
+    for schema in alternatives(stated):
         if schema.keys() == {"enum"}:
             values += schema["enum"]
         elif schema not in found:
@@ -1545,10 +1427,8 @@ def type_schema(stated, depth=0):
         found = [schema for schema in found if schema != {"type": "integer"}]
     if values := [v for v in values if {"type": PYTHON_TYPES[type(v)]} not in found]:
         found.insert(0, enumeration(values))
-    if not found or len(found) == 1 and "title" in found[0]:  # a class alone: see class_schema
-        return {}
     if len(found) < 2:
-        return found[0]
+        return found[0] if found and "title" not in found[0] else {}  # a class alone: see class_schema
     if all(schema.keys() == {"type"} for schema in found):
         return {"type": [schema["type"] for schema in found]}
     return {"anyOf": found}
@@ -1562,10 +1442,10 @@ def enumeration(values):
     return stated | ({} if kinds == ["boolean"] else {"enum": values})
 
 
-def alternatives(text, depth):
+def alternatives(text, depth=0):
     """The schemas of the parts of a type; {"enum": [...]} of literal values.
 
-    >>> alternatives("int, array of floats or strings", 0)  # of strings is the array too
+    >>> alternatives("int, array of floats or strings")  # of strings is the array too
     [{'type': 'integer'}, {'type': 'array'}]
     """
     found = []
@@ -1601,6 +1481,24 @@ def type_parts(text):
     return [part.strip() for part in parts if part.strip()]
 
 
+HOLDING = r"pair|ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
+INSIDE = re.compile(  # a type whose alternatives stand in its brackets, {"a", "b"} and ("a", "b") among them
+    r"(?:[\w.]+\.)?(?:Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]|"
+    rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]|"
+    r"(?!.*\b(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of \{)"
+    r"[\w\s:-]*\{(.*)\}[^}]*", re.S)
+WORDS = [  # (a type in words, its schemas)
+    (r"Any", [{}]),
+    (r"(the )?number of\b.*", [{"type": "integer"}]),
+    (r"\w+ ?=.*", []),  # dtype=float
+    (rf"the (?!(?:{'|'.join(JSON_TYPES)}) )\w+ of\b.*", []),  # not its type
+    (r"Size", [{"type": "array", "items": {"type": "integer"}}]),
+    (r"(pandas |polars )?data ?frame", [{"type": "object", "title": "DataFrame"}]),
+    (r"(\w+ )?name", [{"type": "string"}]),  # "int or name"
+    (r"(a |the )?([Nn]etwork[xX] |nx )?graph", [{"type": "object", "title": "Graph"}]),
+    (r"(?i:((?! of ).)*\b(callable|function|type|class)\b.*)", [])]
+
+
 def alternative(text, depth):
     """The schemas of a type that is one, such as "list[int]", "{'a', 'b'}", "3" or "array of floats"."""
     text = re.sub(r"^(?:one of|either)\b:? *", "", text)
@@ -1609,31 +1507,10 @@ def alternative(text, depth):
             return [{"enum": [ast.literal_eval(text)]}]
         except (ValueError, SyntaxError):  # such as 0755, or a lone backslash in quotes
             return []
-    if re.fullmatch(r"([\w.]+\.)?Any", text):
-        return [{}]
-    if re.match(r"(the )?number of\b", text):
-        return [{"type": "integer"}]
-    if re.match(r"\w+ ?=", text):  # dtype=float
-        return []
-    if (what := re.match(r"the (\w+) of\b", text)) and what[1] not in JSON_TYPES:  # not its type
-        return []
-    if re.fullmatch(r"(torch\.)?Size", text):
-        return [array_of([{"type": "integer"}])]
-    if found := re.fullmatch(
-        r"(?:[\w.]+\.)?(Optional|Union|Literal|Required|NotRequired|Final|ClassVar)\[(.*)\]", text, re.S
-    ):
-        return alternatives(found[2], depth)
-    holding = r"(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of"
-    if found := re.match(rf"(?!.*\b{holding} \{{)[\w\s:-]*\{{(.*)\}}", text, re.S):
-        return (
-            [{"type": "object"}]
-            if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[1])
-            else alternatives(found[1], depth)
-        )
-    if found := re.fullmatch(
-        rf"\(((?:{QUOTED})(?:, ?(?:{QUOTED}))+)\)|\[([^\[\]]*\|.*)\]", text
-    ):  # ('a', 'b')
-        return alternatives(found[1] or found[2], depth)
+    if found := INSIDE.fullmatch(text):
+        if re.match(r"\s*['\"]?\w+['\"]?\s*:", found[4] or ""):  # {'a': int}
+            return [{"type": "object"}]
+        return alternatives(found[found.lastindex], depth)
     if found := re.fullmatch(r"\((.*)\)( tuples?)?|\[(.*)\]|(\w+)\.\.\.", text, re.S):  # also int...
         items = item_schemas(found[1] or found[3] or found[4] or "", depth)
         return [array_of(items)] if items or found[2] != " tuples" else []
@@ -1641,24 +1518,17 @@ def alternative(text, depth):
         return of_kind(JSON_TYPES.get(found[1].rpartition(".")[2].lower().strip("_"), ""), found[2], depth)
     words = re.sub(r"\b(?:[a-z_]\w*\.)+(?=\w)", "", text)  # sympy.physics.vector.Point is a Point
     words = re.sub(r"data-type\b", "datatype", re.sub(r"-like\b", "_like", words))
-    kinds = "pair|ndarray|array|array_like|list|tensor|tuple|sequence|matrix|vector|set"
-    if found := re.fullmatch(rf"([a-z]\w*) (?:{kinds})s?", words):  # int64 ndarray
+    for pattern, schemas in WORDS:
+        if re.fullmatch(pattern, words, re.S):
+            return schemas
+    if found := re.fullmatch(rf"([a-z]\w*) (?:{HOLDING})s?", words):  # int64 ndarray
         return [array_of(alternatives(found[1], depth))]
-    if re.fullmatch(r"(?:pandas |polars )?data ?frame", words):
-        return [{"type": "object", "title": "DataFrame"}]
-    if re.fullmatch(r"(?:\w+ )?name", words):  # "int or name"
-        return [{"type": "string"}]
-    if re.fullmatch(r"(?:a |the )?(?:[Nn]etwork[xX] |nx )?graph", words):
-        return [{"type": "object", "title": "Graph"}]
-    if re.search(r"\b(callable|function|type|class)\b", words.split(" of ")[0], re.I):
-        return []
     for word in re.finditer(r"\w+", words):
         if kind := word[0] not in CLASSES and JSON_TYPES.get(word[0].lower()):
             items = re.match(r"(?: \w+)? of (?!shape|length|size|\d)(.*)|", words[word.end():], re.S)[1]
             return of_kind(kind, items or "", depth)
-    found = re.fullmatch(
-        rf"(?:an? )?(?:instance of (?:an? )?|[a-z]+ )?({CLASS_NAME})(?: object| instance)?", words
-    )
+    named = rf"(?:an? )?(?:instance of (?:an? )?|[a-z]+ )?({CLASS_NAME})(?: object| instance)?"
+    found = re.fullmatch(named, words)
     return [{"type": "object", "title": found[1]}] if found and "_t." not in text else []
 
 
@@ -1682,24 +1552,15 @@ def array_of(items):
 
 USUAL_NAMES = {"np": "numpy", "plt": "matplotlib.pyplot", "pd": "pandas", "nx": "networkx", "pl": "polars",
                "nn": "torch.nn", "F": "torch.nn.functional"}
-SHOWING = {
-    "print",
-    "list",
-    "tuple",
-    "dict",
-    "set",
-    "str",
-    "repr",
-    "pprint",
-    "pprint.pprint",
-}  # show a call's result
-ARRAYS = {"array", "asarray", "tensor", "Tensor", "Matrix"}  # of a literal: as good as the literal
+SHOWING = "print list tuple dict set str repr pprint pprint.pprint".split()  # show a call's result
+ARRAYS = "array asarray tensor Tensor Matrix".split()  # of a literal: as good as the literal
 DTYPE = re.compile(r"(np|numpy|torch)\.((u?int|float|complex|bool)\d*_?)|(int|float|bool|str)")
 ALTERING = re.compile(  # names of methods that change their object
     r"(add|append|clear|delete|discard|drain|extend|insert|move|next|partial_fit|pop|push|put|read|remove|"
     r"seek|set|sort|step|update|write)(_|$)")
 RETURNS_SELF = re.compile(r"Returns\n *-+\n *self\b")
-SYMBOLS = {"symbols", "Symbol", "var", "Function", "Dummy"}
+SYMBOLS = "symbols Symbol var Function Dummy".split()
+NO_LITERAL = (ValueError, TypeError, SyntaxError, LookupError, AttributeError, RecursionError, MemoryError)
 
 
 class Symbol(str):
@@ -1710,112 +1571,162 @@ class Symbol(str):
 
 def sessions(doc, obj, module):
     """The examples of one docstring, in order: [prose, [{"code", "output", "acts", "keys", "call", "on",
-    "made_by", "alters", "imports", "binds"}, ...]], ...
+    "owner", "made_by", "alters", "imports", "binds"}, ...]], ...
 
     `acts` says that it is an expression, which without an output must have changed something. `keys` identify
     the APIs that a step calls. `call` is (key, arguments) when the step is one call with literal arguments,
     or names bound to such before, which can be shown as a call of that very tool; for a method `on` is the
-    name of the object, `made_by` the expression that has just made it, if it stands alone, and `alters` says
-    that it changes it; `binds` is the name that its result gets, `imports` what the code needs. Names are
-    looked up, no code is run.
+    name of the object, `owner` the name with which that begins, `made_by` the expression that has just made
+    the object, if it stands alone, and `alters` says that it changes it; `binds` is the name that its result
+    gets, `imports` what the code needs. Names are looked up, no code is run.
     """
-    if ">>>" not in doc:
-        return []
     try:
         parts = doctest.DocTestParser().parse(doc)
     except ValueError:
         return []
-    names, literals, objects, made_by, bound = dict(USUAL_NAMES), {}, {}, {}, set()
-    found, prose = [], ""
+    session, found, prose = Session(obj, module), [], ""
     for part in parts:
         if isinstance(part, str):
             prose += part
             continue
-        code = re.sub(r"(?<!\s)\s*# ?doctest:.*", "", part.source).rstrip()
         if prose.strip() or not found:
             found.append([prose, []])
             prose = ""
-        try:
-            tree = ast.parse(code)
-        except SyntaxError:  # its lines lack the dots of a continued statement, or it is for another Python
-            continue
-        nodes = list(ast.walk(tree))
-        imported = imported_names(nodes)
-        names |= imported
-        literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
-        calls = {ast.unparse(n.func): n for n in nodes if isinstance(n, ast.Call)}
-        targets = {text: look_up(text, names, obj, module) for text in calls}
-        statement = tree.body[0] if len(tree.body) == 1 else None
-        assigned = assigned_name(statement)
-        node = shown_call(statement.value) if assigned or isinstance(statement, ast.Expr) else None
-        target = node and targets.get(ast.unparse(node.func))
-        on, _, method = ast.unparse(node.func).rpartition(".") if node else ("", "", "")
-        maker = node.func.value if node and isinstance(node.func, ast.Attribute) else None
-        if isinstance(maker, ast.Call):
-            objects[on] = result_class(targets[ast.unparse(maker.func)], None)
-            made_by[on] = standing_alone(maker, names, literals)
-        elif isinstance(maker, ast.Attribute) and (whole := ast.unparse(maker.value)) in objects:
-            objects[on] = attribute_class(objects[whole], maker.attr)
-            made_by[on] = made_by.get(whole) and f"{made_by[whole]}.{maker.attr}"
-        home = next((c for c in getattr(objects.get(on), "__mro__", ()) if method in vars(c)), None)
-        is_method = home is not None and inspect.isfunction(vars(home)[method])
-        if is_method:
-            target = vars(home)[method]
-        key = f"{api_key(home)}.{method}" if is_method else target and api_key(target)
-        output = re.sub(r"(?<!\s)\s*# (may vary|random).*", "", part.want).replace("<BLANKLINE>", "").rstrip()
-        used = {n.id for n in nodes if isinstance(n, ast.Name)}
-        stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-        found[-1][1].append(
-            {
-                "code": code,
-                "output": output,
-                "acts": isinstance(statement, ast.Expr),
-                "call": target and literal_call(key, target, node, literals, is_method),
-                "on": on if is_method else None,
-                "made_by": made_by.get(on),
-                "alters": is_method and alters(method, target),
-                "binds": assigned,
-                "imports": sorted(
-                    filter(None, (import_of(name, names, obj, module) for name in used - bound - stored))
-                ),
-                "keys": sorted({api_key(t) for t in targets.values() if t is not None}),
-            }
-        )
-        bound |= stored | imported.keys()
-        touched = (
-            used
-            if not output and not assigned
-            else {  # a statement may change what it names, a method its object
-                n.func.value.id
-                for n in calls.values()
-                if isinstance(n.func, ast.Attribute) and isinstance(n.func.value, ast.Name)
-            }
-        )
-        for name in touched | {assigned}:
-            literals.pop(name, None)
-            made_by.pop(name, None)
-        given = result_class(target, objects.get(on)) if target else None
-        objects[assigned] = None
-        if given and isinstance(statement, ast.Assign) and node is statement.value:
-            objects[assigned] = given
-            made_by[assigned] = standing_alone(node, names, literals)
-        if assigned and not isinstance(statement.value, ast.Name):  # two names for one object may change it
-            with contextlib.suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                literals[assigned] = literal_value(statement.value, literals)
-        if (
-            isinstance(statement, ast.Assign)
-            and isinstance(statement.value, ast.Call)
-            and ast.unparse(statement.value.func) in SYMBOLS
-        ):
-            literals |= {
-                n.id: Symbol(n.id) for n in ast.walk(statement.targets[0]) if isinstance(n, ast.Name)
-            }
+        with contextlib.suppress(SyntaxError):  # its lines lack the dots of a continued statement, say
+            found[-1][1].append(session.step(part))
     return found
 
 
-def alters(name, method):
-    """Whether a method seems to change its object: it is called so, or gives the object back."""
-    return bool(ALTERING.match(name) or RETURNS_SELF.search(method.__doc__ or ""))
+class Session:
+    """What is known of the names in the examples of one docstring, after each of their steps."""
+
+    def __init__(self, obj, module):
+        self.obj, self.module = obj, module
+        own = {getattr(obj, "__name__", None): obj}
+        self.places = ChainMap(own, vars(module), sys.modules, {module.__name__.rpartition(".")[2]: module})
+        self.paths = dict(USUAL_NAMES)  # of what is imported
+        self.literals = {}              # JSON values
+        self.classes = {}               # of objects
+        self.made_by = {}               # expressions that have just made objects
+        self.bound = set()              # by a statement
+
+    def step(self, example):
+        """What sessions() says of one example. Raises SyntaxError where it is none of this Python."""
+        code = re.sub(r"(?<!\s)\s*# ?doctest:.*", "", example.source).rstrip()
+        output = re.sub(r"(?<!\s)\s*# (may vary|random).*", "", example.want)
+        output = output.replace("<BLANKLINE>", "").rstrip()
+        tree = ast.parse(code)
+        nodes = list(ast.walk(tree))
+        # What it imports, and which names it needs to be imported.
+        imported = imported_names(nodes)
+        self.paths |= imported
+        self.literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
+        names = [node for node in nodes if isinstance(node, ast.Name)]
+        used, stored = {n.id for n in names}, {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        imports = {self.import_of(name) for name in used - self.bound - stored}
+        self.bound |= stored | imported.keys()
+        # What it calls.
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
+        statement, assigned = tree.body[0] if len(tree.body) == 1 else None, None
+        match statement:
+            case ast.Assign([ast.Name(name)]):
+                assigned = name
+        acts = isinstance(statement, ast.Expr)
+        call = shown_call(statement.value) if acts or assigned else None
+        target, cls, called = self.find_called(call)
+        # What is known afterwards: a statement that shows nothing may change what it names, a method its
+        # object.
+        quiet = not output and not assigned
+        for name in {assigned} | (used if quiet else {text.rpartition(".")[0] for text in calls}):
+            self.literals.pop(name, None)
+            self.made_by.pop(name, None)
+        if assigned:
+            self.classes[assigned] = result_class(target, cls) if call is statement.value else None
+            if self.classes[assigned]:
+                self.made_by[assigned] = self.standing_alone(call)
+            if not isinstance(statement.value, ast.Name):  # two names for one object may change it
+                with contextlib.suppress(*NO_LITERAL):
+                    self.literals[assigned] = literal_value(statement.value, self.literals)
+        match statement:
+            case ast.Assign(value=ast.Call(function)) if ast.unparse(function) in SYMBOLS:
+                self.literals |= {name: Symbol(name) for name in stored}
+        return called | {"code": code, "output": output, "acts": acts, "binds": assigned,
+                         "imports": sorted(filter(None, imports)), "keys": sorted(keys)}
+
+    def find_called(self, call):
+        """(The callable that a call is of, the class of the object on which it is called, what sessions()
+        says of it).
+        """
+        function = ast.unparse(call.func) if call else ""
+        on, _, name = function.rpartition(".")
+        target, cls, made_by = self.look_up(function), None, None
+        if call and isinstance(call.func, ast.Attribute):
+            cls, made_by = self.made(call.func.value)
+        key = target and api_key(target)
+        home = next((c for c in getattr(cls, "__mro__", ()) if name in vars(c)), None)
+        is_method = home is not None and inspect.isfunction(vars(home)[name])
+        if is_method:
+            target, key = vars(home)[name], f"{api_key(home)}.{name}"
+        return target, cls, {
+            "call": target and literal_call(key, target, call, self.literals, is_method),
+            "on": on if is_method else None, "owner": on.partition(".")[0], "made_by": made_by,
+            "alters": is_method and bool(ALTERING.match(name) or RETURNS_SELF.search(target.__doc__ or ""))}
+
+    def made(self, node):
+        """(The class of the object that an expression gives, an expression that makes it and stands alone);
+        None for what is not known.
+        """
+        if isinstance(node, ast.Call):
+            return result_class(self.look_up(ast.unparse(node.func)), None), self.standing_alone(node)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            cls, made_by = self.made(node.value)
+            return attribute_class(cls, node.attr), made_by and f"{made_by}.{node.attr}"
+        name = ast.unparse(node)
+        return self.classes.get(name), self.made_by.get(name)
+
+    def standing_alone(self, node):
+        """The text of an expression, put so that it needs no name but those of modules; None if it cannot."""
+        known = {name: repr(v) for name, v in self.literals.items() if not isinstance(v, Symbol)} | self.paths
+        with contextlib.suppress(KeyError, SyntaxError, RecursionError):
+            return ast.unparse(StandAlone(known).visit(ast.parse(ast.unparse(node), mode="eval")))
+
+    def import_of(self, name):
+        """The statement that brings a name which an example uses without importing it, or None."""
+        if name in USUAL_NAMES and self.paths[name] in sys.modules:
+            return f"import {self.paths[name]} as {name}"
+        found = self.places.get(name)
+        if inspect.ismodule(found):
+            return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
+        known = found is not None and not hasattr(builtins, name)
+        return f"from {self.module.__name__} import {name}" if known else None
+
+    def look_up(self, text):
+        """The callable that a dotted name in an example stands for, or None. Only already imported modules
+        are searched.
+        """
+        first, *rest = text.split(".")
+        parts = [*self.paths.get(first, first).split("."), *rest]
+        if parts == [getattr(self.obj, "__name__", None)]:
+            return self.obj
+        for split in reversed(range(len(parts))):
+            found = sys.modules.get(".".join(parts[:split])) if split else self.module
+            for part in parts[split:]:
+                get = inspect.getattr_static if inspect.isclass(found) else getattr
+                found = get(found, part, None)
+            if callable(found) and isinstance(getattr(found, "__name__", None), str):
+                return found
+
+
+class StandAlone(ast.NodeTransformer):
+    """Puts what is `known`, {name: expression}, in the place of names. Raises KeyError for other names."""
+
+    def __init__(self, known):
+        self.known = known
+
+    def visit_Name(self, node):
+        known = node.id if hasattr(builtins, node.id) else self.known[node.id]
+        return ast.parse(known, mode="eval").body
 
 
 def result_class(target, home):
@@ -1841,23 +1752,6 @@ def attribute_class(cls, name):
     return found if inspect.isclass(found) else None
 
 
-class StandAlone(ast.NodeTransformer):
-    """Makes an expression that needs no name but those of modules; raises KeyError where it needs others."""
-
-    def __init__(self, names, literals):
-        self.values = {name: repr(v) for name, v in literals.items() if not isinstance(v, Symbol)} | names
-
-    def visit_Name(self, node):
-        known = node.id if hasattr(builtins, node.id) else self.values[node.id]
-        return ast.parse(known, mode="eval").body
-
-
-def standing_alone(node, names, literals):
-    """The text of an expression that needs no name but those of modules, or None."""
-    with contextlib.suppress(KeyError, SyntaxError, RecursionError):
-        return ast.unparse(StandAlone(names, literals).visit(ast.parse(ast.unparse(node), mode="eval")))
-
-
 def is_symbolic(path):
     """Whether a dotted path leads to a mathematical symbol or constant, such as sympy.abc.x or sympy.pi."""
     module, _, name = path.rpartition(".")
@@ -1865,90 +1759,55 @@ def is_symbolic(path):
     return module.endswith(".abc") or hasattr(found, "free_symbols") and not inspect.isclass(found)
 
 
-def assigned_name(statement):
-    """The name that a statement such as `x = ...` binds, or None."""
-    simple = (
-        isinstance(statement, ast.Assign)
-        and len(statement.targets) == 1
-        and isinstance(statement.targets[0], ast.Name)
-    )
-    return statement.targets[0].id if simple else None
-
-
 def shown_call(node):
     """The call whose result an expression shows: itself, or what stands in print(...) or list(...). None if
     there is no such call.
     """
-    while (
-        isinstance(node, ast.Call)
-        and ast.unparse(node.func) in SHOWING
-        and len(node.args) == 1
-        and isinstance(node.args[0], ast.Call)
-    ):
-        node = node.args[0]
-    return node if isinstance(node, ast.Call) else None
+    match node:
+        case ast.Call(function, [ast.Call() as inner]) if ast.unparse(function) in SHOWING:
+            return shown_call(inner)
+        case ast.Call():
+            return node
 
 
 def literal_value(node, literals):
     """The JSON value of an expression of literals and of names that `literals` holds; np.array([1, 2]) is [1,
-    2].
-
-    Raises ValueError, TypeError or SyntaxError for any other expression.
+    2]. Raises one of NO_LITERAL for any other expression.
     """
-    if isinstance(node, ast.Name) and not DTYPE.fullmatch(node.id):
-        if node.id not in literals:
-            raise ValueError(f"{node.id} is no literal")
-        return literals[node.id]
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        return [literal_value(item, literals) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        return {
-            ast.literal_eval(key): literal_value(value, literals)
-            for key, value in zip(node.keys, node.values)
-        }
-    if (
-        isinstance(node, ast.Call)
-        and ast.unparse(node.func).rpartition(".")[2] in ARRAYS
-        and len(node.args) == 1
-        and not node.keywords
-    ):
-        return literal_value(node.args[0], literals)
-    if isinstance(node, ast.Call) and not node.keywords and (made := made_array(node, literals)) is not None:
-        return made
-    if isinstance(node, (ast.Name, ast.Attribute)) and (dtype := DTYPE.fullmatch(ast.unparse(node))):
-        return dtype[2] or dtype[0]
-    functions = {
-        n.func.id for n in ast.walk(node) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    used = [literals.get(n.id) for n in ast.walk(node) if isinstance(n, ast.Name) and n.id not in functions]
-    if (
-        isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call))
-        and used
-        and all(isinstance(value, Symbol) for value in used)
-    ):
+    value = partial(literal_value, literals=literals)
+    match node:
+        case ast.Name() | ast.Attribute():
+            dtype = DTYPE.fullmatch(ast.unparse(node))
+            return dtype[2] or dtype[0] if dtype else literals[ast.unparse(node)]
+        case ast.List(items) | ast.Tuple(items) | ast.Set(items):
+            return [value(item) for item in items]
+        case ast.Dict(keys, items):
+            return {ast.literal_eval(key): value(item) for key, item in zip(keys, items)}
+        case ast.Call(keywords=[]) if (made := made_array(node, value)) is not None:
+            return made
+    inside = list(ast.walk(node))
+    functions = {getattr(n.func, "id", None) for n in inside if isinstance(n, ast.Call)}
+    used = {n.id for n in inside if isinstance(n, ast.Name)} - functions
+    if used and all(isinstance(literals.get(name), Symbol) for name in used):
         return ast.unparse(node)
-    value = ast.literal_eval(node)
-    json.dumps(value, allow_nan=False)
-    return value
+    found = ast.literal_eval(node)
+    json.dumps(found, allow_nan=False)
+    return found
 
 
-def made_array(node, literals):
-    """The list in arange(6), range(6), ones(3), zeros(2, 3) and arange(6).reshape(2, 3), or None."""
-    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [
-        literal_value(a, literals) for a in node.args
-    ]
+def made_array(node, value):
+    """The list in array([1, 2]), arange(6), range(6), ones(3), zeros(2, 3) and arange(6).reshape(2, 3), or
+    None. `value` gives that of an argument.
+    """
+    kind, arguments = ast.unparse(node.func).rpartition(".")[2], [value(argument) for argument in node.args]
+    if kind in ARRAYS and len(arguments) == 1:
+        return arguments[0]
     if kind in ("reshape", "view") and isinstance(node.func, ast.Attribute) and arguments:
-        values, shape = literal_value(node.func.value, literals), (
-            arguments[0] if isinstance(arguments[0], list) else arguments
-        )
-        for n in shape[:0:-1]:
+        values, shape = value(node.func.value), arguments
+        for n in (shape[0] if isinstance(shape[0], list) else shape)[:0:-1]:
             values = [values[i:i + n] for i in range(0, len(values), n)] if n > 0 else None
         return values
-    if (
-        not arguments
-        or len(arguments) > 3
-        or not all(type(a) in (int, float) and a == int(a) and abs(a) <= 100 for a in arguments)
-    ):
+    if not arguments or not all(type(a) in (int, float) and abs(a) <= 100 and a == int(a) for a in arguments):
         return None
     whole = [int(a) for a in arguments]
     if kind in ("arange", "range"):
@@ -1956,57 +1815,22 @@ def made_array(node, literals):
     matrix = len(whole) == 1 and isinstance(node.func, ast.Name)  # to mpmath and SymPy zeros(3) is one
     if kind not in ("ones", "zeros") or math.prod(whole) > 100 or matrix:
         return None
-    values = 1.0 if kind == "ones" else 0.0
+    values = float(kind == "ones")
     for n in reversed(whole):
         values = [values] * n
     return values
-
-
-def import_of(name, names, obj, module):
-    """The statement that brings a name which an example uses without importing it, or None."""
-    if name in USUAL_NAMES and names.get(name) in sys.modules:
-        return f"import {names[name]} as {name}"
-    found = obj if name == getattr(obj, "__name__", None) else vars(module).get(name, sys.modules.get(name))
-    found = module if found is None and name == module.__name__.rpartition(".")[2] else found
-    if inspect.ismodule(found):
-        return f"import {found.__name__}" + f" as {name}" * (found.__name__ != name)
-    return (
-        f"from {module.__name__} import {name}" if found is not None and not hasattr(builtins, name) else None
-    )
 
 
 def imported_names(nodes):
     """Names bound by import statements, as dotted paths: `from a import b as c` binds c to a.b."""
     names = {}
     for node in nodes:
-        if isinstance(node, ast.Import):
-            names |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+        match node:
+            case ast.Import(aliases):
+                names |= {a.asname: a.name for a in aliases if a.asname}
+            case ast.ImportFrom(str(module), aliases, 0):
+                names |= {a.asname or a.name: f"{module}.{a.name}" for a in aliases}
     return names
-
-
-def look_up(text, names, obj, module):
-    """The callable that a dotted name in an example stands for, or None. Only already imported modules are
-    searched.
-    """
-    if not re.fullmatch(r"[\w.]+", text):
-        return None
-    parts = text.split(".")
-    parts[:1] = names.get(parts[0], parts[0]).split(".")
-    if len(parts) == 1 and parts[0] == getattr(obj, "__name__", None):
-        return obj
-    for split in range(len(parts) - 1, -1, -1):
-        found = sys.modules.get(".".join(parts[:split])) if split else module
-        for part in parts[split:]:
-            found = (
-                inspect.getattr_static(found, part, None)
-                if inspect.isclass(found)
-                else getattr(found, part, None)
-            )
-        if callable(found) and isinstance(getattr(found, "__name__", None), str):
-            return found
-    return None
 
 
 def api_key(obj, home=None, name=None):
@@ -2022,41 +1846,46 @@ def literal_call(key, target, node, literals, is_method):
     """(key, arguments by name) of a call whose arguments are all JSON values, literally or by a name for one;
     else None. Of a method the first parameter is not given.
     """
-    try:
+    with contextlib.suppress(*NO_LITERAL):
         signature = find_signature(target, documentation(target))
         parameters = list(signature.parameters.values())
         if is_method or parameters and parameters[0].name == "self":  # which no tool has
             signature = signature.replace(parameters=parameters[1:])
         return [key, bind_literals(signature, node, literals)]
-    except (ValueError, TypeError, SyntaxError, AttributeError, RecursionError, MemoryError):
-        return None
 
 
 def bind_literals(signature, node, literals):
-    """The arguments of a call by the parameters' names. Raises what literal_value() raises."""
-    arguments = {}
-    for name, bound in signature.bind(
-        *node.args, **{k.arg: k.value for k in node.keywords}
-    ).arguments.items():
-        kind = signature.parameters[name].kind
-        if kind == inspect.Parameter.VAR_KEYWORD:
-            arguments |= {key: literal_argument(key, value, literals) for key, value in bound.items()}
-        elif kind == inspect.Parameter.VAR_POSITIONAL:
-            arguments[name] = [literal_argument(name, value, literals) for value in bound]
-        else:
-            arguments[name] = literal_argument(name, bound, literals)
+    """The arguments of a call by the parameters' names. Raises what literal_value() raises, also for a Python
+    type such as int where no dtype is meant.
+    """
+    def value(name, given):
+        if isinstance(given, ast.Name) and DTYPE.fullmatch(given.id) and "dtype" not in name:
+            raise ValueError(f"{given.id} is no literal")
+        return literal_value(given, literals)
+
+    arguments, named = {}, {k.arg: k.value for k in node.keywords}
+    for name, given in signature.bind(*node.args, **named).arguments.items():
+        match given:
+            case dict():  # of **
+                arguments |= {key: value(key, item) for key, item in given.items()}
+            case tuple():  # of *
+                arguments[name] = [value(name, item) for item in given]
+            case _:
+                arguments[name] = value(name, given)
     return arguments
-
-
-def literal_argument(name, node, literals):
-    """literal_value() of an argument. A Python type such as int is one only where a dtype is meant."""
-    if isinstance(node, ast.Name) and DTYPE.fullmatch(node.id) and "dtype" not in name:
-        raise ValueError(f"{node.id} is no literal")
-    return literal_value(node, literals)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The parent: one package to records
+
+
+# Little of the user's environment goes along: some modules have defaults that show it, and it may
+# hold secrets.
+KEPT_VARIABLES = ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
+CHILD_VARIABLES = {
+    "PATH": os.defpath, "PYTHONHASHSEED": "0", "MPLBACKEND": "Agg", "BROWSER": "true",
+    "QT_QPA_PLATFORM": "offscreen", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+    "PYTHONSAFEPATH": "1"}  # an installed package may have the name of a file beside this one
 
 
 def introspect(package, timeout):
@@ -2064,47 +1893,27 @@ def introspect(package, timeout):
     lost.
     """
     objects, rejected, process = [], [], None
-    # Little of the user's environment goes along: some modules have defaults that show it, and it may
-    # hold secrets.
-    environment = {
-        k: v for k, v in os.environ.items() if k in ("PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")
-    } | {
-        "PATH": os.defpath,
-        "PYTHONHASHSEED": "0",
-        "PYTHONSAFEPATH": "1",  # an installed package may have the name of a file beside this one
-        "MPLBACKEND": "Agg",
-        "BROWSER": "true",
-        "QT_QPA_PLATFORM": "offscreen",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-    }
+    kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
     with tempfile.TemporaryDirectory() as scratch:
-        environment["HOME"] = scratch
         for module in package.modules:
             if process is None or process.poll() is not None:
                 process = subprocess.Popen(
-                    [sys.executable, os.path.abspath(__file__), "--child"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    cwd=scratch,
-                    env=environment,
-                    start_new_session=True,
-                )
+                    [sys.executable, os.path.abspath(__file__), "--child"], cwd=scratch,
+                    env=kept | CHILD_VARIABLES | {"HOME": scratch}, start_new_session=True,
+                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             token, deadline = secrets.token_hex(8), time.monotonic() + timeout
             try:
                 process.stdin.write(f"{token} {module}\n".encode())
                 process.stdin.flush()
-                answer = json.loads(read_answer(process.stdout.fileno(), f"\n{token} ".encode(), deadline))
+                answer = json.loads(read_answer(process.stdout.fileno(), token, deadline))
                 objects += answer["objects"]
                 if answer["error"]:
                     rejected.append((module, answer["error"]))
             except (OSError, ValueError):
-                expired = time.monotonic() >= deadline
+                late = time.monotonic() >= deadline
                 end_group(process)
-                rejected.append(
-                    (module, f"over {timeout} s" if expired else f"exited with status {process.returncode}")
-                )
+                reason = f"over {timeout} s" if late else f"exited with status {process.returncode}"
+                rejected.append((module, reason))
         if process:
             end_group(process)
     return objects, rejected
@@ -2119,12 +1928,8 @@ def read_answer(descriptor, token, deadline):
         if not (data := os.read(descriptor, 2**16)):
             break
         held += data
-        if (
-            b"\n" in data
-            and (start := held.find(token)) >= 0
-            and (end := held.find(b"\n", start + len(token))) >= 0
-        ):
-            return bytes(held[start + len(token):end])
+        if b"\n" in data and (found := re.search(rf"\n{token} (.*)\n".encode(), held)):
+            return found[1]
     return b""
 
 
@@ -2141,55 +1946,43 @@ def name_apis(objects, package):
 
     Returns {key: description with "name", "summary", "tool"} for what is documented.
     """
-    paths, described, borrowed = {}, {}, set()
+    paths, described = defaultdict(set), {}
+    borrowed = {o["path"] for o in objects if o.get("borrowed")}
     for o in objects:
         if "path" in o:
-            paths.setdefault(o["key"], set()).add(o["path"])
-            if o["borrowed"]:
-                borrowed.add(o["path"])
-        if o.get("same") in described:
-            first = described[o["same"]]
-            schema = first["parameters"] | {"properties": first["parameters"]["properties"].copy()}
-            o = first | {"parameters": schema} | o
+            paths[o["key"]].add(o["path"])
         if "doc" in o:
             described.setdefault(o["key"], o)
 
     def rank(path, home):
         parent = path.rpartition(".")[0]
         own = home == parent or home.startswith(parent + ".") or home.lstrip("_") == parent
-        return (
-            path in borrowed,
-            path.count("."),
-            re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None,
-            not own,
-            len(path),
-            path,
-        )
+        second_hand = re.match(r"(posix|posixpath|ntpath|nt|genericpath)\.", path) is not None
+        return path in borrowed, path.count("."), second_hand, not own, len(path), path
 
-    best = {key: min(found, key=lambda p: rank(p, key.split(":")[0])) for key, found in paths.items()}
-    names = {key: best.get(key) or f"{best[o['of']]}.{o['name']}" for key, o in described.items()
-             if key in best or o.get("of") in best}
-    for key in names:
-        if best.get(key, best.get(described[key].get("of"))) in borrowed:
-            described[key]["unfit"] = described[key]["unfit"] or "imported from where nothing is public"
-    infer_types([o for o in described.values() if o["key"] in names])
-    apis, taken = {}, {}
-    for key in sorted(names, key=lambda k: rank(names[k], described[k]["home"])):
-        o, name, summary = described[key], names[key], summarise(described[key]["doc"])
+    best = {key: min(found, key=lambda path: rank(path, key.split(":")[0])) for key, found in paths.items()}
+    named = {}
+    for key, o in described.items():
+        if place := best.get(key, best.get(o.get("of"))):
+            named[key] = o | {"name": place if key in best else f"{place}.{o['name']}"}
+            if place in borrowed and not o["unfit"]:
+                named[key]["unfit"] = "imported from where nothing is public"
+    infer_types(named)
+    apis, taken, summaries = {}, {}, {}
+    for key, o in sorted(named.items(), key=lambda pair: rank(pair[1]["name"], pair[1]["home"])):
+        name, summary = o["name"], summarise(o["doc"])
         if len(summary) < 12:
             continue
         # One API under several classes (torch.Tensor.abs, torch.IntTensor.abs, ...) has one documentation:
         # keep the first.
-        api = taken.setdefault((name.rpartition(".")[2], o["doc"], o["signature"]), o)
+        api = apis[key] = taken.setdefault((name.rpartition(".")[2], o["doc"], o["signature"]), o)
         if api is o:
             tool = {"description": summary, "name": name, "parameters": o["parameters"]}
-            api |= {"name": name, "summary": summary, "tool": {"type": "function", "function": tool}}
-        apis[key] = api
-    summaries = {api["name"]: api["summary"] for api in apis.values()}
+            api |= {"summary": summary, "tool": {"type": "function", "function": tool}}
+            summaries[name] = summary
     for api in apis.values():
-        if (other := re.fullmatch(r"See ([\w.]+\w)( for details)?.?", api["summary"])) and other[
-            1
-        ] in summaries:
+        other = re.fullmatch(r"See ([\w.]+\w)( for details)?.?", api["summary"])
+        if other and other[1] in summaries:
             api["tool"]["function"]["description"] = summaries[other[1]]
     return apis
 
@@ -2206,35 +1999,32 @@ def infer_types(described):
     all of the same name have nearby: in the subpackage or, where too few state one, in the package (of the
     standard library, in the module).
     """
-    by_key = {o["key"]: o for o in described}
-    properties = {key: o["parameters"]["properties"] for key, o in by_key.items()}
-    values, stated = defaultdict(set), defaultdict(Counter)
-    for step in (s for o in described for _, steps in o["sessions"] for s in steps if s["call"]):
-        for name, value in step["call"][1].items():
-            values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
-    untyped, special = [], re.compile(r"(?i)\b(tensors?|of shape|tuple|callable|function)\b")
-    package = lambda key: re.match(r"\w*", key)[0]  # of "a.b.c:D" it is "a"
-    subpackage = lambda key: re.match(r"\w*(\.\w+)?", key)[0]  # "a.b"
-    for key, name, schema in ((k, n, s) for k, of in properties.items() for n, s in of.items()):
-        if {"type", "anyOf", "enum"} & schema.keys():
-            for place in {package(key), subpackage(key)}:
-                stated[place, name][str(schema.get("type"))] += 1
-        elif not states_type(by_key[key], name) and not special.search(
-            schema.get("description", "")
-        ):  # one that JSON does not have
-            untyped.append((key, name, schema))
+    values, stated, untyped = defaultdict(set), defaultdict(Counter), []
+    no_json = re.compile(r"(?i)\b(tensors?|of shape|tuple|callable|function)\b")
+    nearby = lambda key: re.match(r"(\w*)(?:\.\w+)?", key)  # of "a.b.c:D" it is "a.b", in the package "a"
+    for key, o in described.items():
+        for step in (step for _, steps in o["sessions"] for step in steps if step["call"]):
+            for name, value in step["call"][1].items():
+                values[step["call"][0], name].add(PYTHON_TYPES.get(type(value)))
+        for name, schema in o["parameters"]["properties"].items():
+            if {"type", "anyOf", "enum"} & schema.keys():
+                for place in {nearby(key)[0], nearby(key)[1]}:
+                    stated[place, name][str(schema.get("type"))] += 1
+            elif not states_type(o, name) and not no_json.search(schema.get("description", "")):
+                untyped.append((key, name, schema))
     for key, name, schema in untyped:
-        seen, same_name = values[key, name], stated[subpackage(key), name]
+        seen, same_name = values[key, name], stated[nearby(key)[0], name]
         if same_name.total() < 3:
-            same_name = stated[package(key), name]
-        usual, count = max(same_name.items(), key=lambda item: item[1], default=(None, 0))
+            same_name = stated[nearby(key)[1], name]
+        [(usual, count)] = same_name.most_common(1) or [(None, 0)]
         agreed = len(name) > 1 and count >= 3 and count > 0.8 * same_name.total()
         plural = usual == "string" and name.endswith("s") and name != "errors"
         odd = plural or usual == "boolean" and not SWITCH.match(name)
-        if agreed and usual in PYTHON_TYPES.values() and seen <= {usual} and not odd:
-            properties[key][name] = {"type": usual} | schema
-        elif len(seen) == 1 and None not in seen:  # a whole number among the examples tells of numbers
-            properties[key][name] = {"type": seen.pop().replace("integer", "number")} | schema
+        if not (agreed and usual in PYTHON_TYPES.values() and seen <= {usual} and not odd):
+            # A whole number among the examples tells of numbers.
+            usual = seen.pop().replace("integer", "number") if len(seen) == 1 and None not in seen else None
+        if usual:
+            described[key]["parameters"]["properties"][name] = {"type": usual} | schema
 
 
 def states_type(api, name):
@@ -2261,45 +2051,50 @@ def summarise(doc):
     """
     first = re.sub(r"`~[\w.]*?(\w+)`", r"`\1`", first_sentence(doc))
     first = re.sub(r"(:[\w:]+:`[^`<]*\w) ?<[^<>`]*>`", r"\1`", first)  # where a link leads
-    first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", lambda m: m[1] or m[2] or "", first)
+    first = re.sub(r":[\w:]+:`([^`]*)`|`{1,2}([^`]*)`{1,2}", r"\1\2", first)
     first = re.sub(r",? (?:with|using|by|based on|according to) (?:the )?following [\w ]+:$", ".", first)
     return textwrap.shorten(re.sub(r"::$", ":", first), 300, placeholder=" ...")
+
+
+def listed_in_line(items):
+    """A list, a match of a pattern, in one line; a blank line where it is long or an item is of several
+    sentences.
+    """
+    text = " ".join(items[1].split())
+    return f" {text}\n\n" if len(text) < 200 and not re.search(r"[.!?] [A-Z]", text) else "\n\n"
+
+
+HEADING = rf"(?i:{PARAMETERS.pattern}|{OTHERS.pattern})"
+TO_PROSE = [  # (what is no prose or follows it, what is put in its place), in this order
+    (r"^[\w.]+\(.*\) *->[^\n]*? -- (?=[a-z])", ""),  # a signature before the text
+    (r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", ""),  # or above it
+    (r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*(?:\n|$)(?:[ \t]+(?![-*] |\d\. )\S.*(?:\n|$))*)+)",
+     listed_in_line),  # which "the following:" announces
+    (rf"(?<=\S)\n[ \t]*(?:{HEADING}:[ \t]*\n|(?i:[:@](?:param|type|returns?|raises))\b|>>>|"
+     r"(?:[-*]|\d\.) )(?s:.*)", ""),
+    (r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", " "),
+    (r"::\n\n[ \t]+(?!>>>|\.\. )(\S[^\n]{0,80})(\n\n|$)", r": \1\n\n"),  # a literal line
+    (r"(?m)^([ \t]*)(!!!|\.\. \w+ ?::)[^\n]*(\n+\1[ \t]+[^\n]+)*", ""),  # admonitions and directives
+    (rf"(?m)^[ \t]*{HEADING}\n[ \t]*{RULE.pattern}[ \t]*$(?s:.*)", ""),
+    (rf"(?m)^[ \t]*{RULE.pattern}[ \t]*$", "")]
+NO_PROSE = re.compile(
+    r"(?i)(\d+\. )?[\w.]+(?>\((?:[^()]|\([^()]*\))*\))"
+    r"(?!(?-i: [a-z]+ (?:an?|the|as|in|to|of|that|with|is|be)\b))|"
+    r"(explanation|description|overview)$|[.=~*-]{2,}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
+    rf"[\w()|-]+( \[.*\])+$|{HEADING}: ")  # also how a command is used
 
 
 def first_sentence(doc):
     """The first sentence of a docstring, as it is written, or "". What follows under a heading or as a field
     does not belong to it; a formula in which it ends does.
     """
-    doc = re.sub(r"^[\w.]+\(.*\) *->[^\n]*? -- (?=[a-z])", "", doc[:2000])  # a signature before the text
-    doc = re.sub(r"^[\w.]+\(.*\)( *->.*)?\n[ \t]*(?=[A-Z])", "", doc)  # or above it
-    heading = rf"(?:{PARAMETERS.pattern}|{OTHERS.pattern}):"
-    ends = rf"(?i)(?<=\S)\n[ \t]*(?:{heading}[ \t]*\n|[:@](?:param|type|returns?|raises)\b|>>>)"
-    announced = r"(?<=[^:]:)\n+((?:[ \t]*(?:[-*]|\d\.) .*(?:\n|$)(?:[ \t]+(?![-*] |\d\. )\S.*(?:\n|$))*)+)"
-
-    def in_line(items):  # of a list, or nothing where it is long or its items are of several sentences
-        text = " ".join(items[1].split())
-        return f" {text}\n\n" if len(text) < 200 and not re.search(r"[.!?] [A-Z]", text) else "\n\n"
-
-    doc = re.sub(announced, in_line, doc)
-    doc = re.split(rf"{ends}|(?<=\S)\n[ \t]*(?:[-*]|\d\.) ", doc)[0]
-    doc = re.sub(r"(?<![.!?])\n\n[ \t]*\.\. math ?::\s*", r" ", doc)
-    doc = re.sub(r"::\n\n[ \t]+(?!>>>|\.\. )(\S[^\n]{0,80})(\n\n|$)", r": \1\n\n", doc)  # a literal line
-    doc = re.sub(
-        r"^([ \t]*)(!!!|\.\. \w+ ?::)[^\n]*(\n+\1[ \t]+[^\n]+)*", "", doc, flags=re.M
-    )  # admonitions and directives
-    rule, title = rf"[ \t]*{RULE.pattern}[ \t]*$", rf"[ \t]*({PARAMETERS.pattern}|{OTHERS.pattern})"
-    doc = re.sub(rf"(?m)^{rule}", "", re.split(rf"(?im)^{title}\n{rule}", doc)[0])
-    paragraphs = [re.sub(r"\s+", " ", p).strip() for p in doc.split("\n\n")]
+    doc = doc[:2000]
+    for pattern, instead in TO_PROSE:
+        doc = re.sub(pattern, instead, doc)
+    paragraphs = [" ".join(paragraph.split()) for paragraph in doc.split("\n\n")]
     paragraphs = [re.sub(r"^[\w.]+\([^()]*\) -> (?=[a-z]+ (?:\w+ ){3})(?!.*->)", "", p) for p in paragraphs]
-    without_prose = re.compile(
-        rf"(?i)(\d+\. )?[\w.]+(?>\((?:[^()]|\([^()]*\))*\))"
-        rf"(?!(?-i: [a-z]+ (?:an?|the|as|in|to|of|that|with|is|be)\b))|"
-        rf"(explanation|description|overview)$|[.=~*-]{{2,}}|>>>|:\w+:[^`]|:\w+ \w+:|Overloaded function|"
-        rf"[\w()|-]+( \[.*\])+$|{heading} "  # also how a command is used
-    )
-    paragraphs = [p for p in paragraphs if p and not without_prose.match(p)]
-    ends = r"(?<=[a-z)`'\"\]][.!?])(?<!i\.e\.)(?<!e\.g\.) (?=[A-Z`])"
-    first = re.split(ends, paragraphs[0])[0] if paragraphs else ""
+    prose = next((p for p in paragraphs if p and not NO_PROSE.match(p)), "")
+    first = re.split(r"(?<=[a-z)`'\"\]][.!?])(?<!i\.e\.)(?<!e\.g\.) (?=[A-Z`])", prose)[0]
     return "" if "-----" in first else first  # a drawing
 
 
@@ -2339,18 +2134,15 @@ def actions(api, apis):
                 continue
             *before, last = waiting
             name = before[-1]["binds"] if before else None
-            if name and step["code"] in (
-                name,
-                f"print({name})",
-                f"list({name})",
-            ):  # shows what the call before gave
+            shows = (name, f"print({name})", f"list({name})")  # what the call before gave
+            if name and step["code"] in shows:
                 last = before.pop() | {"output": step["output"]}
             unmade = {s["binds"] for s in waiting}
             acting = [*(s for s in before if s["acts"]), last]
             named = [(*called_api(s, apis, made - unmade), s["output"]) for s in acting]
             if all(target for target, *_ in named):
                 acts += named
-                waiting = [s for s in waiting if not s["acts"] or s["alters"] and owner(s) in unmade]
+                waiting = [s for s in waiting if not s["acts"] or s["alters"] and s["owner"] in unmade]
                 continue
             run, waiting = parted(step, waiting[:-1])
             needed = sorted({line for s in run for line in s["imports"]} - imported)
@@ -2375,11 +2167,6 @@ def parted(last, before):
     return code, later
 
 
-def owner(step):
-    """The name that the object of a method is, or is part of."""
-    return step["on"].partition(".")[0]
-
-
 def called_api(step, apis, made):
     """(the API that a step is a call of, its arguments), or (None, None). The object of a method is an
     argument too: one of the names made, or an expression.
@@ -2390,7 +2177,7 @@ def called_api(step, apis, made):
     api, on = apis[key], step["on"]
     if on is None:
         return api, arguments
-    thing = on if owner(step) in made else step["made_by"]
+    thing = on if step["owner"] in made else step["made_by"]
     return (on_object(api), {"object": thing} | arguments) if thing else (None, None)
 
 
@@ -2399,10 +2186,8 @@ def on_object(api):
     function = api["tool"]["function"]
     schema = function["parameters"]
     named = {"type": "string", "description": "The object: its name in the Python session, or an expression."}
-    parameters = schema | {
-        "properties": {"object": named} | schema["properties"],
-        "required": ["object", *schema["required"]],
-    }
+    parameters = schema | {"properties": {"object": named} | schema["properties"],
+                           "required": ["object", *schema["required"]]}
     tool = {"type": "function", "function": function | {"parameters": parameters}}
     return api | {"tool": tool, "known": False}
 
@@ -2426,29 +2211,23 @@ def package_tools(apis, package):
     """A Tool for each API, with the calls of it that the package's documentation shows."""
     examples, chains = defaultdict(dict), defaultdict(list)
     for api in distinct(apis):
-        acts = [
-            (target["name"], arguments, result)
-            for _, of in actions(api, apis)
-            for target, arguments, result in of
-            if target and target["known"]
-        ]
-        for name, arguments, result in acts:
+        for target, arguments, result in (act for _, acts in actions(api, apis) for act in acts):
+            written = json.dumps(arguments)
             empty = {"[]", "{}", '""'} & {*map(json.dumps, arguments.values())}
-            if len(json.dumps(arguments)) < 300 and not empty and not result.startswith("Traceback"):
-                examples[name].setdefault(json.dumps(arguments), (arguments, result))
-    shown = [(name, *example) for name, of in examples.items() for example in of.values()]
+            shown = target and target["known"] and not empty and not result.startswith("Traceback")
+            if shown and len(written) < 300:
+                examples[target["name"]].setdefault(written, (arguments, result))
+    calls = [(name, *example) for name, found in examples.items() for example in found.values()]
     takers = defaultdict(list)
-    for call in shown:
+    for call in calls:
         for value in call[1].values():
             takers[plain_value(value)].append(call)
-    for first in shown:
-        for second in takers[plain_value(first[2])][:20] if len(plain_value(first[2])) > 4 else []:
-            if (
-                second[0] != first[0]
-                and not any(same_value(v, first[2]) for v in first[1].values())
-                and len(chains[first[0]]) < 5
-            ):
-                chains[first[0]].append((first, second))
+    for name, arguments, result in calls:
+        shown = plain_value(result)
+        for taker in takers[shown][:20] if len(shown) > 4 else []:
+            given = shown in map(plain_value, arguments.values())
+            if taker[0] != name and not given and len(chains[name]) < 5:
+                chains[name].append(((name, arguments, result), taker))
     for api in distinct(apis):
         yield package_tool(api, package, list(examples[api["name"]].values()), chains[api["name"]])
 
@@ -2458,29 +2237,15 @@ def package_tool(api, package, examples=(), chains=()):
     parts.
     """
     usable = api["known"] and not api["unfit"] and api["name"].count(".") <= 3
-    return Tool(
-        api["name"],
-        api["summary"],
-        api["parameters"],
-        api["doc"],
-        f"python:{package.name}",
-        package.license,
-        api["is_class"],
-        usable,
-        examples,
-        chains,
-    )
+    return Tool(api["name"], api["summary"], api["parameters"], api["doc"], f"python:{package.name}",
+                package.license, api["is_class"], usable, examples, chains)
 
 
 def plain_value(value):
     """A value, or an output that shows one, as text to compare: array([1, 2]) is [1,2]."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return (
-        re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|'", "", text)
-        .replace('"', "")
-        .replace("(", "[")
-        .replace(")", "]")
-    )
+    text = re.sub(r"\s|^(?:array|tensor)\((?=[\[(])|(?<=[\])])\)$|(?<=\d)\.(?=\W|$)|['\"]", "", text)
+    return text.translate(str.maketrans("()", "[]"))
 
 
 def same_value(value, output):
@@ -2494,10 +2259,7 @@ def last_paragraph(text, summary):
     paragraphs = [re.sub(r"\s+", " ", p).strip("# \n") for p in re.split(r"\n\s*\n", text)]
     odd = re.compile(
         r"-{4,}|={4,}|\(.*\) ?->|^(\w+ )?(args|arguments|parameters|returns|inputs?|raises|references?)\b|"
-        r":param|"
-        r"^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\",
-        re.I,
-    )
+        r":param|^[\w, *]+ ?: |^\w+ \([^()]*\) ?:|^\.\. |^\[\d|https?:|^examples?\b|\\", re.I)
     for p in reversed(paragraphs):
         if len(p) > 15 and not odd.search(p[:1000]) and summarise(p) != summary:
             return p.rstrip(":")[:500]
@@ -2533,9 +2295,8 @@ def prose(package):
         texts[f"text:{module}"] = inspect.cleandoc(docstring[1]) if docstring else ""
         for found in re.finditer(r"(?:^[ \t]*#.*\n){6,}", source, re.M):
             comment = re.sub(r"^[ \t]*#+ ?", "", found[0], flags=re.M)
-            if len(re.findall(r"[^\w\s.,;:'\"`()-]", comment)) < 0.02 * len(
-                comment
-            ):  # prose, not code switched off
+            odd = re.findall(r"[^\w\s.,;:'\"`()-]", comment)
+            if len(odd) < 0.02 * len(comment):  # prose, not code switched off
                 texts[f"text:{module}:{found.start()}"] = comment
     for name, text in sorted(texts.items()):
         if len(text) >= 200:
