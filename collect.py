@@ -4945,10 +4945,9 @@ class Page:
     @property
     def text(self):
         """The body by the charset that Content-Type states, else as UTF-8."""
-        stated = email.message.Message()
-        stated["Content-Type"] = self.headers.get("content-type", "")
+        stated = re.search(r"charset=[\s\"']*([\w.:-]+)", self.headers.get("content-type", ""), re.I)
         try:
-            text = self.body.decode(stated.get_content_charset("utf-8"), "replace")
+            text = self.body.decode(stated[1] if stated else "utf-8", "replace")
         except (LookupError, ValueError):  # no such charset, or none of text
             text = self.body.decode("utf-8", "replace")
         return text.removeprefix("\ufeff")
@@ -4984,29 +4983,28 @@ class Web:
     allow_private: bool = False
     rate: float = 2.0             # requests a second to one host
     timeout: float = 20.0         # seconds that one answer may take in all; all tries may take ten times that
-    max_bytes: int = 10_000_000   # of one answer, packed or not
+    max_bytes: int = 10_000_000   # of one answer, unpacked
     retries: int = 5
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
     max_age: float = 86400.0      # seconds for which an answer is used without asking whether it has changed
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
 
-    def get(self, url, headers={}, refuse=lambda url: ""):
-        """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
-        why not to visit an address, or "", and is asked at every step. Raises WebError, also for a status
-        other than 200.
+    def get(self, url, headers={}, refuse=lambda url: "", hops=5):
+        """The Page at an address, redirects followed. `headers` go to it alone. `refuse` tells why not to
+        visit an address, or "", and is asked at every step. Raises WebError, also for a status other than
+        200.
         """
         target = canonical(url)
-        for hop in itertools.count():
-            reason = refuse(target) if target else "only http and https are fetched"
-            if reason := "more than 5 redirects" if hop > 5 else reason:
-                raise WebError(f"{target or url}: {reason}")
-            page = self.remember(target, {} if hop else headers)
-            if page.status // 100 != 3 or "location" not in page.headers:
-                break
-            place = page.headers["location"]
+        if reason := refuse(target) if target else "only http and https are fetched":
+            raise WebError(f"{target or url}: {reason}")
+        page = self.remember(target, headers)
+        if page.status // 100 == 3 and "location" in page.headers:
+            if not hops:
+                raise WebError(f"{target}: more than 5 redirects")
+            place = page.headers["location"].strip()
             with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
                 place = place.encode("latin-1").decode()
-            target = canonical(place, target)
+            return self.get(urllib.parse.urljoin(target, place), {}, refuse, hops - 1)
         if page.status != 200:
             said = page.body[:300].decode("utf-8", "replace") if page.body[:1] == b"{" else ""
             raise WebError(f"{url}: status {page.status} {said}".strip(), page.status)
@@ -5039,13 +5037,13 @@ class Web:
         """Ask, by POST if there is a body, until there is an answer, with growing pauses, or as long as the
         server says in Retry-After.
         """
-        host, give_up = urllib.parse.urlsplit(url).netloc, time.monotonic() + 10 * self.timeout
+        host, give_up = host_of(url), time.monotonic() + 10 * self.timeout
         for attempt in itertools.count():
             time.sleep(max(0, self.turns.get(host, 0) - time.monotonic()))
             self.turns[host] = time.monotonic() + 1 / self.rate
             try:
                 page, problem = self.request(url, headers, attempt, body), ""
-            except (OSError, http.client.HTTPException, zlib.error) as error:
+            except OSError as error:
                 page, problem = Page(url, 0, {}, b""), f" ({type(root_cause(error)).__name__})"
             if page.status not in RETRIED:
                 return page
@@ -5059,7 +5057,7 @@ class Web:
         """One request. Raises OSError where there is no complete answer in time."""
         import requests  # here, lest every child process that describes modules import it too
         import urllib3
-        sockets, body, started = [], bytearray(), time.monotonic()
+        sockets, started = [], time.monotonic()
 
         def connect(connection):
             """A socket to an address that has been checked: the name is looked up once, so that no second
@@ -5088,19 +5086,19 @@ class Web:
 
         headers = {"User-Agent": AGENT, "Accept": "*/*", "Accept-Encoding": "gzip, deflate",
                    "Connection": "close"} | headers
-        no_password = lambda request: request
-        asked = requests.Request("POST" if sent else "GET", url, headers, data=sent, auth=no_password)
-        # The user's proxies and certificates.
+        asked = requests.Request("POST" if sent else "GET", url, headers, data=sent)
+        # The user's proxies and certificates, but no passwords from .netrc.
         theirs = requests.Session().merge_environment_settings(url, {}, True, None, None)
         timer = threading.Timer(self.timeout, hang_up)  # a slow drip meets no other limit
         timer.start()
         try:
             with Adapter().send(asked.prepare(), timeout=self.timeout, **theirs) as answer:
-                moved = answer.status_code // 100 == 3  # what else a redirect says is not read
-                while not moved and len(body) <= self.max_bytes:
-                    if not (piece := answer.raw.read(2**16, decode_content=False)):
-                        break
-                    body += piece
+                given = {name.lower(): value for name, value in answer.headers.items()}
+                packed, body = given.get("content-encoding", "").lower(), b""
+                if answer.status_code // 100 != 3:  # what else a redirect says is not read
+                    if not re.fullmatch("(x-gzip|gzip|deflate|identity|[, ])*", packed):
+                        raise WebError(f"{url}: packed as {packed}, which was not asked for")
+                    body = answer.raw.read(self.max_bytes + 1, decode_content=True)
         except urllib3.exceptions.HTTPError as error:
             raise OSError(str(error)) from error
         finally:
@@ -5109,20 +5107,9 @@ class Web:
                 sock.close()
         if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
             raise TimeoutError
-        given = {name.lower(): value for name, value in answer.headers.items()}
-        return self.unpack(Page(url, answer.status_code, given, bytes(body)))
-
-    def unpack(self, page):
-        """The page, its body as it was before it was packed. Raises WebError, zlib.error or TimeoutError."""
-        packed = page.headers.get("content-encoding", "").lower() if page.body else ""
-        for encoding in re.findall(r"[\w-]+", packed)[::-1]:
-            if encoding not in ("gzip", "x-gzip", "deflate", "identity"):
-                raise WebError(f"{page.url}: packed as {encoding}, which was not asked for")
-            if encoding != "identity":
-                page.body = unpacked(page.body, self.max_bytes)
-        if len(page.body) > self.max_bytes:
-            raise WebError(f"{page.url}: over {self.max_bytes:,} bytes")
-        return page
+        if len(body) > self.max_bytes:
+            raise WebError(f"{url}: over {self.max_bytes:,} bytes")
+        return Page(url, answer.status_code, given, body)
 
 
 def addresses(host, private):
@@ -5142,21 +5129,6 @@ class Response(http.client.HTTPResponse):
         return size
 
 
-def unpacked(body, most):
-    """What gzip (of one or several members) or deflate has packed, up to one byte more than `most`. Raises
-    zlib.error or TimeoutError where it is broken or has no end.
-    """
-    parts, size = [], 0
-    while body and size <= most:
-        unpack = zlib.decompressobj(47)  # either of the two
-        parts.append(unpack.decompress(body, most + 1 - size))
-        size += len(parts[-1])
-        if size <= most and not unpack.eof:
-            raise TimeoutError
-        body = unpack.unused_data
-    return b"".join(parts)
-
-
 def root_cause(error):
     """The first of the errors that led to this one."""
     while error.__context__:
@@ -5166,11 +5138,10 @@ def root_cause(error):
 
 def retry_after(value):
     """Seconds to wait by a Retry-After header, a number or a date: at most 60, and 0 if it makes no sense."""
+    import urllib3
     try:
-        if not re.fullmatch(r"[\d.]+", value):
-            value = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return min(60, max(0, float(value)))
-    except (ValueError, TypeError, OverflowError):
+        return min(60, urllib3.Retry().parse_retry_after(value))
+    except (urllib3.exceptions.HTTPError, ValueError, OverflowError):
         return 0
 
 
