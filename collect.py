@@ -5207,25 +5207,24 @@ def robot_rules(text):
     returns ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us,
     or else for all.
     """
-    groups, current, begun = {}, [], False  # {agent: [rules, delay]}, of us and of all; whom a line is for
+    rules, delays = {}, Counter()  # by agent: us and all
+    agents, begun = set(), False   # whom a line is for, and whether their rules have begun
     for line in text.splitlines():
         key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         key = key.lower()
         if key == "user-agent":
-            current, begun = [] if begun else current, False
-            if value.lower() in (AGENT, "*"):
-                group = groups.setdefault(value.lower(), [[], 0])
-                current += [group] * all(group is not other for other in current)
+            named = {value.lower()} & {AGENT, "*"}
+            agents, begun = named if begun else agents | named, False
+            rules |= {agent: [] for agent in named - rules.keys()}
         elif key in ("allow", "disallow"):
             begun = True
             glob = re.sub(r"[?[]", r"[\g<0>]", value) + "*"
-            for rules, _ in current if value else ():
-                rules.append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
+            for agent in agents if value else ():
+                rules[agent].append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
         elif key == "crawl-delay" and re.fullmatch(r"\d+(\.\d+)?", value):
-            for group in current:
-                group[1] = max(group[1], float(value))
-    rules, delay = groups.get(AGENT) or groups.get("*") or ([], 0)
-    return rules, delay
+            delays |= Counter({agent: float(value) for agent in agents})  # the larger
+    ours = AGENT if AGENT in rules else "*"
+    return rules.get(ours, []), delays[ours]
 
 
 def host_of(address):
@@ -5275,15 +5274,11 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             kind = page.headers.get("content-type") or "of no stated type"
             if "html" not in kind.lower():
                 raise WebError(f"{address}: not HTML but {kind}")
-        except WebError as error:
+            title, text, found = html_to_text(page.text.replace("\0", ""))
+        except ValueError as error:  # a WebError, or such as a character of 5,000 digits
             if address == start:
                 raise
-            troubles += error.status in RETRIED
-            yield rejection(address, "", str(error))
-            continue
-        try:
-            title, text, found = html_to_text(page.text.replace("\0", ""))
-        except ValueError as error:  # such as a character of 5,000 digits
+            troubles += getattr(error, "status", None) in RETRIED
             yield rejection(address, "", str(error))
             continue
         base = canonical([*found["base"], ""][0], page.url) or page.url
@@ -5295,11 +5290,11 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
         elif seen.get(name) or not text:
             yield rejection(address, "", f"the same page as {name}" if text else "holds no text")
         else:
+            seen[name] = True
             stated = canonical([*found["license"], "none:"][0], base) or license
             domain, apis = "api_doc" if found["api"] else "text", sorted(set(found["api"]))
             text = f"{title}\n\n{text}".strip()
             yield Record(f"crawl:{name}", domain, f"crawl:{host}", stated, apis, text, url=name)
-            seen[name] = True
         follows = level < depth and not re.search(r"\b(nofollow|none)\b", robots)
         for link in found["a"] if follows else ():
             link = canonical(link, base)
@@ -5335,7 +5330,8 @@ def hf_rows(name, web, host=HF_HOST, token=None):
     server; a rejection for a row that the server cut. The cache of `web` has the pages, so a killed run goes
     on where it was. Raises ValueError.
     """
-    dataset, wanted = "/".join(name.split("/")[:2]), name.split("/")[2:]
+    owner, dataset, *wanted = name.split("/")
+    dataset = f"{owner}/{dataset}"
     headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
 
     def ask(path, **query):
@@ -5353,8 +5349,7 @@ def hf_rows(name, web, host=HF_HOST, token=None):
                 page = ask("rows", config=config, split=split, offset=offset, length=100)
                 rows = page["rows"]
                 total = total if offset else page["num_rows_total"]  # one that grows would never end
-                expected = list(range(offset, offset + len(rows)))
-                if [row["row_idx"] for row in rows] != expected or not rows and offset < total:
+                if total and (not rows or rows[0]["row_idx"] != offset):
                     raise ValueError(f"hf:{where}: the server does not give row {offset} of {total}")
                 for row in rows:
                     if cut := ", ".join(row["truncated_cells"]):
