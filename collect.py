@@ -5721,7 +5721,7 @@ def conversation(kind, calls, names, results, offered, rng):
         return None
     if kind == "chain":
         first, then = requests
-        then = f"{then[0].lower()}{then[1:]}".replace("the the result", "the result")
+        then = lower_first(then).replace("the the result", "the result")
         messages = [chat_message("user", f"{first} Then {then}")]
     else:
         messages = [chat_message("user", rng.choice(ALSO).join(requests))]
@@ -5762,7 +5762,10 @@ UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"according|based|depending|such|lists of equal|using|with coefficients)$")
 STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|"
           r"handles|wraps|which|used)\b")
-ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
+ASKING = re.compile(  # whether something is so, to the end of the clause
+    r"(?s)(?:(?i:(?:returns? )?[`*]*true[`*]* (?:if|when)|whether)|"
+    r"(?i:checks?|tests?|determines?|returns?|decides?|verify|verifies) (?:if|whether|that)) "
+    r"(.*?)(?:, (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b|\Z)")
 QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common "
                  "Hyperbolic Name Path Size Length Index Position Logarithm Factorial Element-wise "
                  "Elementwise".split())  # how a sentence without a verb begins
@@ -5815,27 +5818,21 @@ def find_purposes(name, documentation, is_class):
     found = [read_purpose(sentence)]
     section = r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$"
     if returned := re.search(section, documentation, re.M):
-        given = read_purpose(f"Return {returned[1][0].lower()}{returned[1][1:].rstrip('.')}")
-        whole = (
-            given
-            and len(returned[1]) - 4 < len(given[1]) < 70
-            and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
-            and {*re.findall(r"[\w-]+", given[1].lower())} - VAGUE
-        )
-        found += [given] if whole else []
+        given = read_purpose("Return " + lower_first(returned[1].rstrip(".")))
+        if (given and len(returned[1]) - 4 < len(given[1]) < 70
+                and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
+                and {*re.findall(r"[\w-]+", given[1].lower())} - VAGUE):
+            found.append(given)
     name = " ".join(words).lower()
     told = f" {name} " in re.sub(r"\W+((the|an?) )?", " ", f" {documentation.lower()} ")
     odd = re.search(r"^(is|has|can|set|new) |\b(to|from|as|in|on|by|with|for|at|along)\b", name)
     if len(words) > 1 and told and not odd:
+        kind, said = found[0] or ("", "")
         if words[0].lower() in VERBS - {"return", "get"}:
-            found.append(None if found[0] else ("do", name))
-        elif (
-            not found[0]
-            or found[0][0] == "give"
-            or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate "))
-        ):
+            found.append(None if kind else ("do", name))
+        elif kind in ("", "give") or said.startswith(("compute ", "calculate ", "find ", "evaluate ")):
             found.append(("give", with_article(name.removeprefix("get "))))
-    return tuple(dict.fromkeys(p for p in found if p))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def class_purpose(words, sentence, documentation):
@@ -5846,12 +5843,9 @@ def class_purpose(words, sentence, documentation):
         return ()
     if kind and not re.match("(A|An|The) ", sentence):
         return ((kind, noun),)
-    if (
-        kind != "give"
-        and len(words) > 1
-        and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower())
-        and not UNFINISHED.search(" ".join(words).lower())
-    ):
+    name = " ".join(words).lower()
+    told = len(words) > 1 and name in re.sub(r"\W+", " ", documentation.lower())
+    if kind != "give" and told and not UNFINISHED.search(name):
         kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
     return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
 
@@ -5861,34 +5855,27 @@ def read_purpose(sentence):
     could say.
     """
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
-    adverb = re.match(r"(\w+ly )?", sentence)[0]
-    sentence = sentence[len(adverb):][:1].upper() + sentence[len(adverb):][1:]
+    adverb, sentence = re.match(r"(?s)(\w+ly )?(.*)", sentence).groups("")
+    sentence = sentence[:1].upper() + sentence[1:]
     first, _, rest = sentence.partition(" ")
     verb = imperative(first.lower())
-    if re.match(r"(?i)(return |returns )?[`*]*true[`*]* (if|when) ", sentence):
-        kind, words = "check", re.split(r" (?:if|when) ", sentence, maxsplit=1)[1]
-    elif verb in ASKING and re.match(r"(if|whether|that) ", rest) or first == "Whether":
-        kind, words = "check", rest.partition(" ")[2] if first != "Whether" else rest
+    if asked := ASKING.match(sentence):
+        kind, words = "check", asked[1]
     elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
         kind, words = "give", with_article(rest)
     elif verb in VERBS and rest and not rest.startswith("of "):
         kind, words = "do", f"{adverb.lower()}{verb} {rest}"
     elif first in ("The", "A", "An") and rest and not re.search(STATES, rest):
-        kind, words = "give", sentence[0].lower() + sentence[1:]
+        kind, words = "give", lower_first(sentence)
     elif first in QUANTITIES and rest:
         kind, words = "give", f"the {first.lower()} {rest}"
     else:
         return None
-    if kind == "check":
-        words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
-    elif re.match(r"(\S+ ){0,3}\S+,|[^,]*, ([\w`-]+ ?){1,3}(,| or | and )", sentence) or re.search(
-        r"[^,] (which|that|such that|whose|where|when|if|and returns?)\b", words
-    ):
-        return None  # what would be cut is needed
-    else:
-        words = re.split(
-            r",? (?:so that|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words
-        )[0]
+    if kind != "check":
+        listed = re.match(r"(\S+ ){0,3}\S+,|[^,]*, ([\w`-]+ ?){1,3}(,| or | and )", sentence)
+        if listed or re.search(r"[^,] (which|that|such that|whose|where|when|if|and returns?)\b", words):
+            return None  # what would be cut is needed
+        words = re.split(r",? (?:so that|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
     cut = kind != "check" and len(words) < len(rest) - 2
     given = r" (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+){0,3}"
     words = re.sub(rf"( or not| or (else )?None|{given})$", "", words).strip(" .,")
@@ -5898,6 +5885,11 @@ def read_purpose(sentence):
     if unclear or not 3 + 2 * cut <= count < 17 or plain.count("(") != plain.count(")"):
         return None
     return kind, words
+
+
+def lower_first(text):
+    """A text with a small letter at its beginning."""
+    return text[:1].lower() + text[1:]
 
 
 def with_article(noun):
@@ -5938,22 +5930,13 @@ def ask(tool, arguments, offered, rng, plain=False):
         kind, words = rng.choice(purposes(tool))
         words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
-        shapes = [
-            s for s in SHAPES[kind][: 2 if plain else None] if left or "{given}" not in s and "{Use}" not in s
-        ]
-        request = rng.choice(shapes).format(
-            p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use
-        )
-        names = {p for p in tool.required if p not in arguments}  # what the user forgets
-        odd = [
-            w
-            for w in re.findall(
-                r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])", words
-            )
-            if w not in names
-        ]
-        forgotten = re.findall(r"(?<= to )\w+$|(?<= than )\w+$|(?<= and )\w+$|(?<= of )\w+$", words)
-        odd += [w for w in forgotten if w in tool.properties.keys() - arguments.keys() - names]
+        shapes = SHAPES[kind][:2] if plain else SHAPES[kind]
+        shape = rng.choice([s for s in shapes if left or not re.search("{(given|Use)}", s)])
+        request = shape.format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
+        unsaid = tool.properties.keys() - arguments.keys()
+        names = r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])"
+        odd = {*re.findall(names, words)} | unsaid & {*re.findall(r" (?:to|than|and|of) (\w+)$", words)}
+        odd -= {*tool.required} & unsaid  # what the user forgets
         if not odd and not any(common_run(request, t.description) for t in offered):
             return request
     return None
@@ -5976,38 +5959,32 @@ def fill_in(kind, words, arguments, tool):
     is a common word counts only where the documentation marks it. The first argument may follow the noun that
     stands for it: "the list [1, 2]".
     """
-    stated = set()
+    left = dict(arguments)
 
     def value(match):
         name = match[1] or match[2]
-        stated.add(name)
+        left.pop(name, None)
         return in_words(arguments[name]) if name else ""  # other marks go
 
     marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
     plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
-    words = re.sub(
-        rf"[`*']+({marked or '(?!)'})[`*']+(?! (?:keyword|argument|parameter|option))|"
-        rf"(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]",
-        value,
-        words,
-    )
-    left = {p: v for p, v in arguments.items() if p not in stated}
+    words = re.sub(rf"[`*']+({marked or '(?!)'})[`*']+(?! (?:keyword|argument|parameter|option))|"
+                   rf"(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]", value, words)
     main = next(iter(left), None)
     if main and re.search(rf" (of|in|from|to) (the )?{main}$", words):
         words = re.sub(rf"(the )?{main}$", lambda _: in_words(left.pop(main)), words)
         main = next(iter(left), None)
-    first = main in tool.required[:1]
-    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if first else None
-    if noun and not isinstance(left[main], Said):
+    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.required[:1] else None
+    if noun:
+        made = kind in ("give", "make") or re.match(
+            "(create|generate|make|build|construct|produce|define|draw) ", words)
+        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
         end = (r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|using|is|are|has|have|can|contains?|"
                r"lies|was)\b|$)")
-        made = kind in ("give", "make") or re.match(
-            "(create|generate|make|build|construct|produce|define|draw) ", words
-        )
-        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
         words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}",
                                lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
-        left = {p: v for p, v in left.items() if p != main or not count}
+        if count:
+            del left[main]
     return words, left
 
 
@@ -6017,23 +5994,17 @@ def clauses(kind, words, left, tool, rng):
     """
     if not left:
         return "", "", ""
-    lead, item = rng.choice(WITH if not any(type(v) is bool for v in left.values()) else WITH[1:4:2])
+    lead, item = rng.choice(WITH[1:4:2] if any(type(v) is bool for v in left.values()) else WITH)
     labels = {p: label(p, schema) for p, schema in tool.properties.items()}
     several = Counter(labels.values())
-    labels = {p: labels.get(p, p) if several[labels.get(p)] == 1 else p for p in left}
-    items = [
-        (item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()
-    ]
-    main = next(iter(left))
-    counted = type(left[main]) is bool or re.search(
-        r"\b(size|length|number|count|times|shape)\b", value_text(tool, main)
-    )
-    if kind != "make" and not counted and tool.required == [main]:
-        lead, items = (
-            ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])])
-            if len(items) == 1
-            else (lead, items)
-        )
+    labels = {p: labels[p] if several[labels[p]] == 1 else p for p in left}
+    items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v))
+             for p, v in left.items()]
+    main, first = next(iter(left.items()))
+    counted = re.search(r"\b(size|length|number|count|times|shape)\b", value_text(tool, main))
+    if kind != "make" and not counted and type(first) is not bool and tool.required == [main] == [*left]:
+        lead = "of" if kind == "give" and " of " not in words else "for"
+        items = [in_words(first)]
     listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
     use = "Use " + " and ".join(f"{in_words(v)} for {labels[p]}" for p, v in left.items())
     return f" {lead} {listed}", f"{'For' if lead == 'of' else lead.capitalize()} {listed}", use
@@ -6042,21 +6013,18 @@ def clauses(kind, words, left, tool, rng):
 def label(name, schema):
     """A parameter in words: its name, or how its description begins where the name is no word."""
     words, description = words_of(name), schema.get("description", "")
-    if words and all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
+    unclear = not words or any(re.fullmatch(r"..?|\d+", word) for word in words)
+    if not unclear and schema.get("type") != "boolean":
         known = len(words) > 1 or words[0].lower() in description.lower()
         return "the " * known + " ".join(words).lower()
     start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by|as)\b", description)[0]
     start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
     first = start.partition(" ")[0].lower()
-    verbs = re.search(
-        r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|"
-        r"so|and|or)\b",
-        start,
-        re.I,
-    )
-    plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
-    if plain and not UNFINISHED.search(start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
-        return "the " + start[0].lower() + start[1:]
+    plain = (r"(?!(?i:.*\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|"
+             r"represents|so|and|or)\b))[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}")
+    if (re.fullmatch(plain, start) and not UNFINISHED.search(start) and first not in NOT_A_NOUN
+            and imperative(first) not in VERBS):
+        return "the " + lower_first(start)
     return name
 
 
@@ -6064,11 +6032,8 @@ def in_words(value):
     """A value as a person writes it: file names and addresses bare, other text in quotes, all else as
     JSON.
     """
-    if (
-        isinstance(value, Said)
-        or isinstance(value, str)
-        and re.fullmatch(r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+", value)
-    ):
+    bare = r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+"
+    if isinstance(value, Said) or isinstance(value, str) and re.fullmatch(bare, value):
         return value
     return "None" if value is None else json.dumps(value, ensure_ascii=False)
 
@@ -6091,26 +6056,19 @@ def mend(tool, arguments, rng):
     calls mean what the request says: a file is elsewhere, or a server takes no value for an option, whose
     default is meant anyway. None three times where neither can be.
     """
-    properties = tool.properties
     for p, value in arguments.items():
         if type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
             return arguments, message, arguments | {p: other}
-    defaults = [
-        p
-        for p, schema in properties.items()
-        if p not in arguments and "default" in schema and schema["default"] != "" and not UNUSUAL.match(p)
-    ]
+    defaults = {p: schema["default"] for p, schema in tool.properties.items()
+                if p not in arguments and schema.get("default", "") != "" and not UNUSUAL.match(p)}
     if not defaults:
         return None, None, None
-    p = rng.choice(defaults)
-    value = properties[p]["default"]
-    message = (
-        f"NotImplementedError: this server does not let clients set {p}, it always uses {json.dumps(value)}; "
-        "call without it"
-    )
-    return arguments | {p: value}, message, arguments
+    p = rng.choice([*defaults])
+    message = (f"NotImplementedError: this server does not let clients set {p}, it always uses "
+               f"{json.dumps(defaults[p])}; call without it")
+    return arguments | {p: defaults[p]}, message, arguments
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6365,7 +6323,7 @@ def random_arguments(tool, rng):
     """Arguments like those in an example of the documentation, or by the schema: what is required and, often,
     what is not. None where a value does not fit its schema.
     """
-    properties, required = tool.properties, tool.required
+    properties, required = tool.properties, needed(tool)
     if tool.examples:
         arguments, _ = rng.choice(tool.examples)
         kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(tool, p)}
@@ -6375,24 +6333,16 @@ def random_arguments(tool, rng):
             varied[p] = value if p in kept or whole and varied else vary(value, rng)
         return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
     size = rng.randrange(2, 5)
-    required = needed(tool)
-    optional = [
-        p
-        for p, schema in properties.items()
-        if p not in required
-        and not UNUSUAL.match(p)
-        and choices(tool, p)
-        and not CONDITIONAL.search(schema.get("description", ""))
-    ]
+    optional = [p for p, schema in properties.items()
+                if p not in required and not UNUSUAL.match(p) and choices(tool, p)
+                and not CONDITIONAL.search(schema.get("description", ""))]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
-    arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
-    for low, high in (
-        ("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max"), ("k", "n"),
-        ("d", "n"),
-    ):
+    arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required + chosen}
+    for pair in ("start end", "start stop", "begin end", "low high", "min max", "k n", "d n"):
+        low, high = pair.split()
         a, b = arguments.get(low), arguments.get(high)
-        numbers = type(a) in (int, float) and type(b) in (int, float)
-        if (numbers or type(a) is type(b) is str) and a > b:
+        kinds = {type(a), type(b)}
+        if (kinds <= {int, float} or kinds == {str}) and a > b:
             arguments |= {low: b, high: a}
         elif a == b and a is not None:
             return None
@@ -6400,15 +6350,17 @@ def random_arguments(tool, rng):
 
 
 def vary(value, rng):
-    """A value of the same kind, size and sign: numbers up to a third larger or smaller, texts as they are."""
+    """A value of the same kind, size and sign: numbers up to a third larger or smaller, also in lists and in
+    lists of lists; all else as it is.
+    """
     if type(value) is int and abs(value) > 3:
         return value + rng.randrange(-abs(value) // 3, abs(value) // 3 + 1)
     if type(value) is float:
         return float(f"{value * rng.uniform(0.7, 1.3):.3g}")
-    numbers = type(value) is list and all(type(v) in (int, float) for v in value)
-    rows = type(value) is list and all(type(v) is list and len(v) == len(value[0]) for v in value)
-    if numbers or rows and all(type(v) in (int, float) for row in value for v in row):
-        return [vary(v, rng) for v in value]
+    if type(value) is list:
+        flat = [v for row in value for v in (row if type(row) is list else [row])]
+        if all(type(v) in (int, float) for v in flat):
+            return [vary(v, rng) for v in value]
     return value
 
 
