@@ -6076,16 +6076,36 @@ def mend(tool, arguments, rng):
 
 PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
          "/tmp/results/run_7.dat", "backup/monthly.gz"]
-FILES = {  # by a word in the tool's description
-    "binary": "data/values.bin", "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png",
-    "csv": "data/sales.csv", "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
-    "gexf": "graphs/roads.gexf", "pajek": "graphs/roads.net", "dot": "graphs/flow.dot",
-    "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml", "graph": "graphs/friends.edgelist",
-    "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
-    "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini",
-    "config": "config/settings.ini", "environment": "config/.env", "excel": "reports/2024.xlsx",
-    "parquet": "data/events.parquet", "pickle": "cache/model.pkl", "database": "data/shop.db",
-    "library": "lib/libfast.so", "template": "templates/mail.html"}
+# By a word in the tool's description.
+FILES = dict(line.split() for line in """\
+binary data/values.bin
+font fonts/DejaVuSans.ttf
+image images/logo.png
+csv data/sales.csv
+json data/users.json
+xml feeds/news.xml
+html site/index.html
+gexf graphs/roads.gexf
+pajek graphs/roads.net
+dot graphs/flow.dot
+graphml graphs/roads.graphml
+gml graphs/roads.gml
+graph graphs/friends.edgelist
+zip backup/monthly.zip
+tar backup/home.tar.gz
+python scripts/clean.py
+module scripts/clean.py
+script scripts/clean.py
+theme themes/dark.ini
+config config/settings.ini
+environment config/.env
+excel reports/2024.xlsx
+parquet data/events.parquet
+pickle cache/model.pkl
+database data/shop.db
+library lib/libfast.so
+template templates/mail.html
+""".splitlines())
 TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
          "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
          "one,two,three"]
@@ -6104,7 +6124,7 @@ BEGINS_AS_TEXT = re.compile(
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
 # Of texts and numbers, as JSON or a list from above: by the first pattern that is found in the name or the
-# description.
+# description. The pattern of no text at all has the values of what is not known better.
 VALUES = r"""
 string: md ?5
     ["d41d8cd98f00b204e9800998ecf8427e", "5d41402abc4b2a76b9719d911017c592"]
@@ -6240,7 +6260,7 @@ integer: stop|end|last|limit|max
     [10, 20, 50, 100]
 integer: number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins
     [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]
-integer:
+integer: ^$
     [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]
 number: timeout|seconds|delay|interval|duration|wait
     [0.5, 2.5, 5, 10, 30]
@@ -6258,13 +6278,14 @@ number: angle|degree|theta|phi|rotation|lat|lon
     [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]
 number: scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length
     [0.5, 1.5, 2, 2.5, 4, 10]
-number:
+number: ^$
     [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100]
 """
 LISTS = {"PATHS": PATHS, "TEXTS": TEXTS, "NAMES": NAMES, "HEADERS": HEADERS, "KEYS": KEYS}
-VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I),
-           LISTS.get(values.strip()) or json.loads(values))
-          for kind, pattern, values in re.findall(r"(?m)^(\w+):[ ]?(.*)\n((?: .*\n)+)", VALUES)]
+VALUES = {of: [(re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])", re.I),
+                LISTS.get(values.strip()) or json.loads(values))
+               for kind, pattern, values in re.findall(r"(?m)^(\w+): (.*)\n((?: .*\n)+)", VALUES) if kind == of]
+          for of in ("string", "integer", "number")}
 COLUMNS = [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]]
 SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
            ["red apple", "green pear"]]
@@ -6369,36 +6390,37 @@ def choices(tool, name):
     meant.
     """
     schema, text = tool.properties[name], value_text(tool, name)
-    several = schema["type"] if isinstance(schema.get("type"), list) else None
-    found, about = [], f"{tool.description} {text}".lower()
+    about = f"{tool.description} {text}".lower()
     if SECRET.search(about):
         return []
-    alternatives = schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema])
+    several = schema["type"] if isinstance(schema.get("type"), list) else []
+    alternatives = schema.get("anyOf") or [{"type": kind} for kind in several] or [schema]
     if {"type": "integer"} in alternatives and re.match(r"axis$|dim$|n_|num_|max_", name):
         alternatives = [{"type": "integer"}]
-    for choice in alternatives:
-        kind, items = choice.get("type"), choice.get("items") or {}
-        if "enum" in choice or kind == "boolean" and not SAYS_LITTLE.fullmatch(name):
-            found.append(choice)
-        elif kind in ("integer", "number", "string") and values_of(kind, tool, name):
-            found.append(choice)
-        elif kind == "object" and OBJECT_NAMES.match(name):
-            if "title" not in choice and not SHAPED.search(about):
-                found.append(choice)
-        elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
-            if HIGH_DIMENSIONAL_TOOL.search(tool.description):
-                continue
-            rows = items.get("type") == "array" and LISTED.search(text) and not LISTED_TEXTS.search(text)
-            inner = items.get("items") or {"type": "number"} if rows else items
-            texts = inner.get("type") == "string" and "enum" not in inner
-            if (
-                inner.get("type") in ("integer", "number", "boolean")
-                and (len(alternatives) == 1 or LISTED.search(text))
-                or not items
-                and LISTED.search(text)
-                or (texts and LISTED_TEXTS.search(text) and (name != "lines" or "edge" in about))
-            ):
-                found.append(choice)
+
+    def has_values(choice):
+        kind = choice.get("type")
+        if "enum" in choice:
+            return True
+        if kind == "boolean":
+            return not SAYS_LITTLE.fullmatch(name)
+        if kind in ("integer", "number", "string"):
+            return values_of(kind, tool, name)
+        if kind == "object":
+            return OBJECT_NAMES.match(name) and "title" not in choice and not SHAPED.search(about)
+        odd = HIGH_DIMENSIONAL.search(text) or HIGH_DIMENSIONAL_TOOL.search(tool.description)
+        if kind != "array" or odd or re.search(r"types?$", name):
+            return False
+        items, listed, of_texts = choice.get("items") or {}, LISTED.search(text), LISTED_TEXTS.search(text)
+        if items.get("type") == "array" and listed and not of_texts:
+            items = items.get("items") or {"type": "number"}
+        kind = items.get("type")
+        if kind == "string":
+            return "enum" not in items and of_texts and (name != "lines" or "edge" in about)
+        alone = len(alternatives) == 1 and kind in ("integer", "number", "boolean")
+        return alone or listed and (not items or kind in ("integer", "number", "boolean"))
+
+    found = [choice for choice in alternatives if has_values(choice)]
     texts = [choice for choice in found if choice.get("type") == "string"]
     of_text = re.match(r"(exprs?|columns?|cols?|names?|by|on)$", name) or tool.description.startswith("Parse")
     return texts if texts and of_text else found
@@ -6409,47 +6431,39 @@ def values_of(kind, tool, name):
     former comes first where it says something; without a description that of the tool. [] where nothing says
     enough.
     """
-    words = " ".join(words_of(name)).lower()
+    words, about = " ".join(words_of(name)).lower(), tool.description.lower()
     said = tool.properties[name].get("description", "").lower()[:50]
     if kind == "integer" and words.endswith("mode"):  # a number whose meaning only the tool knows
         return []
-    if kind == "integer" and re.match(r"(the )?number of", said):
-        words, said = "n", ""
-    if kind == "number" and (re.match(r"(the )?number of", said) or re.search(r"^n |digits|count", words)):
-        return values_of("integer", tool, name)
+    if kind != "string" and re.match(r"(the )?number of", said):
+        kind, words, said = "integer", "n", ""
     if kind == "string" and not said and re.fullmatch("name|arg|obj|val|value|v|x", words):
-        texts = (tool.description.lower(),)  # such a name says nothing
+        texts = [about]  # such a name says nothing
     elif kind == "string" and SAYS_LITTLE.fullmatch(words) or len(words) == 1:
-        texts = (said or tool.description.lower(), words)
+        texts = [said or about, words]
     else:
-        texts = (words, said)
-    for text in texts:
-        found = next(
-            (v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None
-        )
+        texts = [words, said]
+    known = said or kind == "number" or len(name) == 1
+    for text in [*filter(None, texts), *[""] * bool(known)]:
+        found = next((values for pattern, values in VALUES[kind] if pattern.search(text)), None)
         if found is PATHS:
             return files_of(tool)
         if found in (TEXTS, NAMES, KEYS, HEADERS) and SPECIAL_TEXT.search(tool.description):
             return []
         if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
             return found
-    known = said or kind == "number" or len(name) == 1
-    return (
-        [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values]
-        if known
-        else []
-    )
+    return []
 
 
 def files_of(tool):
     """Paths of files of the kind that a tool's description speaks of."""
     words = re.findall(r"[a-z]+", tool.description.lower())
-    path = next((path for word, path in FILES.items() if word in words), None)
+    for path in (path for word, path in FILES.items() if word in words):
+        return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"]
     of_format = re.search(r"\b[A-Z]{3,}\d*\b|format|compress|serializ", tool.description)
     of_product = re.search(r"\b[A-Z][a-z]+\b", tool.description[1:])  # such as "from a Lance dataset"
-    if not path and (of_format or of_product and not re.search(r"\bfile|\bpath|director", tool.description)):
-        return []
-    return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"] if path else PATHS
+    of_files = re.search(r"\bfile|\bpath|director", tool.description)
+    return [] if of_format or of_product and not of_files else PATHS
 
 
 def value_text(tool, name):
@@ -6472,8 +6486,8 @@ def random_value(tool, name, rng, size):
     can_be_null = schema.get("nullable") and kind != "array" and name not in tool.required
     if can_be_null and rng.random() < 0.05:
         return None
-    if choice.get("enum"):
-        return rng.choice([v for v in choice["enum"] if v != default] or choice["enum"])
+    if enum := choice.get("enum"):
+        return rng.choice([v for v in enum if v != default] or enum)
     if kind == "boolean":
         return not default if type(default) is bool else rng.random() < 0.7
     if kind == "array":
@@ -6488,7 +6502,7 @@ def random_value(tool, name, rng, size):
     values = values_of(kind, tool, name)
     if kind != "string" and POSITIVE.search(text):
         values = [v for v in values if v > 0] or values
-    if type(default) is int and kind != "string":
+    if kind != "string" and type(default) is int:
         values = [v for v in values if v == int(v)] or values
     if kind == "string" and re.search(r"\bcharacter\b", text):
         values = [v for v in values if len(v) == 1] or values
