@@ -5466,34 +5466,79 @@ def minified(text):
 
 KINDS = {"multiple": 5, "single": 3, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1,
          "chain": 1}  # shares
-# Requests by what a purpose is: {p} the purpose, {a} the arguments in words, {given} the same to begin with.
-SHAPES = {
-    "do": ["{P}{a}.", "Please {p}{a}.", "Can you {p}{a}?", "I need to {p}{a}.", "I want to {p}{a}.",
-           "Help me {p}{a}.", "{given}, please {p}.", "Could you {p}{a}? Thanks!",
-           "For my project I have to {p}{a}.", "{P}. {Use}.", "Go ahead and {p}{a}."],
-    "give": ["What is {p}{a}?", "Give me {p}{a}.", "I need {p}{a}.", "Please work out {p}{a}.",
-             "Can you tell me {p}{a}?", "{given}, what is {p}?", "I'm looking for {p}{a}.", "Find {p}{a}.",
-             "Get me {p}. {Use}.", "I'd like to know {p}{a}."],
-    "check": ["Check whether {p}{a}.", "Can you tell me whether {p}{a}?", "I want to know if {p}{a}.",
-              "{given}, find out whether {p}.", "Please check if {p}{a}.", "Is it true that {p}{a}?"],
-    "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.",
-             "Can you build {p}{a}?", "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.",
-             "I want to use {p}{a}.", "Make {p}{a} for me."]}
-WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
-        ("with", "{v} for {l}")]
 VARIED, MADE_UP = 22, 4  # conversations on a tool with values like its examples', and on one without examples
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
-QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
-             "I need `{p}` for this. What is it?"]
-TOLD = ["{v}", "It is {v}.", "Use {v}.", "Take {v}, please.", "{v}, please.", "Sorry, {v}."]
-REFUSALS = [
-    "None of the given tools can do this.",
-    "I have no tool for that request.",
-    "The tools at hand do not cover this, so I make no call.",
-    "No available function fits this request.",
-]
-ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
+# What is said in conversations: requests by what a purpose is, where {p} is the purpose, {a} the arguments in
+# words, {given} the same to begin with and {Use} in a sentence of its own; the words for an argument of the
+# label {l} and the value {v}, or for a switch; what the assistant asks and is told, and its answers.
+PHRASES = defaultdict(list)
+for kind, phrase in re.findall(r"(?m)^(\w+): (.+)$", """
+do: {P}{a}.
+do: Please {p}{a}.
+do: Can you {p}{a}?
+do: I need to {p}{a}.
+do: I want to {p}{a}.
+do: Help me {p}{a}.
+do: {given}, please {p}.
+do: Could you {p}{a}? Thanks!
+do: For my project I have to {p}{a}.
+do: {P}. {Use}.
+do: Go ahead and {p}{a}.
+give: What is {p}{a}?
+give: Give me {p}{a}.
+give: I need {p}{a}.
+give: Please work out {p}{a}.
+give: Can you tell me {p}{a}?
+give: {given}, what is {p}?
+give: I'm looking for {p}{a}.
+give: Find {p}{a}.
+give: Get me {p}. {Use}.
+give: I'd like to know {p}{a}.
+check: Check whether {p}{a}.
+check: Can you tell me whether {p}{a}?
+check: I want to know if {p}{a}.
+check: {given}, find out whether {p}.
+check: Please check if {p}{a}.
+check: Is it true that {p}{a}?
+make: Create {p}{a}.
+make: Set up {p}{a}.
+make: I need {p}{a}.
+make: Please make {p}{a}.
+make: Can you build {p}{a}?
+make: Give me {p}{a}.
+make: Prepare {p}. {Use}.
+make: {given}, set up {p}.
+make: I want to use {p}{a}.
+make: Make {p}{a} for me.
+with: with {l} {v}
+with: with {l} set to {v}
+with: using {v} as {l}
+with: where {l} is {v}
+with: with {v} for {l}
+switch: with {l} set to {v}
+switch: where {l} is {v}
+question: What should `{p}` be?
+question: Which value shall I use for `{p}`?
+question: Please tell me `{p}` first.
+question: I need `{p}` for this. What is it?
+told: {v}
+told: It is {v}.
+told: Use {v}.
+told: Take {v}, please.
+told: {v}, please.
+told: Sorry, {v}.
+refusal: None of the given tools can do this.
+refusal: I have no tool for that request.
+refusal: The tools at hand do not cover this, so I make no call.
+refusal: No available function fits this request.
+answer: The result is {r}.
+answer: It gives {r}.
+answer: This returns {r}.
+answer: The answer is {r}.
+answer: I get {r}.
+"""):
+    PHRASES[kind].append(phrase)
 VERBS = set("""
     accept add adjust align append apply approximate ask assign bind bound build calculate call cast
     change check choose clamp clear clip close collect combine compare compile compose compress compute
@@ -5728,10 +5773,10 @@ def conversation(kind, calls, names, results, offered, rng):
     say = partial(chat_message, "assistant")
     made = [(names[t.name], given) for t, given in calls]
     if kind == "irrelevant":
-        return messages + [say(rng.choice(REFUSALS))]
+        return messages + [say(rng.choice(PHRASES["refusal"]))]
     if kind == "missing":
-        told = chat_message("user", rng.choice(TOLD).format(v=in_words(arguments[missing])))
-        messages.append(say(rng.choice(QUESTIONS).format(p=missing)))
+        told = chat_message("user", rng.choice(PHRASES["told"]).format(v=in_words(arguments[missing])))
+        messages.append(say(rng.choice(PHRASES["question"]).format(p=missing)))
         return messages + [told, say(calls=made)] * (rng.random() < 0.6)
     if kind == "error":
         mended = say(calls=[(names[tool.name], mended)])
@@ -5794,7 +5839,7 @@ VAGUE = set("""
 
 
 def purposes(tool):
-    """What a tool is for, as [(a key of SHAPES, words)], from the first sentence of its documentation, from
+    """What a tool is for, as [(a kind of request in PHRASES, words)], from the first sentence of its documentation, from
     what it says to return, and from the tool's name. The words may hold names of parameters.
     """
     return find_purposes(tool.name.rpartition(".")[2], tool.documentation, tool.is_class)
@@ -5851,7 +5896,7 @@ def class_purpose(words, sentence, documentation):
 
 
 def read_purpose(sentence):
-    """A sentence of documentation as (a key of SHAPES, words), or None where it says nothing that a request
+    """A sentence of documentation as (a kind of request in PHRASES, words), or None where it says nothing that a request
     could say.
     """
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
@@ -5930,7 +5975,7 @@ def ask(tool, arguments, offered, rng, plain=False):
         kind, words = rng.choice(purposes(tool))
         words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
-        shapes = SHAPES[kind][:2] if plain else SHAPES[kind]
+        shapes = PHRASES[kind][:2] if plain else PHRASES[kind]
         shape = rng.choice([s for s in shapes if left or not re.search("{(given|Use)}", s)])
         request = shape.format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
         unsaid = tool.properties.keys() - arguments.keys()
@@ -5994,7 +6039,8 @@ def clauses(kind, words, left, tool, rng):
     """
     if not left:
         return "", "", ""
-    lead, item = rng.choice(WITH[1:4:2] if any(type(v) is bool for v in left.values()) else WITH)
+    phrases = PHRASES["switch" if any(type(v) is bool for v in left.values()) else "with"]
+    lead, _, item = rng.choice(phrases).partition(" ")
     labels = {p: label(p, schema) for p, schema in tool.properties.items()}
     several = Counter(labels.values())
     labels = {p: labels[p] if several[labels[p]] == 1 else p for p in left}
@@ -6046,7 +6092,7 @@ def answer(result, rng):
     if re.match(r"\s*(Traceback|\w+Error: )", result):
         return f"That fails: {result.splitlines()[-1].strip()}"
     if "\n" not in result and len(result) <= 120:
-        return rng.choice(ANSWERS).format(r=result.strip())
+        return rng.choice(PHRASES["answer"]).format(r=result.strip())
     shown = result if len(result) <= 300 else re.sub(r"\s+\S*$", "", result[:300]) + " ..."
     return f"The result is:\n{shown}"
 
@@ -6074,8 +6120,6 @@ def mend(tool, arguments, rng):
 # ------------------------------------------------------------------------------------------------------------
 # Values that a person would give
 
-PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
-         "/tmp/results/run_7.dat", "backup/monthly.gz"]
 # By a word in the tool's description.
 FILES = dict(line.split() for line in """\
 binary data/values.bin
@@ -6106,12 +6150,22 @@ database data/shop.db
 library lib/libfast.so
 template templates/mail.html
 """.splitlines())
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
-         "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
-         "one,two,three"]
-NAMES = ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]
-HEADERS = ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]
-KEYS = ["user_id", "created_at", "price", "weight"]
+# Lists of values, by the names that they have in VALUES.
+LISTS = json.loads(r"""{
+"PATHS": ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
+          "/tmp/results/run_7.dat", "backup/monthly.gz"],
+"TEXTS": ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
+          "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
+          "one,two,three"],
+"NAMES": ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"],
+"HEADERS": ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"],
+"KEYS": ["user_id", "created_at", "price", "weight"],
+"COLUMNS": [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]],
+"SAMPLES": [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
+            ["red apple", "green pear"]],
+"OBJECTS": [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
+            {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": true}, "score": 9.5},
+            {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]}""")
 SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
     r"(?i)\b(construct an?|decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|"
     r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|"
@@ -6125,7 +6179,8 @@ BEGINS_AS_TEXT = re.compile(
     r"specifying|representing|alias|in|or|identifier|name))")
 # Of texts and numbers, as JSON or a list from above: by the first pattern that is found in the name or the
 # description. The pattern of no text at all has the values of what is not known better.
-VALUES = r"""
+VALUES = defaultdict(list)
+for kind, pattern, values in re.findall(r"(?m)^(\w+): (.*)\n((?: .*\n)+)", r"""
 string: md ?5
     ["d41d8cd98f00b204e9800998ecf8427e", "5d41402abc4b2a76b9719d911017c592"]
 string: sha ?1(?!\d)
@@ -6169,7 +6224,7 @@ string: locale|language
 string: dir\b|directory|folder|^root|base path|home$
     ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]
 string: path|pathname|file|fname|filename|archive|^src$|^dst$
-    PATHS
+    "PATHS"
 string: decimal
     [",", "."]
 string: sep\b|separator|delimiter|^delim
@@ -6205,23 +6260,23 @@ string: html|markup
 string: ^json\b
     ["{\"id\": 7, \"tags\": [\"a\", \"b\"]}", "[1, 2, 3]"]
 string: header
-    HEADERS
+    "HEADERS"
 string: key|column|field|attribute|attr\b|weight
-    KEYS
+    "KEYS"
 string: unit
     ["ms", "kg", "days", "km"]
 string: ^(\w+ )?(format|fmt)\b
     ["%Y-%m-%d", "{:.2f}", "png"]
 string: text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment
-    TEXTS
+    "TEXTS"
 string: note|^data\b
-    TEXTS
+    "TEXTS"
 string: app|application|program
     ["Weather Station", "Invoice Printer", "photo-sorter"]
 string: workspace|organi[sz]ation|team|company|project
     ["acme-labs", "north-office", "weather-team"]
 string: name|id\b|identifier|tag|category|topic|group|node|vertex
-    NAMES
+    "NAMES"
 integer: axis|axes|dimension (along|to|over|in|on)|(along|over) which
     [0, -1]
 integer: version|^min
@@ -6280,18 +6335,9 @@ number: scale|std|sigma|variance|radius|width|height|temperature|weight|positive
     [0.5, 1.5, 2, 2.5, 4, 10]
 number: ^$
     [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100]
-"""
-LISTS = {"PATHS": PATHS, "TEXTS": TEXTS, "NAMES": NAMES, "HEADERS": HEADERS, "KEYS": KEYS}
-VALUES = {of: [(re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])", re.I),
-                LISTS.get(values.strip()) or json.loads(values))
-               for kind, pattern, values in re.findall(r"(?m)^(\w+): (.*)\n((?: .*\n)+)", VALUES) if kind == of]
-          for of in ("string", "integer", "number")}
-COLUMNS = [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]]
-SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
-           ["red apple", "green pear"]]
-OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
-           {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": True}, "score": 9.5},
-           {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
+"""):
+    pattern = re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])", re.I)
+    VALUES[kind].append((pattern, json.loads(values)))
 UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|signature|order|backend|"
                      r"like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|args|"
                      r"options|_.*|schema\w*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
@@ -6446,12 +6492,13 @@ def values_of(kind, tool, name):
     known = said or kind == "number" or len(name) == 1
     for text in [*filter(None, texts), *[""] * bool(known)]:
         found = next((values for pattern, values in VALUES[kind] if pattern.search(text)), None)
-        if found is PATHS:
+        named = isinstance(found, str)  # one of LISTS
+        if found == "PATHS":
             return files_of(tool)
-        if found in (TEXTS, NAMES, KEYS, HEADERS) and SPECIAL_TEXT.search(tool.description):
+        if named and SPECIAL_TEXT.search(tool.description):
             return []
-        if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
-            return found
+        if found and (found != "TEXTS" or text is not said or BEGINS_AS_TEXT.match(said)):
+            return LISTS[found] if named else found
     return []
 
 
@@ -6463,7 +6510,7 @@ def files_of(tool):
     of_format = re.search(r"\b[A-Z]{3,}\d*\b|format|compress|serializ", tool.description)
     of_product = re.search(r"\b[A-Z][a-z]+\b", tool.description[1:])  # such as "from a Lance dataset"
     of_files = re.search(r"\bfile|\bpath|director", tool.description)
-    return [] if of_format or of_product and not of_files else PATHS
+    return [] if of_format or of_product and not of_files else LISTS["PATHS"]
 
 
 def value_text(tool, name):
@@ -6494,7 +6541,7 @@ def random_value(tool, name, rng, size):
         whole = re.search(r"\b(bit-?wise|bits|shift|gcd|lcm|divisor|integers)\b", tool.description, re.I)
         return random_list("integer " * bool(whole) + text, choice, rng, size, tool.description)
     if kind == "object":
-        return rng.choice(OBJECTS)
+        return rng.choice(LISTS["OBJECTS"])
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
         return rng.choice([2 * default, default + 1, 3 * default])
     if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
@@ -6535,7 +6582,7 @@ def random_list(text, schema, rng, size, about=""):
             return ["1 2", "2 3", "3 1"]
         if re.search(r"\b\w*(file|path|dir|director(y|ie))s?\b", text):
             return ["data/a.csv", "data/b.csv"]
-        return list(rng.choice(COLUMNS if re.search(r"\b(column|field|attribute)", text) else SAMPLES))
+        return list(rng.choice(LISTS["COLUMNS" if re.search(r"\b(column|field|attribute)", text) else "SAMPLES"]))
     flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
     named, _, said = text.partition(":")
     if (
