@@ -5723,7 +5723,7 @@ def bounded(tool):
     """Whether the documentation bounds a parameter by another or asks for a prime, which no made-up value
     minds.
     """
-    bounds = {found[1] for found in BOUND.finditer(tool.documentation)}
+    bounds = {found[1] for found in re.finditer(BOUND, tool.documentation)}
     return bounds & tool.properties.keys() - {"a", "x"} or re.search(r"\bprime number\b", tool.documentation)
 
 
@@ -5792,22 +5792,22 @@ def conversation(kind, calls, names, results, offered, rng):
 # Requests in words
 
 # A purpose that can stand in a request holds no formula and no markup, and is clear by itself.
-CLEAN = re.compile(r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))[\w ,'\"`*()-]+")
-UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
+CLEAN = r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))[\w ,'\"`*()-]+"
+UNCLEAR = (r"(?i)\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
                      r"instances|method|module|wrapper|helper|internal|callable|decorator|deprecated|"
                      r"alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|hook|"
                      r"mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|"
                      r"i e|version of|kind for|prints as|routine|system call|utility|function|functions|"
                      r"algorithm|type|types|code|generic|given|specified|provided|keywords?|"
                      r"appropriately|properly|number between|from broadcasting|the (true|false))\b|--|"
-                     r"\w\(", re.I)
+                     r"\w\(")
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
     r"containing|shape|over|into|per|within|under|matching|(from|of|between) two|along|corresponding|"
     r"according|based|depending|such|lists of equal|using|with coefficients)$")
 STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|"
           r"handles|wraps|which|used)\b")
-ASKING = re.compile(  # whether something is so, to the end of the clause
+ASKING = (  # whether something is so, to the end of the clause
     r"(?s)(?:(?i:(?:returns? )?[`*]*true[`*]* (?:if|when)|whether)|"
     r"(?i:checks?|tests?|determines?|returns?|decides?|verify|verifies) (?:if|whether|that)) "
     r"(.*?)(?:, (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b|\Z)")
@@ -5839,8 +5839,9 @@ VAGUE = set("""
 
 
 def purposes(tool):
-    """What a tool is for, as [(a kind of request in PHRASES, words)], from the first sentence of its documentation, from
-    what it says to return, and from the tool's name. The words may hold names of parameters.
+    """What a tool is for, as [(a kind of request in PHRASES, words)], from the first sentence of its
+    documentation, from what it says to return, and from the tool's name. The words may hold names of
+    parameters.
     """
     return find_purposes(tool.name.rpartition(".")[2], tool.documentation, tool.is_class)
 
@@ -5896,15 +5897,15 @@ def class_purpose(words, sentence, documentation):
 
 
 def read_purpose(sentence):
-    """A sentence of documentation as (a kind of request in PHRASES, words), or None where it says nothing that a request
-    could say.
+    """A sentence of documentation as (a kind of request in PHRASES, words), or None where it says nothing
+    that a request could say.
     """
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
     adverb, sentence = re.match(r"(?s)(\w+ly )?(.*)", sentence).groups("")
     sentence = sentence[:1].upper() + sentence[1:]
     first, _, rest = sentence.partition(" ")
     verb = imperative(first.lower())
-    if asked := ASKING.match(sentence):
+    if asked := re.match(ASKING, sentence):
         kind, words = "check", asked[1]
     elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
         kind, words = "give", with_article(rest)
@@ -5926,7 +5927,7 @@ def read_purpose(sentence):
     words = re.sub(rf"( or not| or (else )?None|{given})$", "", words).strip(" .,")
     plain = re.sub(r"[`*]", "", words)
     count = len(plain.split()) + (kind == "check")
-    unclear = UNCLEAR.search(plain) or UNFINISHED.search(plain) or not CLEAN.fullmatch(words)
+    unclear = re.search(UNCLEAR, plain) or UNFINISHED.search(plain) or not re.fullmatch(CLEAN, words)
     if unclear or not 3 + 2 * cut <= count < 17 or plain.count("(") != plain.count(")"):
         return None
     return kind, words
@@ -6103,7 +6104,7 @@ def mend(tool, arguments, rng):
     default is meant anyway. None three times where neither can be.
     """
     for p, value in arguments.items():
-        if type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
+        if type(value) is str and re.search(r"/.*\.\w+$", value) and re.search(OPENS, tool.description):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
             return arguments, message, arguments | {p: other}
@@ -6166,7 +6167,7 @@ LISTS = json.loads(r"""{
 "OBJECTS": [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
             {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": true}, "score": 9.5},
             {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]}""")
-SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
+SPECIAL_TEXT = (  # what a tool says for which no text or name will do
     r"(?i)\b(construct an?|decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|"
     r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|"
     r"float|bool|"
@@ -6174,7 +6175,7 @@ SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
     r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library|regist|dsn|accent|preprocess|"
     r"extracted|lazily read|backend|spinner|tables?\b|capabilit|terminal)"
 )
-BEGINS_AS_TEXT = re.compile(
+BEGINS_AS_TEXT = (
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
 # Of texts and numbers, as JSON or a list from above: by the first pattern that is found in the name or the
@@ -6342,35 +6343,33 @@ UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|sig
                      r"like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|args|"
                      r"options|_.*|schema\w*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
                      r"context|ctx|file|stream|dtype)$")
-HIGH_DIMENSIONAL = re.compile(
+HIGH_DIMENSIONAL = (
     r"(?i)^(g\d?|y|y (true|prob|pred|score|pred proba)|targets?|labels?( true| pred)?|xy|"
     r"gram):|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
     r"positive.definite|rgba?\b|colou?r|polynomials|variables|struct|quantized|image|shape \(|"
     r"trailing dim|permutation|one-hot|token|buffer|"
-    r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg"
-)
-HIGH_DIMENSIONAL_TOOL = re.compile(
+    r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
+HIGH_DIMENSIONAL_TOOL = (
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
     r"dtensor|as a real tensor|rgba?|process group|gradient edge|rank|machines|synchronously|"
-    r"asynchronously|structured|record)\b"
-)
-TWO_DIMENSIONAL_TOOL = re.compile(
+    r"asynchronously|structured|record)\b")
+TWO_DIMENSIONAL_TOOL = (
     r"(?i)\b(2-?d|2[- ]dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
-SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
-BOUND = re.compile(  # of a value by what is named next
+SECRET = r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string"
+BOUND = (  # of a value by what is named next
     r"(?:[<>]=?|[≤≥]|\\[lg]eq?|(?:less|greater|smaller|larger|lower|higher|more) than(?: or equal to)?|"
     r"at (?:least|most)|exceeds?|multiple of|divisible by|between \S+ and)[\s`$*\\(]{0,4}(\w+)")
-SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
-NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
+SHAPED = r"graph|frame|tree|table|cytoscape|schema"
+NEVER_NEGATIVE = (r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
                             r"one.?hot|indices|histogram|confusion")
-CONDITIONAL = re.compile(  # what is said of an option that means nothing by itself
+CONDITIONAL = (  # what is said of an option that means nothing by itself
     r"(?i)\bdeprecated|\bno-op\b|\bno effect\b|\bignored\b|\bonly (is |be )?(used|valid|relevant|applied|"
     r"applies|considered|supported|allowed|available|has|have|meaningful|matters|works?|if|when)\b|"
     r"\b(used|valid|relevant|applied|considered|supported|allowed|available|meaningful) only\b|"
     r"\brequires [`*\w]+ ?(=|to be)|\bmust also be\b|\bwhen [`*\w]+\.shape\b")
-OPENS = re.compile(  # what is done with a file that must exist
+OPENS = (  # what is done with a file that must exist
     r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
-OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
+OBJECT_NAMES = r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$"
 SAYS_LITTLE = re.compile(  # such a name of a parameter
     r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on|"
     r"active")
@@ -6380,7 +6379,7 @@ POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to 
 LISTED_TEXTS = re.compile(  # what hints at a list of texts
     r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|"
     r"categories)\b")
-LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|"
+LISTED = (r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|"
                     r"observations|weights|indices|tensor|input|sequence of (numbers|floats|ints)|x\d?|y|"
                     r"a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|"
                     r"shape|size|matrix|mask)\b")
@@ -6402,7 +6401,7 @@ def random_arguments(tool, rng):
     size = rng.randrange(2, 5)
     optional = [p for p, schema in properties.items()
                 if p not in required and not UNUSUAL.match(p) and choices(tool, p)
-                and not CONDITIONAL.search(schema.get("description", ""))]
+                and not re.search(CONDITIONAL, schema.get("description", ""))]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
     arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required + chosen}
     for pair in ("start end", "start stop", "begin end", "low high", "min max", "k n", "d n"):
@@ -6437,7 +6436,7 @@ def choices(tool, name):
     """
     schema, text = tool.properties[name], value_text(tool, name)
     about = f"{tool.description} {text}".lower()
-    if SECRET.search(about):
+    if re.search(SECRET, about):
         return []
     several = schema["type"] if isinstance(schema.get("type"), list) else []
     alternatives = schema.get("anyOf") or [{"type": kind} for kind in several] or [schema]
@@ -6453,11 +6452,12 @@ def choices(tool, name):
         if kind in ("integer", "number", "string"):
             return values_of(kind, tool, name)
         if kind == "object":
-            return OBJECT_NAMES.match(name) and "title" not in choice and not SHAPED.search(about)
-        odd = HIGH_DIMENSIONAL.search(text) or HIGH_DIMENSIONAL_TOOL.search(tool.description)
+            return re.match(OBJECT_NAMES, name) and "title" not in choice and not re.search(SHAPED, about)
+        odd = re.search(HIGH_DIMENSIONAL, text) or re.search(HIGH_DIMENSIONAL_TOOL, tool.description)
         if kind != "array" or odd or re.search(r"types?$", name):
             return False
-        items, listed, of_texts = choice.get("items") or {}, LISTED.search(text), LISTED_TEXTS.search(text)
+        items, listed = choice.get("items") or {}, re.search(LISTED, text)
+        of_texts = LISTED_TEXTS.search(text)
         if items.get("type") == "array" and listed and not of_texts:
             items = items.get("items") or {"type": "number"}
         kind = items.get("type")
@@ -6495,9 +6495,9 @@ def values_of(kind, tool, name):
         named = isinstance(found, str)  # one of LISTS
         if found == "PATHS":
             return files_of(tool)
-        if named and SPECIAL_TEXT.search(tool.description):
+        if named and re.search(SPECIAL_TEXT, tool.description):
             return []
-        if found and (found != "TEXTS" or text is not said or BEGINS_AS_TEXT.match(said)):
+        if found and (found != "TEXTS" or text is not said or re.match(BEGINS_AS_TEXT, said)):
             return LISTS[found] if named else found
     return []
 
@@ -6539,7 +6539,8 @@ def random_value(tool, name, rng, size):
         return not default if type(default) is bool else rng.random() < 0.7
     if kind == "array":
         whole = re.search(r"\b(bit-?wise|bits|shift|gcd|lcm|divisor|integers)\b", tool.description, re.I)
-        return random_list("integer " * bool(whole) + text, choice, rng, size, tool.description)
+        items = (choice.get("items") or {}).get("type")
+        return random_list("integer " * bool(whole) + text, items, rng, size, tool.description)
     if kind == "object":
         return rng.choice(LISTS["OBJECTS"])
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
@@ -6556,62 +6557,50 @@ def random_value(tool, name, rng, size):
     return rng.choice([v for v in values if v != default] or values)
 
 
-def random_list(text, schema, rng, size, about=""):
-    """A list by the type of its items or, where none is stated, by what its name, its description and that of
+def random_list(text, kind, rng, size, about):
+    """A list by the type of its items, if one is stated, and by what its name, its description and that of
     its tool say.
     """
-    items = schema.get("items") or {}
-    kind = items.get("type")
-    if "enum" in items:
-        return rng.sample(items["enum"], 1)
-    if length := re.search(r"\b([1-9])-tuple", text):
+    says = lambda pattern: re.search(pattern, text)
+    if length := says(r"\b([1-9])-tuple"):
         size = int(length[1])
-    if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
+    if kind != "array" and says(r"^(\w+ )*(shape|size|kernel|stride)s?:"):
         return [rng.randrange(1, 6) for _ in range(2)]
-    if kind != "string" and re.match(r"(target|class|y true|y pred|labels?( true| pred)?:)", text):
+    if kind != "string" and says(r"^(target|class|y true|y pred|labels?( true| pred)?:)"):
         return [rng.randrange(3) for _ in range(size)]
-    if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
+    if kind in ("integer", None) and says(r"^(axes|axis|dims?|perm)\b"):
         return [0]
-    if kind != "integer" and re.match(r".*dates?$", text.partition(":")[0]):
+    if kind != "integer" and says(r"^[^:]*dates?:"):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
-    of_texts = re.search(r"\b(strings?|characters?|(upper|lower)case)\b", about)
-    of_texts = of_texts and re.match(r"(a|x\d?|s):", text)
-    of_arrays = re.search(r"\b(arrays|tensors|matrices)\b", text)
-    if kind == "string" or kind is None and not of_arrays and (LISTED_TEXTS.search(text) or of_texts):
-        if re.search(r"\blines\b", text):
+    of_texts = says(r"^(a|x\d?|s):") and re.search(r"\b(strings?|characters?|(upper|lower)case)\b", about)
+    unclear = kind is None and not says(r"\b(arrays|tensors|matrices)\b")
+    if kind == "string" or unclear and (of_texts or LISTED_TEXTS.search(text)):
+        if says(r"\blines\b"):
             return ["1 2", "2 3", "3 1"]
-        if re.search(r"\b\w*(file|path|dir|director(y|ie))s?\b", text):
+        if says(r"\b\w*(file|path|dir|director(y|ie))s?\b"):
             return ["data/a.csv", "data/b.csv"]
-        return list(rng.choice(LISTS["COLUMNS" if re.search(r"\b(column|field|attribute)", text) else "SAMPLES"]))
-    flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
-    named, _, said = text.partition(":")
-    if (
-        kind == "array"
-        or TWO_DIMENSIONAL_TOOL.search(about)
-        and not flat
-        or named in ("arrays", "tensors", "matrices", "sequences", "rows")
-        or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", said[:60])
-    ):
+        return list(rng.choice(LISTS["COLUMNS" if says(r"\b(column|field|attribute)") else "SAMPLES"]))
+    flat = says(r"^(axes|axis|dims?|shape|size|weights|indices)|1-?d|vector")
+    two_dimensional = r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b"
+    if (kind == "array" or not flat and re.search(TWO_DIMENSIONAL_TOOL, about)
+            or says(r"^(arrays|tensors|matrices|sequences|rows):")
+            or re.search(two_dimensional, text.partition(":")[2][:60])):
         return [[rng.randrange(-5, 10) for _ in range(size)] for _ in range(size)]
-    if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text) or "logical" in about:
+    if kind == "boolean" or says(r"\b(boolean|mask|condition)") or "logical" in about:
         return [rng.random() < 0.5 for _ in range(size)]
-    if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
+    if kind != "integer" and says(r"prob|<= ?1\b|between 0 and 1|\[0, 1"):
         return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
-    if kind != "number" and re.search(r"\b(indices|index|sections|positions)\b", text):
+    if kind != "number" and says(r"\b(indices|index|sections|positions)\b"):
         return sorted(rng.sample(range(3), 2))
-    counted = re.search(r"counts|weights|degree|sequence|partition|permutation", text)
-    low = 1 if counted or POSITIVE.search(text) or NEVER_NEGATIVE.search(about) else -9
-    whole = (
-        kind == "integer"
-        or re.search(r"integer|counts|coefficients|degree", text)
-        or kind is None
-        and rng.random() < 0.4
-    )
-    values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
-    if "degree" in text and whole:
-        values[0] += sum(values) % 2  # each edge has two ends
-    ordered = re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text)
-    return sorted(values) if ordered else values
+    counted = says(r"counts|weights|degree|sequence|partition|permutation")
+    low = 1 if counted or POSITIVE.search(text) or re.search(NEVER_NEGATIVE, about) else -9
+    whole = kind == "integer" or says(r"integer|counts|coefficients|degree")
+    if whole or kind is None and rng.random() < 0.4:
+        values = [rng.randrange(low, 20) for _ in range(size)]
+        values[0] += "degree" in text and sum(values) % 2  # each edge has two ends
+    else:
+        values = [round(rng.uniform(low, 10), 2) for _ in range(size)]
+    return sorted(values) if says(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b") else values
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -6719,13 +6708,12 @@ def definitions(tree, prefix=""):
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
             yield from definitions(node, prefix)
-        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+        elif not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) or node.name[0] == "_":
+            continue
+        elif isinstance(node, ast.ClassDef):
             yield from definitions(node, f"{prefix}{node.name}.")
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
-            if not any(
-                re.search(r"property$|\.(setter|deleter)$", ast.unparse(d)) for d in node.decorator_list
-            ):
-                yield prefix + node.name, node
+        elif not any(re.search(r"property$|\.(setter|deleter)$", ast.unparse(d)) for d in node.decorator_list):
+            yield prefix + node.name, node
 
 
 def api_record(tool):
