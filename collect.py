@@ -38,8 +38,6 @@ import contextlib
 import csv
 import dataclasses
 import doctest
-import email.message
-import email.utils
 import enum
 import fcntl
 import fnmatch
@@ -73,13 +71,13 @@ import time
 import tokenize
 import types
 import typing
-import urllib.parse
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 from tqdm import tqdm
 
@@ -2914,14 +2912,14 @@ def follow(spec, others, folder, root, ref):
     """
     file, _, pointer = ref.partition("#")
     if file and file not in others:
-        others[file], path = None, (folder / urllib.parse.unquote(file)).resolve()
+        others[file], path = None, (folder / unquote(file)).resolve()
         if path.is_relative_to(root) and path.is_file() and len(others) < 10_000:
             with contextlib.suppress(ValueError):
                 others[file] = relative_to(read_spec(path), file)
     value, pointer = others.get(file) if file else spec, pointer.strip("/")
     with contextlib.suppress(LookupError, TypeError, ValueError):  # what is not there
         for key in pointer.split("/") if pointer else []:
-            key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+            key = unquote(key).replace("~1", "/").replace("~0", "~")
             value = value[int(key) if isinstance(value, list) else key]
         return value
     if len(others) < 10_000 and others.get(file, spec) is not None:
@@ -4964,16 +4962,17 @@ def canonical(url, base=""):
     the web.
     """
     try:
-        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
-        host, port = parts.hostname.encode("idna").decode(), parts.port
+        parts = urlsplit(urljoin(base, url.strip()))
+        host = parts.hostname.encode("idna").decode()
         usual = {"http": 80, "https": 443}[parts.scheme]
+        port = "" if parts.port in (None, usual) else f":{parts.port}"
     except (ValueError, LookupError, AttributeError):  # broken, of another scheme, without a host
         return ""
-    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
-    path = re.sub("%2e", ".", parts.path, flags=re.I)
-    path = urllib.parse.urljoin("/", "/" + path.lstrip("/"))  # without dot segments
-    rest = path + (f"?{parts.query}" if parts.query else "")
-    return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
+    host = f"[{host}]" if ":" in host else host
+    path = re.sub("%2e", ".", parts.path, flags=re.I).lstrip("/")
+    path = urljoin("/", f"/{path}")  # without dot segments
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{host}{port}" + quote(path + query, safe="/%:@!$&'()*+,;=~?")
 
 
 @dataclasses.dataclass
@@ -5004,9 +5003,9 @@ class Web:
             place = page.headers["location"].strip()
             with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
                 place = place.encode("latin-1").decode()
-            return self.get(urllib.parse.urljoin(target, place), {}, refuse, hops - 1)
+            return self.get(urljoin(target, place), {}, refuse, hops - 1)
         if page.status != 200:
-            said = page.body[:300].decode("utf-8", "replace") if page.body[:1] == b"{" else ""
+            said = page.text[:300] if page.body[:1] == b"{" else ""
             raise WebError(f"{url}: status {page.status} {said}".strip(), page.status)
         return page
 
@@ -5017,7 +5016,7 @@ class Web:
         path = Path(self.cache) / hashlib.sha256(json.dumps([url, headers]).encode()).hexdigest()
         page = Page(url, 0, {}, b"")
         if path.exists():
-            page = Page(**json.loads(path.read_text(encoding="utf-8")))
+            page = Page(**json.loads(path.read_bytes()))
             page.body = page.body.encode("latin-1")
             if time.time() - path.stat().st_mtime <= self.max_age:
                 return page
@@ -5065,7 +5064,7 @@ class Web:
             """
             if connection.proxy:
                 with contextlib.suppress(socket.gaierror):  # often the proxy alone knows names
-                    addresses(urllib.parse.urlsplit(url).hostname, self.allow_private)
+                    addresses(urlsplit(url).hostname, self.allow_private)
             found = addresses(connection.host, self.allow_private or connection.proxy)
             address = found[attempt % len(found)]
             sock = socket.create_connection((address, connection.port), self.timeout)
@@ -5229,7 +5228,7 @@ def robot_rules(text):
 
 def host_of(address):
     """The host of an address, with its port where it has one."""
-    return urllib.parse.urlsplit(address).netloc
+    return urlsplit(address).netloc
 
 
 def site_rules(start, web):
@@ -5281,8 +5280,8 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             troubles += getattr(error, "status", None) in RETRIED
             yield rejection(address, "", str(error))
             continue
-        base = canonical([*found["base"], ""][0], page.url) or page.url
-        name = canonical([*found["canonical"], page.url][0], base)
+        base = canonical(next(iter(found["base"]), ""), page.url) or page.url
+        name = canonical(next(iter(found["canonical"]), page.url), base)
         name = name if host_of(name) == host else page.url
         robots = " ".join([*found["robots"], page.headers.get("x-robots-tag", "")]).lower()
         if re.search(r"\b(noindex|none)\b", robots):
@@ -5291,7 +5290,7 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             yield rejection(address, "", f"the same page as {name}" if text else "holds no text")
         else:
             seen[name] = True
-            stated = canonical([*found["license"], "none:"][0], base) or license
+            stated = canonical(next(iter(found["license"]), "none:"), base) or license
             domain, apis = "api_doc" if found["api"] else "text", sorted(set(found["api"]))
             text = f"{title}\n\n{text}".strip()
             yield Record(f"crawl:{name}", domain, f"crawl:{host}", stated, apis, text, url=name)
@@ -5335,7 +5334,7 @@ def hf_rows(name, web, host=HF_HOST, token=None):
     headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
 
     def ask(path, **query):
-        query = urllib.parse.urlencode({"dataset": dataset} | query)
+        query = urlencode({"dataset": dataset} | query)
         return json.loads(web.get(f"{host}/{path}?{query}", headers).body)
 
     try:
@@ -5367,11 +5366,10 @@ def hf_license(name, web, hub="https://huggingface.co"):
     "unknown".
     """
     try:
-        tags = json.loads(web.get(f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").body)["tags"]
-    except (ValueError, LookupError, TypeError):
+        card = web.get(f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").text
+    except WebError:
         return "unknown"
-    stated = [tag.removeprefix("license:") for tag in tags if tag.startswith("license:")]
-    return " AND ".join(sorted(stated)) or "unknown"
+    return " AND ".join(sorted(re.findall('"license:([^"]+)"', card))) or "unknown"
 
 
 def hf_records(name, args):
@@ -5438,7 +5436,7 @@ def text_row(where, value, source, license):
         return Record(f"{source}:{where}", "text", source, license, [], text)
     if isinstance(value, ValueError):
         return rejection(source, where, str(value))
-    keys = f"; its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else ""
+    keys = f"; its keys are {', '.join(map(str, row))}" if row else ""
     return rejection(source, where, f"no text of {MIN_TEXT} characters or more{keys}")
 
 
@@ -5765,17 +5763,16 @@ def conversation(kind, calls, names, results, offered, rng):
     if None in requests:
         return None
     if kind == "chain":
-        first, then = requests
-        then = lower_first(then).replace("the the result", "the result")
-        messages = [chat_message("user", f"{first} Then {then}")]
+        then = lower_first(requests[1]).replace("the the result", "the result")
+        messages = [user(f"{requests[0]} Then {then}")]
     else:
-        messages = [chat_message("user", rng.choice(ALSO).join(requests))]
+        messages = [user(rng.choice(ALSO).join(requests))]
     say = partial(chat_message, "assistant")
     made = [(names[t.name], given) for t, given in calls]
     if kind == "irrelevant":
         return messages + [say(rng.choice(PHRASES["refusal"]))]
     if kind == "missing":
-        told = chat_message("user", rng.choice(PHRASES["told"]).format(v=in_words(arguments[missing])))
+        told = user(rng.choice(PHRASES["told"]).format(v=in_words(arguments[missing])))
         messages.append(say(rng.choice(PHRASES["question"]).format(p=missing)))
         return messages + [told, say(calls=made)] * (rng.random() < 0.6)
     if kind == "error":
@@ -5954,10 +5951,8 @@ def imperative(verb):
     >>> [imperative(verb) for verb in ("computes", "applies", "matches", "return")]
     ['compute', 'apply', 'match', 'return']
     """
-    for ending, stem in (("ies", "y"), ("es", ""), ("s", "")):
-        if verb.endswith(ending) and verb.removesuffix(ending) + stem in VERBS:
-            return verb.removesuffix(ending) + stem
-    return verb
+    stems = [re.sub(*ending, verb) for ending in (("ies$", "y"), ("es$", ""), ("s$", ""))]
+    return next((stem for stem in stems if stem in VERBS), verb)
 
 
 def words_of(name):
@@ -6391,13 +6386,15 @@ def random_arguments(tool, rng):
     """
     properties, required = tool.properties, needed(tool)
     if tool.examples:
-        arguments, _ = rng.choice(tool.examples)
-        kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(tool, p)}
         varied = {}
-        for p, value in arguments.items():  # later whole numbers often speak of the first: an index, a size
-            whole = all(type(v) is int for v in (value if type(value) is list else [value]))
-            varied[p] = value if p in kept or whole and varied else vary(value, rng)
-        return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
+        for p, value in rng.choice(tool.examples)[0].items():
+            numbers = value if type(value) is list else [value]
+            # Later whole numbers often speak of the first: an index, a size.
+            kept = varied and all(type(v) is int for v in numbers)
+            kept = kept or "enum" in properties[p] or "prob" in value_text(tool, p)
+            other = value if kept else vary(value, rng)
+            varied[p] = other if fits(other, properties[p]) else value
+        return varied
     size = rng.randrange(2, 5)
     optional = [p for p, schema in properties.items()
                 if p not in required and not UNUSUAL.match(p) and choices(tool, p)
@@ -6517,7 +6514,7 @@ def value_text(tool, name):
     """What the values of a parameter are chosen by: the words of its name and its description, in small
     letters.
     """
-    description = tool.properties.get(name, {}).get("description", "")
+    description = tool.properties[name].get("description", "")
     return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y', 'A'))}{description}".lower()
 
 
@@ -6773,7 +6770,7 @@ def ask_about(endpoint, tool):
             reason = f"conversation {i} is no request with calls of the function that fit its schema"
             found.append(reject(reason))
             continue
-        messages = [chat_message("user", request), chat_message("assistant", calls=calls)]
+        messages = [user(request), chat_message("assistant", calls=calls)]
         found.append(Record(f"instruction:synthesised:{name}:{i}", "instruction", tool.source, tool.license,
                             [name], messages=messages, tools=[definition(tool, name)]))
     return found
@@ -6814,11 +6811,11 @@ class Synthesizer:
         if there is none.
         """
         args = self.args
-        body = {"model": args.llm_model, "messages": [chat_message("user", prompt)], "temperature": 0,
+        body = {"model": args.llm_model, "messages": [user(prompt)], "temperature": 0,
                 "max_tokens": 2048}
         path = args.llm_cache / f"{hashlib.sha256(json.dumps(body).encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError):  # not there, or spoilt
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(path.read_bytes())
         if sum(self.paid) >= args.llm_budget or self.failures >= LLM_FAILURES:
             raise OSError("not asked: the budget of tokens is spent, "
                           f"or {LLM_FAILURES} requests failed in a row")
