@@ -5670,10 +5670,9 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
     if not kind or not offered or any(arguments is None for _, arguments in calls):
         return None
     rng.shuffle(offered)
-    everyone = [t.name for t in {t.name: t for t in called + offered}.values()]
-    names = {name: ".".join(name.split(".")[-2:]) for name in everyone}
+    names = {t.name: ".".join(t.name.split(".")[-2:]) for t in called + offered}
     if len(set(names.values())) < len(names):
-        names = {name: name for name in names}
+        names = dict(zip(names, names))
     messages = conversation(kind, calls, names, fact.results if fact else [], offered, rng)
     return messages and Record(
         f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license, [*names],
@@ -6446,7 +6445,7 @@ def choices(tool, name):
             return True
         if kind == "boolean":
             return not SAYS_LITTLE.fullmatch(name)
-        if kind in ("integer", "number", "string"):
+        if kind in VALUES:
             return values_of(kind, tool, name)
         if kind == "object":
             return re.match(OBJECT_NAMES, name) and "title" not in choice and not re.search(SHAPED, about)
@@ -6542,7 +6541,7 @@ def random_value(tool, name, rng, size):
         return rng.choice(LISTS["OBJECTS"])
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
         return rng.choice([2 * default, default + 1, 3 * default])
-    if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
+    if type(default) is float and 0 < default < 1e6 and rng.random() < 0.5:
         return float(f"{default * rng.choice([0.5, 2, 5, 10] if default < 0.1 else [0.5, 0.8, 0.9]):.3g}")
     values = values_of(kind, tool, name)
     if kind != "string" and POSITIVE.search(text):
@@ -6726,26 +6725,26 @@ def llm_synthesise(apis, args):
     """What the model writes about each SourceTool, as Records and rejections, in their order; rejections
     among them are passed on. Takes a few at a time.
     """
-    apis, endpoint = iter(apis), Synthesizer(args)
+    apis, ask_model = iter(apis), partial(ask_about, language_model(args))
     with ThreadPoolExecutor(args.llm_parallel) as pool:
         while batch := list(itertools.islice(apis, 8 * args.llm_parallel)):
-            for found in pool.map(partial(ask_about, endpoint), batch):
+            for found in pool.map(ask_model, batch):
                 yield from found
 
 
-def ask_about(endpoint, tool):
+def ask_about(complete, tool):
     """The Records in the model's answer about a SourceTool, and a rejection for each part of it that is not
     as LLM_PROMPT asks.
     """
     if isinstance(tool, dict):
         return [tool]
     name, schema, reject = tool.name, tool.parameters, partial(rejection, tool.file, tool.name)
-    arguments, rng = [given for given, _ in tool.examples[:4]], random.Random(tool.name)
+    arguments, rng = [given for given, _ in tool.examples[:4]], random.Random(name)
     if not arguments and all(choices(tool, p) for p in tool.required):
         arguments = [random_arguments(tool, rng) for _ in range(4)]  # the facts that templates put in words
     try:
-        text = endpoint.complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\n"
-                                 f"arguments: {json.dumps(arguments)}\ncode:\n{tool.code[:8000]}\n")
+        text = complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\n"
+                        f"arguments: {json.dumps(arguments)}\ncode:\n{tool.code[:8000]}\n")
         text = text.rpartition("</think>")[2]  # after the thoughts of a reasoning model
         # A fence or prose around it does no harm.
         answer, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
@@ -6764,15 +6763,15 @@ def ask_about(endpoint, tool):
             calls = [(call["name"], call["arguments"]) for call in conversation["calls"]]
             json.dumps(calls, allow_nan=False)
             fitting = [called == name and fits(given, schema) for called, given in calls]
-            if not request or not calls or not all(fitting):
+            if not (request and fitting and all(fitting)):
                 raise ValueError
+            messages = [user(request), chat_message("assistant", calls=calls)]
+            found.append(Record(
+                f"instruction:synthesised:{name}:{i}", "instruction", tool.source, tool.license, [name],
+                messages=messages, tools=[definition(tool, name)]))
         except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
             reason = f"conversation {i} is no request with calls of the function that fit its schema"
             found.append(reject(reason))
-            continue
-        messages = [user(request), chat_message("assistant", calls=calls)]
-        found.append(Record(f"instruction:synthesised:{name}:{i}", "instruction", tool.source, tool.license,
-                            [name], messages=messages, tools=[definition(tool, name)]))
     return found
 
 
@@ -6797,26 +6796,19 @@ def fits(value, schema):
                              and all(fits(value[p], inner[p]) for p in value))
 
 
-class Synthesizer:
-    """The language model behind --llm-url, with its answers so far on disk and a budget. Threads may share
-    it.
+def language_model(args):
+    """The model behind --llm-url as a function of a prompt that raises OSError with the reason if there is no
+    answer. Its answers so far are on disk, and it has a budget. Threads may share it.
     """
+    paid, failures = [], []
+    args.llm_cache.mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, args):
-        self.args, self.paid, self.failures = args, [], 0
-        args.llm_cache.mkdir(parents=True, exist_ok=True)
-
-    def complete(self, prompt):
-        """The model's answer to a prompt, from disk or else from the server. Raises OSError with the reason
-        if there is none.
-        """
-        args = self.args
-        body = {"model": args.llm_model, "messages": [user(prompt)], "temperature": 0,
-                "max_tokens": 2048}
+    def complete(prompt):
+        body = {"model": args.llm_model, "messages": [user(prompt)], "temperature": 0, "max_tokens": 2048}
         path = args.llm_cache / f"{hashlib.sha256(json.dumps(body).encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError):  # not there, or spoilt
             return json.loads(path.read_bytes())
-        if sum(self.paid) >= args.llm_budget or self.failures >= LLM_FAILURES:
+        if sum(paid) >= args.llm_budget or len(failures) >= LLM_FAILURES:
             raise OSError("not asked: the budget of tokens is spent, "
                           f"or {LLM_FAILURES} requests failed in a row")
         url = args.llm_url.rstrip("/") + "/chat/completions"
@@ -6825,15 +6817,17 @@ class Synthesizer:
             text = answer["choices"][0]["message"]["content"] or ""
             guess = len(prompt + text) // 4
         except (OSError, TypeError, LookupError) as error:
-            self.failures += 1
+            failures.append(error)
             reason = error if isinstance(error, OSError) else "not a chat completion"
             raise OSError(f"endpoint: {reason}") from None
-        self.failures = 0
+        failures.clear()
         tokens = mapping(answer, "usage").get("total_tokens")
-        self.paid.append(tokens if type(tokens) is int and tokens > 0 else guess)
+        paid.append(tokens if type(tokens) is int and tokens > 0 else guess)
         with writing(path) as file:
             json.dump(text, file)
         return text
+
+    return complete
 
 
 def ask_endpoint(url, body, timeout, retries, backoff):
