@@ -5790,7 +5790,7 @@ def conversation(kind, calls, names, results, offered, rng):
 # Requests in words
 
 # A purpose that can stand in a request holds no formula and no markup, and is clear by itself.
-CLEAN = r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))[\w ,'\"`*()-]+"
+CLEAN = r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))(?:[\w ,'\"`*-]|\([\w ,'\"`*-]*\))+"
 UNCLEAR = (r"(?i)\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
                      r"instances|method|module|wrapper|helper|internal|callable|decorator|deprecated|"
                      r"alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|hook|"
@@ -5928,9 +5928,7 @@ def read_purpose(sentence):
     plain = re.sub(r"[`*]", "", words)
     count = len(plain.split()) + (kind == "check")
     unclear = re.search(UNCLEAR, plain) or UNFINISHED.search(plain) or not re.fullmatch(CLEAN, words)
-    if unclear or not 3 + 2 * cut <= count < 17 or plain.count("(") != plain.count(")"):
-        return None
-    return kind, words
+    return None if unclear or not 3 + 2 * cut <= count < 17 else (kind, words)
 
 
 def lower_first(text):
@@ -5960,9 +5958,7 @@ def imperative(verb):
 
 def words_of(name):
     """The words in a name: "get_closeMatches" gives get, close, Matches."""
-    return [
-        word for part in name.split("_") for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", part)
-    ]
+    return re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
 
 
 def ask(tool, arguments, offered, rng, plain=False):
@@ -5974,7 +5970,7 @@ def ask(tool, arguments, offered, rng, plain=False):
         kind, words = rng.choice(purposes(tool))
         words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
-        shapes = PHRASES[kind][:2] if plain else PHRASES[kind]
+        shapes = PHRASES[kind][:2 if plain else None]
         shape = rng.choice([s for s in shapes if left or not re.search("{(given|Use)}", s)])
         request = shape.format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
         unsaid = tool.properties.keys() - arguments.keys()
@@ -5986,16 +5982,16 @@ def ask(tool, arguments, offered, rng, plain=False):
     return None
 
 
-def common_run(text, other, length=8):
-    """Whether two texts have that many words in a row in common."""
-    return not runs_of(text, length).isdisjoint(runs_of(other, length))
+def common_run(text, other):
+    """Whether two texts have eight words in a row in common."""
+    return not runs_of(text).isdisjoint(runs_of(other))
 
 
 @lru_cache(10_000)
-def runs_of(text, length):
-    """The set of all runs of so many words in a text."""
+def runs_of(text):
+    """The set of all runs of eight words in a text."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i:i + length]) for i in range(len(words) - length + 1)}
+    return {tuple(words[i:i + 8]) for i in range(len(words) - 7)}
 
 
 def fill_in(kind, words, arguments, tool):
