@@ -5036,13 +5036,14 @@ class Web:
         """Ask, by POST if there is a body, until there is an answer, with growing pauses, or as long as the
         server says in Retry-After.
         """
+        import urllib3  # here, lest every child process that describes modules import it too
         host, give_up = host_of(url), time.monotonic() + 10 * self.timeout
         for attempt in itertools.count():
             time.sleep(max(0, self.turns.get(host, 0) - time.monotonic()))
             self.turns[host] = time.monotonic() + 1 / self.rate
             try:
                 page, problem = self.request(url, headers, attempt, body), ""
-            except OSError as error:
+            except (OSError, urllib3.exceptions.HTTPError) as error:
                 page, problem = Page(url, 0, {}, b""), f" ({type(root_cause(error)).__name__})"
             if page.status not in RETRIED:
                 return page
@@ -5053,9 +5054,8 @@ class Web:
             time.sleep(pause)
 
     def request(self, url, headers, attempt, sent):
-        """One request. Raises OSError where there is no complete answer in time."""
-        import requests  # here, lest every child process that describes modules import it too
-        import urllib3
+        """One request. Raises OSError or urllib3's HTTPError where there is no complete answer in time."""
+        import requests
         sockets, started = [], time.monotonic()
 
         def connect(connection):
@@ -5098,8 +5098,6 @@ class Web:
                     if not re.fullmatch("(x-gzip|gzip|deflate|identity|[, ])*", packed):
                         raise WebError(f"{url}: packed as {packed}, which was not asked for")
                     body = answer.raw.read(self.max_bytes + 1, decode_content=True)
-        except urllib3.exceptions.HTTPError as error:
-            raise OSError(str(error)) from error
         finally:
             timer.cancel()
             for sock in sockets:
@@ -5314,7 +5312,8 @@ def url_records(url, args):
     """The records of an OpenAPI file on the web."""
     with tempfile.TemporaryDirectory() as folder:
         body = web_client(args, max_bytes=MAX_SPEC).get(url).body
-        path = Path(folder) / (identifier(url) + (".json" if body.lstrip()[:1] == b"{" else ".yaml"))
+        kind = "json" if body.lstrip()[:1] == b"{" else "yaml"
+        path = Path(folder, f"{identifier(url)}.{kind}")
         path.write_bytes(body)
         shown = canonical(url).partition("?")[0]  # no password, no key
         yield from openapi_records(path, shown, args.license or "unknown", args)
@@ -5807,7 +5806,7 @@ STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|
           r"handles|wraps|which|used)\b")
 ASKING = (  # whether something is so, to the end of the clause
     r"(?s)(?:(?i:(?:returns? )?[`*]*true[`*]* (?:if|when)|whether)|"
-    r"(?i:checks?|tests?|determines?|returns?|decides?|verify|verifies) (?:if|whether|that)) "
+    r"(?i:checks?|tests?|determines?|returns?|decide|verify|verifies) (?:if|whether|that)) "
     r"(.*?)(?:, (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b|\Z)")
 QUANTITIES = (  # how a sentence without a verb begins
     r"(Number|Sum|Copy|Test|Product|Mean|Inverse|Absolute|Natural|Square|Base|Common|Hyperbolic|Name|Path|"
@@ -6409,16 +6408,18 @@ def random_arguments(tool, rng):
 
 
 def vary(value, rng):
-    """A value of the same kind, size and sign: numbers up to a third larger or smaller, also in lists and in
-    lists of lists; all else as it is.
+    """A value of the same kind, size and sign: numbers up to a third larger or smaller, also those in a list
+    or in rows of the same length; all else as it is.
     """
     if type(value) is int and abs(value) > 3:
         return value + rng.randrange(-abs(value) // 3, abs(value) // 3 + 1)
     if type(value) is float:
         return float(f"{value * rng.uniform(0.7, 1.3):.3g}")
     if type(value) is list:
-        flat = [v for row in value for v in (row if type(row) is list else [row])]
-        if all(type(v) in (int, float) for v in flat):
+        rows = [row if type(row) is list else [row] for row in value]
+        of_numbers = all(type(v) in (int, float) for row in rows for v in row)
+        sizes = {len(row) if type(row) is list else None for row in value}
+        if of_numbers and len(sizes) == 1:
             return [vary(v, rng) for v in value]
     return value
 
@@ -6431,8 +6432,8 @@ def choices(tool, name):
     about = f"{tool.description} {text}".lower()
     if re.search(SECRET, about):
         return []
-    several = schema["type"] if isinstance(schema.get("type"), list) else []
-    alternatives = schema.get("anyOf") or [{"type": kind} for kind in several] or [schema]
+    several = [{"type": kind} for kind in listing(schema, "type")]
+    alternatives = schema.get("anyOf") or several or [schema]
     if {"type": "integer"} in alternatives and re.match(r"axis$|dim$|n_|num_|max_", name):
         alternatives = [{"type": "integer"}]
 
@@ -6449,7 +6450,7 @@ def choices(tool, name):
         odd = re.search(HIGH_DIMENSIONAL, text) or re.search(HIGH_DIMENSIONAL_TOOL, tool.description)
         if kind != "array" or odd or re.search(r"types?$", name):
             return False
-        items, listed = choice.get("items") or {}, re.search(LISTED, text)
+        items, listed = mapping(choice, "items"), re.search(LISTED, text)
         of_texts = LISTED_TEXTS.search(text)
         if items.get("type") == "array" and listed and not of_texts:
             items = items.get("items") or {"type": "number"}
@@ -6476,6 +6477,8 @@ def values_of(kind, tool, name):
         return []
     if kind != "string" and re.match(r"(the )?number of", said):
         kind, words, said = "integer", "n", ""
+    elif kind == "number" and re.search(r"^n |digits|count", words):
+        kind = "integer"
     if kind == "string" and not said and re.fullmatch("name|arg|obj|val|value|v|x", words):
         texts = [about]  # such a name says nothing
     elif kind == "string" and SAYS_LITTLE.fullmatch(words) or len(words) == 1:
@@ -6532,7 +6535,7 @@ def random_value(tool, name, rng, size):
         return not default if type(default) is bool else rng.random() < 0.7
     if kind == "array":
         whole = re.search(r"\b(bit-?wise|bits|shift|gcd|lcm|divisor|integers)\b", tool.description, re.I)
-        items = (choice.get("items") or {}).get("type")
+        items = mapping(choice, "items")
         return random_list("integer " * bool(whole) + text, items, rng, size, tool.description)
     if kind == "object":
         return rng.choice(LISTS["OBJECTS"])
@@ -6550,15 +6553,19 @@ def random_value(tool, name, rng, size):
     return rng.choice([v for v in values if v != default] or values)
 
 
-def random_list(text, kind, rng, size, about):
-    """A list by the type of its items, if one is stated, and by what its name, its description and that of
+def random_list(text, items, rng, size, about):
+    """A list by the schema of its items, if there is one, and by what its name, its description and that of
     its tool say.
     """
-    says = lambda pattern: re.search(pattern, text)
+    kind, says = items.get("type"), lambda pattern: re.search(pattern, text)
+    if "enum" in items:
+        return rng.sample(items["enum"], 1)
     if length := says(r"\b([1-9])-tuple"):
         size = int(length[1])
     if kind != "array" and says(r"^(\w+ )*(shape|size|kernel|stride)s?:"):
         return [rng.randrange(1, 6) for _ in range(2)]
+    if kind != "string" and says(r"^(target|class|y true|y pred|labels?( true| pred)?:)"):
+        return [rng.randrange(3) for _ in range(size)]
     if kind in ("integer", None) and says(r"^(axes|axis|dims?|perm)\b"):
         return [0]
     if kind != "integer" and says(r"^[^:]*dates?:"):
