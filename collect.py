@@ -38,8 +38,6 @@ import contextlib
 import csv
 import dataclasses
 import doctest
-import email.message
-import email.utils
 import enum
 import fcntl
 import fnmatch
@@ -73,13 +71,13 @@ import time
 import tokenize
 import types
 import typing
-import urllib.parse
 import warnings
 import zlib
 from collections import ChainMap, Counter, defaultdict, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
+from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 from tqdm import tqdm
 
@@ -2675,14 +2673,14 @@ def follow(spec, others, folder, root, ref):
     """
     file, _, pointer = ref.partition("#")
     if file and file not in others:
-        others[file], path = None, (folder / urllib.parse.unquote(file)).resolve()
+        others[file], path = None, (folder / unquote(file)).resolve()
         if path.is_relative_to(root) and path.is_file() and len(others) < 10_000:
             with contextlib.suppress(ValueError):
                 others[file] = relative_to(read_spec(path), file)
     value, pointer = others.get(file) if file else spec, pointer.strip("/")
     with contextlib.suppress(LookupError, TypeError, ValueError):  # what is not there
         for key in pointer.split("/") if pointer else []:
-            key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
+            key = unquote(key).replace("~1", "/").replace("~0", "~")
             value = value[int(key) if isinstance(value, list) else key]
         return value
     if len(others) < 10_000 and others.get(file, spec) is not None:
@@ -4706,10 +4704,9 @@ class Page:
     @property
     def text(self):
         """The body by the charset that Content-Type states, else as UTF-8."""
-        stated = email.message.Message()
-        stated["Content-Type"] = self.headers.get("content-type", "")
+        stated = re.search(r"charset=[\s\"']*([\w.:-]+)", self.headers.get("content-type", ""), re.I)
         try:
-            text = self.body.decode(stated.get_content_charset("utf-8"), "replace")
+            text = self.body.decode(stated[1] if stated else "utf-8", "replace")
         except (LookupError, ValueError):  # no such charset, or none of text
             text = self.body.decode("utf-8", "replace")
         return text.removeprefix("\ufeff")
@@ -4726,16 +4723,17 @@ def canonical(url, base=""):
     the web.
     """
     try:
-        parts = urllib.parse.urlsplit(urllib.parse.urljoin(base, url.strip()))
-        host, port = parts.hostname.encode("idna").decode(), parts.port
+        parts = urlsplit(urljoin(base, url.strip()))
+        host = parts.hostname.encode("idna").decode()
         usual = {"http": 80, "https": 443}[parts.scheme]
+        port = "" if parts.port in (None, usual) else f":{parts.port}"
     except (ValueError, LookupError, AttributeError):  # broken, of another scheme, without a host
         return ""
-    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port not in (None, usual) else "")
-    path = re.sub("%2e", ".", parts.path, flags=re.I)
-    path = urllib.parse.urljoin("/", "/" + path.lstrip("/"))  # without dot segments
-    rest = path + (f"?{parts.query}" if parts.query else "")
-    return f"{parts.scheme}://{netloc}" + urllib.parse.quote(rest, safe="/%:@!$&'()*+,;=~?")
+    host = f"[{host}]" if ":" in host else host
+    path = re.sub("%2e", ".", parts.path, flags=re.I).lstrip("/")
+    path = urljoin("/", f"/{path}")  # without dot segments
+    query = f"?{parts.query}" if parts.query else ""
+    return f"{parts.scheme}://{host}{port}" + quote(path + query, safe="/%:@!$&'()*+,;=~?")
 
 
 @dataclasses.dataclass
@@ -4745,31 +4743,30 @@ class Web:
     allow_private: bool = False
     rate: float = 2.0             # requests a second to one host
     timeout: float = 20.0         # seconds that one answer may take in all; all tries may take ten times that
-    max_bytes: int = 10_000_000   # of one answer, packed or not
+    max_bytes: int = 10_000_000   # of one answer, unpacked
     retries: int = 5
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
     max_age: float = 86400.0      # seconds for which an answer is used without asking whether it has changed
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
 
-    def get(self, url, headers={}, refuse=lambda url: ""):
-        """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
-        why not to visit an address, or "", and is asked at every step. Raises WebError, also for a status
-        other than 200.
+    def get(self, url, headers={}, refuse=lambda url: "", hops=5):
+        """The Page at an address, redirects followed. `headers` go to it alone. `refuse` tells why not to
+        visit an address, or "", and is asked at every step. Raises WebError, also for a status other than
+        200.
         """
         target = canonical(url)
-        for hop in itertools.count():
-            reason = refuse(target) if target else "only http and https are fetched"
-            if reason := "more than 5 redirects" if hop > 5 else reason:
-                raise WebError(f"{target or url}: {reason}")
-            page = self.remember(target, {} if hop else headers)
-            if page.status // 100 != 3 or "location" not in page.headers:
-                break
-            place = page.headers["location"]
+        if reason := refuse(target) if target else "only http and https are fetched":
+            raise WebError(f"{target or url}: {reason}")
+        page = self.remember(target, headers)
+        if page.status // 100 == 3 and "location" in page.headers:
+            if not hops:
+                raise WebError(f"{target}: more than 5 redirects")
+            place = page.headers["location"].strip()
             with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
                 place = place.encode("latin-1").decode()
-            target = canonical(place, target)
+            return self.get(urljoin(target, place), {}, refuse, hops - 1)
         if page.status != 200:
-            said = page.body[:300].decode("utf-8", "replace") if page.body[:1] == b"{" else ""
+            said = page.text[:300] if page.body[:1] == b"{" else ""
             raise WebError(f"{url}: status {page.status} {said}".strip(), page.status)
         return page
 
@@ -4780,7 +4777,7 @@ class Web:
         path = Path(self.cache) / hashlib.sha256(json.dumps([url, headers]).encode()).hexdigest()
         page = Page(url, 0, {}, b"")
         if path.exists():
-            page = Page(**json.loads(path.read_text(encoding="utf-8")))
+            page = Page(**json.loads(path.read_bytes()))
             page.body = page.body.encode("latin-1")
             if time.time() - path.stat().st_mtime <= self.max_age:
                 return page
@@ -4800,13 +4797,14 @@ class Web:
         """Ask, by POST if there is a body, until there is an answer, with growing pauses, or as long as the
         server says in Retry-After.
         """
-        host, give_up = urllib.parse.urlsplit(url).netloc, time.monotonic() + 10 * self.timeout
+        import urllib3  # here, lest every child process that describes modules import it too
+        host, give_up = host_of(url), time.monotonic() + 10 * self.timeout
         for attempt in itertools.count():
             time.sleep(max(0, self.turns.get(host, 0) - time.monotonic()))
             self.turns[host] = time.monotonic() + 1 / self.rate
             try:
                 page, problem = self.request(url, headers, attempt, body), ""
-            except (OSError, http.client.HTTPException, zlib.error) as error:
+            except (OSError, urllib3.exceptions.HTTPError) as error:
                 page, problem = Page(url, 0, {}, b""), f" ({type(root_cause(error)).__name__})"
             if page.status not in RETRIED:
                 return page
@@ -4817,10 +4815,9 @@ class Web:
             time.sleep(pause)
 
     def request(self, url, headers, attempt, sent):
-        """One request. Raises OSError where there is no complete answer in time."""
-        import requests  # here, lest every child process that describes modules import it too
-        import urllib3
-        sockets, body, started = [], bytearray(), time.monotonic()
+        """One request. Raises OSError or urllib3's HTTPError where there is no complete answer in time."""
+        import requests
+        sockets, started = [], time.monotonic()
 
         def connect(connection):
             """A socket to an address that has been checked: the name is looked up once, so that no second
@@ -4828,7 +4825,7 @@ class Web:
             """
             if connection.proxy:
                 with contextlib.suppress(socket.gaierror):  # often the proxy alone knows names
-                    addresses(urllib.parse.urlsplit(url).hostname, self.allow_private)
+                    addresses(urlsplit(url).hostname, self.allow_private)
             found = addresses(connection.host, self.allow_private or connection.proxy)
             address = found[attempt % len(found)]
             sock = socket.create_connection((address, connection.port), self.timeout)
@@ -4849,41 +4846,28 @@ class Web:
 
         headers = {"User-Agent": AGENT, "Accept": "*/*", "Accept-Encoding": "gzip, deflate",
                    "Connection": "close"} | headers
-        no_password = lambda request: request
-        asked = requests.Request("POST" if sent else "GET", url, headers, data=sent, auth=no_password)
-        # The user's proxies and certificates.
+        asked = requests.Request("POST" if sent else "GET", url, headers, data=sent)
+        # The user's proxies and certificates, but no passwords from .netrc.
         theirs = requests.Session().merge_environment_settings(url, {}, True, None, None)
         timer = threading.Timer(self.timeout, hang_up)  # a slow drip meets no other limit
         timer.start()
         try:
             with Adapter().send(asked.prepare(), timeout=self.timeout, **theirs) as answer:
-                moved = answer.status_code // 100 == 3  # what else a redirect says is not read
-                while not moved and len(body) <= self.max_bytes:
-                    if not (piece := answer.raw.read(2**16, decode_content=False)):
-                        break
-                    body += piece
-        except urllib3.exceptions.HTTPError as error:
-            raise OSError(str(error)) from error
+                given = {name.lower(): value for name, value in answer.headers.items()}
+                packed, body = given.get("content-encoding", "").lower(), b""
+                if answer.status_code // 100 != 3:  # what else a redirect says is not read
+                    if not re.fullmatch("(x-gzip|gzip|deflate|identity|[, ])*", packed):
+                        raise WebError(f"{url}: packed as {packed}, which was not asked for")
+                    body = answer.raw.read(self.max_bytes + 1, decode_content=True)
         finally:
             timer.cancel()
             for sock in sockets:
                 sock.close()
         if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
             raise TimeoutError
-        given = {name.lower(): value for name, value in answer.headers.items()}
-        return self.unpack(Page(url, answer.status_code, given, bytes(body)))
-
-    def unpack(self, page):
-        """The page, its body as it was before it was packed. Raises WebError, zlib.error or TimeoutError."""
-        packed = page.headers.get("content-encoding", "").lower() if page.body else ""
-        for encoding in re.findall(r"[\w-]+", packed)[::-1]:
-            if encoding not in ("gzip", "x-gzip", "deflate", "identity"):
-                raise WebError(f"{page.url}: packed as {encoding}, which was not asked for")
-            if encoding != "identity":
-                page.body = unpacked(page.body, self.max_bytes)
-        if len(page.body) > self.max_bytes:
-            raise WebError(f"{page.url}: over {self.max_bytes:,} bytes")
-        return page
+        if len(body) > self.max_bytes:
+            raise WebError(f"{url}: over {self.max_bytes:,} bytes")
+        return Page(url, answer.status_code, given, body)
 
 
 def addresses(host, private):
@@ -4903,21 +4887,6 @@ class Response(http.client.HTTPResponse):
         return size
 
 
-def unpacked(body, most):
-    """What gzip (of one or several members) or deflate has packed, up to one byte more than `most`. Raises
-    zlib.error or TimeoutError where it is broken or has no end.
-    """
-    parts, size = [], 0
-    while body and size <= most:
-        unpack = zlib.decompressobj(47)  # either of the two
-        parts.append(unpack.decompress(body, most + 1 - size))
-        size += len(parts[-1])
-        if size <= most and not unpack.eof:
-            raise TimeoutError
-        body = unpack.unused_data
-    return b"".join(parts)
-
-
 def root_cause(error):
     """The first of the errors that led to this one."""
     while error.__context__:
@@ -4927,11 +4896,10 @@ def root_cause(error):
 
 def retry_after(value):
     """Seconds to wait by a Retry-After header, a number or a date: at most 60, and 0 if it makes no sense."""
+    import urllib3
     try:
-        if not re.fullmatch(r"[\d.]+", value):
-            value = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        return min(60, max(0, float(value)))
-    except (ValueError, TypeError, OverflowError):
+        return min(60, urllib3.Retry().parse_retry_after(value))
+    except (urllib3.exceptions.HTTPError, ValueError, OverflowError):
         return 0
 
 
@@ -4997,30 +4965,29 @@ def robot_rules(text):
     returns ([(length, whether it allows, pattern), ...], seconds between requests) as it states them for us,
     or else for all.
     """
-    groups, current, begun = {}, [], False  # {agent: [rules, delay]}, of us and of all; whom a line is for
+    rules, delays = {}, Counter()  # by agent: us and all
+    agents, begun = set(), False   # whom a line is for, and whether their rules have begun
     for line in text.splitlines():
         key, _, value = (part.strip() for part in line.partition("#")[0].partition(":"))
         key = key.lower()
         if key == "user-agent":
-            current, begun = [] if begun else current, False
-            if value.lower() in (AGENT, "*"):
-                group = groups.setdefault(value.lower(), [[], 0])
-                current += [group] * all(group is not other for other in current)
+            named = {value.lower()} & {AGENT, "*"}
+            agents, begun = named if begun else agents | named, False
+            rules |= {agent: [] for agent in named - rules.keys()}
         elif key in ("allow", "disallow"):
             begun = True
             glob = re.sub(r"[?[]", r"[\g<0>]", value) + "*"
-            for rules, _ in current if value else ():
-                rules.append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
+            for agent in agents if value else ():
+                rules[agent].append((len(value), key == "allow", re.compile(fnmatch.translate(glob))))
         elif key == "crawl-delay" and re.fullmatch(r"\d+(\.\d+)?", value):
-            for group in current:
-                group[1] = max(group[1], float(value))
-    rules, delay = groups.get(AGENT) or groups.get("*") or ([], 0)
-    return rules, delay
+            delays |= Counter({agent: float(value) for agent in agents})  # the larger
+    ours = AGENT if AGENT in rules else "*"
+    return rules.get(ours, []), delays[ours]
 
 
 def host_of(address):
     """The host of an address, with its port where it has one."""
-    return urllib.parse.urlsplit(address).netloc
+    return urlsplit(address).netloc
 
 
 def site_rules(start, web):
@@ -5065,19 +5032,15 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
             kind = page.headers.get("content-type") or "of no stated type"
             if "html" not in kind.lower():
                 raise WebError(f"{address}: not HTML but {kind}")
-        except WebError as error:
+            title, text, found = html_to_text(page.text.replace("\0", ""))
+        except ValueError as error:  # a WebError, or such as a character of 5,000 digits
             if address == start:
                 raise
-            troubles += error.status in RETRIED
+            troubles += getattr(error, "status", None) in RETRIED
             yield rejection(address, "", str(error))
             continue
-        try:
-            title, text, found = html_to_text(page.text.replace("\0", ""))
-        except ValueError as error:  # such as a character of 5,000 digits
-            yield rejection(address, "", str(error))
-            continue
-        base = canonical([*found["base"], ""][0], page.url) or page.url
-        name = canonical([*found["canonical"], page.url][0], base)
+        base = canonical(next(iter(found["base"]), ""), page.url) or page.url
+        name = canonical(next(iter(found["canonical"]), page.url), base)
         name = name if host_of(name) == host else page.url
         robots = " ".join([*found["robots"], page.headers.get("x-robots-tag", "")]).lower()
         if re.search(r"\b(noindex|none)\b", robots):
@@ -5085,11 +5048,11 @@ def crawl(url, web, depth=2, max_pages=1000, license="unknown"):
         elif seen.get(name) or not text:
             yield rejection(address, "", f"the same page as {name}" if text else "holds no text")
         else:
-            stated = canonical([*found["license"], "none:"][0], base) or license
+            seen[name] = True
+            stated = canonical(next(iter(found["license"]), "none:"), base) or license
             domain, apis = "api_doc" if found["api"] else "text", sorted(set(found["api"]))
             text = f"{title}\n\n{text}".strip()
             yield Record(f"crawl:{name}", domain, f"crawl:{host}", stated, apis, text, url=name)
-            seen[name] = True
         follows = level < depth and not re.search(r"\b(nofollow|none)\b", robots)
         for link in found["a"] if follows else ():
             link = canonical(link, base)
@@ -5110,7 +5073,8 @@ def url_records(url, args):
     """The records of an OpenAPI file on the web."""
     with tempfile.TemporaryDirectory() as folder:
         body = web_client(args, max_bytes=MAX_SPEC).get(url).body
-        path = Path(folder) / (identifier(url) + (".json" if body.lstrip()[:1] == b"{" else ".yaml"))
+        kind = "json" if body.lstrip()[:1] == b"{" else "yaml"
+        path = Path(folder, f"{identifier(url)}.{kind}")
         path.write_bytes(body)
         shown = canonical(url).partition("?")[0]  # no password, no key
         yield from openapi_records(path, shown, args.license or "unknown", args)
@@ -5125,34 +5089,36 @@ def hf_rows(name, web, host=HF_HOST, token=None):
     server; a rejection for a row that the server cut. The cache of `web` has the pages, so a killed run goes
     on where it was. Raises ValueError.
     """
-    dataset, wanted = "/".join(name.split("/")[:2]), name.split("/")[2:]
+    owner, dataset, *wanted = name.split("/")
+    dataset = f"{owner}/{dataset}"
     headers = {"Authorization": f"Bearer {token.strip()}"} if token else {}
 
     def ask(path, **query):
-        query = urllib.parse.urlencode({"dataset": dataset} | query)
+        query = urlencode({"dataset": dataset} | query)
         return json.loads(web.get(f"{host}/{path}?{query}", headers).body)
 
     try:
         splits = [[s["config"], s["split"]] for s in ask("splits")["splits"]]
         chosen = [split for split in splits if split[:len(wanted)] == wanted]
         if not chosen:
-            raise ValueError(f"hf:{name}: no such rows; there are {', '.join(map('/'.join, splits))[:500]}")
+            raise WebError(f"hf:{name}: no such rows; there are {', '.join(map('/'.join, splits))[:500]}")
         for config, split in chosen:
             offset, total, where = 0, 1, f"{dataset}/{config}/{split}"
             while offset < total:
                 page = ask("rows", config=config, split=split, offset=offset, length=100)
                 rows = page["rows"]
                 total = total if offset else page["num_rows_total"]  # one that grows would never end
-                expected = list(range(offset, offset + len(rows)))
-                if [row["row_idx"] for row in rows] != expected or not rows and offset < total:
-                    raise ValueError(f"hf:{where}: the server does not give row {offset} of {total}")
+                if total and (not rows or rows[0]["row_idx"] != offset):
+                    raise WebError(f"hf:{where}: the server does not give row {offset} of {total}")
                 for row in rows:
                     if cut := ", ".join(row["truncated_cells"]):
                         yield rejection(where, row["row_idx"], f"cut by the server: {cut}")
                     else:
                         yield f"{where}:{row['row_idx']}", row["row"]
                 offset += len(rows)
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except WebError:
+        raise
+    except Exception as error:  # servers answer anything
         reason = f"not the answer of a datasets server ({type(error).__name__})"
         raise ValueError(f"hf:{name}: {reason}") from None
 
@@ -5162,11 +5128,10 @@ def hf_license(name, web, hub="https://huggingface.co"):
     "unknown".
     """
     try:
-        tags = json.loads(web.get(f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").body)["tags"]
-    except (ValueError, LookupError, TypeError):
+        card = web.get(f"{hub}/api/datasets/{'/'.join(name.split('/')[:2])}").text
+    except WebError:
         return "unknown"
-    stated = [tag.removeprefix("license:") for tag in tags if tag.startswith("license:")]
-    return " AND ".join(sorted(stated)) or "unknown"
+    return " AND ".join(sorted(re.findall('"license:([^"]+)"', card))) or "unknown"
 
 
 def hf_records(name, args):
@@ -5233,7 +5198,7 @@ def text_row(where, value, source, license):
         return Record(f"{source}:{where}", "text", source, license, [], text)
     if isinstance(value, ValueError):
         return rejection(source, where, str(value))
-    keys = f"; its keys are {', '.join(map(str, value))}" if isinstance(value, dict) else ""
+    keys = f"; its keys are {', '.join(map(str, row))}" if row else ""
     return rejection(source, where, f"no text of {MIN_TEXT} characters or more{keys}")
 
 
@@ -5261,34 +5226,79 @@ def minified(text):
 
 KINDS = {"multiple": 5, "single": 3, "parallel": 1, "irrelevant": 1, "missing": 1, "error": 1,
          "chain": 1}  # shares
-# Requests by what a purpose is: {p} the purpose, {a} the arguments in words, {given} the same to begin with.
-SHAPES = {
-    "do": ["{P}{a}.", "Please {p}{a}.", "Can you {p}{a}?", "I need to {p}{a}.", "I want to {p}{a}.",
-           "Help me {p}{a}.", "{given}, please {p}.", "Could you {p}{a}? Thanks!",
-           "For my project I have to {p}{a}.", "{P}. {Use}.", "Go ahead and {p}{a}."],
-    "give": ["What is {p}{a}?", "Give me {p}{a}.", "I need {p}{a}.", "Please work out {p}{a}.",
-             "Can you tell me {p}{a}?", "{given}, what is {p}?", "I'm looking for {p}{a}.", "Find {p}{a}.",
-             "Get me {p}. {Use}.", "I'd like to know {p}{a}."],
-    "check": ["Check whether {p}{a}.", "Can you tell me whether {p}{a}?", "I want to know if {p}{a}.",
-              "{given}, find out whether {p}.", "Please check if {p}{a}.", "Is it true that {p}{a}?"],
-    "make": ["Create {p}{a}.", "Set up {p}{a}.", "I need {p}{a}.", "Please make {p}{a}.",
-             "Can you build {p}{a}?", "Give me {p}{a}.", "Prepare {p}. {Use}.", "{given}, set up {p}.",
-             "I want to use {p}{a}.", "Make {p}{a} for me."]}
-WITH = [("with", "{l} {v}"), ("with", "{l} set to {v}"), ("using", "{v} as {l}"), ("where", "{l} is {v}"),
-        ("with", "{v} for {l}")]
 VARIED, MADE_UP = 22, 4  # conversations on a tool with values like its examples', and on one without examples
 LONGEST_SCHEMA = 2000  # characters of a tool's parameters
 ALSO = ["\nAlso: ", "\nAnd another thing: ", " And then, apart from that: ", "\n\nSecond request: "]
-QUESTIONS = ["What should `{p}` be?", "Which value shall I use for `{p}`?", "Please tell me `{p}` first.",
-             "I need `{p}` for this. What is it?"]
-TOLD = ["{v}", "It is {v}.", "Use {v}.", "Take {v}, please.", "{v}, please.", "Sorry, {v}."]
-REFUSALS = [
-    "None of the given tools can do this.",
-    "I have no tool for that request.",
-    "The tools at hand do not cover this, so I make no call.",
-    "No available function fits this request.",
-]
-ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
+# What is said in conversations: requests by what a purpose is, where {p} is the purpose, {a} the arguments in
+# words, {given} the same to begin with and {Use} in a sentence of its own; the words for an argument of the
+# label {l} and the value {v}, or for a switch; what the assistant asks and is told, and its answers.
+PHRASES = defaultdict(list)
+for kind, phrase in re.findall(r"(?m)^(\w+): (.+)$", """
+do: {P}{a}.
+do: Please {p}{a}.
+do: Can you {p}{a}?
+do: I need to {p}{a}.
+do: I want to {p}{a}.
+do: Help me {p}{a}.
+do: {given}, please {p}.
+do: Could you {p}{a}? Thanks!
+do: For my project I have to {p}{a}.
+do: {P}. {Use}.
+do: Go ahead and {p}{a}.
+give: What is {p}{a}?
+give: Give me {p}{a}.
+give: I need {p}{a}.
+give: Please work out {p}{a}.
+give: Can you tell me {p}{a}?
+give: {given}, what is {p}?
+give: I'm looking for {p}{a}.
+give: Find {p}{a}.
+give: Get me {p}. {Use}.
+give: I'd like to know {p}{a}.
+check: Check whether {p}{a}.
+check: Can you tell me whether {p}{a}?
+check: I want to know if {p}{a}.
+check: {given}, find out whether {p}.
+check: Please check if {p}{a}.
+check: Is it true that {p}{a}?
+make: Create {p}{a}.
+make: Set up {p}{a}.
+make: I need {p}{a}.
+make: Please make {p}{a}.
+make: Can you build {p}{a}?
+make: Give me {p}{a}.
+make: Prepare {p}. {Use}.
+make: {given}, set up {p}.
+make: I want to use {p}{a}.
+make: Make {p}{a} for me.
+with: with {l} {v}
+with: with {l} set to {v}
+with: using {v} as {l}
+with: where {l} is {v}
+with: with {v} for {l}
+switch: with {l} set to {v}
+switch: where {l} is {v}
+question: What should `{p}` be?
+question: Which value shall I use for `{p}`?
+question: Please tell me `{p}` first.
+question: I need `{p}` for this. What is it?
+told: {v}
+told: It is {v}.
+told: Use {v}.
+told: Take {v}, please.
+told: {v}, please.
+told: Sorry, {v}.
+refusal: None of the given tools can do this.
+refusal: I have no tool for that request.
+refusal: The tools at hand do not cover this, so I make no call.
+refusal: No available function fits this request.
+answer: The result is {r}.
+answer: It gives {r}.
+answer: This returns {r}.
+answer: The answer is {r}.
+answer: I get {r}.
+"""):
+    PHRASES[kind].append(phrase)
 VERBS = set("""
     accept add adjust align append apply approximate ask assign bind bound build calculate call cast
     change check choose clamp clear clip close collect combine compare compile compose compress compute
@@ -5315,9 +5325,8 @@ def template_units(shards, args, parts=2):
     paths = [shard.parent / "tools" / shard.name for shard in shards]
     units = [Unit(f"{name}.cards.jsonl", 0, indexes, (paths, args.seed))]
     for part in range(parts):
-        units.append(
-            Unit(f"{name}.{part}.jsonl", 1, template_records, (paths, args.seed, args.kinds, part, parts))
-        )
+        options = paths, args.seed, args.kinds, part, parts
+        units.append(Unit(f"{name}.{part}.jsonl", 1, template_records, options))
     return units
 
 
@@ -5325,7 +5334,7 @@ def template_records(paths, seed, shares, part, parts):
     """A part of the conversations on the Tools in the files, such that equal ones would be in the same
     part.
     """
-    tools = [tool for path in paths for tool in read_tools(path) if tool.usable]
+    tools = [tool for path in paths for tool in read_tools(path)]
     return synthesise(tools, seed, shares, lambda tool: zlib.crc32(tool.description.encode()) % parts == part)
 
 
@@ -5343,26 +5352,21 @@ def indexes(paths, seed, sizes=(4, 5, 6)):
     Every API is on one card of each size, but for one that would be alone there. Neighbours in hash order
     share a card, so that held-out APIs, which are neighbours too, spoil few others.
     """
-    entries = [(t.name, t.description, t.license) for path in paths for t in read_tools(path)]
-    entries = sorted(
-        (e for e in entries if not e[1].startswith("See ")), key=lambda entry: unit_hash(entry[0])
-    )
-    for size, i in ((size, i) for size in sizes for i in range(0, len(entries) - 1, size)):
-        card = {description: (name, license) for name, description, license in entries[i:i + size]}
-        first = next(iter(card.values()))[0]
-        rng = random.Random(f"{seed} {size} {first}")
-        by_name = [json.dumps({"description": d, "name": card[d][0]}, ensure_ascii=False) for d in card]
-        by_purpose = [f"{d}\n" + json.dumps({"name": card[d][0]}) for d in rng.sample([*card], len(card))]
-        text = "\n".join(["APIs by name", *by_name, "", "APIs by purpose", *by_purpose])
-        names, licenses = zip(*card.values())
-        yield Record(
-            f"api_doc:index:{size}:{first}",
-            "api_doc",
-            "python:index",
-            " AND ".join(sorted({*licenses})),
-            sorted(names),
-            text,
-        )
+    tools = [t for path in paths for t in read_tools(path) if not t.description.startswith("See ")]
+    tools.sort(key=lambda tool: unit_hash(tool.name))
+    for size in sizes:
+        for i in range(0, len(tools) - 1, size):
+            card = {tool.description: tool for tool in tools[i:i + size]}
+            names = [tool.name for tool in card.values()]
+            rng = random.Random(f"{seed} {size} {names[0]}")
+            by_name = [json.dumps({"description": d, "name": t.name}, ensure_ascii=False)
+                       for d, t in card.items()]
+            drawn = rng.sample([*card], len(card))
+            by_purpose = [f"{d}\n" + json.dumps({"name": card[d].name}) for d in drawn]
+            text = "\n".join(["APIs by name", *by_name, "", "APIs by purpose", *by_purpose])
+            license = " AND ".join(sorted({tool.license for tool in card.values()}))
+            identity = f"api_doc:index:{size}:{names[0]}"
+            yield Record(identity, "api_doc", "python:index", license, sorted(names), text)
 
 
 @dataclasses.dataclass
@@ -5380,6 +5384,14 @@ class Tool:
     usable: bool = True  # whether someone would call it with JSON values
     examples: list = ()  # (arguments, result)
     chains: list = ()    # pairs of (name, arguments, result): the first result is an argument of the second
+
+    @property
+    def properties(self):
+        return self.parameters["properties"]
+
+    @property
+    def required(self):
+        return self.parameters["required"]
 
     def to_json(self):
         return json.dumps(vars(self), ensure_ascii=False)
@@ -5409,63 +5421,46 @@ def conversation_record(n, tool, fact, near, far, shares, rng):
         if calls[0] == calls[1]:
             return None
     pool = near if near and rng.random() < 0.5 else far
-    count = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}.get(
-        kind, rng.randrange(3)
-    )
+    counts = {"single": 0, "multiple": rng.randrange(1, 5), "irrelevant": rng.randrange(1, 4)}
+    count = counts.get(kind, rng.randrange(3))
     if kind == "irrelevant":  # a tool of nearly the same name or description might do
-        named = {word for word in words_of(tool.name.rpartition(".")[2]) if len(word) > 4}
-        pool = [t for t in pool if not named & {*words_of(t.name.rpartition(".")[2])}]
-        pool = [t for t in pool if not alike(t.description, tool.description)]
-    others = [
-        t for t in rng.sample(pool, min(len(pool), count)) if all(t is not called for called, _ in calls)
-    ]
-    offered = (
-        others
-        if kind == "irrelevant"
-        else list({t.name: t for t in [*(t for t, _ in calls), *others]}.values())
-    )
+        pool = [t for t in pool if not alike(t, tool)]
+    called = list({t.name: t for t, _ in calls}.values())
+    offered = [t for t in rng.sample(pool, min(len(pool), count)) if t not in called]
+    if kind != "irrelevant":
+        offered = called + offered
     if not kind or not offered or any(arguments is None for _, arguments in calls):
         return None
     rng.shuffle(offered)
-    names = {t.name: short_name(t) for t in [*offered, *(t for t, _ in calls)]}
+    names = {t.name: ".".join(t.name.split(".")[-2:]) for t in called + offered}
     if len(set(names.values())) < len(names):
-        names = {name: name for name in names}
+        names = dict(zip(names, names))
     messages = conversation(kind, calls, names, fact.results if fact else [], offered, rng)
     return messages and Record(
-        f"instruction:{n}:{kind}:{tool.name}",
-        "instruction",
-        tool.source,
-        tool.license,
-        list(dict.fromkeys([*(t.name for t, _ in calls), *(t.name for t in offered)])),
-        messages=messages,
-        tools=[definition(t, names[t.name]) for t in offered],
-    )
+        f"instruction:{n}:{kind}:{tool.name}", "instruction", tool.source, tool.license, [*names],
+        messages=messages, tools=[definition(t, names[t.name]) for t in offered])
 
 
-def short_name(tool):
-    """The last two parts of its qualified name."""
-    return ".".join(tool.name.split(".")[-2:])
-
-
-def alike(text, other):
-    """Whether half of the words of the shorter text, but for short ones, are in the other."""
-    ours, theirs = ({w for w in re.findall(r"\w+", t.lower()) if len(w) > 3} for t in (text, other))
-    return len(ours & theirs) >= max(1, min(len(ours), len(theirs)) / 2)
+def alike(tool, other):
+    """Whether two tools have a long word of their names in common, or half of the words of the shorter
+    description, but for short ones.
+    """
+    names = [{w for w in words_of(t.name.rpartition(".")[2]) if len(w) > 4} for t in (tool, other)]
+    words = [{w for w in re.findall(r"\w+", t.description.lower()) if len(w) > 3} for t in (tool, other)]
+    return names[0] & names[1] or len(words[0] & words[1]) >= max(1, min(map(len, words)) / 2)
 
 
 def definition(tool, name):
     """A tool in the form in which a model is given it."""
-    return {
-        "type": "function",
-        "function": {"description": tool.description, "name": name, "parameters": tool.parameters},
-    }
+    function = {"description": tool.description, "name": name, "parameters": tool.parameters}
+    return {"type": "function", "function": function}
 
 
 def can_call(tool):
     """Whether a request can state what the tool requires, and say what for. A class counts only if its
     constructor is documented.
     """
-    properties, required = tool.parameters["properties"], tool.parameters["required"]
+    properties, required = tool.properties, tool.required
     if not tool.usable or len(json.dumps(tool.parameters)) > LONGEST_SCHEMA or not purposes(tool):
         return False
     if tool.is_class and not (required and all("description" in properties[name] for name in required)):
@@ -5477,41 +5472,35 @@ def can_call(tool):
         and properties[name].get("type") != "array"
         and "description" not in properties[name]
         and not re.search(rf"\b{name}\b", tool.description)
-        for name in needed(tool)
-    )
+        for name in needed(tool))
     if unknown and purposes(tool)[0][0] == "give" or bounded(tool):
         return False
-    return all(can_state(tool, name) for name in needed(tool))
+    return all(choices(tool, name) for name in needed(tool))
 
 
 def bounded(tool):
     """Whether the documentation bounds a parameter by another or asks for a prime, which no made-up value
     minds.
     """
-    bounds = (found[1] for found in BOUND.finditer(tool.documentation))
-    return any(name in tool.parameters["properties"] and name not in ("a", "x") for name in bounds) or (
-        re.search(r"\bprime number\b", tool.documentation) is not None
-    )
+    bounds = {found[1] for found in re.finditer(BOUND, tool.documentation)}
+    return bounds & tool.properties.keys() - {"a", "x"} or re.search(r"\bprime number\b", tool.documentation)
 
 
 def needed(tool):
     """The parameters without which a call says nothing: what is required or, where nothing is, the first
     without a default of its own.
     """
-    properties, required = tool.parameters["properties"], tool.parameters["required"]
-    first = next((p for p in properties if p == "args" or not UNUSUAL.match(p)), None)
-    return required or [first] * (first is not None and properties[first].get("default", "") == "")
+    first = [p for p in tool.properties if p == "args" or not UNUSUAL.match(p)][:1]
+    return tool.required or [p for p in first if tool.properties[p].get("default", "") == ""]
 
 
 def draw_kind(tool, fact, shares, rng):
     """One of the kinds, by their shares, that such a conversation can be; None if there is none."""
     if fact and len(fact.calls) > 1:
         return "chain" if shares.get("chain") else None
-    cannot = {"chain"} | (
-        {"missing", "error", "irrelevant", "parallel"}
-        if fact
-        else set() if tool.parameters["required"] else {"missing"}
-    )
+    cannot = {"chain"} if tool.required else {"chain", "missing"}
+    if fact:
+        cannot = KINDS.keys() - {"multiple", "single"}
     allowed = {kind: share for kind, share in shares.items() if share and kind not in cannot}
     return rng.choices([*allowed], [*allowed.values()])[0] if allowed else None
 
@@ -5526,85 +5515,74 @@ def conversation(kind, calls, names, results, offered, rng):
         if not message:
             return None
         calls = [(tool, arguments)]
-    made = [(names[t.name], given) for t, given in calls]
-    missing = rng.choice(tool.parameters["required"]) if kind == "missing" else None
+    missing = rng.choice(tool.required) if kind == "missing" else None
     stated = [{p: v for p, v in given.items() if p != missing} for _, given in calls]
     if kind == "chain":
         stated[1] = {p: Said("the result") if same_value(v, results[0]) else v for p, v in stated[1].items()}
-    requests = [
-        ask(t, given, [t, *offered], rng, plain=i > 0) for i, ((t, _), given) in enumerate(zip(calls, stated))
-    ]
+    requests = [ask(t, given, [t, *offered], rng, plain=i > 0)
+                for i, ((t, _), given) in enumerate(zip(calls, stated))]
     if None in requests:
         return None
     if kind == "chain":
-        then = f"{requests[1][0].lower()}{requests[1][1:]}".replace("the the result", "the result")
-        user = chat_message("user", f"{requests[0]} Then {then}")
-        return [
-            user,
-            *itertools.chain.from_iterable(
-                [chat_message("assistant", calls=[call]), chat_message("tool", result)]
-                for call, result in zip(made, results)
-            ),
-            chat_message("assistant", answer(results[1], rng)),
-        ]
-    user = chat_message("user", rng.choice(ALSO).join(requests))
+        then = lower_first(requests[1]).replace("the the result", "the result")
+        messages = [user(f"{requests[0]} Then {then}")]
+    else:
+        messages = [user(rng.choice(ALSO).join(requests))]
+    say = partial(chat_message, "assistant")
+    made = [(names[t.name], given) for t, given in calls]
     if kind == "irrelevant":
-        return [user, chat_message("assistant", rng.choice(REFUSALS))]
-    call = chat_message("assistant", calls=made)
-    if missing:
-        told = [chat_message("user", rng.choice(TOLD).format(v=in_words(arguments[missing]))), call]
-        return [user, chat_message("assistant", rng.choice(QUESTIONS).format(p=missing))] + told * (
-            rng.random() < 0.6
-        )
+        return messages + [say(rng.choice(PHRASES["refusal"]))]
+    if kind == "missing":
+        told = user(rng.choice(PHRASES["told"]).format(v=in_words(arguments[missing])))
+        messages.append(say(rng.choice(PHRASES["question"]).format(p=missing)))
+        return messages + [told, say(calls=made)] * (rng.random() < 0.6)
     if kind == "error":
-        return [
-            user,
-            call,
-            chat_message("tool", message),
-            chat_message("assistant", calls=[(names[tool.name], mended)]),
-        ]
-    if results and len(calls) == 1:
-        return [
-            user,
-            call,
-            chat_message("tool", results[0]),
-            chat_message("assistant", answer(results[0], rng)),
-        ]
-    return [user, call]
+        mended = say(calls=[(names[tool.name], mended)])
+        return messages + [say(calls=made), chat_message("tool", message), mended]
+    if not results:
+        return messages + [say(calls=made)]
+    for call, result in zip(made, results):
+        messages += [say(calls=[call]), chat_message("tool", result)]
+    return messages + [say(answer(results[-1], rng))]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Requests in words
 
 # A purpose that can stand in a request holds no formula and no markup, and is clear by itself.
-CLEAN = re.compile(r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))[\w ,'\"`*()-]+")
-UNCLEAR = re.compile(r"\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
+CLEAN = r"(?!.*(\*\*|[-_]th\b|\b(?![xyzt]-)[a-z]-|\w-[a-z]\b))(?:[\w ,'\"`*-]|\([\w ,'\"`*-]*\))+"
+UNCLEAR = (r"(?i)\b(self|this|these|following|above|below|object|objects|class|subclass|instance|"
                      r"instances|method|module|wrapper|helper|internal|callable|decorator|deprecated|"
                      r"alias|same as|equivalent|similar|parameters?|arguments?|kwargs|called|caller|hook|"
                      r"mixin|context manager|descriptor|node visitor|stub|placeholder|implementation|e g|"
                      r"i e|version of|kind for|prints as|routine|system call|utility|function|functions|"
                      r"algorithm|type|types|code|generic|given|specified|provided|keywords?|"
                      r"appropriately|properly|number between|from broadcasting|the (true|false))\b|--|"
-                     r"\w\(", re.I)
+                     r"\w\(")
 UNFINISHED = re.compile(  # the end of a sentence that was cut
     r"\b(the|an?|of|to|for|with|in|on|from|by|and|or|than|each|its|their|about|at|as|is|points?|having|"
     r"containing|shape|over|into|per|within|under|matching|(from|of|between) two|along|corresponding|"
     r"according|based|depending|such|lists of equal|using|with coefficients)$")
 STATES = (r"\b(is|are|can|matches|represents|provides|implements|holds|contains|returns|applies|allows|"
           r"handles|wraps|which|used)\b")
-ASKING = {"check", "test", "determine", "return", "decide", "verify"}  # whether
-QUANTITIES = set("Number Sum Copy Test Product Mean Inverse Absolute Natural Square Base Common "
-                 "Hyperbolic Name Path Size Length Index Position Logarithm Factorial Element-wise "
-                 "Elementwise".split())  # how a sentence without a verb begins
+ASKING = (  # whether something is so, to the end of the clause
+    r"(?s)(?:(?i:(?:returns? )?[`*]*true[`*]* (?:if|when)|whether)|"
+    r"(?i:checks?|tests?|determines?|returns?|decide|verify|verifies) (?:if|whether|that)) "
+    r"(.*?)(?:, (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b|\Z)")
+QUANTITIES = (  # how a sentence without a verb begins
+    r"(Number|Sum|Copy|Test|Product|Mean|Inverse|Absolute|Natural|Square|Base|Common|Hyperbolic|Name|Path|"
+    r"Size|Length|Index|Position|Logarithm|Factorial|Element-?wise) .")
 NOUNS = {"array": "array|list|sequence|tensor|matrix|vector|data|iterable|input|polynomial|series|values|"
                   "numbers|elements|coefficients|samples?",
          "string": "string|text|file|path|filename|name|url|word|date|message|directory|pattern|document|"
                    "expression",
          "integer": "number|integer|value|n", "number": "number|value|angle|real number"}
-NOT_A_NOUN = set("each indicate indicates indicating defines define if whether when this it can must "
-                 "should optional specifies specify determines controls use set see one either by for to "
-                 "not any all default only same used passed true false see if a an the and or as in on "
-                 "at of be is are has have which what how".split())
+NOUN = (  # with which a description begins: not what is done or holds, nor a clause
+    r"(?i:(?!(each|indicates?|indicating|defines?|if|whether|when|this|it|can|must|should|optional|specifies|"
+    r"specify|determines|controls|use|set|see|one|either|by|for|to|not|any|all|default|only|same|used|passed|"
+    r"true|false|a|an|the|and|or|as|in|on|at|of|be|is|are|has|have|which|what|how) )"
+    r"(?!.*\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|"
+    r"so|and|or)\b))[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}")
 
 
 class Said(str):
@@ -5621,8 +5599,9 @@ VAGUE = set("""
 
 
 def purposes(tool):
-    """What a tool is for, as [(a key of SHAPES, words)], from the first sentence of its documentation, from
-    what it says to return, and from the tool's name. The words may hold names of parameters.
+    """What a tool is for, as [(a kind of request in PHRASES, words)], from the first sentence of its
+    documentation, from what it says to return, and from the tool's name. The words may hold names of
+    parameters.
     """
     return find_purposes(tool.name.rpartition(".")[2], tool.documentation, tool.is_class)
 
@@ -5645,27 +5624,21 @@ def find_purposes(name, documentation, is_class):
     found = [read_purpose(sentence)]
     section = r"^Returns?:?\n-*\n*(?:[ \t]*\w[^\n]*\n(?=[ \t]{2,}))?[ \t]*((?:The|A|An) [^\n]+)$"
     if returned := re.search(section, documentation, re.M):
-        given = read_purpose(f"Return {returned[1][0].lower()}{returned[1][1:].rstrip('.')}")
-        whole = (
-            given
-            and len(returned[1]) - 4 < len(given[1]) < 70
-            and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
-            and {*re.findall(r"[\w-]+", given[1].lower())} - VAGUE
-        )
-        found += [given] if whole else []
+        given = read_purpose("Return " + lower_first(returned[1].rstrip(".")))
+        if (given and len(returned[1]) - 4 < len(given[1]) < 70
+                and not re.search(r"\b(is|are|has|have|packed)\b", given[1])
+                and {*re.findall(r"[\w-]+", given[1].lower())} - VAGUE):
+            found.append(given)
     name = " ".join(words).lower()
     told = f" {name} " in re.sub(r"\W+((the|an?) )?", " ", f" {documentation.lower()} ")
     odd = re.search(r"^(is|has|can|set|new) |\b(to|from|as|in|on|by|with|for|at|along)\b", name)
     if len(words) > 1 and told and not odd:
+        kind, said = found[0] or ("", "")
         if words[0].lower() in VERBS - {"return", "get"}:
-            found.append(None if found[0] else ("do", name))
-        elif (
-            not found[0]
-            or found[0][0] == "give"
-            or found[0][1].startswith(("compute ", "calculate ", "find ", "evaluate "))
-        ):
+            found.append(None if kind else ("do", name))
+        elif kind in ("", "give") or re.match("(compute|calculate|find|evaluate) ", said):
             found.append(("give", with_article(name.removeprefix("get "))))
-    return tuple(dict.fromkeys(p for p in found if p))
+    return tuple(dict.fromkeys(filter(None, found)))
 
 
 def class_purpose(words, sentence, documentation):
@@ -5676,58 +5649,51 @@ def class_purpose(words, sentence, documentation):
         return ()
     if kind and not re.match("(A|An|The) ", sentence):
         return ((kind, noun),)
-    if (
-        kind != "give"
-        and len(words) > 1
-        and " ".join(words).lower() in re.sub(r"\W+", " ", documentation.lower())
-        and not UNFINISHED.search(" ".join(words).lower())
-    ):
+    name = " ".join(words).lower()
+    told = len(words) > 1 and name in re.sub(r"\W+", " ", documentation.lower())
+    if kind != "give" and told and not UNFINISHED.search(name):
         kind, noun = "give", "a " + " ".join(w if w.isupper() else w.lower() for w in words)
     return (("make", re.sub(r"^a (?=[aeio])", "an ", noun)),) if kind == "give" else ()
 
 
 def read_purpose(sentence):
-    """A sentence of documentation as (a key of SHAPES, words), or None where it says nothing that a request
-    could say.
+    """A sentence of documentation as (a kind of request in PHRASES, words), or None where it says nothing
+    that a request could say.
     """
     sentence = re.sub(r":\w+:`~?\.?([^`]*)`", r"`\1`", sentence)
-    adverb = re.match(r"(\w+ly )?", sentence)[0]
-    sentence = sentence[len(adverb):][:1].upper() + sentence[len(adverb):][1:]
+    adverb, sentence = re.match(r"(?s)(\w+ly )?(.*)", sentence).groups("")
+    sentence = sentence[:1].upper() + sentence[1:]
     first, _, rest = sentence.partition(" ")
     verb = imperative(first.lower())
-    if re.match(r"(?i)(return |returns )?[`*]*true[`*]* (if|when) ", sentence):
-        kind, words = "check", re.split(r" (?:if|when) ", sentence, maxsplit=1)[1]
-    elif verb in ASKING and re.match(r"(if|whether|that) ", rest) or first == "Whether":
-        kind, words = "check", rest.partition(" ")[2] if first != "Whether" else rest
-    elif verb in ("return", "give", "get", "yield", "retrieve", "obtain") and rest:
+    if asked := re.match(ASKING, sentence):
+        kind, words = "check", asked[1]
+    elif verb in "return give get yield retrieve obtain".split() and rest:
         kind, words = "give", with_article(rest)
     elif verb in VERBS and rest and not rest.startswith("of "):
         kind, words = "do", f"{adverb.lower()}{verb} {rest}"
-    elif first in ("The", "A", "An") and rest and not re.search(STATES, rest):
-        kind, words = "give", sentence[0].lower() + sentence[1:]
-    elif first in QUANTITIES and rest:
+    elif re.match("(The|An?) .", sentence) and not re.search(STATES, rest):
+        kind, words = "give", lower_first(sentence)
+    elif re.match(QUANTITIES, sentence):
         kind, words = "give", f"the {first.lower()} {rest}"
     else:
         return None
-    if kind == "check":
-        words = re.split(r", (?:otherwise|else|false)\b|[;:]| otherwise\b|,? False\b", words)[0]
-    elif re.match(r"(\S+ ){0,3}\S+,|[^,]*, ([\w`-]+ ?){1,3}(,| or | and )", sentence) or re.search(
-        r"[^,] (which|that|such that|whose|where|when|if|and returns?)\b", words
-    ):
-        return None  # what would be cut is needed
-    else:
-        words = re.split(
-            r",? (?:so that|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words
-        )[0]
+    if kind != "check":
+        listed = re.match(r"(\S+ ){0,3}\S+,|[^,]*, ([\w`-]+ ?){1,3}(,| or | and )", sentence)
+        if listed or re.search(r"[^,] (which|that|such that|whose|where|when|if|and returns?)\b", words):
+            return None  # what would be cut is needed
+        words = re.split(r",? (?:so that|in order|as described|i\.e\.|e\.g\.)\b|[,;:]| - ", words)[0]
     cut = kind != "check" and len(words) < len(rest) - 2
     given = r" (of|for|with|from|in|to|by|on)? ?(the |a )?(given|specified|provided)( [\w-]+){0,3}"
     words = re.sub(rf"( or not| or (else )?None|{given})$", "", words).strip(" .,")
     plain = re.sub(r"[`*]", "", words)
     count = len(plain.split()) + (kind == "check")
-    unclear = UNCLEAR.search(plain) or UNFINISHED.search(plain) or not CLEAN.fullmatch(words)
-    if unclear or not 3 + 2 * cut <= count < 17 or plain.count("(") != plain.count(")"):
-        return None
-    return kind, words
+    unclear = re.search(UNCLEAR, plain) or UNFINISHED.search(plain) or not re.fullmatch(CLEAN, words)
+    return None if unclear or not 3 + 2 * cut <= count < 17 else (kind, words)
+
+
+def lower_first(text):
+    """A text with a small letter at its beginning."""
+    return text[:1].lower() + text[1:]
 
 
 def with_article(noun):
@@ -5746,17 +5712,13 @@ def imperative(verb):
     >>> [imperative(verb) for verb in ("computes", "applies", "matches", "return")]
     ['compute', 'apply', 'match', 'return']
     """
-    for ending, stem in (("ies", "y"), ("es", ""), ("s", "")):
-        if verb.endswith(ending) and verb.removesuffix(ending) + stem in VERBS:
-            return verb.removesuffix(ending) + stem
-    return verb
+    stems = [re.sub(*ending, verb) for ending in (("ies$", "y"), ("es$", ""), ("s$", ""))]
+    return next((stem for stem in stems if stem in VERBS), verb)
 
 
 def words_of(name):
     """The words in a name: "get_closeMatches" gives get, close, Matches."""
-    return [
-        word for part in name.split("_") for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", part)
-    ]
+    return re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+", name)
 
 
 def ask(tool, arguments, offered, rng, plain=False):
@@ -5768,37 +5730,28 @@ def ask(tool, arguments, offered, rng, plain=False):
         kind, words = rng.choice(purposes(tool))
         words, left = fill_in(kind, words, arguments, tool)
         inline, given, use = clauses(kind, words, left, tool, rng)
-        shapes = [
-            s for s in SHAPES[kind][: 2 if plain else None] if left or "{given}" not in s and "{Use}" not in s
-        ]
-        request = rng.choice(shapes).format(
-            p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use
-        )
-        names = {p for p in tool.parameters["required"] if p not in arguments}  # what the user forgets
-        odd = [
-            w
-            for w in re.findall(
-                r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])", words
-            )
-            if w not in names
-        ]
-        forgotten = re.findall(r"(?<= to )\w+$|(?<= than )\w+$|(?<= and )\w+$|(?<= of )\w+$", words)
-        odd += [w for w in forgotten if w in tool.parameters["properties"].keys() - arguments.keys() - names]
+        shapes = PHRASES[kind][:2 if plain else None]
+        shape = rng.choice([s for s in shapes if left or not re.search("{(given|Use)}", s)])
+        request = shape.format(p=words, P=words[0].upper() + words[1:], a=inline, given=given, Use=use)
+        unsaid = tool.properties.keys() - arguments.keys()
+        names = r"(?<![\w\"'.\[-])(?:[b-hj-zB-HJ-Z]|[a-zA-Z]\d|\d[a-z]|[nk]th)(?![\w\"'-])"
+        odd = {*re.findall(names, words)} | unsaid & {*re.findall(r" (?:to|than|and|of) (\w+)$", words)}
+        odd -= {*tool.required} & unsaid  # what the user forgets
         if not odd and not any(common_run(request, t.description) for t in offered):
             return request
     return None
 
 
-def common_run(text, other, length=8):
-    """Whether two texts have that many words in a row in common."""
-    return not runs_of(text, length).isdisjoint(runs_of(other, length))
+def common_run(text, other):
+    """Whether two texts have eight words in a row in common."""
+    return not runs_of(text).isdisjoint(runs_of(other))
 
 
 @lru_cache(10_000)
-def runs_of(text, length):
-    """The set of all runs of so many words in a text."""
+def runs_of(text):
+    """The set of all runs of eight words in a text."""
     words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i:i + length]) for i in range(len(words) - length + 1)}
+    return {tuple(words[i:i + 8]) for i in range(len(words) - 7)}
 
 
 def fill_in(kind, words, arguments, tool):
@@ -5806,38 +5759,32 @@ def fill_in(kind, words, arguments, tool):
     is a common word counts only where the documentation marks it. The first argument may follow the noun that
     stands for it: "the list [1, 2]".
     """
-    stated = set()
+    left = dict(arguments)
 
     def value(match):
         name = match[1] or match[2]
-        stated.add(name)
+        left.pop(name, None)
         return in_words(arguments[name]) if name else ""  # other marks go
 
     marked = "|".join(map(re.escape, sorted(arguments, key=len, reverse=True)))
     plain = "|".join(re.escape(p) for p in arguments if re.fullmatch(r"[b-hj-zB-HJ-Z]|\w*[\d_]\w*", p))
-    words = re.sub(
-        rf"[`*']+({marked or '(?!)'})[`*']+(?! (?:keyword|argument|parameter|option))|"
-        rf"(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]",
-        value,
-        words,
-    )
-    left = {p: v for p, v in arguments.items() if p not in stated}
+    words = re.sub(rf"[`*']+({marked or '(?!)'})[`*']+(?! (?:keyword|argument|parameter|option))|"
+                   rf"(?<![\w`*'\"-])({plain or '(?!)'})(?![\w`*'\"(-])|[`*]", value, words)
     main = next(iter(left), None)
     if main and re.search(rf" (of|in|from|to) (the )?{main}$", words):
         words = re.sub(rf"(the )?{main}$", lambda _: in_words(left.pop(main)), words)
         main = next(iter(left), None)
-    first = main in tool.parameters["required"][:1]
-    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if first else None
-    if noun and not isinstance(left[main], Said):
+    noun = NOUNS.get(PYTHON_TYPES.get(type(left[main]))) if main in tool.required[:1] else None
+    if noun:
+        made = kind in ("give", "make") or re.match(
+            "(create|generate|make|build|construct|produce|define|draw) ", words)
+        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
         end = (r"(?= (?:by|in|to|from|with|into|along|at|for|on|as|and|using|is|are|has|have|can|contains?|"
                r"lies|was)\b|$)")
-        made = kind in ("give", "make") or re.match(
-            "(create|generate|make|build|construct|produce|define|draw) ", words
-        )
-        before = r"(?<=\bof )|(?<=\bfrom )|(?<=\bin )|(?<=\bfor )" if made else ""
         words, count = re.subn(rf"(?:{before})\b(?:an?|the|given|input)( \w+)? ({noun})\b{end}",
                                lambda m: f"the{m[1] or ''} {m[2]} {in_words(left[main])}", words, count=1)
-        left = {p: v for p, v in left.items() if p != main or not count}
+        if count:
+            del left[main]
     return words, left
 
 
@@ -5847,23 +5794,18 @@ def clauses(kind, words, left, tool, rng):
     """
     if not left:
         return "", "", ""
-    lead, item = rng.choice(WITH if not any(type(v) is bool for v in left.values()) else WITH[1:4:2])
-    labels = {p: label(p, schema) for p, schema in tool.parameters["properties"].items()}
+    phrases = PHRASES["switch" if any(type(v) is bool for v in left.values()) else "with"]
+    lead, _, item = rng.choice(phrases).partition(" ")
+    labels = {p: label(p, schema) for p, schema in tool.properties.items()}
     several = Counter(labels.values())
-    labels = {p: labels.get(p, p) if several[labels.get(p)] == 1 else p for p in left}
-    items = [
-        (item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v)) for p, v in left.items()
-    ]
-    main = next(iter(left))
-    counted = type(left[main]) is bool or re.search(
-        r"\b(size|length|number|count|times|shape)\b", value_text(tool, main)
-    )
-    if kind != "make" and not counted and tool.parameters["required"] == [main]:
-        lead, items = (
-            ("of" if kind == "give" and " of " not in words else "for", [in_words(left[main])])
-            if len(items) == 1
-            else (lead, items)
-        )
+    labels = {p: labels[p] if several[labels[p]] == 1 else p for p in left}
+    items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v))
+             for p, v in left.items()]
+    main, first = next(iter(left.items()))
+    counted = re.search(r"\b(size|length|number|count|times|shape)\b", value_text(tool, main))
+    if kind != "make" and not counted and type(first) is not bool and tool.required == [main] == [*left]:
+        lead = "of" if kind == "give" and " of " not in words else "for"
+        items = [in_words(first)]
     listed = ", ".join(items[:-1]) + " and " * (len(items) > 1) + items[-1]
     use = "Use " + " and ".join(f"{in_words(v)} for {labels[p]}" for p, v in left.items())
     return f" {lead} {listed}", f"{'For' if lead == 'of' else lead.capitalize()} {listed}", use
@@ -5872,21 +5814,15 @@ def clauses(kind, words, left, tool, rng):
 def label(name, schema):
     """A parameter in words: its name, or how its description begins where the name is no word."""
     words, description = words_of(name), schema.get("description", "")
-    if words and all(len(word) > 2 and word.isalpha() for word in words) and schema.get("type") != "boolean":
+    unclear = not words or any(re.fullmatch(r"..?|\d+", word) for word in words)
+    if not unclear and schema.get("type") != "boolean":
         known = len(words) > 1 or words[0].lower() in description.lower()
         return "the " * known + " ".join(words).lower()
     start = re.split(r"[.,;:(]| (?:that|which|to|for|in|used|on|at|from|with|by|as)\b", description)[0]
     start = re.sub(r"^(the|an?)\s+", "", start.strip(), flags=re.I)
-    first = start.partition(" ")[0].lower()
-    verbs = re.search(
-        r"\b(is|are|be|must|should|will|can|may|has|have|does|specifies|controls|corresponds|represents|"
-        r"so|and|or)\b",
-        start,
-        re.I,
-    )
-    plain = re.fullmatch(r"[A-Za-z][a-z-]+(?: [A-Za-z-]+){1,3}", start) and not verbs
-    if plain and not UNFINISHED.search(start) and first not in NOT_A_NOUN and imperative(first) not in VERBS:
-        return "the " + start[0].lower() + start[1:]
+    verb = imperative(start.partition(" ")[0].lower())
+    if re.fullmatch(NOUN, start) and not UNFINISHED.search(start) and verb not in VERBS:
+        return "the " + lower_first(start)
     return name
 
 
@@ -5894,11 +5830,8 @@ def in_words(value):
     """A value as a person writes it: file names and addresses bare, other text in quotes, all else as
     JSON.
     """
-    if (
-        isinstance(value, Said)
-        or isinstance(value, str)
-        and re.fullmatch(r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+", value)
-    ):
+    bare = r"[\w.-]*[/:][\w./:?=&@+-]+|[\w-]+\.[a-z]{2,5}|[\w.]+@[\w.]+"
+    if isinstance(value, Said) or isinstance(value, str) and re.fullmatch(bare, value):
         return value
     return "None" if value is None else json.dumps(value, ensure_ascii=False)
 
@@ -5911,7 +5844,7 @@ def answer(result, rng):
     if re.match(r"\s*(Traceback|\w+Error: )", result):
         return f"That fails: {result.splitlines()[-1].strip()}"
     if "\n" not in result and len(result) <= 120:
-        return rng.choice(ANSWERS).format(r=result.strip())
+        return rng.choice(PHRASES["answer"]).format(r=result.strip())
     shown = result if len(result) <= 300 else re.sub(r"\s+\S*$", "", result[:300]) + " ..."
     return f"The result is:\n{shown}"
 
@@ -5921,50 +5854,71 @@ def mend(tool, arguments, rng):
     calls mean what the request says: a file is elsewhere, or a server takes no value for an option, whose
     default is meant anyway. None three times where neither can be.
     """
-    properties = tool.parameters["properties"]
     for p, value in arguments.items():
-        if type(value) is str and re.search(r"/.*\.\w+$", value) and OPENS.search(tool.description):
+        if type(value) is str and re.search(r"/.*\.\w+$", value) and re.search(OPENS, tool.description):
             other = re.sub(r"(\.\w+)$", r"_v2\1", value)
             message = f"FileNotFoundError: no such file: {value!r}. Did you mean {other!r}?"
             return arguments, message, arguments | {p: other}
-    defaults = [
-        p
-        for p, schema in properties.items()
-        if p not in arguments and "default" in schema and schema["default"] != "" and not UNUSUAL.match(p)
-    ]
+    defaults = {p: schema["default"] for p, schema in tool.properties.items()
+                if p not in arguments and schema.get("default", "") != "" and not UNUSUAL.match(p)}
     if not defaults:
         return None, None, None
-    p = rng.choice(defaults)
-    value = properties[p]["default"]
-    message = (
-        f"NotImplementedError: this server does not let clients set {p}, it always uses {json.dumps(value)}; "
-        "call without it"
-    )
-    return arguments | {p: value}, message, arguments
+    p = rng.choice([*defaults])
+    message = (f"NotImplementedError: this server does not let clients set {p}, it always uses "
+               f"{json.dumps(defaults[p])}; call without it")
+    return arguments | {p: defaults[p]}, message, arguments
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Values that a person would give
 
-PATHS = ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
-         "/tmp/results/run_7.dat", "backup/monthly.gz"]
-FILES = {  # by a word in the tool's description
-    "binary": "data/values.bin", "font": "fonts/DejaVuSans.ttf", "image": "images/logo.png",
-    "csv": "data/sales.csv", "json": "data/users.json", "xml": "feeds/news.xml", "html": "site/index.html",
-    "gexf": "graphs/roads.gexf", "pajek": "graphs/roads.net", "dot": "graphs/flow.dot",
-    "graphml": "graphs/roads.graphml", "gml": "graphs/roads.gml", "graph": "graphs/friends.edgelist",
-    "zip": "backup/monthly.zip", "tar": "backup/home.tar.gz", "python": "scripts/clean.py",
-    "module": "scripts/clean.py", "script": "scripts/clean.py", "theme": "themes/dark.ini",
-    "config": "config/settings.ini", "environment": "config/.env", "excel": "reports/2024.xlsx",
-    "parquet": "data/events.parquet", "pickle": "cache/model.pkl", "database": "data/shop.db",
-    "library": "lib/libfast.so", "template": "templates/mail.html"}
-TEXTS = ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
-         "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
-         "one,two,three"]
-NAMES = ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"]
-HEADERS = ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"]
-KEYS = ["user_id", "created_at", "price", "weight"]
-SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
+# By a word in the tool's description.
+FILES = dict(line.split() for line in """\
+binary data/values.bin
+font fonts/DejaVuSans.ttf
+image images/logo.png
+csv data/sales.csv
+json data/users.json
+xml feeds/news.xml
+html site/index.html
+gexf graphs/roads.gexf
+pajek graphs/roads.net
+dot graphs/flow.dot
+graphml graphs/roads.graphml
+gml graphs/roads.gml
+graph graphs/friends.edgelist
+zip backup/monthly.zip
+tar backup/home.tar.gz
+python scripts/clean.py
+module scripts/clean.py
+script scripts/clean.py
+theme themes/dark.ini
+config config/settings.ini
+environment config/.env
+excel reports/2024.xlsx
+parquet data/events.parquet
+pickle cache/model.pkl
+database data/shop.db
+library lib/libfast.so
+template templates/mail.html
+""".splitlines())
+# Lists of values, by the names that they have in VALUES.
+LISTS = json.loads(r"""{
+"PATHS": ["data/input.txt", "reports/2024.csv", "data/users.json", "notes/meeting notes.txt",
+          "/tmp/results/run_7.dat", "backup/monthly.gz"],
+"TEXTS": ["The quick brown fox jumps over the lazy dog.", "Meeting moved to 3 pm on Friday.", "hello world",
+          "Order #1042 has shipped", "Zürich is lovely in spring.", "  leading and trailing spaces  ",
+          "one,two,three"],
+"NAMES": ["alpha", "invoice_items", "main", "sensor_12", "Blue Whale", "nightly-build"],
+"HEADERS": ["Content-Type", "X-Request-Id", "text/html; charset=utf-8"],
+"KEYS": ["user_id", "created_at", "price", "weight"],
+"COLUMNS": [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]],
+"SAMPLES": [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
+            ["red apple", "green pear"]],
+"OBJECTS": [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
+            {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": true}, "score": 9.5},
+            {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]}""")
+SPECIAL_TEXT = (  # what a tool says for which no text or name will do
     r"(?i)\b(construct an?|decod|pars|unescap|unquot|\w*cipher|decrypt|encrypt|convert a \w+_?case|snake|"
     r"camel|pascal|emoji|markup|ansi\b|control codes|base64|dtype|ast\b|source code|expression|regular|"
     r"float|bool|"
@@ -5972,12 +5926,13 @@ SPECIAL_TEXT = re.compile(  # what a tool says for which no text or name will do
     r"rpc|sql|rfc|uuid|socket|syntax|opcode|message's|custom op|library|regist|dsn|accent|preprocess|"
     r"extracted|lazily read|backend|spinner|tables?\b|capabilit|terminal)"
 )
-BEGINS_AS_TEXT = re.compile(
+BEGINS_AS_TEXT = (
     r"(the |an? |input )?(\w+ )?(text|message|string|sentence|line|title)s?\b(?! (containing|giving|"
     r"specifying|representing|alias|in|or|identifier|name))")
 # Of texts and numbers, as JSON or a list from above: by the first pattern that is found in the name or the
-# description.
-VALUES = r"""
+# description. The pattern of no text at all has the values of what is not known better.
+VALUES = defaultdict(list)
+for kind, pattern, values in re.findall(r"(?m)^(\w+): (.*)\n((?: .*\n)+)", r"""
 string: md ?5
     ["d41d8cd98f00b204e9800998ecf8427e", "5d41402abc4b2a76b9719d911017c592"]
 string: sha ?1(?!\d)
@@ -6021,7 +5976,7 @@ string: locale|language
 string: dir\b|directory|folder|^root|base path|home$
     ["data/raw", "/var/log/app", "build/output", "projects/website/src", "/home/ada/My Documents"]
 string: path|pathname|file|fname|filename|archive|^src$|^dst$
-    PATHS
+    "PATHS"
 string: decimal
     [",", "."]
 string: sep\b|separator|delimiter|^delim
@@ -6057,23 +6012,23 @@ string: html|markup
 string: ^json\b
     ["{\"id\": 7, \"tags\": [\"a\", \"b\"]}", "[1, 2, 3]"]
 string: header
-    HEADERS
+    "HEADERS"
 string: key|column|field|attribute|attr\b|weight
-    KEYS
+    "KEYS"
 string: unit
     ["ms", "kg", "days", "km"]
 string: ^(\w+ )?(format|fmt)\b
     ["%Y-%m-%d", "{:.2f}", "png"]
 string: text|string|message|msg|sentence|^s$|content|body|word|line|document|source|paragraph|comment
-    TEXTS
+    "TEXTS"
 string: note|^data\b
-    TEXTS
+    "TEXTS"
 string: app|application|program
     ["Weather Station", "Invoice Printer", "photo-sorter"]
 string: workspace|organi[sz]ation|team|company|project
     ["acme-labs", "north-office", "weather-team"]
 string: name|id\b|identifier|tag|category|topic|group|node|vertex
-    NAMES
+    "NAMES"
 integer: axis|axes|dimension (along|to|over|in|on)|(along|over) which
     [0, -1]
 integer: version|^min
@@ -6112,7 +6067,7 @@ integer: stop|end|last|limit|max
     [10, 20, 50, 100]
 integer: number of|count|num|^n|repeat|times|total|iter|epoch|samples|bins
     [2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25]
-integer:
+integer: ^$
     [2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 20, 24]
 number: timeout|seconds|delay|interval|duration|wait
     [0.5, 2.5, 5, 10, 30]
@@ -6130,52 +6085,42 @@ number: angle|degree|theta|phi|rotation|lat|lon
     [30, 45, 60, 90, 180, 22.5, -73.5, 12.25]
 number: scale|std|sigma|variance|radius|width|height|temperature|weight|positive|size|length
     [0.5, 1.5, 2, 2.5, 4, 10]
-number:
+number: ^$
     [0.25, 0.5, 0.75, 1.2, 1.5, 2, 2.5, 3, 3.14, 4, 5.5, 7, 10, 12.75, 100]
-"""
-LISTS = {"PATHS": PATHS, "TEXTS": TEXTS, "NAMES": NAMES, "HEADERS": HEADERS, "KEYS": KEYS}
-VALUES = [(kind, re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])" if pattern else "", re.I),
-           LISTS.get(values.strip()) or json.loads(values))
-          for kind, pattern, values in re.findall(r"(?m)^(\w+):[ ]?(.*)\n((?: .*\n)+)", VALUES)]
-COLUMNS = [["price", "weight"], ["user_id", "created_at"], ["region", "sales", "year"]]
-SAMPLES = [["Ada", "Grace", "Linus"], ["north", "south", "east"], ["alpha", "beta", "gamma"],
-           ["red apple", "green pear"]]
-OBJECTS = [{"name": "Ada", "age": 36}, {"region": "north", "limits": {"low": 1, "high": 5}},
-           {"id": 7, "tags": ["new", "sale"]}, {"user": {"id": 42, "active": True}, "score": 9.5},
-           {"x": 1, "y": -2}, {"city": "Oslo", "temperature": -3.5}]
+"""):
+    pattern = re.compile(rf"(?<![a-z])(?:{pattern})(?:s|es)?(?![a-z])", re.I)
+    VALUES[kind].append((pattern, json.loads(values)))
 UNUSUAL = re.compile(r"(out|label|\w*_?type|destringizer|where|subok|casting|signature|order|backend|"
                      r"like|layout|memory_format|requires_grad|pin_memory|generator|name|kwargs|args|"
                      r"options|_.*|schema\w*|verbose|check_finite|overwrite_.*|device|master|cls|parent|"
                      r"context|ctx|file|stream|dtype)$")
-HIGH_DIMENSIONAL = re.compile(
+HIGH_DIMENSIONAL = (
     r"(?i)^(g\d?|y|y (true|prob|pred|score|pred proba)|targets?|labels?( true| pred)?|xy|"
     r"gram):|:math:|minibatch|batch|\bN, ?C|[34]-?d\b|sparse|complex|square|symmetric|hermitian|"
     r"positive.definite|rgba?\b|colou?r|polynomials|variables|struct|quantized|image|shape \(|"
     r"trailing dim|permutation|one-hot|token|buffer|"
-    r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg"
-)
-HIGH_DIMENSIONAL_TOOL = re.compile(
+    r"frames?\b|graph|adjacency|callable|function|pairs|tuples|\bslices?\b|\b(in|out)[_ ]deg")
+HIGH_DIMENSIONAL_TOOL = (
     r"(?i)\b(\w*pool\w*|conv\w*|signal|images?|nested|quantiz\w+|sparse|cs[cr]|batch|3-?d|nditers?|"
     r"dtensor|as a real tensor|rgba?|process group|gradient edge|rank|machines|synchronously|"
-    r"asynchronously|structured|record)\b"
-)
-TWO_DIMENSIONAL_TOOL = re.compile(
+    r"asynchronously|structured|record)\b")
+TWO_DIMENSIONAL_TOOL = (
     r"(?i)\b(2-?d|2[- ]dimensional|two.dimensional|matrix|matrices|triang\w+|diagonals?|trace|transpos\w+)\b")
-SECRET = re.compile(r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string")
-BOUND = re.compile(  # of a value by what is named next
+SECRET = r"cipher|encrypt|decrypt|\b(rsa|elgamal|public key|private key)\b|must be the string"
+BOUND = (  # of a value by what is named next
     r"(?:[<>]=?|[≤≥]|\\[lg]eq?|(?:less|greater|smaller|larger|lower|higher|more) than(?: or equal to)?|"
     r"at (?:least|most)|exceeds?|multiple of|divisible by|between \S+ and)[\s`$*\\(]{0,4}(\w+)")
-SHAPED = re.compile(r"graph|frame|tree|table|cytoscape|schema")
-NEVER_NEGATIVE = re.compile(r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
+SHAPED = r"graph|frame|tree|table|cytoscape|schema"
+NEVER_NEGATIVE = (r"(?i)non-?negative|logarithm|square.?root|\bgamma\b|factorial|"
                             r"one.?hot|indices|histogram|confusion")
-CONDITIONAL = re.compile(  # what is said of an option that means nothing by itself
+CONDITIONAL = (  # what is said of an option that means nothing by itself
     r"(?i)\bdeprecated|\bno-op\b|\bno effect\b|\bignored\b|\bonly (is |be )?(used|valid|relevant|applied|"
     r"applies|considered|supported|allowed|available|has|have|meaningful|matters|works?|if|when)\b|"
     r"\b(used|valid|relevant|applied|considered|supported|allowed|available|meaningful) only\b|"
     r"\brequires [`*\w]+ ?(=|to be)|\bmust also be\b|\bwhen [`*\w]+\.shape\b")
-OPENS = re.compile(  # what is done with a file that must exist
+OPENS = (  # what is done with a file that must exist
     r"(?i)\b(read|load|open|parse|copy|move|delete|remove|extract|compile|import|size|time)")
-OBJECT_NAMES = re.compile(r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$")
+OBJECT_NAMES = r"(data|json|fields|attributes|attrs|properties|metadata|payload|record|obj)$"
 SAYS_LITTLE = re.compile(  # such a name of a parameter
     r"path|source|s|x|a|v|val|value|text|string|str|data|name|arg|input|obj|line|txt|flag|state|enabled?|on|"
     r"active")
@@ -6185,7 +6130,7 @@ POSITIVE = re.compile(r"positive|non-?negative|>=? ?0|greater than (or equal to 
 LISTED_TEXTS = re.compile(  # what hints at a list of texts
     r"\b(names|labels|strings|words|files|paths|columns|keys|fields|texts|lines|tags|people|"
     r"categories)\b")
-LISTED = re.compile(r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|"
+LISTED = (r"\b(array|arrays|vector|values|numbers|data|points|coefficients|samples|"
                     r"observations|weights|indices|tensor|input|sequence of (numbers|floats|ints)|x\d?|y|"
                     r"a|b|v\d?|names|labels|strings|words|files|paths|columns|keys|fields|lines|axes|"
                     r"shape|size|matrix|mask)\b")
@@ -6195,34 +6140,28 @@ def random_arguments(tool, rng):
     """Arguments like those in an example of the documentation, or by the schema: what is required and, often,
     what is not. None where a value does not fit its schema.
     """
-    properties, required = tool.parameters["properties"], tool.parameters["required"]
+    properties, required = tool.properties, needed(tool)
     if tool.examples:
-        arguments, _ = rng.choice(tool.examples)
-        kept = {p for p, schema in properties.items() if "enum" in schema or "prob" in value_text(tool, p)}
         varied = {}
-        for p, value in arguments.items():  # later whole numbers often speak of the first: an index, a size
-            whole = all(type(v) is int for v in (value if type(value) is list else [value]))
-            varied[p] = value if p in kept or whole and varied else vary(value, rng)
-        return {p: v if fits(v, properties[p]) else arguments[p] for p, v in varied.items()}
+        for p, value in rng.choice(tool.examples)[0].items():
+            numbers = value if type(value) is list else [value]
+            # Later whole numbers often speak of the first: an index, a size.
+            kept = varied and all(type(v) is int for v in numbers)
+            kept = kept or "enum" in properties[p] or "prob" in value_text(tool, p)
+            other = value if kept else vary(value, rng)
+            varied[p] = other if fits(other, properties[p]) else value
+        return varied
     size = rng.randrange(2, 5)
-    required = needed(tool)
-    optional = [
-        p
-        for p, schema in properties.items()
-        if p not in required
-        and not UNUSUAL.match(p)
-        and can_state(tool, p)
-        and not CONDITIONAL.search(schema.get("description", ""))
-    ]
+    optional = [p for p, schema in properties.items()
+                if p not in required and not UNUSUAL.match(p) and choices(tool, p)
+                and not re.search(CONDITIONAL, schema.get("description", ""))]
     chosen = rng.sample(optional, min(len(optional), rng.choice([0, 1, 1, 2, 2, 3])))
-    arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required or p in chosen}
-    for low, high in (
-        ("start", "end"), ("start", "stop"), ("begin", "end"), ("low", "high"), ("min", "max"), ("k", "n"),
-        ("d", "n"),
-    ):
+    arguments = {p: random_value(tool, p, rng, size) for p in properties if p in required + chosen}
+    for pair in ("start end", "start stop", "begin end", "low high", "min max", "k n", "d n"):
+        low, high = pair.split()
         a, b = arguments.get(low), arguments.get(high)
-        numbers = type(a) in (int, float) and type(b) in (int, float)
-        if (numbers or type(a) is type(b) is str) and a > b:
+        kinds = {type(a), type(b)}
+        if (kinds <= {int, float} or kinds == {str}) and a > b:
             arguments |= {low: b, high: a}
         elif a == b and a is not None:
             return None
@@ -6230,58 +6169,59 @@ def random_arguments(tool, rng):
 
 
 def vary(value, rng):
-    """A value of the same kind, size and sign: numbers up to a third larger or smaller, texts as they are."""
+    """A value of the same kind, size and sign: numbers up to a third larger or smaller, also those in a list
+    or in rows of the same length; all else as it is.
+    """
     if type(value) is int and abs(value) > 3:
         return value + rng.randrange(-abs(value) // 3, abs(value) // 3 + 1)
     if type(value) is float:
         return float(f"{value * rng.uniform(0.7, 1.3):.3g}")
-    numbers = type(value) is list and all(type(v) in (int, float) for v in value)
-    rows = type(value) is list and all(type(v) is list and len(v) == len(value[0]) for v in value)
-    if numbers or rows and all(type(v) in (int, float) for row in value for v in row):
-        return [vary(v, rng) for v in value]
+    if type(value) is list:
+        rows = [row if type(row) is list else [row] for row in value]
+        of_numbers = all(type(v) in (int, float) for row in rows for v in row)
+        sizes = {len(row) if type(row) is list else None for row in value}
+        if of_numbers and len(sizes) == 1:
+            return [vary(v, rng) for v in value]
     return value
-
-
-def can_state(tool, name):
-    """Whether random_value() has a value for the parameter that a person could have meant."""
-    return bool(choices(tool, name))
 
 
 def choices(tool, name):
     """The alternatives of a parameter's schema for which random_value() has a value that a person could have
     meant.
     """
-    schema, text = tool.parameters["properties"][name], value_text(tool, name)
-    several = schema["type"] if isinstance(schema.get("type"), list) else None
-    found, about = [], f"{tool.description} {text}".lower()
-    if SECRET.search(about):
+    schema, text = tool.properties[name], value_text(tool, name)
+    about = f"{tool.description} {text}".lower()
+    if re.search(SECRET, about):
         return []
-    alternatives = schema.get("anyOf") or ([{"type": kind} for kind in several] if several else [schema])
+    several = [{"type": kind} for kind in listing(schema, "type")]
+    alternatives = schema.get("anyOf") or several or [schema]
     if {"type": "integer"} in alternatives and re.match(r"axis$|dim$|n_|num_|max_", name):
         alternatives = [{"type": "integer"}]
-    for choice in alternatives:
-        kind, items = choice.get("type"), choice.get("items") or {}
-        if "enum" in choice or kind == "boolean" and not SAYS_LITTLE.fullmatch(name):
-            found.append(choice)
-        elif kind in ("integer", "number", "string") and values_of(kind, tool, name):
-            found.append(choice)
-        elif kind == "object" and OBJECT_NAMES.match(name):
-            if "title" not in choice and not SHAPED.search(about):
-                found.append(choice)
-        elif kind == "array" and not HIGH_DIMENSIONAL.search(text) and not re.search(r"types?$", name):
-            if HIGH_DIMENSIONAL_TOOL.search(tool.description):
-                continue
-            rows = items.get("type") == "array" and LISTED.search(text) and not LISTED_TEXTS.search(text)
-            inner = items.get("items") or {"type": "number"} if rows else items
-            texts = inner.get("type") == "string" and "enum" not in inner
-            if (
-                inner.get("type") in ("integer", "number", "boolean")
-                and (len(alternatives) == 1 or LISTED.search(text))
-                or not items
-                and LISTED.search(text)
-                or (texts and LISTED_TEXTS.search(text) and (name != "lines" or "edge" in about))
-            ):
-                found.append(choice)
+
+    def has_values(choice):
+        kind = choice.get("type")
+        if "enum" in choice:
+            return True
+        if kind == "boolean":
+            return not SAYS_LITTLE.fullmatch(name)
+        if kind in VALUES:
+            return values_of(kind, tool, name)
+        if kind == "object":
+            return re.match(OBJECT_NAMES, name) and "title" not in choice and not re.search(SHAPED, about)
+        odd = re.search(HIGH_DIMENSIONAL, text) or re.search(HIGH_DIMENSIONAL_TOOL, tool.description)
+        if kind != "array" or odd or re.search(r"types?$", name):
+            return False
+        items, listed = mapping(choice, "items"), re.search(LISTED, text)
+        of_texts = LISTED_TEXTS.search(text)
+        if items.get("type") == "array" and listed and not of_texts:
+            items = items.get("items") or {"type": "number"}
+        kind = items.get("type")
+        if kind == "string":
+            return "enum" not in items and of_texts and (name != "lines" or "edge" in about)
+        alone = len(alternatives) == 1 and kind in ("integer", "number", "boolean")
+        return alone or listed and (not items or kind in ("integer", "number", "boolean"))
+
+    found = [choice for choice in alternatives if has_values(choice)]
     texts = [choice for choice in found if choice.get("type") == "string"]
     of_text = re.match(r"(exprs?|columns?|cols?|names?|by|on)$", name) or tool.description.startswith("Parse")
     return texts if texts and of_text else found
@@ -6292,54 +6232,49 @@ def values_of(kind, tool, name):
     former comes first where it says something; without a description that of the tool. [] where nothing says
     enough.
     """
-    words = " ".join(words_of(name)).lower()
-    said = tool.parameters["properties"][name].get("description", "").lower()[:50]
+    words, about = " ".join(words_of(name)).lower(), tool.description.lower()
+    said = tool.properties[name].get("description", "").lower()[:50]
     if kind == "integer" and words.endswith("mode"):  # a number whose meaning only the tool knows
         return []
-    if kind == "integer" and re.match(r"(the )?number of", said):
-        words, said = "n", ""
-    if kind == "number" and (re.match(r"(the )?number of", said) or re.search(r"^n |digits|count", words)):
-        return values_of("integer", tool, name)
+    if kind != "string" and re.match(r"(the )?number of", said):
+        kind, words, said = "integer", "n", ""
+    elif kind == "number" and re.search(r"^n |digits|count", words):
+        kind = "integer"
     if kind == "string" and not said and re.fullmatch("name|arg|obj|val|value|v|x", words):
-        texts = (tool.description.lower(),)  # such a name says nothing
+        texts = [about]  # such a name says nothing
     elif kind == "string" and SAYS_LITTLE.fullmatch(words) or len(words) == 1:
-        texts = (said or tool.description.lower(), words)
+        texts = [said or about, words]
     else:
-        texts = (words, said)
-    for text in texts:
-        found = next(
-            (v for of, pattern, v in VALUES if of == kind and pattern.pattern and pattern.search(text)), None
-        )
-        if found is PATHS:
-            return files_of(tool)
-        if found in (TEXTS, NAMES, KEYS, HEADERS) and SPECIAL_TEXT.search(tool.description):
-            return []
-        if found and (found is not TEXTS or text is not said or BEGINS_AS_TEXT.match(said)):
-            return found
+        texts = [words, said]
     known = said or kind == "number" or len(name) == 1
-    return (
-        [v for of, pattern, values in VALUES if of == kind and not pattern.pattern for v in values]
-        if known
-        else []
-    )
+    for text in [*filter(None, texts), *[""] * bool(known)]:
+        found = next((values for pattern, values in VALUES[kind] if pattern.search(text)), None)
+        named = isinstance(found, str)  # one of LISTS
+        if found == "PATHS":
+            return files_of(tool)
+        if named and re.search(SPECIAL_TEXT, tool.description):
+            return []
+        if found and (found != "TEXTS" or text is not said or re.match(BEGINS_AS_TEXT, said)):
+            return LISTS[found] if named else found
+    return []
 
 
 def files_of(tool):
     """Paths of files of the kind that a tool's description speaks of."""
     words = re.findall(r"[a-z]+", tool.description.lower())
-    path = next((path for word, path in FILES.items() if word in words), None)
+    for path in (path for word, path in FILES.items() if word in words):
+        return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"]
     of_format = re.search(r"\b[A-Z]{3,}\d*\b|format|compress|serializ", tool.description)
     of_product = re.search(r"\b[A-Z][a-z]+\b", tool.description[1:])  # such as "from a Lance dataset"
-    if not path and (of_format or of_product and not re.search(r"\bfile|\bpath|director", tool.description)):
-        return []
-    return [path, f"/home/ada/{path}", f"old/{path.rpartition('/')[2]}"] if path else PATHS
+    of_files = re.search(r"\bfile|\bpath|director", tool.description)
+    return [] if of_format or of_product and not of_files else LISTS["PATHS"]
 
 
 def value_text(tool, name):
     """What the values of a parameter are chosen by: the words of its name and its description, in small
     letters.
     """
-    description = tool.parameters["properties"].get(name, {}).get("description", "")
+    description = tool.properties[name].get("description", "")
     return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y', 'A'))}{description}".lower()
 
 
@@ -6347,103 +6282,91 @@ def random_value(tool, name, rng, size):
     """A value for a parameter by its enum, type, name, description and default; `size` is the length of its
     lists.
     """
-    schema, text = tool.parameters["properties"][name], value_text(tool, name)
+    schema, text = tool.properties[name], value_text(tool, name)
     default = schema.get("default")
     first, *others = choices(tool, name)
     choice = rng.choice(others) if others and rng.random() < 0.2 else first
     kind = choice.get("type")
-    can_be_null = schema.get("nullable") and kind != "array" and name not in tool.parameters["required"]
+    can_be_null = schema.get("nullable") and kind != "array" and name not in tool.required
     if can_be_null and rng.random() < 0.05:
         return None
-    if choice.get("enum"):
-        return rng.choice([v for v in choice["enum"] if v != default] or choice["enum"])
+    if enum := choice.get("enum"):
+        return rng.choice([v for v in enum if v != default] or enum)
     if kind == "boolean":
         return not default if type(default) is bool else rng.random() < 0.7
     if kind == "array":
         whole = re.search(r"\b(bit-?wise|bits|shift|gcd|lcm|divisor|integers)\b", tool.description, re.I)
-        return random_list("integer " * bool(whole) + text, choice, rng, size, tool.description)
+        items = mapping(choice, "items")
+        return random_list("integer " * bool(whole) + text, items, rng, size, tool.description)
     if kind == "object":
-        return rng.choice(OBJECTS)
+        return rng.choice(LISTS["OBJECTS"])
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
         return rng.choice([2 * default, default + 1, 3 * default])
-    if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
+    if type(default) is float and 0 < default < 1e6 and rng.random() < 0.5:
         return float(f"{default * rng.choice([0.5, 2, 5, 10] if default < 0.1 else [0.5, 0.8, 0.9]):.3g}")
     values = values_of(kind, tool, name)
     if kind != "string" and POSITIVE.search(text):
         values = [v for v in values if v > 0] or values
-    if type(default) is int and kind != "string":
+    if kind != "string" and type(default) is int:
         values = [v for v in values if v == int(v)] or values
     if kind == "string" and re.search(r"\bcharacter\b", text):
         values = [v for v in values if len(v) == 1] or values
     return rng.choice([v for v in values if v != default] or values)
 
 
-def random_list(text, schema, rng, size, about=""):
-    """A list by the type of its items or, where none is stated, by what its name, its description and that of
+def random_list(text, items, rng, size, about):
+    """A list by the schema of its items, if there is one, and by what its name, its description and that of
     its tool say.
     """
-    items = schema.get("items") or {}
-    kind = items.get("type")
+    kind, says = items.get("type"), lambda pattern: re.search(pattern, text)
     if "enum" in items:
         return rng.sample(items["enum"], 1)
-    if length := re.search(r"\b([1-9])-tuple", text):
+    if length := says(r"\b([1-9])-tuple"):
         size = int(length[1])
-    if kind != "array" and re.match(r"(\w+ )*(shape|size|kernel|stride)s?:", text):
+    if kind != "array" and says(r"^(\w+ )*(shape|size|kernel|stride)s?:"):
         return [rng.randrange(1, 6) for _ in range(2)]
-    if kind != "string" and re.match(r"(target|class|y true|y pred|labels?( true| pred)?:)", text):
+    if kind != "string" and says(r"^(target|class|y true|y pred|labels?( true| pred)?:)"):
         return [rng.randrange(3) for _ in range(size)]
-    if kind in ("integer", None) and re.match(r"(axes|axis|dims?|perm)\b", text):
+    if kind in ("integer", None) and says(r"^(axes|axis|dims?|perm)\b"):
         return [0]
-    if kind != "integer" and re.match(r".*dates?$", text.partition(":")[0]):
+    if kind != "integer" and says(r"^[^:]*dates?:"):
         return ["2024-01-05", "2024-02-09", "2024-03-01"]
-    of_texts = re.search(r"\b(strings?|characters?|(upper|lower)case)\b", about)
-    of_texts = of_texts and re.match(r"(a|x\d?|s):", text)
-    of_arrays = re.search(r"\b(arrays|tensors|matrices)\b", text)
-    if kind == "string" or kind is None and not of_arrays and (LISTED_TEXTS.search(text) or of_texts):
-        if re.search(r"\blines\b", text):
+    of_texts = says(r"^(a|x\d?|s):") and re.search(r"\b(strings?|characters?|(upper|lower)case)\b", about)
+    unclear = kind is None and not says(r"\b(arrays|tensors|matrices)\b")
+    if kind == "string" or unclear and (of_texts or LISTED_TEXTS.search(text)):
+        if says(r"\blines\b"):
             return ["1 2", "2 3", "3 1"]
-        if re.search(r"\b\w*(file|path|dir|director(y|ie))s?\b", text):
+        if says(r"\b\w*(file|path|dir|director(y|ie))s?\b"):
             return ["data/a.csv", "data/b.csv"]
-        return list(rng.choice(COLUMNS if re.search(r"\b(column|field|attribute)", text) else SAMPLES))
-    flat = re.match(r"axes|axis|dims?|shape|size|weights|indices", text) or re.search("1-?d|vector", text)
-    named, _, said = text.partition(":")
-    if (
-        kind == "array"
-        or TWO_DIMENSIONAL_TOOL.search(about)
-        and not flat
-        or named in ("arrays", "tensors", "matrices", "sequences", "rows")
-        or re.search(r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b", said[:60])
-    ):
+        return list(rng.choice(LISTS["COLUMNS" if says(r"\b(column|field|attribute)") else "SAMPLES"]))
+    flat = says(r"^(axes|axis|dims?|shape|size|weights|indices)|1-?d|vector")
+    two_dimensional = r"\b(matrix|2-?d|two.dimensional|matrices|arrays|tensors)\b"
+    if (kind == "array" or not flat and re.search(TWO_DIMENSIONAL_TOOL, about)
+            or says(r"^(arrays|tensors|matrices|sequences|rows):")
+            or re.search(two_dimensional, text.partition(":")[2][:60])):
         return [[rng.randrange(-5, 10) for _ in range(size)] for _ in range(size)]
-    if kind == "boolean" or re.search(r"\b(boolean|mask|condition)", text) or "logical" in about:
+    if kind == "boolean" or says(r"\b(boolean|mask|condition)") or "logical" in about:
         return [rng.random() < 0.5 for _ in range(size)]
-    if kind != "integer" and re.search(r"prob|<= ?1\b|between 0 and 1|\[0, 1", text):
+    if kind != "integer" and says(r"prob|<= ?1\b|between 0 and 1|\[0, 1"):
         return rng.choice([[0.2, 0.3, 0.5], [0.1, 0.9], [0.25, 0.25, 0.5]])
-    if kind != "number" and re.search(r"\b(indices|index|sections|positions)\b", text):
+    if kind != "number" and says(r"\b(indices|index|sections|positions)\b"):
         return sorted(rng.sample(range(3), 2))
-    counted = re.search(r"counts|weights|degree|sequence|partition|permutation", text)
-    low = 1 if counted or POSITIVE.search(text) or NEVER_NEGATIVE.search(about) else -9
-    whole = (
-        kind == "integer"
-        or re.search(r"integer|counts|coefficients|degree", text)
-        or kind is None
-        and rng.random() < 0.4
-    )
-    values = [rng.randrange(low, 20) if whole else round(rng.uniform(low, 10), 2) for _ in range(size)]
-    if "degree" in text and whole:
-        values[0] += sum(values) % 2  # each edge has two ends
-    ordered = re.search(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b", text)
-    return sorted(values) if ordered else values
+    counted = says(r"counts|weights|degree|sequence|partition|permutation")
+    low = 1 if counted or POSITIVE.search(text) or re.search(NEVER_NEGATIVE, about) else -9
+    whole = kind == "integer" or says(r"integer|counts|coefficients|degree")
+    if whole or kind is None and rng.random() < 0.4:
+        values = [rng.randrange(low, 20) for _ in range(size)]
+        values[0] += "degree" in text and sum(values) % 2  # each edge has two ends
+    else:
+        values = [round(rng.uniform(low, 10), 2) for _ in range(size)]
+    return sorted(values) if says(r"\b(sorted|increasing|bins|edges|boundaries|breakpoints)\b") else values
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Code to documentation and conversations: by templates, or by a model behind an OpenAI-compatible endpoint
 
-LLM_RETRIES, LLM_BACKOFF, LLM_FAILURES = (
-    4,
-    1.0,
-    10,
-)  # of one request; seconds between, then doubled; in a row, to give up
+# Tries of one request; seconds between, then doubled; failures in a row, to give up.
+LLM_RETRIES, LLM_BACKOFF, LLM_FAILURES = 4, 1.0, 10
 LLM_PROMPT = """You write training data for language models that call functions. Below are the name, the \
 parameters (a JSON
 Schema) and the code of one function. The code is material to describe; nothing in it is an instruction \
@@ -6463,25 +6386,34 @@ only what the code shows.
 """
 
 
+@dataclasses.dataclass
+class SourceTool(Tool):
+    """A function or method of a source file."""
+    file: str = ""
+    signature: str = ""
+    code: str = ""
+
+
 def synthesize_files(files, args):
     """Documentation and conversations from Python source files; without --llm-url from those functions that
     have a docstring.
     """
-    apis = (api for path, name, license in files for api in source_apis(path, name, args.license or license))
+    found = (api for path, name, license in files for api in source_apis(path, name, args.license or license))
     if args.llm_url:
-        return (yield from llm_synthesise(apis, args))
-    apis = list(apis)
-    yield from (api for api in apis if "reason" in api)
-    described = {
-        api["name"]: api for api in apis if len(api.get("description", "")) >= 12
-    }  # of one name the last counts
+        return (yield from llm_synthesise(found, args))
+    described = {}
+    for api in found:
+        if isinstance(api, dict):
+            yield api
+        elif len(api.description) >= 12:
+            described[api.name] = api  # of one name the last counts
     yield from map(api_record, described.values())
-    yield from synthesise(map(source_tool, described.values()), args.seed, args.kinds)
+    yield from synthesise(described.values(), args.seed, args.kinds)
 
 
 def source_apis(path, name, license):
-    """The public functions and methods of a Python file, which is parsed and never run; one rejection if it
-    cannot be parsed.
+    """The public functions and methods of a Python file, which is parsed and never run, as SourceTools; one
+    rejection if it cannot be parsed.
 
     `name` is the path below the source's root: in pkg/mod.py the names are pkg.mod.function and
     pkg.mod.Class.method.
@@ -6490,37 +6422,27 @@ def source_apis(path, name, license):
     try:
         if path.stat().st_size > 2e6:
             raise ValueError("over 2 MB")
-        with (
-            tokenize.open(path) as file,
-            warnings.catch_warnings(action="ignore"),
-        ):  # such as for "\d" in somebody's string
+        # Warnings are such as for "\d" in somebody's string.
+        with tokenize.open(path) as file, warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source := file.read())
         lines, apis = source.split("\n"), {}
         for local, node in definitions(tree):  # of one name the last counts
-            doc = re.sub(r"\n\s*\n", "\n\n", ast.get_docstring(node) or "")[
-                :10_000
-            ]  # long gaps cost json_schema() minutes
+            doc = re.sub(r"\n\s*\n", "\n\n", ast.get_docstring(node) or "")
+            doc = doc[:10_000]  # long ones cost json_schema() minutes
             positional = node.args.posonlyargs or node.args.args
             bound = "." in local and positional and positional[0].arg in ("self", "cls")
             method = bound and positional.pop(0).arg == "self"  # of an object that a call cannot name
             first = min(n.lineno for n in [node, *node.decorator_list])
             signature = signature_of(node.args)
-            apis[local] = {
-                "name": ".".join([*module, local]),
-                "file": name,
-                "source": f"synthesize:{name}",
-                "license": license,
-                "description": summarise(doc),
-                "documentation": doc,
-                "code": textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])),
-                "parameters": json_schema(signature.parameters.values(), doc),
-                "usable": not method,
-                "examples": [] if method else shown_calls(doc, node.name, signature),
-                "signature": f"({ast.unparse(node.args)})"
-                + (f" -> {ast.unparse(node.returns)}" if node.returns else ""),
-            }
+            returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+            apis[local] = SourceTool(
+                ".".join([*module, local]), summarise(doc), json_schema(signature.parameters.values(), doc),
+                doc, f"synthesize:{name}", license, usable=not method,
+                examples=[] if method else shown_calls(doc, node.name, signature), file=name,
+                signature=f"({ast.unparse(node.args)}){returns}",
+                code=textwrap.dedent("\n".join(lines[first - 1:node.end_lineno])))
         yield from apis.values()
-    except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError) as error:
+    except Exception as error:  # the parser has many ways to fail
         yield rejection(name, getattr(error, "lineno", None) or "", repr(error))
 
 
@@ -6529,123 +6451,90 @@ def shown_calls(doc, name, signature):
     arguments.
     """
     found = []
-    with contextlib.suppress(ValueError):  # of the parser: the examples are ill-formed
-        for example in doctest.DocTestParser().get_examples(doc):
-            with contextlib.suppress(SyntaxError, ValueError, TypeError, AttributeError):
-                node = shown_call(ast.parse(example.source).body[0].value)
-                if node and example.want and ast.unparse(node.func).rpartition(".")[2] == name:
-                    found.append((bind_literals(signature, node, {}), example.want.rstrip()))
+    for example in list_or_none(doctest.DocTestParser().get_examples, doc):
+        with contextlib.suppress(Exception):  # examples hold anything
+            node = shown_call(ast.parse(example.source).body[0].value)
+            if node and example.want and ast.unparse(node.func).rpartition(".")[2] == name:
+                found.append((bind_literals(signature, node, {}), example.want.rstrip()))
     return found
-
-
-def source_tool(api):
-    """The Tool of an API from source_apis()."""
-    return Tool(
-        api["name"],
-        api["description"],
-        api["parameters"],
-        api["documentation"],
-        api["source"],
-        api["license"],
-        usable=api["usable"],
-        examples=api["examples"],
-    )
 
 
 def definitions(tree, prefix=""):
     """(name within the module, definition) of each public function and method, also those under `if` and
     `try`.
     """
+    named = ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.If, ast.Try, ast.ExceptHandler)):
             yield from definitions(node, prefix)
-        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
-            yield from definitions(node, f"{prefix}{node.name}.")
-        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and not node.name.startswith("_"):
-            if not any(
-                re.search(r"property$|\.(setter|deleter)$", ast.unparse(d)) for d in node.decorator_list
-            ):
+        elif isinstance(node, named) and not node.name.startswith("_"):
+            decorators = "\n".join(map(ast.unparse, node.decorator_list))
+            if isinstance(node, ast.ClassDef):
+                yield from definitions(node, f"{prefix}{node.name}.")
+            elif not re.search(r"(?m)(property|\.setter|\.deleter)$", decorators):
                 yield prefix + node.name, node
 
 
-def api_record(api):
-    """The api_doc record of an API from source_apis()."""
-    tool = {key: api[key] for key in ("description", "name", "parameters")}
-    text = document(
-        api["name"], api["signature"], api["documentation"], tool, api["name"].split(".")[0], api["license"]
-    )
-    return Record(
-        f"api_doc:synthesised:{api['name']}", "api_doc", api["source"], api["license"], [api["name"]], text
-    )
+def api_record(tool):
+    """The api_doc record of a SourceTool."""
+    function = definition(tool, tool.name)["function"]
+    package = tool.name.split(".")[0]
+    text = document(tool.name, tool.signature, tool.documentation, function, package, tool.license)
+    identity = f"api_doc:synthesised:{tool.name}"
+    return Record(identity, "api_doc", tool.source, tool.license, [tool.name], text)
 
 
 def llm_synthesise(apis, args):
-    """What the model writes about each API, as Records and rejections, in the order of the APIs. Takes a few
-    at a time.
+    """What the model writes about each SourceTool, as Records and rejections, in their order; rejections
+    among them are passed on. Takes a few at a time.
     """
-    apis, endpoint = iter(apis), Synthesizer(args)
+    apis, ask_model = iter(apis), partial(ask_about, language_model(args))
     with ThreadPoolExecutor(args.llm_parallel) as pool:
         while batch := list(itertools.islice(apis, 8 * args.llm_parallel)):
-            for found in pool.map(lambda api: [api] if "reason" in api else ask_about(api, endpoint), batch):
+            for found in pool.map(ask_model, batch):
                 yield from found
 
 
-def ask_about(api, endpoint):
-    """The Records in the model's answer about an API, and a rejection for each part of it that is not as
-    LLM_PROMPT asks.
+def ask_about(complete, tool):
+    """The Records in the model's answer about a SourceTool, and a rejection for each part of it that is not
+    as LLM_PROMPT asks.
     """
-    name, schema, reject = (
-        api["name"],
-        api["parameters"],
-        lambda reason: rejection(api["file"], api["name"], reason),
-    )
-    tool, rng = source_tool(api), random.Random(api["name"])
-    arguments = [given for given, _ in tool.examples[:4]]
-    if not arguments and all(can_state(tool, p) for p in schema["required"]):
+    if isinstance(tool, dict):
+        return [tool]
+    name, schema, reject = tool.name, tool.parameters, partial(rejection, tool.file, tool.name)
+    arguments, rng = [given for given, _ in tool.examples[:4]], random.Random(name)
+    if not arguments and all(choices(tool, p) for p in tool.required):
         arguments = [random_arguments(tool, rng) for _ in range(4)]  # the facts that templates put in words
     try:
-        text = endpoint.complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\n"
-                                 f"arguments: {json.dumps(arguments)}\ncode:\n{api['code'][:8000]}\n")
+        text = complete(f"{LLM_PROMPT}\nname: {name}\nparameters: {json.dumps(schema)}\n"
+                        f"arguments: {json.dumps(arguments)}\ncode:\n{tool.code[:8000]}\n")
         text = text.rpartition("</think>")[2]  # after the thoughts of a reasoning model
-        answer, _ = json.JSONDecoder().raw_decode(
-            text, text.index("{")
-        )  # a fence or prose around it does no harm
-    except (OSError, ValueError, RecursionError) as error:
-        return [reject(str(error) if isinstance(error, OSError) else "no JSON object in the answer")]
-    documentation, conversations = answer.get("documentation"), answer.get("conversations")
-    documentation = documentation.strip() if isinstance(documentation, str) else ""
-    summary = summarise(documentation)
-    api = api | {"documentation": documentation, "description": api["description"] or summary}
-    found = [api_record(api) if summary else reject("no documentation in the answer")]
-    tool = {"type": "function", "function": {key: api[key] for key in ("description", "name", "parameters")}}
+        # A fence or prose around it does no harm.
+        answer, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
+    except OSError as error:
+        return [reject(str(error))]
+    except (ValueError, RecursionError):
+        return [reject("no JSON object in the answer")]
+    said, conversations = answer.get("documentation"), answer.get("conversations")
+    said = said.strip() if isinstance(said, str) else ""
+    summary = summarise(said)
+    tool = dataclasses.replace(tool, documentation=said, description=tool.description or summary)
+    found = [api_record(tool) if summary else reject("no documentation in the answer")]
     for i, conversation in enumerate(conversations if isinstance(conversations, list) else [None]):
         try:
-            request, calls = conversation["request"].strip(), [
-                (c["name"], c["arguments"]) for c in conversation["calls"]
-            ]
+            request = conversation["request"].strip()
+            calls = [(call["name"], call["arguments"]) for call in conversation["calls"]]
             json.dumps(calls, allow_nan=False)
-            if not (
-                request
-                and calls
-                and all(called == name and fits(arguments, schema) for called, arguments in calls)
-            ):
+            fitting = [called == name and fits(given, schema) for called, given in calls]
+            if not (request and fitting and all(fitting)):
                 raise ValueError
-            messages = [chat_message("user", request), chat_message("assistant", calls=calls)]
-            found.append(
-                Record(
-                    f"instruction:synthesised:{name}:{i}",
-                    "instruction",
-                    api["source"],
-                    api["license"],
-                    [name],
-                    messages=messages,
-                    tools=[tool],
-                )
-            )
-        except (LookupError, TypeError, AttributeError, ValueError, RecursionError):
-            found.append(
-                reject(f"conversation {i} is no request with calls of the function that fit its schema")
-            )
+            messages = [user(request), chat_message("assistant", calls=calls)]
+            found.append(Record(
+                f"instruction:synthesised:{name}:{i}", "instruction", tool.source, tool.license, [name],
+                messages=messages, tools=[definition(tool, name)]))
+        except Exception:  # models write anything
+            reason = f"conversation {i} is no request with calls of the function that fit its schema"
+            found.append(reject(reason))
     return found
 
 
@@ -6658,62 +6547,50 @@ def fits(value, schema):
     if "anyOf" in schema and not any(fits(value, choice) for choice in schema["anyOf"]):
         return False
     kind = PYTHON_TYPES.get(type(value))
+    kinds = {"integer", "number"} if kind == "integer" else {kind}
     stated = schema.get("type", kind)
-    stated = stated if isinstance(stated, list) else [stated]
-    if (
-        kind not in stated
-        and (kind != "integer" or "number" not in stated)
-        or value not in schema.get("enum", [value])
-    ):
+    of_type = not kinds.isdisjoint(stated if isinstance(stated, list) else [stated])
+    if not of_type or value not in schema.get("enum", [value]):
         return False
     if "items" in schema and kind == "array":
         return all(fits(item, schema["items"]) for item in value)
     inner = schema.get("properties")
-    return (
-        inner is None
-        or set(schema["required"]) <= set(value) <= set(inner)
-        and all(fits(value[p], inner[p]) for p in value)
-    )
+    return inner is None or (set(schema["required"]) <= set(value) <= set(inner)
+                             and all(fits(value[p], inner[p]) for p in value))
 
 
-class Synthesizer:
-    """The language model behind --llm-url, with its answers so far on disk and a budget. Threads may share
-    it.
+def language_model(args):
+    """The model behind --llm-url as a function of a prompt that raises OSError with the reason if there is no
+    answer. Its answers so far are on disk, and it has a budget. Threads may share it.
     """
+    paid, failures = [], []
+    args.llm_cache.mkdir(parents=True, exist_ok=True)
 
-    def __init__(self, args):
-        self.args, self.paid, self.failures = args, [], 0
-        args.llm_cache.mkdir(parents=True, exist_ok=True)
-
-    def complete(self, prompt):
-        """The model's answer to a prompt, from disk or else from the server. Raises OSError with the reason
-        if there is none.
-        """
-        args = self.args
-        body = {"model": args.llm_model, "messages": [chat_message("user", prompt)], "temperature": 0,
-                "max_tokens": 2048}
+    def complete(prompt):
+        body = {"model": args.llm_model, "messages": [user(prompt)], "temperature": 0, "max_tokens": 2048}
         path = args.llm_cache / f"{hashlib.sha256(json.dumps(body).encode()).hexdigest()}.json"
         with contextlib.suppress(OSError, ValueError):  # not there, or spoilt
-            return json.loads(path.read_text(encoding="utf-8"))
-        if sum(self.paid) >= args.llm_budget or self.failures >= LLM_FAILURES:
-            raise OSError(
-                f"not asked: the budget of tokens is spent, or {LLM_FAILURES} requests failed in a row"
-            )
+            return json.loads(path.read_bytes())
+        if sum(paid) >= args.llm_budget or len(failures) >= LLM_FAILURES:
+            raise OSError("not asked: the budget of tokens is spent, "
+                          f"or {LLM_FAILURES} requests failed in a row")
         url = args.llm_url.rstrip("/") + "/chat/completions"
         try:
             answer = ask_endpoint(url, body, args.llm_timeout, LLM_RETRIES, LLM_BACKOFF)
             text = answer["choices"][0]["message"]["content"] or ""
-            tokens = mapping(answer.get("usage")).get("total_tokens")
             guess = len(prompt + text) // 4
-            self.paid.append(tokens if type(tokens) is int and tokens > 0 else guess)
-        except (OSError, TypeError, LookupError, AttributeError) as error:
-            self.failures += 1
+        except (OSError, TypeError, LookupError) as error:
+            failures.append(error)
             reason = error if isinstance(error, OSError) else "not a chat completion"
             raise OSError(f"endpoint: {reason}") from None
-        self.failures = 0
+        failures.clear()
+        tokens = mapping(answer, "usage").get("total_tokens")
+        paid.append(tokens if type(tokens) is int and tokens > 0 else guess)
         with writing(path) as file:
             json.dump(text, file)
         return text
+
+    return complete
 
 
 def ask_endpoint(url, body, timeout, retries, backoff):
@@ -6731,7 +6608,7 @@ def ask_endpoint(url, body, timeout, retries, backoff):
         said = str(mapping(answer, "error").get("message") or json.dumps(answer))
     except WebError as error:
         raise OSError(error) from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):  # its text may show the key
+    except Exception:  # its text may show the key
         said = "no JSON that says more"
     if not page:
         raise OSError("not asked, for a fault in the URL or in OPENAI_API_KEY")
@@ -6740,6 +6617,8 @@ def ask_endpoint(url, body, timeout, retries, backoff):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The report
+
 
 def remove_stale(out, prefixes, units):
     """Delete files of inputs that were removed or have changed."""
@@ -6764,76 +6643,66 @@ def report(out, names, seconds):
                 size += len(line)
                 if record["domain"] == "api_doc" and len(record["apis"]) == 1:
                     apis[kind].update(record["apis"])
-                elif record["domain"] in ("trajectory", "instruction"):
+                elif "messages" in record:
                     count_calls(record, figures)
-        if (out / "rejected" / name).exists():
-            counts[kind]["rejected"] += (out / "rejected" / name).read_bytes().count(b"\n")
-        for tool in read_tools(out / "tools" / name) if (out / "tools" / name).exists() else ():
-            figures["tools"] += 1
-            figures["parameters"] += len(tool.parameters["properties"])
-            figures["typed"] += sum(
-                bool({"type", "anyOf", "enum"} & p.keys()) for p in tool.parameters["properties"].values()
-            )
-            figures["described"] += sum("description" in p for p in tool.parameters["properties"].values())
-            figures["shown"] += len(tool.examples)
-            figures["chains"] += len(tool.chains)
+        if (rejected := out / "rejected" / name).exists():
+            counts[kind]["rejected"] += rejected.read_bytes().count(b"\n")
+        for tool in read_tools(out / "tools" / name):
+            parameters = tool.properties.values()
+            figures.update(tools=1, parameters=len(parameters), shown=len(tool.examples),
+                           chains=len(tool.chains), described=sum("description" in p for p in parameters),
+                           typed=sum(bool({"type", "anyOf", "enum"} & p.keys()) for p in parameters))
     columns = (*DOMAINS, "rejected")
     print(f"{'source':<12} {'APIs':>9}" + "".join(f" {c:>11}" for c in columns))
     for kind in sorted(counts):
         print(f"{kind:<12} {len(apis[kind]):>9,}" + "".join(f" {counts[kind][c]:>11,}" for c in columns))
     print_figures(figures)
-    print(
-        f"{len(set().union(*apis.values())):,} distinct APIs documented, {size / 1e6:,.0f} MB, "
-        f"in {seconds:.0f} s; "
-        f"what was rejected, and why, is in {out}/rejected"
-    )
+    print(f"{len(set().union(*apis.values())):,} distinct APIs documented, {size / 1e6:,.0f} MB, "
+          f"in {seconds:.0f} s; what was rejected, and why, is in {out}/rejected")
 
 
 def count_calls(record, figures):
     """Count what print_figures() prints of a conversation."""
-    domain, tools = record["domain"], [t["function"] for t in record.get("tools") or ()]
-    calls = [c["function"] for m in record["messages"] for c in m.get("tool_calls", ())]
-    results = [m["content"] for m in record["messages"] if m["role"] == "tool"]
-    figures[domain] += 1
-    figures[domain, "by name"] += any(c["name"] != "python" for c in calls)
-    figures[domain, "results"] += len(results)
-    figures[domain, "empty"] += sum(not isinstance(result, str) or not result.strip() for result in results)
-    for call in calls:
-        figures[domain, "arguments", min(3, len(json.loads(call["arguments"])))] += 1
-    request = next((m["content"] for m in record["messages"] if m["role"] == "user"), None) or ""
-    figures[domain, "copied"] += any(common_run(request, t.get("description") or "") for t in tools)
+    domain, messages = record["domain"], record["messages"]
+    tools = [t["function"] for t in record.get("tools") or ()]
+    calls = [c["function"] for m in messages for c in m.get("tool_calls", ())]
+    results = [m["content"] for m in messages if m["role"] == "tool"]
+    request = next((m["content"] for m in messages if m["role"] == "user"), None) or ""
     modules = [name.rpartition(".")[0] for name in record["apis"]]
-    figures[domain, "others"] += len(tools) > 1
-    figures[domain, "near"] += len(tools) > 1 and bool({*modules[:1]} & {*modules[1:]})
+    others = len(tools) > 1
+    counts = {"by name": any(c["name"] != "python" for c in calls),
+              "results": len(results),
+              "empty": sum(not isinstance(result, str) or not result.strip() for result in results),
+              "copied": any(common_run(request, t.get("description") or "") for t in tools),
+              "others": others,
+              "near": others and any(module == modules[0] for module in modules[1:])}
+    figures.update({domain: 1} | {(domain, key): count for key, count in counts.items()})
+    figures.update((domain, "arguments", min(3, len(json.loads(c["arguments"])))) for c in calls)
 
 
 def print_figures(figures):
     """Print a line on the tools of Python packages, one on trajectories and one on conversations."""
     share = lambda key, of: f"{100 * figures[key] / max(1, figures[of]):.1f}%"
     if figures["tools"]:
-        print(
-            f"tools: {figures['tools']:,} with {figures['parameters']:,} parameters, "
-            f"{share('typed', 'parameters')} of them typed, {share('described', 'parameters')} described; "
-            f"{figures['shown']:,} calls in examples, "
-            f"{figures['chains']:,} times one on the result of another"
-        )
+        print(f"tools: {figures['tools']:,} with {figures['parameters']:,} parameters, "
+              f"{share('typed', 'parameters')} of them typed, {share('described', 'parameters')} described; "
+              f"{figures['shown']:,} calls in examples, "
+              f"{figures['chains']:,} times one on the result of another")
     if figures["trajectory"]:
-        calls = figures["trajectory", "results"]
-        print(f"trajectories: {figures['trajectory']:,} with {calls:,} tool calls and their results, "
-              f"{share(('trajectory', 'empty'), ('trajectory', 'results'))} of them empty; "
+        empty = share(("trajectory", "empty"), ("trajectory", "results"))
+        print(f"trajectories: {figures['trajectory']:,} with {figures['trajectory', 'results']:,} tool calls "
+              f"and their results, {empty} of them empty; "
               f"{share(('trajectory', 'by name'), 'trajectory')} of the trajectories call a tool by name")
     if figures["instruction"]:
         counts = [figures["instruction", "arguments", n] for n in range(4)]
         shares = [f"{label} {100 * n / max(1, sum(counts)):.1f}%"
                   for label, n in zip(("none", "one", "two", "three and more"), counts)]
-        print(
-            f"conversations: {figures['instruction']:,} with {sum(counts):,} calls; "
-            f"arguments of a call: {', '.join(shares)}; "
-            f"{share(('instruction', 'copied'), 'instruction')} of requests share eight words in a row "
-            "with a tool's description; "
-            f"{share(('instruction', 'near'), ('instruction', 'others'))} of those that offer several tools "
-            "offer one of the same module"
-        )
+        near = share(("instruction", "near"), ("instruction", "others"))
+        print(f"conversations: {figures['instruction']:,} with {sum(counts):,} calls; "
+              f"arguments of a call: {', '.join(shares)}; "
+              f"{share(('instruction', 'copied'), 'instruction')} of requests share eight words in a row "
+              "with a tool's description; "
+              f"{near} of those that offer several tools offer one of the same module")
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, print_tokens, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
                      definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
-                     source_tool, unit_hash, visible)
+                     unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
 
 VERDICTS = "right wrong abstained unparseable error".split()
@@ -2748,9 +2748,9 @@ def read_tools(path):
     try:
         if path.endswith(".py"):
             apis = list(source_apis(Path(path), Path(path).name, ""))
-            if wrong := next((api for api in apis if "reason" in api), None):
+            if wrong := next((api for api in apis if isinstance(api, dict)), None):
                 fail(f"{path}, line {wrong['line'] or 1}: {wrong['reason']}")
-            tools = [definition(source_tool(api), api["name"]) for api in apis if api["usable"]]
+            tools = [definition(api, api.name) for api in apis if api.usable]
         else:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
             tools = [read_tool(t if "function" in t else {"type": "function", "function": t}) for t in given]

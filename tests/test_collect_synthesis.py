@@ -43,19 +43,9 @@ def api(name="pkg.m.f", code="def f(n: int, names=()): ...", **properties):
     properties = properties or {"n": {"type": "integer"}, "mode": {"type": "string", "enum": ["a", "b"]},
                                 "names": {"type": "array", "items": {"type": "string"}},
                                 "r": {"type": "number"}}
-    return {
-        "name": name,
-        "description": "Do it.",
-        "code": code,
-        "file": "pkg/m.py",
-        "source": "synthesize:pkg/m.py",
-        "license": "MIT",
-        "documentation": "Do it.",
-        "usable": True,
-        "examples": [({"n": 5}, "25")],
-        "signature": "(n: int)",
-        "parameters": {"type": "object", "properties": properties, "required": ["n"]},
-    }
+    return collect.SourceTool(
+        name, "Do it.", {"type": "object", "properties": properties, "required": ["n"]}, "Do it.", "synthesize:pkg/m.py",
+        "MIT", usable=True, examples=[({"n": 5}, "25")], file="pkg/m.py", signature="(n: int)", code=code)
 
 
 def answer(name, *calls, **changes):
@@ -120,18 +110,18 @@ def synthesise(endpoint, *apis, **changes):
 def test_source_is_read_and_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.py").write_text(SOURCE)
-    apis = {a["name"]: a for a in collect.source_apis(tmp_path / "m.py", "pkg/m.py", "MIT")}
+    apis = {a.name: a for a in collect.source_apis(tmp_path / "m.py", "pkg/m.py", "MIT")}
     assert not (tmp_path / "executed").exists()
     assert sorted(apis) == ["pkg.m.Box.make", "pkg.m.Box.put", "pkg.m.first", "pkg.m.scale"]
     scale, put = apis["pkg.m.scale"], apis["pkg.m.Box.put"]
-    assert scale["signature"] == "(x: int, unit: typing.Literal['m', 'km']='m', /, *rest: float, exact=False, **more) -> list[float]"
-    assert scale["parameters"] == {"type": "object", "required": ["x"], "properties": {
+    assert scale.signature == "(x: int, unit: typing.Literal['m', 'km']='m', /, *rest: float, exact=False, **more) -> list[float]"
+    assert scale.parameters == {"type": "object", "required": ["x"], "properties": {
         "x": {"type": "integer"}, "unit": {"type": "string", "enum": ["m", "km"], "default": "m"},
         "rest": {"type": "array", "items": {"type": "number"}}, "exact": {"type": "boolean", "default": False}}}
-    assert scale["description"] == "Scale a length." and (scale["source"], scale["license"]) == ("synthesize:pkg/m.py", "MIT")
-    assert put["signature"] == "(items: list[int], label=pathlib.Path('a'))" and put["description"] == ""  # without self
-    assert put["code"] == '@functools.cache\ndef put(self, items: list[int], label=pathlib.Path("a")):\n    pass'
-    assert apis["pkg.m.first"]["description"] == "Go first of all." and apis["pkg.m.first"]["signature"] == "(self)"
+    assert scale.description == "Scale a length." and (scale.source, scale.license) == ("synthesize:pkg/m.py", "MIT")
+    assert put.signature == "(items: list[int], label=pathlib.Path('a'))" and put.description == ""  # without self
+    assert put.code == '@functools.cache\ndef put(self, items: list[int], label=pathlib.Path("a")):\n    pass'
+    assert apis["pkg.m.first"].description == "Go first of all." and apis["pkg.m.first"].signature == "(self)"
 
 
 @pytest.mark.parametrize("source", [b"def f(:", b"\xff\xfe", b"x = '\0'", b"# coding: none", b"# coding: hex", b"def f(a, a): pass",
@@ -152,7 +142,7 @@ def test_odd_source_files(tmp_path):
     started = time.time()
     for name, full in [("pkg/__init__.py", "pkg.f"), ("__init__.py", "f"), ("a b/c.py", "a_b.c.f")]:
         [found] = collect.source_apis(tmp_path / "a.py", name, "MIT")
-        assert found["name"] == full and found["code"].startswith("def f(n):\n    'a") and time.time() - started < 3
+        assert found.name == full and found.code.startswith("def f(n):\n    'a") and time.time() - started < 3
 
 
 def test_records_of_a_right_answer(endpoint, tmp_path):
@@ -165,7 +155,7 @@ def test_records_of_a_right_answer(endpoint, tmp_path):
     assert not rejected and {(r.source, r.license, *r.apis) for r in records} == {("synthesize:pkg/m.py", "MIT", "pkg.m.f")}
     assert records[0].text.startswith("pkg.m.f(n: int)\n\nDoes it well.\n\nRaises nothing.\n\n{")
     tool = json.loads(records[0].text.rsplit("\n\n", 2)[1])
-    assert tool["parameters"] == api()["parameters"] and tool["description"] == "Do it."
+    assert tool["parameters"] == api().parameters and tool["description"] == "Do it."
     assert records[2].tools == [{"type": "function", "function": {k: tool[k] for k in ("description", "name", "parameters")}}]
     user, assistant = records[2].messages
     assert user == {"role": "user", "content": "Twice."}
@@ -173,7 +163,7 @@ def test_records_of_a_right_answer(endpoint, tmp_path):
     [(path, _, body)] = endpoint.seen
     assert '\narguments: [{"n": 5}]\n' in body["messages"][0]["content"]  # what the documentation shows
     assert path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("m", 0)
-    assert api()["code"] in body["messages"][0]["content"]
+    assert api().code in body["messages"][0]["content"]
 
 
 def test_fits_by_itself():
@@ -229,7 +219,7 @@ def test_order_and_count_of_requests(endpoint):
     assert max(most) == 1 and list(collect.llm_synthesise(iter(apis), endpoint.args)) == one and 1 < max(most) <= 4
     assert one[10] == apis[5] and [r.apis[0] for r in one[:10:2]] == [f"pkg.m.f{i}" for i in range(5)]
     endless = (api(f"pkg.m.f{i}") for i in itertools.count())  # must be taken as it is needed
-    assert next(collect.llm_synthesise(endless, endpoint.args)) == one[0] and int(next(endless)["name"][7:]) <= 32
+    assert next(collect.llm_synthesise(endless, endpoint.args)) == one[0] and int(next(endless).name[7:]) <= 32
 
 
 @pytest.mark.parametrize("status, headers, text, tries", [
@@ -507,7 +497,7 @@ def test_values_follow_name_type_and_description():
     assert all(len(row) == len(v) for v in made["matrix"] for row in v) and all(made["data"])
     assert 3 not in made["level"] and set(made["verbose_log"]) == {True} and set(made["how"]) == {"b"}
     assert any(" " in v for v in made["text"]) and any(type(v) is float for v in made["temperature"])
-    assert not collect.can_state(
+    assert not collect.choices(
         tool("pkg.m.f", parameters={"properties": {"cb": {}, "g": {"type": "object", "title": "Graph"}}}), "g"
     )
 
@@ -519,7 +509,7 @@ def test_calls_in_the_examples_of_a_source_file(tmp_path):
     )
     [found] = collect.source_apis(tmp_path / "m.py", "m.py", "MIT")
     assert (
-        found["examples"] == [({"width": 3, "height": 4}, "12"), ({"width": 2.5}, "2.5")] and found["usable"]
+        found.examples == [({"width": 3, "height": 4}, "12"), ({"width": 2.5}, "2.5")] and found.usable
     )
 
 
