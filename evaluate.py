@@ -2767,7 +2767,7 @@ def read_tools(path):
 MAX_BODY = 8 * 2**20  # bytes of a request
 ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
 FIELDS = {  # of a request: (type, lowest, highest, default, also for null); other fields are ignored
-    "max_tokens": (int, 1, 2**31, 2**31),
+    "max_tokens": (int, 1, 2**31, 4096),
     "max_completion_tokens": (int, 1, 2**31, None),
     "temperature": (float, 0, 2, 1.0),
     "top_p": (float, 0, 1, 1.0),
@@ -2795,127 +2795,129 @@ def serve(args):
         server.engine.close()
 
 
-class Row:
-    """An answer that the engine writes for a client. `events` gets how much of a stream can be sent, as
-    numbers of characters and scores, and None in the end.
+def write_answer(row, tokenizer):
+    """Write a row's answer: is sent each (token, logits), and yields the token that is taken. Puts into
+    row.events choices as the API has them: the pieces of a stream, and the last, which has a finish_reason.
+    Then it yields None.
+
+    It goes on up to a stop or, where one call is asked for, its end. Nothing is put that may still become a
+    stop or a call, nor line ends before one; calls are put when they are whole.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+    token = reason = None
+    text, sent, scores, role = tokenizer.decode(row.begun), 0, [], {"role": "assistant"}
+    begun = len(text)
 
-    def __init__(self, tokenizer, ids, options):
-        self.tokenizer, self.ids, self.options, self.events = tokenizer, ids, options, queue.SimpleQueue()
-        self.random = random.Random(None if options.seed is None else f"{options.seed}:0").random
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
-        self.text, self.new, self.reason, self.error = options.begun, [], None, None
-        self.scores = []  # of tokens: (where its text begins, its entry in logprobs)
+    def put(message, end, reason=None):
+        """With the scores of the text from what is sent to an end."""
+        entries = [entry for at, entry in scores if sent <= at < end]
+        logprobs = {"content": entries, "refusal": None} if row.logprobs else None
+        key = "delta" if row.stream else "message"
+        row.events.put({"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason})
 
-    def append_token(self, token, logits):
-        """Go on by a token, up to a stop or, where one call is asked for, its end. Nothing is sent that may
-        still become a stop or a call, nor line ends before one.
-        """
-        o, at, data = self.options, len(self.text), b""
-        stopped = token in o.stop_ids
-        if not stopped:
-            data = self.tokenizer.token_bytes(token)
-            self.new.append(token)
-            if o.logprobs:
-                self.scores.append((at, self.score(token, logits.log_softmax(-1))))
-        last = stopped or len(self.new) == o.limit
-        text = self.text + self.decoder.decode(data, last)
-        places = [text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
-        self.text = text[:min((place for place in places if place >= 0), default=None)]
-        single = o.tools and o.single and text.endswith("</tool_call>") and parse_calls(text, 1)
-        if stopped or single or self.text != text:
-            self.finish("stop")
-        elif last:
-            self.finish("length")
-        elif o.stream:
-            head = text.partition("<tool_call>")[0] if o.tools else text
-            held = max(map(len, [*o.stop, "<tool_call>" if o.tools else "."])) - 1
-            self.events.put((len(head[:max(0, len(text) - held)].rstrip("\n")), len(self.scores)))
-
-    def finish(self, reason, error=None):
-        self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
-        self.events.put(None)
-
-    def score(self, token, logprobs):
-        """The entry in logprobs of a token, with the likeliest ones."""
-        def entry(i):
-            data = self.tokenizer.token_bytes(i)
-            text = data.decode("utf-8", "replace")
-            return {"token": text, "logprob": logprobs[i].item(), "bytes": list(data)}
-
-        best = logprobs.topk(min(self.options.top_logprobs, len(logprobs))).indices.tolist()
-        return entry(token) | {"top_logprobs": [entry(i) for i in best]}
-
-    def result(self):
-        """(content, calls, finish_reason) of a text that has ended."""
-        single, reason = self.options.single, self.reason
-        calls = parse_calls(self.text, 1 if single else None) if self.options.tools else None
-        if not calls:
-            return self.text, [], reason
-        message = turn(Answer(self.text, calls))
-        calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
-                 for i, call in enumerate(message["tool_calls"])]
-        # Nothing after a single call is lost.
-        return message["content"] or None, calls, "tool_calls" if single or reason == "stop" else reason
+    if row.stream:
+        put(role | {"content": ""}, 0)
+        role = {}
+    while not reason:
+        token, logits = yield token
+        if row.constraint:
+            token = row.constraint(0, row.begun + row.new, logits)
+        at, data = len(text), b""
+        if token in row.stop_ids:
+            reason = "stop"
+        else:
+            data = tokenizer.token_bytes(token)
+            row.new.append(token)
+            reason = "length" if len(row.new) == row.limit else None
+            if row.logprobs:
+                scores.append((at, score(token, logits.log_softmax(-1), tokenizer, row.top_logprobs)))
+        text += decoder.decode(data, bool(reason))
+        if stop := row.stop.search(text, max(begun, at - row.held)):
+            text, reason = text[:stop.start()], "stop"
+        elif row.single and text.endswith("</tool_call>") and parse_calls(text, 1):
+            reason = "stop"
+        head = text.partition("<tool_call>")[0] if row.tools else text
+        end = len(head[:max(0, len(text) - row.held)].rstrip("\n"))
+        if row.stream and not reason and end > sent:
+            put({"content": text[sent:end]}, end)
+            sent = end
+    content, calls, reason = result(text, row, reason)
+    put(role | {"content": content and content[sent:]} | calls, len(text), reason)
+    yield None
 
 
-class Engine:
-    """The one thread that runs the model. Rows that wait join the batch at every eighth token, when those
-    that have ended leave it.
+def score(token, logprobs, tokenizer, top):
+    """The entry in logprobs of a token, with the likeliest ones."""
+    entries = []
+    for i in [token, *logprobs.topk(top).indices.tolist()]:
+        data = tokenizer.token_bytes(i)
+        text = data.decode("utf-8", "replace")
+        entries.append({"token": text, "logprob": logprobs[i].item(), "bytes": list(data)})
+    return entries[0] | {"top_logprobs": entries[1:]}
+
+
+def result(text, row, reason):
+    """(content, {"tool_calls": calls} or {}, finish_reason) of a text that has ended. A single call is whole
+    whatever cuts off what follows it.
+    """
+    calls = parse_calls(text, 1 if row.single else None) if row.tools else None
+    if not calls:
+        return text, {}, reason
+    message = turn(Answer(text, calls))
+    calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
+             for i, call in enumerate(message["tool_calls"])]
+    reason = "tool_calls" if row.single or reason == "stop" else reason
+    return message["content"] or None, {"tool_calls": calls}, reason
+
+
+class Engine(threading.Thread):
+    """The one thread that runs the model, on a batch of rows that join when there is room, and leave when
+    they have ended.
     """
 
     def __init__(self, local, size):
+        super().__init__(daemon=True)
         self.model, self.size, self.waiting, self.closed = local.model, size, queue.SimpleQueue(), False
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
+        self.start()
 
     def close(self):
         self.closed = True
-        self.waiting.put(None)  # if it waits
-        self.thread.join()
-
-    def run(self):
-        while not self.closed:
-            rows = []
-            try:
-                self.go_on(transformer.Batch(self.model), rows)
-            except Exception as error:  # out of memory, say: what was under way has failed, not the server
-                for row in rows:
-                    if not row.reason:
-                        row.finish("error", error)
+        self.join()
 
     @torch.inference_mode()
-    def go_on(self, batch, rows):
-        """Continue rows (a list, which is changed) as they come."""
-        logits, at = None, 0
+    def run(self):
+        rows = []
         while not self.closed:
-            if at % 8 == 0 or all(row.reason for row in rows):
-                left = [i for i, row in enumerate(rows) if not row.reason]
-                if len(left) < len(rows):
+            if not rows:
+                batch, logits = transformer.Batch(self.model), []
+            with contextlib.suppress(queue.Empty):
+                while len(rows) < self.size:
+                    rows.append(self.waiting.get(block=not rows, timeout=0.5))
+            if not rows:
+                continue
+            try:
+                if fresh := rows[len(logits):]:
+                    logits += batch.add([row.ids for row in fresh])
+                options = [(row.temperature, row.top_p, row.random()) for row in rows]
+                chosen = transformer.sample(torch.stack(logits), *zip(*options))
+                chosen = [self.take(*each) for each in zip(rows, chosen, logits)]
+                left = [i for i, token in enumerate(chosen) if token is not None]
+                rows = [rows[i] for i in left]
+                if len(left) < len(chosen):
                     batch.keep(left)
-                    rows[:], logits = [rows[i] for i in left], logits[left]
-                while len(rows) < self.size and not (rows and self.waiting.empty()):
-                    row = self.waiting.get()
-                    if row is None:
-                        return
-                    if not row.reason:  # else its client is gone
-                        rows.append(row)
-                if fresh := rows[len(left):]:
-                    added = batch.add([row.ids for row in fresh])
-                    logits = torch.cat([logits, added]) if left else added
-            options = [(row.options.temperature, row.options.top_p, row.random()) for row in rows]
-            chosen = transformer.sample(logits, *map(list, zip(*options)))
-            for i, row in enumerate(rows):
-                if not row.reason:
-                    try:
-                        if row.options.choose:
-                            chosen[i] = row.options.choose(row.new, logits[i])
-                        row.append_token(chosen[i], logits[i])
-                    except Exception as error:  # of a schema that cannot be followed
-                        row.finish("error", error)
-            if not all(row.reason for row in rows):
-                logits = batch.step(chosen)
-            at += 1
+                logits = [*batch.step([chosen[i] for i in left])] if left else []
+            except Exception as error:  # out of memory, say: what was under way has failed, not the server
+                for row in rows:
+                    row.events.put(error)
+                rows = []
+
+    def take(self, row, token, logits):
+        """The token that a row takes; None if it has ended, or its client is gone."""
+        try:
+            token = row.writing.send((token, logits))
+            return None if row.gone else token
+        except Exception as error:  # of a schema that cannot be followed
+            row.events.put(error)
 
 
 class HTTPError(Exception):
@@ -2944,13 +2946,12 @@ class Api(BaseHTTPRequestHandler):
             super().handle()
 
     def do_POST(self):
-        self.close_connection = True
         try:
             self.respond(self.path.partition("?")[0], self.read_body())
         except HTTPError as refused:
             self.send_json(*refused.args)
 
-    do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
+    do_GET = do_PUT = do_PATCH = do_DELETE = do_POST
 
     def log_message(self, *args):
         pass
@@ -2974,12 +2975,9 @@ class Api(BaseHTTPRequestHandler):
         length = ",".join(self.headers.get_all("Content-Length", ["0"]))
         require(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers,
                 "one Content-Length is needed", status=411)
-        length = int(length)
-        if length > MAX_BODY:
-            for _ in range(min(length, 16 * MAX_BODY) // 2**16):  # most clients send all before they read
-                self.rfile.read(2**16)
-        require(length <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
-        return self.rfile.read(length)
+        data = self.rfile.read(min(int(length), 4 * MAX_BODY))  # most clients send all before they read
+        require(len(data) <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
+        return data
 
     def respond(self, path, data):
         """Answer a request."""
@@ -2997,129 +2995,113 @@ class Api(BaseHTTPRequestHandler):
         except UNREADABLE:
             require(False, "the body is not a JSON object that can be read")
         self.server.engine.waiting.put(row)
-        head = {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": names[0]}
         try:
-            self.answer(row, head)
+            self.answer(row)
         finally:
-            row.reason = row.reason or "abandoned"
+            row.gone = True
 
-    def answer(self, row, head):
-        """Send a row's answer, whole or, as a stream, in server-sent events: an object for each piece of the
-        text, then [DONE]. Calls are sent when they are whole.
+    def answer(self, row):
+        """Send a row's answer, whole or, as a stream, in server-sent events: an object for each of its
+        choices, then [DONE].
         """
-        stream, sent, shown, more = row.options.stream, 0, 0, {"role": "assistant"}
-        head["object"], key = ("chat.completion.chunk", "delta") if stream else ("chat.completion", "message")
+        head = {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.server.names[0],
+                "object": "chat.completion.chunk" if row.stream else "chat.completion"}
 
-        def choice(content, more, scores=(), reason=None):
-            entries = [entry for _, entry in scores]
-            logprobs = {"content": entries, "refusal": None} if row.options.logprobs else None
-            message = {"content": content} | more
-            return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
+        def send(value):
+            self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
 
-        def send(*choices, **more):
-            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
-
-        if stream:
+        if row.stream:
             self.send_head(200, "text/event-stream")
-            send(choice("", more))
-            more = {}
         try:
-            for end, scored in self.watch(row):
-                if stream and end > sent:
-                    send(choice(row.text[sent:end], {}, row.scores[shown:scored]))
-                    sent, shown = end, scored
+            for choice in self.watch(row):
+                if row.stream:
+                    send(head | {"choices": [choice]})
         except HTTPError as failed:
-            if not stream:
+            if not row.stream:
                 raise
-            # It is too late for a status.
-            return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())
-        content, calls, reason = row.result()
-        scores = [score for score in row.scores[shown:] if score[0] < len(row.text)]  # of what is sent
-        if calls:
-            more["tool_calls"] = calls
-        last = choice(content and content[sent:], more, scores, reason)
+            return send(failed.args[1])  # it is too late for a status
         prompt, completion = len(row.ids), len(row.new)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                  "total_tokens": prompt + completion}
-        if not stream:
-            return self.send_json(200, head | {"choices": [last], "usage": usage})
-        send(last)
-        if row.options.include_usage:
-            send(usage=usage)
+        if not row.stream:
+            return self.send_json(200, head | {"choices": [choice], "usage": usage})
+        if row.include_usage:
+            send(head | {"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def watch(self, row):
-        """Yields the row's events until it has ended or the client is gone."""
-        while True:
+        """Yields the row's choices up to the last, unless the client is gone."""
+        choice = {"finish_reason": None}
+        while not choice["finish_reason"]:
             try:
-                event = row.events.get(timeout=1)
+                choice = row.events.get(timeout=1)
             except queue.Empty:
                 silent = not select.select([self.connection], [], [], 0)[0]
                 if not silent and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionResetError from None
                 continue
-            require(not row.error, row.error, status=500)
-            if event is None:
-                return
-            yield event
+            require(isinstance(choice, dict), repr(choice), status=500)
+            yield choice
 
 
 def read_chat(body, local, names):
-    """The Row that a request asks for. Special tokens in messages are text. A call that must be made is
-    begun, and kept within the tools' schemas.
+    """What a request asks for, as a row of the engine. Special tokens in messages are text. A call that must
+    be made is begun, and kept within the tools' schemas.
     """
+    tokenizer, context = local.tokenizer, local.model.config.max_seq_len
     require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
             "model", 404, "model_not_found")
-    tokenizer, options = local.tokenizer, SimpleNamespace()
+    row = SimpleNamespace(events=queue.SimpleQueue(), new=[], gone=False, constraint=None)
     for name, (kind, low, high, default) in FIELDS.items():
         value = body.get(name)
         require(value is None or type(value) in (int, kind) and low <= value <= high,
                 f"{name} must be {kind.__name__}, from {low} to {high}, not {short(value)}", name)
-        setattr(options, name, default if value is None else value)
+        setattr(row, name, default if value is None else value)
+    row.random = random.Random(row.seed).random
+    row.include_usage = mapping(body, "stream_options").get("include_usage") is True
+    messages = read_list(body, "messages", read_message, "a role with a text, or texts, as its content")
+    require(messages, "messages must not be empty", "messages")
     tools = read_list(body, "tools", read_tool, "a function with a name and a schema")
-    messages = read_list(body, "messages", read_message,
-                         "a role with a text, or list of texts, as its content")
-    require(messages, "messages must be a list, and not empty", "messages")
-    options.stop = read_list(body, "stop", read_stop, "a string of 1 to 1,000 characters", most=16)
-    stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
-    options.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
-    options.include_usage = mapping(body, "stream_options").get("include_usage") is True
 
     chosen, schema = body.get("tool_choice") or "auto", read_format(body.get("response_format"))
-    named = [tool for tool in tools if mapping(chosen, "function") == {"name": tool["function"]["name"]}]
-    called = tools if chosen == "required" else named
+    called = [tool for tool in tools
+              if chosen == "required" or mapping(chosen, "function") == {"name": tool["function"]["name"]}]
     require(called or chosen in ("auto", "none"),
             f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
-    options.tools = [] if chosen == "none" else tools
-    options.single = bool(options.tools) and (bool(named) or not options.parallel_tool_calls)
-    require(schema is None or not options.tools, "response_format does not go with tools", "response_format")
-    begun = [tokenizer.special["<tool_call>"]] * bool(called)
-    options.begun, options.choose = tokenizer.decode(begun), None
+    row.tools = [] if chosen == "none" else tools
+    row.single = bool(row.tools) and (isinstance(chosen, dict) or not row.parallel_tool_calls)
+    row.begun = [tokenizer.special["<tool_call>"]] * bool(called)
+    require(schema is None or not row.tools, "response_format does not go with tools", "response_format")
     for function in (tool["function"] for tool in called):
-        wrong = unsupported(read_schema(function["parameters"]), function.get("strict") is True)
-        require(wrong is None, f"{short(function['name'])} must be called, and its schema's {wrong} is not "
-                "supported", "tools")
+        check_schema(read_schema(function["parameters"]), "tools", function.get("strict") is True)
     if called or schema is not None:
-        constraint = Constraint(tokenizer, [called], schema)
-        options.choose = lambda new, logits: constraint(0, begun + new, logits)
+        row.constraint = Constraint(tokenizer, [called], schema)
 
-    ids, context = tokenizer.render(messages, options.tools, answer=True)[0], local.model.config.max_seq_len
-    ids += begun
-    require(len(ids) <= context, f"a prompt of {len(ids)} tokens exceeds the context length of {context}",
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    require(fits(stop, TEXTS) and all(stop) and len(json.dumps(stop)) <= 2**14,
+            "stop must be one or more strings, none of them empty, of at most 16,000 characters", "stop")
+    row.stop = re.compile("|".join(map(re.escape, stop)) or "(?!)")
+    row.held = max(map(len, [*stop, "<tool_call>" if row.tools else "."])) - 1  # back from a stream
+    stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
+    row.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
+
+    row.ids = tokenizer.render(messages, row.tools, answer=True)[0] + row.begun
+    room = context - len(row.ids) + 1  # the last token needs no position
+    require(room > 0, f"a prompt of {len(row.ids)} tokens exceeds the context length of {context}",
             "messages", code="context_length_exceeded")
-    options.limit = min(options.max_completion_tokens or options.max_tokens, context - len(ids) + 1)
-    return Row(tokenizer, ids, options)
+    row.limit = min(row.max_completion_tokens or row.max_tokens, room)
+    row.writing = write_answer(row, tokenizer)
+    next(row.writing)
+    return row
 
 
-def read_list(body, name, read, wanted, most=10**6):
-    """What `read` makes of each value of a list in a request, or of one string instead. Where it raises one
-    of UNREADABLE, the value is not what is wanted.
+def read_list(body, name, read, wanted):
+    """What `read` makes of each value of a list in a request. Where it raises one of UNREADABLE, the value is
+    not what is wanted.
     """
-    values, found = body.get(name) or [], []
-    values = [values] if isinstance(values, str) else values
-    require(isinstance(values, list) and len(values) <= most,
-            f"{name} must be a list of at most {most:,}", name)
-    for n, value in enumerate(values):
+    found = []
+    for n, value in enumerate(body.get(name) or []):
         try:
             found.append(read(value))
         except UNREADABLE:
@@ -3127,45 +3109,26 @@ def read_list(body, name, read, wanted, most=10**6):
     return found
 
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+TEXTS = {"type": "array", "items": {"type": "string"}}
 
 
 def read_message(message):
-    """A message of a chat, with its content as a string."""
+    """A message of a chat, with its content as a string: "" + is a TypeError for what is none."""
     role, content, calls = ROLES[message["role"]], message.get("content"), message.get("tool_calls") or []
     if isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
     if content or role != "assistant":
-        string(content)
-    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
+        content = "" + content
+    calls = [{key: "" + call["function"][key] for key in ("name", "arguments")} for call in calls]
     return {"role": role, "content": content, "tool_calls": [{"function": call} for call in calls]}
 
 
 def read_tool(tool):
     """A tool of a chat, with parameters."""
     f = tool["function"]
-    f["parameters"] = f.get("parameters") or {}
-    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
-    string(f["name"])
-    string(f.get("description") or "")
-    schemas = all(isinstance(schema, dict) for schema in properties.values())
-    if not schemas or not set(required) <= properties.keys():
-        raise ValueError
+    f |= {"name": "" + f["name"], "parameters": {} | (f.get("parameters") or {})}
     return tool
-
-
-def read_stop(value):
-    """A string that ends an answer. It is short, as each token is compared with it."""
-    if not 0 < len(string(value)) <= 1000:
-        raise ValueError
-    return value
-
-
-def string(value):
-    """A value that must be a string. Raises TypeError."""
-    if not isinstance(value, str):
-        raise TypeError
-    return value
 
 
 def short(value):
@@ -3173,36 +3136,33 @@ def short(value):
     return json.dumps(value)[:100]
 
 
+def read_format(value):
+    """The schema that a request's response_format has; None if an answer is a text."""
+    where = "response_format"
+    formats = {"text": None, "json_object": {"type": "object"},
+               "json_schema": mapping(value, "json_schema").get("schema")}
+    kind = "text" if value is None else mapping(value).get("type")
+    require(kind in formats, f"{where} must have the type {', '.join(formats)}, not {short(value)}", where)
+    if kind == "text":
+        return None
+    require(isinstance(formats[kind], dict), f"{where} has no object as its json_schema.schema", where)
+    size = len(json.dumps(formats[kind]))
+    require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
+    return check_schema(read_schema(formats[kind]), where)
+
+
 ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment "
                   "$defs definitions".split())
 KEYWORDS = {  # of the schema of an answer, each with the schema of its value; others are refused
     "type": {"anyOf": [{"enum": SCHEMA_TYPES}, {"type": "array", "items": {"enum": SCHEMA_TYPES}}]},
-    "properties": {"type": "object"}, "required": {"type": "array", "items": {"type": "string"}},
+    "properties": {"type": "object"}, "required": TEXTS,
     "additionalProperties": {"type": ["object", "boolean"]}, "items": {"type": ["object", "boolean"]},
     "anyOf": {"type": "array"}, "enum": {"type": "array"}, "const": {}, "nullable": {"type": "boolean"}}
 
 
-def read_format(value):
-    """The schema that a request's response_format has; None if an answer is a text."""
-    where = "response_format"
-    kind = mapping(value).get("type")
-    require(value is None or kind in ("text", "json_object", "json_schema"),
-            f"{where} must have the type text, json_object or json_schema, not {short(value)}", where)
-    if kind != "json_schema":
-        return {"type": "object"} if kind == "json_object" else None
-    given = mapping(value, "json_schema").get("schema")
-    require(isinstance(given, dict), f"{where} has no object as its json_schema.schema", where)
-    size = len(json.dumps(given))
-    require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
-    schema = read_schema(given)
-    wrong = unsupported(schema)
-    require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
-    return schema
-
-
-def unsupported(schema, strict=True):
-    """What in a schema, as read_schema returns it, decoding does not keep to; None if all is well. Unless it
-    is strict, keywords such as `minimum` are passed over.
+def check_schema(schema, where, strict=True):
+    """A schema from read_schema, if decoding keeps to all that is in it; else the request is refused. Unless
+    it is strict, keywords such as `minimum` are passed over.
     """
     todo, seen = [schema], set()
     while todo:
@@ -3210,25 +3170,31 @@ def unsupported(schema, strict=True):
         if id(node) in seen or node is True:
             continue
         seen.add(id(node))
-        if not isinstance(node, dict):
-            return short(node)
-        stated = sorted(node.keys() - ANNOTATIONS if strict else node.keys() & KEYWORDS.keys())
-        for key in stated:
-            empty = key != "required" and node[key] == []
-            if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
-                return key
-        if strict and "anyOf" in stated and len(stated) > 1:
-            return f"anyOf beside {stated[stated[0] == 'anyOf']}"
-        unknown = set(node.get("required", [])) - set(node.get("properties", {}))
-        if unknown and node.get("additionalProperties") is False:
-            return "required"
-        for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
-            rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
-            values = node[key] if key == "enum" else [node[key]]
-            if not all(may_become(rest, in_json(value), True) for value in values):
-                return key
+        wrong = unsupported(node, strict)
+        require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
         todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
                  node.get("items", True), node.get("additionalProperties") or True]
+    return schema
+
+
+def unsupported(node, strict):
+    """What in a schema, but for those within it, decoding does not keep to; None if all is well."""
+    if not isinstance(node, dict):
+        return short(node)
+    stated = sorted(node.keys() - ANNOTATIONS if strict else node.keys() & KEYWORDS.keys())
+    for key in stated:
+        empty = key != "required" and node[key] == []
+        if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
+            return key
+    if strict and "anyOf" in stated and len(stated) > 1:
+        return f"anyOf beside {stated[stated[0] == 'anyOf']}"
+    if node.get("additionalProperties") is False and set(node.get("required", [])) - node.get("properties", {}).keys():
+        return "required"
+    for key in {"const", "enum"} & node.keys():  # what else is stated must allow the values
+        rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
+        values = node[key] if key == "enum" else [node[key]]
+        if not all(may_become(rest, in_json(value), True) for value in values):
+            return key
     return None
 
 
