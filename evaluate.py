@@ -2263,10 +2263,10 @@ eval "exec $close"
 exec setpriv --inh-caps -all --bounding-set {CAPABILITIES} bash -c 'while :; do bash --login; done'"""
 # Files that no process has mapped are not seen in what processes hold, so nobody makes any outside the file
 # systems: (AUDIT_ARCH of linux/audit.h, numbers of the calls shmget, memfd_create and memfd_secret).
-MACHINES = {"x86_64": (0xC000003E, (29, 319, 447)), "aarch64": (0xC00000B7, (194, 279, 447))}
+MACHINES = {"x86_64": (0xC000003E, 29, 319, 447), "aarch64": (0xC00000B7, 194, 279, 447)}
 PROGRAMS = [Path(place) for place in ("bin", "sbin", "local/bin", "local/sbin")]  # below /usr
 LINKS = ("bin", "sbin", "lib", "lib64")  # to their namesakes there
-LOADED = ("/etc", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.preload")  # what a program is found by
+LOADED = ("etc", "etc/alternatives", "etc/ld.so.cache", "etc/ld.so.preload")  # what a program is found by
 
 
 class SandboxEnded(Exception):
@@ -2308,17 +2308,17 @@ class Sandbox:
                     go.write(b"\n")
         self.shell = self.process.stdin, self.process.stdout
         self.checker = open(commands[1], "wb", buffering=0), open(results[0], "rb", buffering=0)
-        for shell in (self.shell, self.checker):
-            os.set_blocking(shell[0].fileno(), False)
+        for commands, _ in (self.shell, self.checker):
+            os.set_blocking(commands.fileno(), False)  # nobody may read them
         threading.Thread(target=self.watch, daemon=True).start()
         self.run("true")
-        self.first = children(self.process.pid)[0]  # of the sandbox's processes, which sees /usr as it was
-        self.main = children(self.first)[0]
-        self.trusted = {self.first, children(self.main)[0]}
+        # The sandbox's first process sees /usr as it was; its main one is the parent of all the others.
+        _, self.first, self.main, checker = [*processes(self.process.pid)][:4]
+        self.trusted = {self.first, checker}
 
     def watch(self):
         while self.process.poll() is None:
-            if sum(state_of(pid)[1] for pid in processes(self.process.pid)) > MEMORY:
+            if sum(memory for _, memory in processes(self.process.pid).values()) > MEMORY:
                 self.close("it took too much memory")
             time.sleep(0.2)
 
@@ -2328,42 +2328,37 @@ class Sandbox:
         self.process.kill()
         self.process.wait()
 
+    def fail(self, why):
+        """End it, and raise SandboxEnded."""
+        self.close(why)
+        raise SandboxEnded(self.ended)
+
     def run(self, script, stdin="< /dev/null", seconds=30, shell=None):
         """Run a script in a shell, the model's by default, whose directory and variables the next one finds;
         returns its status and what it puts out.
 
-        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox.
+        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox. A script of
+        more than the 64 KiB that a pipe holds is cut off.
         """
         mark = "end" + secrets.token_hex(8)
         # The status comes with a line of its own: another shell follows one that the script exits from, and
         # reads on.
         text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
-        todo = text.replace("\0", "").encode("utf-8", "replace")
         found = re.compile(rf"{mark} (\d+) {mark}\n".encode())
+        commands, results = shell or self.shell
         output, deadline = bytearray(), time.monotonic() + seconds
-        inp, out = (file.fileno() for file in shell or self.shell)
+        with contextlib.suppress(OSError):  # it has ended, as the results will show
+            commands.write(text.replace("\0", "").encode("utf-8", "replace"))
         while not (end := found.search(output, max(0, len(output) - 2 * CHUNK))):
-            poll, left = select.poll(), deadline - time.monotonic()
-            poll.register(out, select.POLLIN)
-            if todo:
-                poll.register(inp, select.POLLOUT)
-            ready = dict(poll.poll(max(left, 0) * 1000))
-            if inp in ready:
-                try:
-                    todo = todo[os.write(inp, todo[:4096]):]
-                except OSError:  # nobody reads it any more
-                    todo = b""
-            chunk = os.read(out, CHUNK) if out in ready else None
-            output += chunk or b""
-            if left <= 0:
-                self.close("its time was up")
-            elif len(output) > OUTPUT:
-                self.close("it put out too much")
-            elif chunk == b"":
-                self.close(f"it ended {output[-300:].decode(errors='replace')}".strip())
-            else:
-                continue
-            raise SandboxEnded(self.ended)
+            left = deadline - time.monotonic()
+            if left < 0 or not select.select([results], [], [], left)[0]:
+                self.fail("its time was up")
+            chunk = results.read(CHUNK)
+            output += chunk
+            if not chunk:
+                self.fail(f"it ended {output[-300:].decode(errors='replace')}".strip())
+            if len(output) > OUTPUT:
+                self.fail("it put out too much")
         return int(end[1]), output[:end.start()].decode(errors="replace")
 
     def run_apart(self, script, *arguments):
@@ -2381,38 +2376,34 @@ class Sandbox:
         SandboxEnded where that does not help, as the programs that it runs are not the host's any more.
         """
         for _ in range(100):
-            others = processes(self.first) - self.trusted
-            for pid in others:
+            running = [pid for pid, (state, _) in processes(self.first).items()
+                       if pid not in self.trusted and state not in "TtZXD"]  # stopped, dead or in the kernel
+            if not running:
+                break
+            for pid in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-            if all(state_of(pid)[0] in "TtZXD" for pid in others):  # stopped, dead, or waiting in the kernel
-                break
             time.sleep(0.01)
         else:
-            self.close("its processes cannot be stopped")
-        if not self.ended and self.is_changed():
-            self.close("it changed programs that the checks run")
-        if self.ended:
-            raise SandboxEnded(self.ended)
+            self.fail("its processes cannot be stopped")
+        if self.is_changed():
+            self.fail("it changed programs that the checks run")
 
     def is_changed(self):
         """Whether programs or libraries are not what they are on the host, or others come before them. New
         programs are allowed, and whatever /usr/share and the like have besides.
         """
-        def inside(path):
-            return Path(f"/proc/{self.main}/root{path}")
-
-        upper = Path(f"/proc/{self.first}/root/mnt/upper")
-        same = [*map(Path, LOADED), *Path("/etc/alternatives").glob("*")]
-        pairs = [(inside(path), path) for path in same]
+        inside, upper = Path(f"/proc/{self.main}/root"), Path(f"/proc/{self.first}/root/mnt/upper")
+        programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
+        same = [*(Path("/", path) for path in LOADED), *Path("/etc/alternatives").glob("*")]
+        pairs = [(inside / path.relative_to("/"), path) for path in same]
         for folder, directories, files in os.walk(upper):
             for path in (Path(folder, name) for name in directories + files):
-                if path.is_symlink() or not path.is_dir():
+                if "__pycache__" not in path.parts and (path.is_symlink() or not path.is_dir()):
                     pairs += [(path, original) for original in originals(path.relative_to(upper))]
-        programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
         try:
-            return not (all(is_kept(inside(path), path) for path in programs)
-                        and all(os.readlink(inside(f"/{name}")) == f"usr/{name}" for name in LINKS)
+            return not (all(is_kept(inside / path.relative_to("/"), path) for path in programs)
+                        and all(os.readlink(inside / name) == f"usr/{name}" for name in LINKS)
                         and all(content(path) == content(original) for path, original in pairs))
         except OSError:
             return True
@@ -2424,12 +2415,13 @@ def is_kept(path, original):
 
 
 def originals(path):
-    """The files of the host from which a file that was written to /usr, at this path, may not differ."""
-    if path.parent in PROGRAMS:
-        same_name = [Path("/usr", place, path.name) for place in PROGRAMS]
-        return [file for file in same_name if os.path.lexists(file)]
-    added = not os.path.lexists(Path("/usr", path)) and not path.as_posix().startswith(("lib", "local/lib"))
-    return [] if added or "__pycache__" in path.parts else [Path("/usr", path)]
+    """The files of the host from which a file that was written to /usr, at this path, may not differ; of a
+    program, those of its name in all places. In a library's place nothing new may be.
+    """
+    library = path.as_posix().startswith(("lib", "local/lib"))
+    places = [place / path.name for place in PROGRAMS] if path.parent in PROGRAMS else [path]
+    files = [Path("/usr", place) for place in places]
+    return [file for file in files if library or os.path.lexists(file)]
 
 
 def content(path):
@@ -2445,21 +2437,17 @@ def seccomp_filter():
     """
     if platform.machine() not in MACHINES:
         raise OSError(f"the numbers of system calls are not known for {platform.machine()}")
-    architecture, refused = MACHINES[platform.machine()]
-    program = f"""
-        20 0 0 4                  load the architecture
-        15 1 0 {architecture:x}   skip a step if it is this machine's
-        06 0 0 50001              refuse
-        20 0 0 0                  load the call's number
-        35 0 1 40000000           skip a step if it is none of x32's
-        06 0 0 50001"""
-    for number in refused:
-        program += f"""
-        15 0 1 {number:x}         skip a step if it is not this number
-        06 0 0 50001"""
-    program += """
-        06 0 0 7fff0000           allow"""
     # Each step: code, steps to skip if so, if not, value.
+    program = """
+        20 0 0 4          load the architecture
+        15 0 5 {:x}       refuse another than this machine's
+        20 0 0 0          load the call's number
+        35 3 0 40000000   refuse those of x32
+        15 2 0 {:x}       refuse this one
+        15 1 0 {:x}       and this
+        15 0 1 {:x}       and this, but allow all others
+        06 0 0 50001      refuse
+        06 0 0 7fff0000   allow""".format(*MACHINES[platform.machine()])
     steps = [[int(number, 16) for number in line.split()[:4]] for line in program.splitlines()[1:]]
     reader, writer = os.pipe()
     with open(writer, "wb") as file:
@@ -2468,24 +2456,17 @@ def seccomp_filter():
 
 
 def processes(pid):
-    """The numbers of a process and all beneath it."""
-    return {pid}.union(*map(processes, children(pid)))
-
-
-def children(pid):
-    """The numbers of a process's children, the oldest first; none if it has gone."""
-    with contextlib.suppress(OSError):
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return []
-
-
-def state_of(pid):
-    """(the letter of its state, bytes of memory that it holds) of a process."""
+    """{number: (the letter of its state, bytes of memory that it holds)} of a process and all beneath it,
+    parents first and the oldest child first; nothing if it has gone.
+    """
+    found = {}
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    return "X", 0
+        found[pid] = fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found |= processes(int(child))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
