@@ -341,7 +341,7 @@ def parse_args():
     add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--plot", action="store_true",
-        help="draw out/eval/report.png with matplotlib: scores as bars, the models' training as curves")
+        help="draw out/eval/report.png with matplotlib: scores and intervals, the models' training as curves")
     add("--serve", metavar="DIR",
         help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
     add("--port", type=int, default=8000, help="of --serve")
@@ -1803,8 +1803,8 @@ def agentbench_db(args):
     """An item is a question about a table (right: the values) or a modification of it (right: the hash of the
     table as it then is).
     """
-    rows, development = [], sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
-    for path in find_data(args.data, "dbbench/standard.jsonl") + development:
+    rows = []
+    for path in find_data(args.data, "dbbench/*.jsonl")[::-1]:  # standard before dev
         split = "dev: " * (path.stem == "dev")
         rows += [(split + item["type"][0], f"{path.stem}-{i}", partial(db_episode, item, split, args.mode))
                  for i, item in enumerate(read_all(path))]
@@ -1819,8 +1819,8 @@ def db_episode(item, split, mode):
             if kind not in MODIFICATIONS:
                 return committed and same_values(committed[0], item["label"])
             # In its prompt mode the original looks at the table however the rounds end.
-            hashes = table_hashes(database, table) if committed or mode == "prompt" else ()
-            return any(hashed in item["answer_md5"] for hashed in hashes)
+            if committed or mode == "prompt":
+                return any(hashed in item["answer_md5"] for hashed in table_hashes(database, table))
 
         asked = f"{item['description']}\n{item['add_description']}".strip()
         record = yield from run_rounds(DB, asked, mode, partial(run_sql, database), judge)
@@ -1888,8 +1888,8 @@ def open_table(table):
     row = ", ".join("?" * len(columns))
     database.executemany(f"INSERT INTO {name} VALUES ({row})", table["table_info"]["rows"])
     # No file; 64 MiB; 128 MiB for all of them.
-    for limit in ("temp_store = MEMORY", "max_page_count = 16384", f"hard_heap_limit = {1 << 27}"):
-        database.execute(f"PRAGMA {limit}")
+    database.executescript("PRAGMA temp_store = MEMORY; PRAGMA max_page_count = 16384; "
+                           "PRAGMA hard_heap_limit = 134217728")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 20_000)
     database.set_authorizer(authorize)
@@ -1927,15 +1927,11 @@ def run_sql(database, sql):
     """What a model sees of a statement: rows in the original's form, cut after 800 characters, or the
     error.
     """
-    shown = ""
     try:
-        for row in execute(database, to_sqlite(sql)):
-            shown += f", {row}" if shown else f"[{row}"
-            if len(shown) > 800:
-                return shown[:800] + "[TRUNCATED]"
+        shown = str([*itertools.islice(execute(database, to_sqlite(sql)), 200)])
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
         return f"Error: {str(error) or 'out of memory'}"
-    return f"{shown or '['}]"
+    return shown if len(shown) <= 801 else shown[:800] + "[TRUNCATED]"
 
 
 MYSQL_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
@@ -1994,7 +1990,7 @@ def same_values(answer, gold):
     try:
         given_numbers, left = [float(v) for v in given], [float(v) for v in wanted]
     except ValueError:
-        return {*given} == {*wanted} if len(given) != 1 or len(wanted) != 1 else given == wanted
+        return {*given} == {*wanted}
     for number in given_numbers:
         match = next((n for n in left if abs(number - n) <= 0.01), None)
         if match is None:
@@ -2056,9 +2052,10 @@ def agentbench_os(args):
     rows, left_out = [], Counter()
     for path in find_data(args.data, "os_interaction/**/*.json"):
         folder = "dev" if path.stem == "dev" else path.parent.name
-        if folder not in ("dev", *"1234567") or "scripts" in path.parts:
+        if not re.fullmatch("dev|[1-7]", folder) or "scripts" in path.parts:
             continue
-        name, metric = {"dev": ("dev-001", "dev: accuracy")}.get(folder, (f"std-00{folder}", "accuracy"))
+        name = "dev-001" if folder == "dev" else f"std-00{folder}"
+        metric = "dev: " * (folder == "dev") + "accuracy"
         for i, item in enumerate(read_all(path)):
             try:
                 episode = partial(os_episode, os_task(item, path, folder), metric, args.mode)
@@ -2079,29 +2076,25 @@ def os_task(item, path, folder):
         if value is None:  # as the first check: what the example puts out is compared with the answer
             value = evaluation["example"]
         value = {"code": value} if isinstance(value, str) else value
-        if name := value.get("file"):
-            if Path(name).name in CHECKS:
-                return Path(name).name
-            places = [directory / "scripts" / folder / name for directory in path.parents]
-            files = [place for place in places if place.is_file()]
-            if not files:
-                raise LookupError(name)
-        text = files[0].read_text(encoding="utf-8") if name else value["code"]
+        name = value.get("file", "")
+        if Path(name).name in CHECKS:
+            return Path(name).name
+        places = [directory / "scripts" / folder / name for directory in path.parents]
+        found = [place.read_text(encoding="utf-8") for place in places if place.is_file()]
+        text = found[0] if found else value.get("code")
+        if text is None:
+            raise LookupError(name)
         if re.search(r"\bapt(-get)? ", text):
             raise LookupError("the network")
         return value.get("language", "bash"), text
 
-    def scripts(of, key):
-        value = of.get(key, [])
-        return [script(v) for v in (value if isinstance(value, list) else [value])]
-
-    evaluation, create = item["evaluation"], item.get("create")
+    evaluation, task = item["evaluation"], {"description": item["description"]}
+    sources = {"init": mapping(item, "create"), "start": item, "check": evaluation, "example": evaluation}
+    for key, source in sources.items():
+        values = source.get(key, [])
+        task[key] = [script(v) for v in (values if isinstance(values, list) else [values])]
     match = evaluation.get("match")
-    return {"description": item["description"],
-            "init": scripts(create, "init") if isinstance(create, dict) else [],
-            "start": scripts(item, "start"),
-            "match": {"answer": match, "strip": True} if isinstance(match, str) else match,
-            "check": scripts(evaluation, "check"), "example": scripts(evaluation, "example")}
+    return task | {"match": {"answer": match, "strip": True} if isinstance(match, str) else match}
 
 
 def os_episode(task, metric, mode):
@@ -2284,8 +2277,7 @@ class Sandbox:
         inside = [calls, commands[0], results[1]]
         command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
                    str(commands[0]), str(results[1])]
-        users = Path("/proc/self/uid_map").read_text().split()
-        root = os.geteuid() == 0 and users == ["0", "0", "4294967295"]
+        root = os.geteuid() == 0 and "4294967295" in Path("/proc/self/uid_map").read_text()
         if root:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
@@ -2500,29 +2492,16 @@ def api_bank(args):
 def bank_dialogue(dialogue, known, args):
     """Yield the items of one dialogue."""
     name, turns, messages = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], []
-    level = re.search(r"level-\d", name)[0].replace("-", " ")
+    metrics = ["exact match", re.sub(r".*level-(\d).*", r"exact match: level \1", name)]
     called = sorted({t["api_name"] for t in turns if t["role"] == "API"})
     called = ["ToolSearcher"] if "ToolSearcher" in called else called
     tools = {n: known.get(n) or bank_tool(n) for n in called}
-
-    def episode(messages, tools, gold):
-        answer = yield ask(messages, tools, args)
-        calls, why = calls_of(answer, "python", args), "wrong arguments"
-        if len(calls or []) != 1:
-            why = "wrong count"
-        elif calls[0][0] != gold[0]:
-            why = "wrong name"
-        right = same_json(calls, [gold])
-        scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
-        item = verdict(answer, calls, True, right, why)
-        return item | {"scores": scores, "calls": show(calls), "gold": [gold]}
-
     for n, t in enumerate(turns):
         if t["role"] != "API":
             messages.append(chat_message("user" if t["role"] == "User" else "assistant", t["text"]))
             continue
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
-        yield f"{name}:{n}", partial(episode, [*messages], [*tools.values()], gold)
+        yield f"{name}:{n}", partial(bank_episode, [*messages], [*tools.values()], gold, metrics, args)
         text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
         messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
@@ -2530,10 +2509,22 @@ def bank_dialogue(dialogue, known, args):
                 tools[f["name"]] = bank_tool(f["name"], f["description"], f["input_parameters"])
 
 
+def bank_episode(messages, tools, gold, metrics, args):
+    """What is called after these messages?"""
+    answer = yield ask(messages, tools, args)
+    calls, why = calls_of(answer, "python", args), "wrong arguments"
+    if len(calls or []) != 1:
+        why = "wrong count"
+    elif calls[0][0] != gold[0]:
+        why = "wrong name"
+    item = verdict(answer, calls, True, same_json(calls, [gold]), why)
+    return scored(item, [gold], metrics) | {"calls": show(calls)}
+
+
 def bank_tool(name, description="", parameters=None):
     """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
     properties = {}
-    for p, stated in parameters.items() if isinstance(parameters, dict) else ():
+    for p, stated in mapping(parameters).items():
         kind = TYPE_NAMES.get(re.match(r"\w*", stated["type"])[0], "string")
         properties[p] = {"type": kind, "description": stated.get("description", "")}
     return tool(name, description or "", **properties)["function"]
@@ -2559,13 +2550,14 @@ def mmlu(args):
             likelihoods = yield [(context, f" {letter}") for letter in "ABCD"]
             if None not in likelihoods:
                 break
+        item = {"question": asked, "log_likelihoods": likelihoods, "shots": n}
+        if None in likelihoods:
+            item |= {"verdict": "error", "failure": "too long for the window"}
+        elif "ABCD"[np.argmax(likelihoods)] == gold:
+            item["verdict"] = "right"
         else:
-            return {"verdict": "error", "failure": "too long for the window", "scores": {"accuracy": 0.0},
-                    "question": asked}
-        right = "ABCD"[np.argmax(likelihoods)] == gold
-        item = {"verdict": "right" if right else "wrong", "scores": {"accuracy": float(right)},
-                "question": asked, "gold": gold, "log_likelihoods": likelihoods, "shots": n}
-        return item if right else item | {"failure": "another letter"}
+            item |= {"verdict": "wrong", "failure": "another letter"}
+        return scored(item, gold, ["accuracy"])
 
     asked = questions(args.data, "test") or questions(args.data, "val")
     if not asked:
@@ -2596,7 +2588,7 @@ def total_of(formula, means, rows):
     pooled = isinstance(formula, frozenset)
     parts = [total_of(part, means, rows) for part in (sorted(formula) if pooled else formula)]
     weights = [len(items) if pooled else 1 for _, items in parts]
-    mean = sum(mean * weight for (mean, _), weight in zip(parts, weights)) / sum(weights)
+    mean = np.average([mean for mean, _ in parts], 0, weights)
     return mean, [item for _, items in parts for item in items]
 
 
@@ -2612,15 +2604,15 @@ def read_reference(path, measured):
         fail(f"--reference {path}: {error.strerror}")
     except (ValueError, RecursionError):
         fail(f"--reference {path}: not a JSON list")
-    found, texts = [], ("model", "metric", "source", "suite")
+    found, keys = [], ("model", "metric", "source", "suite")
     for n, row in enumerate(given, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
-            fail(f"--reference {path}, entry {n}: it needs {', '.join(texts)}, each a text, and score")
-        score, most = row.get("score"), float("inf") if row["suite"] == "loss" else 1
-        if type(score) not in (int, float) or not 0 <= score <= most:
+        texts, score = [mapping(row).get(key) for key in keys], mapping(row).get("score")
+        if not fits(texts, TEXTS):
+            fail(f"--reference {path}, entry {n}: it needs {', '.join(keys)}, each a text, and score")
+        model, metric, source, suite = (visible(" ".join(text.split())).replace("|", "/") for text in texts)
+        most = float("inf") if suite == "loss" else 1
+        if not fits(score, {"type": "number"}) or not 0 <= score <= most:
             fail(f"--reference {path}, entry {n}: the score is a share, from 0 to 1")
-        model, metric, source, suite = (
-            visible(" ".join(row[key].split())).replace("|", "/") for key in texts)
         found.append({"model": f"{model} (published: {source})", "suite": suite, "metric": metric,
                       "score": score})
     suites = {suite.removesuffix("-constrained") for suite in measured}
@@ -2675,27 +2667,26 @@ def failures(suite, items, models):
 
 
 def draw(results, models, paths, out, pyplot):
-    """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training
+    """Draw out/eval/report.png: each suite's scores and their intervals, and the held-out losses of the models' training
     as curves.
     """
     suites = dict.fromkeys(r["suite"] for r in results)
-    logs = {model: log for model, path in zip(models, paths) if (log := read_metrics(Path(path)))}
-    n, width = len(suites) + bool(logs), 1 / (len(models) + 1)
-    figure, axes = pyplot.subplots(n, 1, figsize=(12, 4 * n), layout="constrained", squeeze=False)
-    for axis, suite in zip(axes.flat, suites):
-        for m, model in enumerate(models):
+    n = len(suites) + 1
+    figure, axes = pyplot.subplots(n, figsize=(12, 4 * n), layout="constrained")
+    for axis, suite in zip(axes, suites):
+        for model in models:
             rows = [r for r in results if (r["suite"], r["model"]) == (suite, model)]
             score, *ends = np.array([[r[key] for r in rows] for key in ("score", "low", "high")])
-            axis.bar(np.arange(len(rows)) + m * width, score, width, yerr=np.abs(ends - score), label=model)
-        axis.set_xticks(range(len(rows)), [r["metric"] for r in rows], rotation=20, ha="right", fontsize=8)
-        axis.set(title=suite, ylim=(0, None))
-    for c, (model, lines) in enumerate(logs.items()):
-        for style, domain in zip(("-", "--", ":", "-."), VALIDATED):
-            key = f"loss/{domain}"
+            metrics = [r["metric"] for r in rows]
+            axis.errorbar(score, metrics, xerr=np.abs(ends - score), fmt="o", label=model)
+        axis.set_title(suite)
+    for model, path in zip(models, paths):
+        lines = read_metrics(Path(path))
+        for key in (f"loss/{domain}" for domain in VALIDATED):
             points = [(line["step"], line[key]) for line in lines if key in line]
-            axes[-1, 0].plot(*zip(*points), style, color=f"C{c}", label=f"{model}, {domain}")
-        axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
-    for axis in axes.flat:
+            axes[-1].plot(*zip(*points), label=f"{model}, {key}")
+    axes[-1].set(title="held-out loss in training (nats a token)", xlabel="step")
+    for axis in axes:
         axis.legend(fontsize=8)
     figure.savefig(out / "report.png", dpi=100)
 
@@ -2735,9 +2726,7 @@ def read_tools(path):
         else:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
             tools = [read_tool(t if "function" in t else {"type": "function", "function": t}) for t in given]
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except UNREADABLE:
+    except (OSError, *UNREADABLE):
         fail(f"{path}: not a JSON list of tools, each a function with a name and a schema")
     return tools or fail(f"{path}: no public function in it")
 
@@ -2815,7 +2804,7 @@ def write_answer(row, tokenizer):
         text += decoder.decode(data, bool(reason))
         if stop := row.stop.search(text, max(begun, at - row.held)):
             text, reason = text[:stop.start()], "stop"
-        elif row.single and text.endswith("</tool_call>") and parse_calls(text, 1):
+        elif row.most == 1 and text.endswith("</tool_call>") and parse_calls(text, 1):
             reason = "stop"
         head = text.partition("<tool_call>")[0] if row.tools else text
         end = len(head[:max(0, len(text) - row.held)].rstrip("\n"))
@@ -2841,13 +2830,13 @@ def result(text, row, reason):
     """(content, {"tool_calls": calls} or {}, finish_reason) of a text that has ended. A single call is whole
     whatever cuts off what follows it.
     """
-    calls = parse_calls(text, 1 if row.single else None) if row.tools else None
+    calls = parse_calls(text, row.most)
     if not calls:
         return text, {}, reason
     message = turn(Answer(text, calls))
     calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
              for i, call in enumerate(message["tool_calls"])]
-    reason = "tool_calls" if row.single or reason == "stop" else reason
+    reason = "tool_calls" if row.most or reason == "stop" else reason
     return message["content"] or None, {"tool_calls": calls}, reason
 
 
@@ -2895,9 +2884,11 @@ class Engine(threading.Thread):
     def take(self, row, token, logits):
         """The token that a row takes; None if it has ended, or its client is gone."""
         try:
-            token = row.writing.send((token, logits))
-            return None if row.gone else token
-        except Exception as error:  # of a schema that cannot be followed
+            heard = select.select([row.connection], [], [], 0)[0]
+            if heard and not row.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionResetError
+            return row.writing.send((token, logits))
+        except Exception as error:  # also of a schema that cannot be followed
             row.events.put(error)
 
 
@@ -2905,12 +2896,15 @@ class HTTPError(Exception):
     """A request that is answered by an error: (status, the answer)."""
 
 
+def failure(message, kind="invalid_request_error", param=None, code=None):
+    """An error as the API has it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def require(ok, message, param=None, status=400, code=None):
     """Refuse a request if something is not as it should be."""
     if not ok:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        error = {"message": message, "type": kind, "param": param, "code": code}
-        raise HTTPError(status, {"error": error})
+        raise HTTPError(status, failure(message, param=param, code=code))
 
 
 class Api(BaseHTTPRequestHandler):
@@ -2975,11 +2969,9 @@ class Api(BaseHTTPRequestHandler):
             row = read_chat(json.loads(data), self.server.local, names)
         except UNREADABLE:
             require(False, "the body is not a JSON object that can be read")
+        row.connection = self.connection
         self.server.engine.waiting.put(row)
-        try:
-            self.answer(row)
-        finally:
-            row.gone = True
+        self.answer(row)
 
     def answer(self, row):
         """Send a row's answer, whole or, as a stream, in server-sent events: an object for each of its
@@ -2993,14 +2985,14 @@ class Api(BaseHTTPRequestHandler):
 
         if row.stream:
             self.send_head(200, "text/event-stream")
-        try:
-            for choice in self.watch(row):
-                if row.stream:
-                    send(head | {"choices": [choice]})
-        except HTTPError as failed:
-            if not row.stream:
-                raise
-            return send(failed.args[1])  # it is too late for a status
+        choice = {"finish_reason": None}
+        while not choice["finish_reason"]:
+            choice = row.events.get()
+            if isinstance(choice, Exception):
+                failed = failure(repr(choice), "server_error")
+                return send(failed) if row.stream else self.send_json(500, failed)
+            if row.stream:
+                send(head | {"choices": [choice]})
         prompt, completion = len(row.ids), len(row.new)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                  "total_tokens": prompt + completion}
@@ -3010,20 +3002,6 @@ class Api(BaseHTTPRequestHandler):
             send(head | {"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
-    def watch(self, row):
-        """Yields the row's choices up to the last, unless the client is gone."""
-        choice = {"finish_reason": None}
-        while not choice["finish_reason"]:
-            try:
-                choice = row.events.get(timeout=1)
-            except queue.Empty:
-                silent = not select.select([self.connection], [], [], 0)[0]
-                if not silent and not self.connection.recv(1, socket.MSG_PEEK):
-                    raise ConnectionResetError from None
-                continue
-            require(isinstance(choice, dict), repr(choice), status=500)
-            yield choice
-
 
 def read_chat(body, local, names):
     """What a request asks for, as a row of the engine. Special tokens in messages are text. A call that must
@@ -3032,7 +3010,7 @@ def read_chat(body, local, names):
     tokenizer, context = local.tokenizer, local.model.config.max_seq_len
     require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
             "model", 404, "model_not_found")
-    row = SimpleNamespace(events=queue.SimpleQueue(), new=[], gone=False, constraint=None)
+    row = SimpleNamespace(events=queue.SimpleQueue(), new=[], constraint=None)
     for name, (kind, low, high, default) in FIELDS.items():
         value = body.get(name)
         require(value is None or type(value) in (int, kind) and low <= value <= high,
@@ -3049,12 +3027,15 @@ def read_chat(body, local, names):
               if chosen == "required" or mapping(chosen, "function") == {"name": tool["function"]["name"]}]
     require(called or chosen in ("auto", "none"),
             f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
-    row.tools = [] if chosen == "none" else tools
-    row.single = bool(row.tools) and (isinstance(chosen, dict) or not row.parallel_tool_calls)
+    row.tools, row.most = tools, None  # how many calls count
+    if not tools or chosen == "none":
+        row.tools, row.most = [], 0
+    elif isinstance(chosen, dict) or not row.parallel_tool_calls:
+        row.most = 1
     row.begun = [tokenizer.special["<tool_call>"]] * bool(called)
     require(schema is None or not row.tools, "response_format does not go with tools", "response_format")
     for function in (tool["function"] for tool in called):
-        check_schema(read_schema(function["parameters"]), "tools", function.get("strict") is True)
+        check_schema(function["parameters"], "tools", function.get("strict") is True)
     if called or schema is not None:
         row.constraint = Constraint(tokenizer, [called], schema)
 
@@ -3063,7 +3044,7 @@ def read_chat(body, local, names):
     require(fits(stop, TEXTS) and all(stop) and len(json.dumps(stop)) <= 2**14,
             "stop must be one or more strings, none of them empty, of at most 16,000 characters", "stop")
     row.stop = re.compile("|".join(map(re.escape, stop)) or "(?!)")
-    row.held = max(map(len, [*stop, "<tool_call>" if row.tools else "."])) - 1  # back from a stream
+    row.held = max(map(len, [*stop, "<tool_call>"]))  # characters that may become one of these
     stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
     row.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
 
@@ -3127,9 +3108,7 @@ def read_format(value):
     if kind == "text":
         return None
     require(isinstance(formats[kind], dict), f"{where} has no object as its json_schema.schema", where)
-    size = len(json.dumps(formats[kind]))
-    require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
-    return check_schema(read_schema(formats[kind]), where)
+    return check_schema(formats[kind], where)
 
 
 ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment "
@@ -3142,9 +3121,12 @@ KEYWORDS = {  # of the schema of an answer, each with the schema of its value; o
 
 
 def check_schema(schema, where, strict=True):
-    """A schema from read_schema, if decoding keeps to all that is in it; else the request is refused. Unless
-    it is strict, keywords such as `minimum` are passed over.
+    """A schema as read_schema returns it, if decoding keeps to all that is in it; else the request is
+    refused. Unless it is strict, keywords such as `minimum` are passed over.
     """
+    size = len(json.dumps(schema))
+    require(size <= 2**16, f"{where}: a schema of {size:,} characters, more than 65,536", where)
+    schema = read_schema(schema)
     todo, seen = [schema], set()
     while todo:
         node = todo.pop()
@@ -3168,10 +3150,11 @@ def unsupported(node, strict):
         if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
             return key
     if strict and "anyOf" in stated and len(stated) > 1:
-        return f"anyOf beside {stated[stated[0] == 'anyOf']}"
-    if node.get("additionalProperties") is False and set(node.get("required", [])) - node.get("properties", {}).keys():
+        return " beside ".join(stated)
+    unknown = set(node.get("required", [])) - node.get("properties", {}).keys()
+    if unknown and node.get("additionalProperties") is False:
         return "required"
-    for key in {"const", "enum"} & node.keys():  # what else is stated must allow the values
+    for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
         rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
         values = node[key] if key == "enum" else [node[key]]
         if not all(may_become(rest, in_json(value), True) for value in values):

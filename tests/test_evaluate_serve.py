@@ -196,12 +196,15 @@ def test_waiting_requests_share_steps(local, monkeypatch):
     engine = evaluate.Engine(local, 8)
     body = {"model": "tiny", "messages": CALL, "temperature": 0, "max_tokens": 40}
     rows = [evaluate.read_chat(body, local, ["tiny"]) for _ in range(8)]
+    connection, _ = ends = socket.socketpair()
     for row in rows:
-        row.stop_ids = set()
+        row.stop_ids, row.connection = set(), connection
         engine.waiting.put(row)
     for row in rows:
         row.events.get(timeout=20)
     engine.close()
+    for end in ends:
+        end.close()
     assert len(steps) < 60 and max(steps) == 8
 
 
@@ -340,7 +343,7 @@ def test_a_response_format_does_not_go_with_tools(client):
 def test_a_single_call_is_kept(rest):
     """With a named tool_choice, or without parallel calls, the first call is the answer, whatever comes after it."""
     text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' + rest
-    content, calls, reason = evaluate.result(text, Namespace(tools=[{}], single=True), "length")
+    content, calls, reason = evaluate.result(text, Namespace(most=1), "length")
     calls = calls["tool_calls"]
     assert [c["function"]["name"] for c in calls] == ["f"] and content is None and reason == "tool_calls"
 
