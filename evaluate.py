@@ -81,7 +81,7 @@ import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, print_tokens, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
                      definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
-                     source_tool, unit_hash, visible)
+                     source_tool, tools_of, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
 
 VERDICTS = "right wrong abstained unparseable error".split()
@@ -2429,21 +2429,14 @@ def seccomp_filter():
     """
     if platform.machine() not in MACHINES:
         raise OSError(f"the numbers of system calls are not known for {platform.machine()}")
-    # Each step: code, steps to skip if so, if not, value.
-    program = """
-        20 0 0 4          load the architecture
-        15 0 5 {:x}       refuse another than this machine's
-        20 0 0 0          load the call's number
-        35 3 0 40000000   refuse those of x32
-        15 2 0 {:x}       refuse this one
-        15 1 0 {:x}       and this
-        15 0 1 {:x}       and this, but allow all others
-        06 0 0 50001      refuse
-        06 0 0 7fff0000   allow""".format(*MACHINES[platform.machine()])
-    steps = [[int(number, 16) for number in line.split()[:4]] for line in program.splitlines()[1:]]
+    # Each step: its code, how many to skip if so, how many if not, a value. Load the architecture; refuse
+    # another than this machine's; load the call's number; refuse those of x32, and three; refuse; allow.
+    program = """20 0 0 4  15 0 5 {:x}  20 0 0 0  35 3 0 40000000  15 2 0 {:x}  15 1 0 {:x}  15 0 1 {:x}
+                 06 0 0 50001  06 0 0 7fff0000""".format(*MACHINES[platform.machine()])
+    numbers = [int(number, 16) for number in program.split()]
     reader, writer = os.pipe()
     with open(writer, "wb") as file:
-        file.write(b"".join(struct.pack("HBBI", *step) for step in steps))
+        file.write(struct.pack("HBBI" * 9, *numbers))
     return reader
 
 
@@ -2472,12 +2465,13 @@ def api_bank(args):
     At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and
     what it has found so far.
     """
-    known = {"ToolSearcher": bank_tool(
-        "ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
+    known = {"ToolSearcher": {
+        "name": "ToolSearcher", "description": "Searches for tools by keywords.",
+        "input_parameters": {"keywords": {"type": "str"}}}}
     for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
-        stated = dict(re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"]))
-        described = [literal_value(stated.get(key)) for key in ("description", "input_parameters")]
-        known[row["类名"]] = bank_tool(row["类名"], *described)
+        texts = dict(re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"]))
+        stated = {key: literal_value(text) for key, text in texts.items()}
+        known[row["类名"]] = stated | {"name": row["类名"]}
     episodes = []
     for path in find_data(args.data, "*level*.jsonl"):
         lines = read_all(path)
@@ -2495,18 +2489,28 @@ def bank_dialogue(dialogue, known, args):
     metrics = ["exact match", re.sub(r".*level-(\d).*", r"exact match: level \1", name)]
     called = sorted({t["api_name"] for t in turns if t["role"] == "API"})
     called = ["ToolSearcher"] if "ToolSearcher" in called else called
-    tools = {n: known.get(n) or bank_tool(n) for n in called}
+    tools = {n: known.get(n, {"name": n}) for n in called}
     for n, t in enumerate(turns):
         if t["role"] != "API":
             messages.append(chat_message("user" if t["role"] == "User" else "assistant", t["text"]))
             continue
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
-        yield f"{name}:{n}", partial(bank_episode, [*messages], [*tools.values()], gold, metrics, args)
+        functions = [bank_tool(api) for api in tools.values()]
+        yield f"{name}:{n}", partial(bank_episode, [*messages], functions, gold, metrics, args)
         text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
         messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
             for f in output if isinstance(output, list) else [output]:
-                tools[f["name"]] = bank_tool(f["name"], f["description"], f["input_parameters"])
+                tools[f["name"]] = f
+
+
+def bank_tool(api):
+    """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
+    properties = {}
+    for name, stated in mapping(api, "input_parameters").items():
+        kind = TYPE_NAMES.get(re.match(r"\w*", stated["type"])[0], "string")
+        properties[name] = {"type": kind, "description": stated.get("description", "")}
+    return tool(api["name"], api.get("description") or "", **properties)["function"]
 
 
 def bank_episode(messages, tools, gold, metrics, args):
@@ -2519,15 +2523,6 @@ def bank_episode(messages, tools, gold, metrics, args):
         why = "wrong name"
     item = verdict(answer, calls, True, same_json(calls, [gold]), why)
     return scored(item, [gold], metrics) | {"calls": show(calls)}
-
-
-def bank_tool(name, description="", parameters=None):
-    """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
-    properties = {}
-    for p, stated in mapping(parameters).items():
-        kind = TYPE_NAMES.get(re.match(r"\w*", stated["type"])[0], "string")
-        properties[p] = {"type": kind, "description": stated.get("description", "")}
-    return tool(name, description or "", **properties)["function"]
 
 
 def mmlu(args):
@@ -2725,7 +2720,7 @@ def read_tools(path):
             tools = [definition(source_tool(api), api["name"]) for api in apis if api["usable"]]
         else:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
-            tools = [read_tool(t if "function" in t else {"type": "function", "function": t}) for t in given]
+            tools = [read_tool(tool) for tool in tools_of(given)]
     except (OSError, *UNREADABLE):
         fail(f"{path}: not a JSON list of tools, each a function with a name and a schema")
     return tools or fail(f"{path}: no public function in it")
