@@ -2081,7 +2081,7 @@ def os_task(item, path, folder):
             return Path(name).name
         places = [directory / "scripts" / folder / name for directory in path.parents]
         found = [place.read_text(encoding="utf-8") for place in places if place.is_file()]
-        text = found[0] if found else value.get("code")
+        text = [*found, value.get("code")][0]
         if text is None:
             raise LookupError(name)
         if re.search(r"\bapt(-get)? ", text):
@@ -2220,7 +2220,7 @@ BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --h
     --setenv TERM dumb --size {DISK} --tmpfs / --ro-bind /usr /usr --symlink usr/bin /bin
     --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --proc /proc --dev /dev
     --size {DISK} --tmpfs /dev/shm --remount-ro /dev --size {DISK} --tmpfs /mnt --ro-bind /etc /mnt/etc
-    --dir /root --chdir /root""".split()
+    --dir /root --chdir /root"""
 # Run first, with capabilities that are given up for good at the end: what is written to /usr goes to memory;
 # no user namespaces from here on, as in one of its own anyone may mount file systems without a limit. Files
 # of the host belong to no one here, and an item changes the mode of find: it is copied. In the end there are
@@ -2275,15 +2275,15 @@ class Sandbox:
         self.ended, options = None, {}
         calls, commands, results = seccomp_filter(), os.pipe(), os.pipe()
         inside = [calls, commands[0], results[1]]
-        command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
-                   str(commands[0]), str(results[1])]
+        command = f"{BWRAP} --seccomp {calls} unshare --mount bash -c".split()
+        command += [SETUP, "setup", str(commands[0]), str(results[1])]
         root = os.geteuid() == 0 and "4294967295" in Path("/proc/self/uid_map").read_text()
         if root:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
             base, info, go = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), os.pipe(), os.pipe()
-            command[:1] = ["prlimit", f"--nproc={PROCESSES}", "bwrap", "--info-fd", str(info[1]),
-                           "--userns-block-fd", str(go[0])]
+            limited = f"prlimit --nproc={PROCESSES} bwrap --info-fd {info[1]} --userns-block-fd {go[0]}"
+            command[:1] = limited.split()
             inside += [info[1], go[0]]
             options = {"user": base, "group": base, "extra_groups": []}
         # A process in the sandbox can read the environment that is given here.
@@ -2357,11 +2357,12 @@ class Sandbox:
         """Run a (language, text) in a process and an environment of its own, from the shell for checks;
         returns its status and standard output.
         """
+        language, text = script
         # Nothing of what a user can give Python to run before the script.
-        python = ["python3", "-ISB", "-X", "pycache_prefix=/dev/null", "-c", script[1]]
-        command = ["/usr/bin/env", "-i", f"PATH={PATHS}", "HOME=/root", "LANG=C.UTF-8",
-                   *(python if script[0] == "python" else ["bash", "-c", script[1], "--"]), *arguments]
-        return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)", shell=self.checker)
+        python = "python3 -ISB -X pycache_prefix=/dev/null -c {}"
+        program = (python if language == "python" else "bash -c {} --").format(shlex.quote(text))
+        command = f"/usr/bin/env -i PATH={PATHS} HOME=/root LANG=C.UTF-8 {program} {shlex.join(arguments)}"
+        return self.run(f"(cd /root; exec {command} 2> /dev/null)", shell=self.checker)
 
     def settle(self):
         """Stop whatever runs but the shell for checks, which from now on nothing can disturb. Raises
@@ -2666,8 +2667,8 @@ def draw(results, models, paths, out, pyplot):
     as curves.
     """
     suites = dict.fromkeys(r["suite"] for r in results)
-    n = len(suites) + 1
-    figure, axes = pyplot.subplots(n, figsize=(12, 4 * n), layout="constrained")
+    size = 12, 4 + 4 * len(suites)
+    figure, axes = pyplot.subplots(len(suites) + 1, figsize=size, layout="constrained")
     for axis, suite in zip(axes, suites):
         for model in models:
             rows = [r for r in results if (r["suite"], r["model"]) == (suite, model)]
@@ -2807,7 +2808,7 @@ def write_answer(row, tokenizer):
             put({"content": text[sent:end]}, end)
             sent = end
     content, calls, reason = result(text, row, reason)
-    put(role | {"content": content and content[sent:]} | calls, len(text), reason)
+    put(role | calls | {"content": content and content[sent:]}, len(text), reason)
     yield None
 
 
@@ -3122,23 +3123,18 @@ def check_schema(schema, where, strict=True):
     size = len(json.dumps(schema))
     require(size <= 2**16, f"{where}: a schema of {size:,} characters, more than 65,536", where)
     schema = read_schema(schema)
-    todo, seen = [schema], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or node is True:
-            continue
-        seen.add(id(node))
-        wrong = unsupported(node, strict)
-        require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
-        todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
-                 node.get("items", True), node.get("additionalProperties") or True]
+    wrong = unsupported(schema, strict, set())
+    require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
     return schema
 
 
-def unsupported(node, strict):
-    """What in a schema, but for those within it, decoding does not keep to; None if all is well."""
+def unsupported(node, strict, seen):
+    """What in a schema decoding does not keep to; None if all is well."""
+    if node is True or id(node) in seen:
+        return None
     if not isinstance(node, dict):
         return short(node)
+    seen.add(id(node))
     stated = sorted(node.keys() - ANNOTATIONS if strict else node.keys() & KEYWORDS.keys())
     for key in stated:
         empty = key != "required" and node[key] == []
@@ -3146,15 +3142,18 @@ def unsupported(node, strict):
             return key
     if strict and "anyOf" in stated and len(stated) > 1:
         return " beside ".join(stated)
-    unknown = set(node.get("required", [])) - node.get("properties", {}).keys()
-    if unknown and node.get("additionalProperties") is False:
+    properties = node.get("properties", {})
+    if node.get("additionalProperties") is False and not properties.keys() >= {*node.get("required", [])}:
         return "required"
     for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
         rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
         values = node[key] if key == "enum" else [node[key]]
         if not all(may_become(rest, in_json(value), True) for value in values):
             return key
-    return None
+    within = [*properties.values(), *node.get("anyOf", []), node.get("items", True),
+              node.get("additionalProperties") or True]
+    wrong = (unsupported(part, strict, seen) for part in within)
+    return next((key for key in wrong if key is not None), None)
 
 
 if __name__ == "__main__":
