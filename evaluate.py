@@ -2663,8 +2663,8 @@ def failures(suite, items, models):
 
 
 def draw(results, models, paths, out, pyplot):
-    """Draw out/eval/report.png: each suite's scores and their intervals, and the held-out losses of the models' training
-    as curves.
+    """Draw out/eval/report.png: each suite's scores with their intervals, and the held-out losses of the
+    models' training as curves.
     """
     suites = dict.fromkeys(r["suite"] for r in results)
     size = 12, 4 + 4 * len(suites)
@@ -2758,7 +2758,7 @@ def serve(args):
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        server.engine.close()
+        os._exit(0)  # not as usual: the engine is at work
 
 
 def write_answer(row, tokenizer):
@@ -2843,24 +2843,18 @@ class Engine(threading.Thread):
 
     def __init__(self, local, size):
         super().__init__(daemon=True)
-        self.model, self.size, self.waiting, self.closed = local.model, size, queue.SimpleQueue(), False
+        self.model, self.size, self.waiting = local.model, size, queue.SimpleQueue()
         self.start()
-
-    def close(self):
-        self.closed = True
-        self.join()
 
     @torch.inference_mode()
     def run(self):
         rows = []
-        while not self.closed:
+        while True:
             if not rows:
                 batch, logits = transformer.Batch(self.model), []
             with contextlib.suppress(queue.Empty):
                 while len(rows) < self.size:
-                    rows.append(self.waiting.get(block=not rows, timeout=0.5))
-            if not rows:
-                continue
+                    rows.append(self.waiting.get(block=not rows))
             try:
                 if fresh := rows[len(logits):]:
                     logits += batch.add([row.ids for row in fresh])
@@ -2878,7 +2872,7 @@ class Engine(threading.Thread):
                 rows = []
 
     def take(self, row, token, logits):
-        """The token that a row takes; None if it has ended, or its client is gone."""
+        """The token that a row takes; None if it has ended (by StopIteration), or its client is gone."""
         try:
             heard = select.select([row.connection], [], [], 0)[0]
             if heard and not row.connection.recv(1, socket.MSG_PEEK):
@@ -2922,7 +2916,7 @@ class Api(BaseHTTPRequestHandler):
         except HTTPError as refused:
             self.send_json(*refused.args)
 
-    do_GET = do_PUT = do_PATCH = do_DELETE = do_POST
+    do_GET = do_DELETE = do_POST
 
     def log_message(self, *args):
         pass

@@ -202,7 +202,6 @@ def test_waiting_requests_share_steps(local, monkeypatch):
         engine.waiting.put(row)
     for row in rows:
         row.events.get(timeout=20)
-    engine.close()
     for end in ends:
         end.close()
     assert len(steps) < 60 and max(steps) == 8
