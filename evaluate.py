@@ -81,7 +81,7 @@ import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, print_tokens, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
                      definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
-                     unit_hash, visible)
+                     tools_of, unit_hash, visible)
 from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
 
 VERDICTS = "right wrong abstained unparseable error".split()
@@ -341,7 +341,7 @@ def parse_args():
     add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     add("--plot", action="store_true",
-        help="draw out/eval/report.png with matplotlib: scores as bars, the models' training as curves")
+        help="draw out/eval/report.png with matplotlib: scores and intervals, the models' training as curves")
     add("--serve", metavar="DIR",
         help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
     add("--port", type=int, default=8000, help="of --serve")
@@ -1803,8 +1803,8 @@ def agentbench_db(args):
     """An item is a question about a table (right: the values) or a modification of it (right: the hash of the
     table as it then is).
     """
-    rows, development = [], sorted(Path(args.data).rglob("dbbench/dev.jsonl"))
-    for path in find_data(args.data, "dbbench/standard.jsonl") + development:
+    rows = []
+    for path in find_data(args.data, "dbbench/*.jsonl")[::-1]:  # standard before dev
         split = "dev: " * (path.stem == "dev")
         rows += [(split + item["type"][0], f"{path.stem}-{i}", partial(db_episode, item, split, args.mode))
                  for i, item in enumerate(read_all(path))]
@@ -1819,8 +1819,8 @@ def db_episode(item, split, mode):
             if kind not in MODIFICATIONS:
                 return committed and same_values(committed[0], item["label"])
             # In its prompt mode the original looks at the table however the rounds end.
-            hashes = table_hashes(database, table) if committed or mode == "prompt" else ()
-            return any(hashed in item["answer_md5"] for hashed in hashes)
+            if committed or mode == "prompt":
+                return any(hashed in item["answer_md5"] for hashed in table_hashes(database, table))
 
         asked = f"{item['description']}\n{item['add_description']}".strip()
         record = yield from run_rounds(DB, asked, mode, partial(run_sql, database), judge)
@@ -1888,8 +1888,8 @@ def open_table(table):
     row = ", ".join("?" * len(columns))
     database.executemany(f"INSERT INTO {name} VALUES ({row})", table["table_info"]["rows"])
     # No file; 64 MiB; 128 MiB for all of them.
-    for limit in ("temp_store = MEMORY", "max_page_count = 16384", f"hard_heap_limit = {1 << 27}"):
-        database.execute(f"PRAGMA {limit}")
+    database.executescript("PRAGMA temp_store = MEMORY; PRAGMA max_page_count = 16384; "
+                           "PRAGMA hard_heap_limit = 134217728")
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
     database.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, 20_000)
     database.set_authorizer(authorize)
@@ -1927,15 +1927,11 @@ def run_sql(database, sql):
     """What a model sees of a statement: rows in the original's form, cut after 800 characters, or the
     error.
     """
-    shown = ""
     try:
-        for row in execute(database, to_sqlite(sql)):
-            shown += f", {row}" if shown else f"[{row}"
-            if len(shown) > 800:
-                return shown[:800] + "[TRUNCATED]"
+        shown = str([*itertools.islice(execute(database, to_sqlite(sql)), 200)])
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
         return f"Error: {str(error) or 'out of memory'}"
-    return f"{shown or '['}]"
+    return shown if len(shown) <= 801 else shown[:800] + "[TRUNCATED]"
 
 
 MYSQL_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
@@ -1994,7 +1990,7 @@ def same_values(answer, gold):
     try:
         given_numbers, left = [float(v) for v in given], [float(v) for v in wanted]
     except ValueError:
-        return {*given} == {*wanted} if len(given) != 1 or len(wanted) != 1 else given == wanted
+        return {*given} == {*wanted}
     for number in given_numbers:
         match = next((n for n in left if abs(number - n) <= 0.01), None)
         if match is None:
@@ -2056,9 +2052,10 @@ def agentbench_os(args):
     rows, left_out = [], Counter()
     for path in find_data(args.data, "os_interaction/**/*.json"):
         folder = "dev" if path.stem == "dev" else path.parent.name
-        if folder not in ("dev", *"1234567") or "scripts" in path.parts:
+        if not re.fullmatch("dev|[1-7]", folder) or "scripts" in path.parts:
             continue
-        name, metric = {"dev": ("dev-001", "dev: accuracy")}.get(folder, (f"std-00{folder}", "accuracy"))
+        name = "dev-001" if folder == "dev" else f"std-00{folder}"
+        metric = "dev: " * (folder == "dev") + "accuracy"
         for i, item in enumerate(read_all(path)):
             try:
                 episode = partial(os_episode, os_task(item, path, folder), metric, args.mode)
@@ -2079,29 +2076,25 @@ def os_task(item, path, folder):
         if value is None:  # as the first check: what the example puts out is compared with the answer
             value = evaluation["example"]
         value = {"code": value} if isinstance(value, str) else value
-        if name := value.get("file"):
-            if Path(name).name in CHECKS:
-                return Path(name).name
-            places = [directory / "scripts" / folder / name for directory in path.parents]
-            files = [place for place in places if place.is_file()]
-            if not files:
-                raise LookupError(name)
-        text = files[0].read_text(encoding="utf-8") if name else value["code"]
+        name = value.get("file", "")
+        if Path(name).name in CHECKS:
+            return Path(name).name
+        places = [directory / "scripts" / folder / name for directory in path.parents]
+        found = [place.read_text(encoding="utf-8") for place in places if place.is_file()]
+        text = [*found, value.get("code")][0]
+        if text is None:
+            raise LookupError(name)
         if re.search(r"\bapt(-get)? ", text):
             raise LookupError("the network")
         return value.get("language", "bash"), text
 
-    def scripts(of, key):
-        value = of.get(key, [])
-        return [script(v) for v in (value if isinstance(value, list) else [value])]
-
-    evaluation, create = item["evaluation"], item.get("create")
+    evaluation, task = item["evaluation"], {"description": item["description"]}
+    sources = {"init": mapping(item, "create"), "start": item, "check": evaluation, "example": evaluation}
+    for key, source in sources.items():
+        values = source.get(key, [])
+        task[key] = [script(v) for v in (values if isinstance(values, list) else [values])]
     match = evaluation.get("match")
-    return {"description": item["description"],
-            "init": scripts(create, "init") if isinstance(create, dict) else [],
-            "start": scripts(item, "start"),
-            "match": {"answer": match, "strip": True} if isinstance(match, str) else match,
-            "check": scripts(evaluation, "check"), "example": scripts(evaluation, "example")}
+    return task | {"match": {"answer": match, "strip": True} if isinstance(match, str) else match}
 
 
 def os_episode(task, metric, mode):
@@ -2227,7 +2220,7 @@ BWRAP = f"""bwrap --unshare-all --unshare-user --uid 0 --gid 0 --cap-add ALL --h
     --setenv TERM dumb --size {DISK} --tmpfs / --ro-bind /usr /usr --symlink usr/bin /bin
     --symlink usr/sbin /sbin --symlink usr/lib /lib --symlink usr/lib64 /lib64 --proc /proc --dev /dev
     --size {DISK} --tmpfs /dev/shm --remount-ro /dev --size {DISK} --tmpfs /mnt --ro-bind /etc /mnt/etc
-    --dir /root --chdir /root""".split()
+    --dir /root --chdir /root"""
 # Run first, with capabilities that are given up for good at the end: what is written to /usr goes to memory;
 # no user namespaces from here on, as in one of its own anyone may mount file systems without a limit. Files
 # of the host belong to no one here, and an item changes the mode of find: it is copied. In the end there are
@@ -2263,10 +2256,10 @@ eval "exec $close"
 exec setpriv --inh-caps -all --bounding-set {CAPABILITIES} bash -c 'while :; do bash --login; done'"""
 # Files that no process has mapped are not seen in what processes hold, so nobody makes any outside the file
 # systems: (AUDIT_ARCH of linux/audit.h, numbers of the calls shmget, memfd_create and memfd_secret).
-MACHINES = {"x86_64": (0xC000003E, (29, 319, 447)), "aarch64": (0xC00000B7, (194, 279, 447))}
+MACHINES = {"x86_64": (0xC000003E, 29, 319, 447), "aarch64": (0xC00000B7, 194, 279, 447)}
 PROGRAMS = [Path(place) for place in ("bin", "sbin", "local/bin", "local/sbin")]  # below /usr
 LINKS = ("bin", "sbin", "lib", "lib64")  # to their namesakes there
-LOADED = ("/etc", "/etc/alternatives", "/etc/ld.so.cache", "/etc/ld.so.preload")  # what a program is found by
+LOADED = ("etc", "etc/alternatives", "etc/ld.so.cache", "etc/ld.so.preload")  # what a program is found by
 
 
 class SandboxEnded(Exception):
@@ -2282,16 +2275,15 @@ class Sandbox:
         self.ended, options = None, {}
         calls, commands, results = seccomp_filter(), os.pipe(), os.pipe()
         inside = [calls, commands[0], results[1]]
-        command = [*BWRAP, "--seccomp", str(calls), "unshare", "--mount", "bash", "-c", SETUP, "setup",
-                   str(commands[0]), str(results[1])]
-        users = Path("/proc/self/uid_map").read_text().split()
-        root = os.geteuid() == 0 and users == ["0", "0", "4294967295"]
+        command = f"{BWRAP} --seccomp {calls} unshare --mount bash -c".split()
+        command += [SETUP, "setup", str(commands[0]), str(results[1])]
+        root = os.geteuid() == 0 and "4294967295" in Path("/proc/self/uid_map").read_text()
         if root:
             # As another user: the limit on processes does not hold for root, and holds so for all users of
             # the sandbox together.
             base, info, go = 0x40000000 + 0x10000 * secrets.randbelow(0x4000), os.pipe(), os.pipe()
-            command[:1] = ["prlimit", f"--nproc={PROCESSES}", "bwrap", "--info-fd", str(info[1]),
-                           "--userns-block-fd", str(go[0])]
+            limited = f"prlimit --nproc={PROCESSES} bwrap --info-fd {info[1]} --userns-block-fd {go[0]}"
+            command[:1] = limited.split()
             inside += [info[1], go[0]]
             options = {"user": base, "group": base, "extra_groups": []}
         # A process in the sandbox can read the environment that is given here.
@@ -2308,17 +2300,17 @@ class Sandbox:
                     go.write(b"\n")
         self.shell = self.process.stdin, self.process.stdout
         self.checker = open(commands[1], "wb", buffering=0), open(results[0], "rb", buffering=0)
-        for shell in (self.shell, self.checker):
-            os.set_blocking(shell[0].fileno(), False)
+        for commands, _ in (self.shell, self.checker):
+            os.set_blocking(commands.fileno(), False)  # nobody may read them
         threading.Thread(target=self.watch, daemon=True).start()
         self.run("true")
-        self.first = children(self.process.pid)[0]  # of the sandbox's processes, which sees /usr as it was
-        self.main = children(self.first)[0]
-        self.trusted = {self.first, children(self.main)[0]}
+        # The sandbox's first process sees /usr as it was; its main one is the parent of all the others.
+        _, self.first, self.main, checker = [*processes(self.process.pid)][:4]
+        self.trusted = {self.first, checker}
 
     def watch(self):
         while self.process.poll() is None:
-            if sum(state_of(pid)[1] for pid in processes(self.process.pid)) > MEMORY:
+            if sum(memory for _, memory in processes(self.process.pid).values()) > MEMORY:
                 self.close("it took too much memory")
             time.sleep(0.2)
 
@@ -2328,91 +2320,83 @@ class Sandbox:
         self.process.kill()
         self.process.wait()
 
+    def fail(self, why):
+        """End it, and raise SandboxEnded."""
+        self.close(why)
+        raise SandboxEnded(self.ended)
+
     def run(self, script, stdin="< /dev/null", seconds=30, shell=None):
         """Run a script in a shell, the model's by default, whose directory and variables the next one finds;
         returns its status and what it puts out.
 
-        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox.
+        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox. A script of
+        more than the 64 KiB that a pipe holds is cut off.
         """
         mark = "end" + secrets.token_hex(8)
         # The status comes with a line of its own: another shell follows one that the script exits from, and
         # reads on.
         text = f"eval {shlex.quote(script)} {stdin}; {mark}=$?\necho {mark} ${{{mark}-1}} {mark}\n"
-        todo = text.replace("\0", "").encode("utf-8", "replace")
         found = re.compile(rf"{mark} (\d+) {mark}\n".encode())
+        commands, results = shell or self.shell
         output, deadline = bytearray(), time.monotonic() + seconds
-        inp, out = (file.fileno() for file in shell or self.shell)
+        with contextlib.suppress(OSError):  # it has ended, as the results will show
+            commands.write(text.replace("\0", "").encode("utf-8", "replace"))
         while not (end := found.search(output, max(0, len(output) - 2 * CHUNK))):
-            poll, left = select.poll(), deadline - time.monotonic()
-            poll.register(out, select.POLLIN)
-            if todo:
-                poll.register(inp, select.POLLOUT)
-            ready = dict(poll.poll(max(left, 0) * 1000))
-            if inp in ready:
-                try:
-                    todo = todo[os.write(inp, todo[:4096]):]
-                except OSError:  # nobody reads it any more
-                    todo = b""
-            chunk = os.read(out, CHUNK) if out in ready else None
-            output += chunk or b""
-            if left <= 0:
-                self.close("its time was up")
-            elif len(output) > OUTPUT:
-                self.close("it put out too much")
-            elif chunk == b"":
-                self.close(f"it ended {output[-300:].decode(errors='replace')}".strip())
-            else:
-                continue
-            raise SandboxEnded(self.ended)
+            left = deadline - time.monotonic()
+            if left < 0 or not select.select([results], [], [], left)[0]:
+                self.fail("its time was up")
+            chunk = results.read(CHUNK)
+            output += chunk
+            if not chunk:
+                self.fail(f"it ended {output[-300:].decode(errors='replace')}".strip())
+            if len(output) > OUTPUT:
+                self.fail("it put out too much")
         return int(end[1]), output[:end.start()].decode(errors="replace")
 
     def run_apart(self, script, *arguments):
         """Run a (language, text) in a process and an environment of its own, from the shell for checks;
         returns its status and standard output.
         """
+        language, text = script
         # Nothing of what a user can give Python to run before the script.
-        python = ["python3", "-ISB", "-X", "pycache_prefix=/dev/null", "-c", script[1]]
-        command = ["/usr/bin/env", "-i", f"PATH={PATHS}", "HOME=/root", "LANG=C.UTF-8",
-                   *(python if script[0] == "python" else ["bash", "-c", script[1], "--"]), *arguments]
-        return self.run(f"(cd /root; exec {shlex.join(command)} 2> /dev/null)", shell=self.checker)
+        python = "python3 -ISB -X pycache_prefix=/dev/null -c {}"
+        program = (python if language == "python" else "bash -c {} --").format(shlex.quote(text))
+        command = f"/usr/bin/env -i PATH={PATHS} HOME=/root LANG=C.UTF-8 {program} {shlex.join(arguments)}"
+        return self.run(f"(cd /root; exec {command} 2> /dev/null)", shell=self.checker)
 
     def settle(self):
         """Stop whatever runs but the shell for checks, which from now on nothing can disturb. Raises
         SandboxEnded where that does not help, as the programs that it runs are not the host's any more.
         """
         for _ in range(100):
-            others = processes(self.first) - self.trusted
-            for pid in others:
+            running = [pid for pid, (state, _) in processes(self.first).items()
+                       if pid not in self.trusted and state not in "TtZXD"]  # stopped, dead or in the kernel
+            if not running:
+                break
+            for pid in running:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
-            if all(state_of(pid)[0] in "TtZXD" for pid in others):  # stopped, dead, or waiting in the kernel
-                break
             time.sleep(0.01)
         else:
-            self.close("its processes cannot be stopped")
-        if not self.ended and self.is_changed():
-            self.close("it changed programs that the checks run")
-        if self.ended:
-            raise SandboxEnded(self.ended)
+            self.fail("its processes cannot be stopped")
+        if self.is_changed():
+            self.fail("it changed programs that the checks run")
 
     def is_changed(self):
         """Whether programs or libraries are not what they are on the host, or others come before them. New
         programs are allowed, and whatever /usr/share and the like have besides.
         """
-        def inside(path):
-            return Path(f"/proc/{self.main}/root{path}")
-
-        upper = Path(f"/proc/{self.first}/root/mnt/upper")
-        same = [*map(Path, LOADED), *Path("/etc/alternatives").glob("*")]
-        pairs = [(inside(path), path) for path in same]
+        inside, upper = Path(f"/proc/{self.main}/root"), Path(f"/proc/{self.first}/root/mnt/upper")
+        programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
+        same = [*(Path("/", path) for path in LOADED), *Path("/etc/alternatives").glob("*")]
+        pairs = [(inside / path.relative_to("/"), path) for path in same]
         for folder, directories, files in os.walk(upper):
             for path in (Path(folder, name) for name in directories + files):
-                if path.is_symlink() or not path.is_dir():
+                if "__pycache__" not in path.parts and (path.is_symlink() or not path.is_dir()):
                     pairs += [(path, original) for original in originals(path.relative_to(upper))]
-        programs = [path for place in PROGRAMS for path in Path("/usr", place).glob("*")]
         try:
-            return not (all(is_kept(inside(path), path) for path in programs)
-                        and all(os.readlink(inside(f"/{name}")) == f"usr/{name}" for name in LINKS)
+            return not (all(is_kept(inside / path.relative_to("/"), path) for path in programs)
+                        and all(os.readlink(inside / name) == f"usr/{name}" for name in LINKS)
                         and all(content(path) == content(original) for path, original in pairs))
         except OSError:
             return True
@@ -2424,12 +2408,13 @@ def is_kept(path, original):
 
 
 def originals(path):
-    """The files of the host from which a file that was written to /usr, at this path, may not differ."""
-    if path.parent in PROGRAMS:
-        same_name = [Path("/usr", place, path.name) for place in PROGRAMS]
-        return [file for file in same_name if os.path.lexists(file)]
-    added = not os.path.lexists(Path("/usr", path)) and not path.as_posix().startswith(("lib", "local/lib"))
-    return [] if added or "__pycache__" in path.parts else [Path("/usr", path)]
+    """The files of the host from which a file that was written to /usr, at this path, may not differ; of a
+    program, those of its name in all places. In a library's place nothing new may be.
+    """
+    library = path.as_posix().startswith(("lib", "local/lib"))
+    places = [place / path.name for place in PROGRAMS] if path.parent in PROGRAMS else [path]
+    files = [Path("/usr", place) for place in places]
+    return [file for file in files if library or os.path.lexists(file)]
 
 
 def content(path):
@@ -2445,47 +2430,29 @@ def seccomp_filter():
     """
     if platform.machine() not in MACHINES:
         raise OSError(f"the numbers of system calls are not known for {platform.machine()}")
-    architecture, refused = MACHINES[platform.machine()]
-    program = f"""
-        20 0 0 4                  load the architecture
-        15 1 0 {architecture:x}   skip a step if it is this machine's
-        06 0 0 50001              refuse
-        20 0 0 0                  load the call's number
-        35 0 1 40000000           skip a step if it is none of x32's
-        06 0 0 50001"""
-    for number in refused:
-        program += f"""
-        15 0 1 {number:x}         skip a step if it is not this number
-        06 0 0 50001"""
-    program += """
-        06 0 0 7fff0000           allow"""
-    # Each step: code, steps to skip if so, if not, value.
-    steps = [[int(number, 16) for number in line.split()[:4]] for line in program.splitlines()[1:]]
+    # Each step: its code, how many to skip if so, how many if not, a value. Load the architecture; refuse
+    # another than this machine's; load the call's number; refuse those of x32, and three; refuse; allow.
+    program = """20 0 0 4  15 0 5 {:x}  20 0 0 0  35 3 0 40000000  15 2 0 {:x}  15 1 0 {:x}  15 0 1 {:x}
+                 06 0 0 50001  06 0 0 7fff0000""".format(*MACHINES[platform.machine()])
+    numbers = [int(number, 16) for number in program.split()]
     reader, writer = os.pipe()
     with open(writer, "wb") as file:
-        file.write(b"".join(struct.pack("HBBI", *step) for step in steps))
+        file.write(struct.pack("HBBI" * 9, *numbers))
     return reader
 
 
 def processes(pid):
-    """The numbers of a process and all beneath it."""
-    return {pid}.union(*map(processes, children(pid)))
-
-
-def children(pid):
-    """The numbers of a process's children, the oldest first; none if it has gone."""
-    with contextlib.suppress(OSError):
-        tasks = Path(f"/proc/{pid}/task").iterdir()
-        return [int(child) for task in tasks for child in (task / "children").read_text().split()]
-    return []
-
-
-def state_of(pid):
-    """(the letter of its state, bytes of memory that it holds) of a process."""
+    """{number: (the letter of its state, bytes of memory that it holds)} of a process and all beneath it,
+    parents first and the oldest child first; nothing if it has gone.
+    """
+    found = {}
     with contextlib.suppress(OSError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    return "X", 0
+        found[pid] = fields[0], int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found |= processes(int(child))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2499,12 +2466,13 @@ def api_bank(args):
     At hand are the APIs that the dialogue calls or, where it begins with a search for tools, the search and
     what it has found so far.
     """
-    known = {"ToolSearcher": bank_tool(
-        "ToolSearcher", "Searches for tools by keywords.", {"keywords": {"type": "str"}})}
+    known = {"ToolSearcher": {
+        "name": "ToolSearcher", "description": "Searches for tools by keywords.",
+        "input_parameters": {"keywords": {"type": "str"}}}}
     for row in read_all(find_data(args.data, "*all_apis.csv")[0]):
-        stated = dict(re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"]))
-        described = [literal_value(stated.get(key)) for key in ("description", "input_parameters")]
-        known[row["类名"]] = bank_tool(row["类名"], *described)
+        texts = dict(re.findall(r"(?sm)^(\w+) = (.*?)(?=^\w+ = |\Z)", row["api_info"]))
+        stated = {key: literal_value(text) for key, text in texts.items()}
+        known[row["类名"]] = stated | {"name": row["类名"]}
     episodes = []
     for path in find_data(args.data, "*level*.jsonl"):
         lines = read_all(path)
@@ -2519,43 +2487,43 @@ def api_bank(args):
 def bank_dialogue(dialogue, known, args):
     """Yield the items of one dialogue."""
     name, turns, messages = dialogue["file"].removesuffix(".jsonl"), dialogue["turns"], []
-    level = re.search(r"level-\d", name)[0].replace("-", " ")
+    metrics = ["exact match", re.sub(r".*level-(\d).*", r"exact match: level \1", name)]
     called = sorted({t["api_name"] for t in turns if t["role"] == "API"})
     called = ["ToolSearcher"] if "ToolSearcher" in called else called
-    tools = {n: known.get(n) or bank_tool(n) for n in called}
-
-    def episode(messages, tools, gold):
-        answer = yield ask(messages, tools, args)
-        calls, why = calls_of(answer, "python", args), "wrong arguments"
-        if len(calls or []) != 1:
-            why = "wrong count"
-        elif calls[0][0] != gold[0]:
-            why = "wrong name"
-        right = same_json(calls, [gold])
-        scores = dict.fromkeys(("exact match", f"exact match: {level}"), float(right))
-        item = verdict(answer, calls, True, right, why)
-        return item | {"scores": scores, "calls": show(calls), "gold": [gold]}
-
+    tools = {n: known.get(n, {"name": n}) for n in called}
     for n, t in enumerate(turns):
         if t["role"] != "API":
             messages.append(chat_message("user" if t["role"] == "User" else "assistant", t["text"]))
             continue
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
-        yield f"{name}:{n}", partial(episode, [*messages], [*tools.values()], gold)
+        functions = [bank_tool(api) for api in tools.values()]
+        yield f"{name}:{n}", partial(bank_episode, [*messages], functions, gold, metrics, args)
         text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
         messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
             for f in output if isinstance(output, list) else [output]:
-                tools[f["name"]] = bank_tool(f["name"], f["description"], f["input_parameters"])
+                tools[f["name"]] = f
 
 
-def bank_tool(name, description="", parameters=None):
+def bank_tool(api):
     """A function's definition, from API-Bank's parameters {name: {"type": a Python type, "description"}}."""
     properties = {}
-    for p, stated in parameters.items() if isinstance(parameters, dict) else ():
+    for name, stated in mapping(api, "input_parameters").items():
         kind = TYPE_NAMES.get(re.match(r"\w*", stated["type"])[0], "string")
-        properties[p] = {"type": kind, "description": stated.get("description", "")}
-    return tool(name, description or "", **properties)["function"]
+        properties[name] = {"type": kind, "description": stated.get("description", "")}
+    return tool(api["name"], api.get("description") or "", **properties)["function"]
+
+
+def bank_episode(messages, tools, gold, metrics, args):
+    """What is called after these messages?"""
+    answer = yield ask(messages, tools, args)
+    calls, why = calls_of(answer, "python", args), "wrong arguments"
+    if len(calls or []) != 1:
+        why = "wrong count"
+    elif calls[0][0] != gold[0]:
+        why = "wrong name"
+    item = verdict(answer, calls, True, same_json(calls, [gold]), why)
+    return scored(item, [gold], metrics) | {"calls": show(calls)}
 
 
 def mmlu(args):
@@ -2578,13 +2546,14 @@ def mmlu(args):
             likelihoods = yield [(context, f" {letter}") for letter in "ABCD"]
             if None not in likelihoods:
                 break
+        item = {"question": asked, "log_likelihoods": likelihoods, "shots": n}
+        if None in likelihoods:
+            item |= {"verdict": "error", "failure": "too long for the window"}
+        elif "ABCD"[np.argmax(likelihoods)] == gold:
+            item["verdict"] = "right"
         else:
-            return {"verdict": "error", "failure": "too long for the window", "scores": {"accuracy": 0.0},
-                    "question": asked}
-        right = "ABCD"[np.argmax(likelihoods)] == gold
-        item = {"verdict": "right" if right else "wrong", "scores": {"accuracy": float(right)},
-                "question": asked, "gold": gold, "log_likelihoods": likelihoods, "shots": n}
-        return item if right else item | {"failure": "another letter"}
+            item |= {"verdict": "wrong", "failure": "another letter"}
+        return scored(item, gold, ["accuracy"])
 
     asked = questions(args.data, "test") or questions(args.data, "val")
     if not asked:
@@ -2615,7 +2584,7 @@ def total_of(formula, means, rows):
     pooled = isinstance(formula, frozenset)
     parts = [total_of(part, means, rows) for part in (sorted(formula) if pooled else formula)]
     weights = [len(items) if pooled else 1 for _, items in parts]
-    mean = sum(mean * weight for (mean, _), weight in zip(parts, weights)) / sum(weights)
+    mean = np.average([mean for mean, _ in parts], 0, weights)
     return mean, [item for _, items in parts for item in items]
 
 
@@ -2631,15 +2600,15 @@ def read_reference(path, measured):
         fail(f"--reference {path}: {error.strerror}")
     except (ValueError, RecursionError):
         fail(f"--reference {path}: not a JSON list")
-    found, texts = [], ("model", "metric", "source", "suite")
+    found, keys = [], ("model", "metric", "source", "suite")
     for n, row in enumerate(given, 1):
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in texts):
-            fail(f"--reference {path}, entry {n}: it needs {', '.join(texts)}, each a text, and score")
-        score, most = row.get("score"), float("inf") if row["suite"] == "loss" else 1
-        if type(score) not in (int, float) or not 0 <= score <= most:
+        texts, score = [mapping(row).get(key) for key in keys], mapping(row).get("score")
+        if not fits(texts, TEXTS):
+            fail(f"--reference {path}, entry {n}: it needs {', '.join(keys)}, each a text, and score")
+        model, metric, source, suite = (visible(" ".join(text.split())).replace("|", "/") for text in texts)
+        most = float("inf") if suite == "loss" else 1
+        if not fits(score, {"type": "number"}) or not 0 <= score <= most:
             fail(f"--reference {path}, entry {n}: the score is a share, from 0 to 1")
-        model, metric, source, suite = (
-            visible(" ".join(row[key].split())).replace("|", "/") for key in texts)
         found.append({"model": f"{model} (published: {source})", "suite": suite, "metric": metric,
                       "score": score})
     suites = {suite.removesuffix("-constrained") for suite in measured}
@@ -2694,27 +2663,26 @@ def failures(suite, items, models):
 
 
 def draw(results, models, paths, out, pyplot):
-    """Draw out/eval/report.png: each suite's scores as bars, and the held-out losses of the models' training
-    as curves.
+    """Draw out/eval/report.png: each suite's scores with their intervals, and the held-out losses of the
+    models' training as curves.
     """
     suites = dict.fromkeys(r["suite"] for r in results)
-    logs = {model: log for model, path in zip(models, paths) if (log := read_metrics(Path(path)))}
-    n, width = len(suites) + bool(logs), 1 / (len(models) + 1)
-    figure, axes = pyplot.subplots(n, 1, figsize=(12, 4 * n), layout="constrained", squeeze=False)
-    for axis, suite in zip(axes.flat, suites):
-        for m, model in enumerate(models):
+    size = 12, 4 + 4 * len(suites)
+    figure, axes = pyplot.subplots(len(suites) + 1, figsize=size, layout="constrained")
+    for axis, suite in zip(axes, suites):
+        for model in models:
             rows = [r for r in results if (r["suite"], r["model"]) == (suite, model)]
             score, *ends = np.array([[r[key] for r in rows] for key in ("score", "low", "high")])
-            axis.bar(np.arange(len(rows)) + m * width, score, width, yerr=np.abs(ends - score), label=model)
-        axis.set_xticks(range(len(rows)), [r["metric"] for r in rows], rotation=20, ha="right", fontsize=8)
-        axis.set(title=suite, ylim=(0, None))
-    for c, (model, lines) in enumerate(logs.items()):
-        for style, domain in zip(("-", "--", ":", "-."), VALIDATED):
-            key = f"loss/{domain}"
+            metrics = [r["metric"] for r in rows]
+            axis.errorbar(score, metrics, xerr=np.abs(ends - score), fmt="o", label=model)
+        axis.set_title(suite)
+    for model, path in zip(models, paths):
+        lines = read_metrics(Path(path))
+        for key in (f"loss/{domain}" for domain in VALIDATED):
             points = [(line["step"], line[key]) for line in lines if key in line]
-            axes[-1, 0].plot(*zip(*points), style, color=f"C{c}", label=f"{model}, {domain}")
-        axes[-1, 0].set(title="held-out loss in training (nats a token)", xlabel="step")
-    for axis in axes.flat:
+            axes[-1].plot(*zip(*points), label=f"{model}, {key}")
+    axes[-1].set(title="held-out loss in training (nats a token)", xlabel="step")
+    for axis in axes:
         axis.legend(fontsize=8)
     figure.savefig(out / "report.png", dpi=100)
 
@@ -2753,10 +2721,8 @@ def read_tools(path):
             tools = [definition(api, api.name) for api in apis if api.usable]
         else:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
-            tools = [read_tool(t if "function" in t else {"type": "function", "function": t}) for t in given]
-    except OSError as error:
-        fail(f"{path}: {error.strerror}")
-    except UNREADABLE:
+            tools = [read_tool(tool) for tool in tools_of(given)]
+    except (OSError, *UNREADABLE):
         fail(f"{path}: not a JSON list of tools, each a function with a name and a schema")
     return tools or fail(f"{path}: no public function in it")
 
@@ -2767,7 +2733,7 @@ def read_tools(path):
 MAX_BODY = 8 * 2**20  # bytes of a request
 ROUTES = {"/v1/models": "GET", "/v1/chat/completions": "POST"}
 FIELDS = {  # of a request: (type, lowest, highest, default, also for null); other fields are ignored
-    "max_tokens": (int, 1, 2**31, 2**31),
+    "max_tokens": (int, 1, 2**31, 4096),
     "max_completion_tokens": (int, 1, 2**31, None),
     "temperature": (float, 0, 2, 1.0),
     "top_p": (float, 0, 1, 1.0),
@@ -2792,142 +2758,143 @@ def serve(args):
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        server.engine.close()
+        os._exit(0)  # not as usual: the engine is at work
 
 
-class Row:
-    """An answer that the engine writes for a client. `events` gets how much of a stream can be sent, as
-    numbers of characters and scores, and None in the end.
+def write_answer(row, tokenizer):
+    """Write a row's answer: is sent each (token, logits), and yields the token that is taken. Puts into
+    row.events choices as the API has them: the pieces of a stream, and the last, which has a finish_reason.
+    Then it yields None.
+
+    It goes on up to a stop or, where one call is asked for, its end. Nothing is put that may still become a
+    stop or a call, nor line ends before one; calls are put when they are whole.
     """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
+    token = reason = None
+    text, sent, scores, role = tokenizer.decode(row.begun), 0, [], {"role": "assistant"}
+    begun = len(text)
 
-    def __init__(self, tokenizer, ids, options):
-        self.tokenizer, self.ids, self.options, self.events = tokenizer, ids, options, queue.SimpleQueue()
-        self.random = random.Random(None if options.seed is None else f"{options.seed}:0").random
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end within a character
-        self.text, self.new, self.reason, self.error = options.begun, [], None, None
-        self.scores = []  # of tokens: (where its text begins, its entry in logprobs)
+    def put(message, end, reason=None):
+        """With the scores of the text from what is sent to an end."""
+        entries = [entry for at, entry in scores if sent <= at < end]
+        logprobs = {"content": entries, "refusal": None} if row.logprobs else None
+        key = "delta" if row.stream else "message"
+        row.events.put({"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason})
 
-    def append_token(self, token, logits):
-        """Go on by a token, up to a stop or, where one call is asked for, its end. Nothing is sent that may
-        still become a stop or a call, nor line ends before one.
-        """
-        o, at, data = self.options, len(self.text), b""
-        stopped = token in o.stop_ids
-        if not stopped:
-            data = self.tokenizer.token_bytes(token)
-            self.new.append(token)
-            if o.logprobs:
-                self.scores.append((at, self.score(token, logits.log_softmax(-1))))
-        last = stopped or len(self.new) == o.limit
-        text = self.text + self.decoder.decode(data, last)
-        places = [text.find(s, max(len(o.begun), at - len(s) + 1)) for s in o.stop]
-        self.text = text[:min((place for place in places if place >= 0), default=None)]
-        single = o.tools and o.single and text.endswith("</tool_call>") and parse_calls(text, 1)
-        if stopped or single or self.text != text:
-            self.finish("stop")
-        elif last:
-            self.finish("length")
-        elif o.stream:
-            head = text.partition("<tool_call>")[0] if o.tools else text
-            held = max(map(len, [*o.stop, "<tool_call>" if o.tools else "."])) - 1
-            self.events.put((len(head[:max(0, len(text) - held)].rstrip("\n")), len(self.scores)))
-
-    def finish(self, reason, error=None):
-        self.reason, self.error = reason, error and f"{type(error).__name__}: {error}"
-        self.events.put(None)
-
-    def score(self, token, logprobs):
-        """The entry in logprobs of a token, with the likeliest ones."""
-        def entry(i):
-            data = self.tokenizer.token_bytes(i)
-            text = data.decode("utf-8", "replace")
-            return {"token": text, "logprob": logprobs[i].item(), "bytes": list(data)}
-
-        best = logprobs.topk(min(self.options.top_logprobs, len(logprobs))).indices.tolist()
-        return entry(token) | {"top_logprobs": [entry(i) for i in best]}
-
-    def result(self):
-        """(content, calls, finish_reason) of a text that has ended."""
-        single, reason = self.options.single, self.reason
-        calls = parse_calls(self.text, 1 if single else None) if self.options.tools else None
-        if not calls:
-            return self.text, [], reason
-        message = turn(Answer(self.text, calls))
-        calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
-                 for i, call in enumerate(message["tool_calls"])]
-        # Nothing after a single call is lost.
-        return message["content"] or None, calls, "tool_calls" if single or reason == "stop" else reason
+    if row.stream:
+        put(role | {"content": ""}, 0)
+        role = {}
+    while not reason:
+        token, logits = yield token
+        if row.constraint:
+            token = row.constraint(0, row.begun + row.new, logits)
+        at, data = len(text), b""
+        if token in row.stop_ids:
+            reason = "stop"
+        else:
+            data = tokenizer.token_bytes(token)
+            row.new.append(token)
+            reason = "length" if len(row.new) == row.limit else None
+            if row.logprobs:
+                scores.append((at, score(token, logits.log_softmax(-1), tokenizer, row.top_logprobs)))
+        text += decoder.decode(data, bool(reason))
+        if stop := row.stop.search(text, max(begun, at - row.held)):
+            text, reason = text[:stop.start()], "stop"
+        elif row.most == 1 and text.endswith("</tool_call>") and parse_calls(text, 1):
+            reason = "stop"
+        head = text.partition("<tool_call>")[0] if row.tools else text
+        end = len(head[:max(0, len(text) - row.held)].rstrip("\n"))
+        if row.stream and not reason and end > sent:
+            put({"content": text[sent:end]}, end)
+            sent = end
+    content, calls, reason = result(text, row, reason)
+    put(role | calls | {"content": content and content[sent:]}, len(text), reason)
+    yield None
 
 
-class Engine:
-    """The one thread that runs the model. Rows that wait join the batch at every eighth token, when those
-    that have ended leave it.
+def score(token, logprobs, tokenizer, top):
+    """The entry in logprobs of a token, with the likeliest ones."""
+    entries = []
+    for i in [token, *logprobs.topk(top).indices.tolist()]:
+        data = tokenizer.token_bytes(i)
+        text = data.decode("utf-8", "replace")
+        entries.append({"token": text, "logprob": logprobs[i].item(), "bytes": list(data)})
+    return entries[0] | {"top_logprobs": entries[1:]}
+
+
+def result(text, row, reason):
+    """(content, {"tool_calls": calls} or {}, finish_reason) of a text that has ended. A single call is whole
+    whatever cuts off what follows it.
+    """
+    calls = parse_calls(text, row.most)
+    if not calls:
+        return text, {}, reason
+    message = turn(Answer(text, calls))
+    calls = [call | {"id": f"call_{uuid.uuid4().hex}", "index": i}
+             for i, call in enumerate(message["tool_calls"])]
+    reason = "tool_calls" if row.most or reason == "stop" else reason
+    return message["content"] or None, {"tool_calls": calls}, reason
+
+
+class Engine(threading.Thread):
+    """The one thread that runs the model, on a batch of rows that join when there is room, and leave when
+    they have ended.
     """
 
     def __init__(self, local, size):
-        self.model, self.size, self.waiting, self.closed = local.model, size, queue.SimpleQueue(), False
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def close(self):
-        self.closed = True
-        self.waiting.put(None)  # if it waits
-        self.thread.join()
-
-    def run(self):
-        while not self.closed:
-            rows = []
-            try:
-                self.go_on(transformer.Batch(self.model), rows)
-            except Exception as error:  # out of memory, say: what was under way has failed, not the server
-                for row in rows:
-                    if not row.reason:
-                        row.finish("error", error)
+        super().__init__(daemon=True)
+        self.model, self.size, self.waiting = local.model, size, queue.SimpleQueue()
+        self.start()
 
     @torch.inference_mode()
-    def go_on(self, batch, rows):
-        """Continue rows (a list, which is changed) as they come."""
-        logits, at = None, 0
-        while not self.closed:
-            if at % 8 == 0 or all(row.reason for row in rows):
-                left = [i for i, row in enumerate(rows) if not row.reason]
-                if len(left) < len(rows):
+    def run(self):
+        rows = []
+        while True:
+            if not rows:
+                batch, logits = transformer.Batch(self.model), []
+            with contextlib.suppress(queue.Empty):
+                while len(rows) < self.size:
+                    rows.append(self.waiting.get(block=not rows))
+            try:
+                if fresh := rows[len(logits):]:
+                    logits += batch.add([row.ids for row in fresh])
+                options = [(row.temperature, row.top_p, row.random()) for row in rows]
+                chosen = transformer.sample(torch.stack(logits), *zip(*options))
+                chosen = [self.take(*each) for each in zip(rows, chosen, logits)]
+                left = [i for i, token in enumerate(chosen) if token is not None]
+                rows = [rows[i] for i in left]
+                if len(left) < len(chosen):
                     batch.keep(left)
-                    rows[:], logits = [rows[i] for i in left], logits[left]
-                while len(rows) < self.size and not (rows and self.waiting.empty()):
-                    row = self.waiting.get()
-                    if row is None:
-                        return
-                    if not row.reason:  # else its client is gone
-                        rows.append(row)
-                if fresh := rows[len(left):]:
-                    added = batch.add([row.ids for row in fresh])
-                    logits = torch.cat([logits, added]) if left else added
-            options = [(row.options.temperature, row.options.top_p, row.random()) for row in rows]
-            chosen = transformer.sample(logits, *map(list, zip(*options)))
-            for i, row in enumerate(rows):
-                if not row.reason:
-                    try:
-                        if row.options.choose:
-                            chosen[i] = row.options.choose(row.new, logits[i])
-                        row.append_token(chosen[i], logits[i])
-                    except Exception as error:  # of a schema that cannot be followed
-                        row.finish("error", error)
-            if not all(row.reason for row in rows):
-                logits = batch.step(chosen)
-            at += 1
+                logits = [*batch.step([chosen[i] for i in left])] if left else []
+            except Exception as error:  # out of memory, say: what was under way has failed, not the server
+                for row in rows:
+                    row.events.put(error)
+                rows = []
+
+    def take(self, row, token, logits):
+        """The token that a row takes; None if it has ended (by StopIteration), or its client is gone."""
+        try:
+            heard = select.select([row.connection], [], [], 0)[0]
+            if heard and not row.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionResetError
+            return row.writing.send((token, logits))
+        except Exception as error:  # also of a schema that cannot be followed
+            row.events.put(error)
 
 
 class HTTPError(Exception):
     """A request that is answered by an error: (status, the answer)."""
 
 
+def failure(message, kind="invalid_request_error", param=None, code=None):
+    """An error as the API has it."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
 def require(ok, message, param=None, status=400, code=None):
     """Refuse a request if something is not as it should be."""
     if not ok:
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        error = {"message": message, "type": kind, "param": param, "code": code}
-        raise HTTPError(status, {"error": error})
+        raise HTTPError(status, failure(message, param=param, code=code))
 
 
 class Api(BaseHTTPRequestHandler):
@@ -2944,13 +2911,12 @@ class Api(BaseHTTPRequestHandler):
             super().handle()
 
     def do_POST(self):
-        self.close_connection = True
         try:
             self.respond(self.path.partition("?")[0], self.read_body())
         except HTTPError as refused:
             self.send_json(*refused.args)
 
-    do_GET = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_HEAD = do_POST
+    do_GET = do_DELETE = do_POST
 
     def log_message(self, *args):
         pass
@@ -2974,12 +2940,9 @@ class Api(BaseHTTPRequestHandler):
         length = ",".join(self.headers.get_all("Content-Length", ["0"]))
         require(re.fullmatch("[0-9]{1,18}", length) and "Transfer-Encoding" not in self.headers,
                 "one Content-Length is needed", status=411)
-        length = int(length)
-        if length > MAX_BODY:
-            for _ in range(min(length, 16 * MAX_BODY) // 2**16):  # most clients send all before they read
-                self.rfile.read(2**16)
-        require(length <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
-        return self.rfile.read(length)
+        data = self.rfile.read(min(int(length), 4 * MAX_BODY))  # most clients send all before they read
+        require(len(data) <= MAX_BODY, f"a body of {length} bytes, more than {MAX_BODY}", status=413)
+        return data
 
     def respond(self, path, data):
         """Answer a request."""
@@ -2996,130 +2959,101 @@ class Api(BaseHTTPRequestHandler):
             row = read_chat(json.loads(data), self.server.local, names)
         except UNREADABLE:
             require(False, "the body is not a JSON object that can be read")
+        row.connection = self.connection
         self.server.engine.waiting.put(row)
-        head = {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": names[0]}
-        try:
-            self.answer(row, head)
-        finally:
-            row.reason = row.reason or "abandoned"
+        self.answer(row)
 
-    def answer(self, row, head):
-        """Send a row's answer, whole or, as a stream, in server-sent events: an object for each piece of the
-        text, then [DONE]. Calls are sent when they are whole.
+    def answer(self, row):
+        """Send a row's answer, whole or, as a stream, in server-sent events: an object for each of its
+        choices, then [DONE].
         """
-        stream, sent, shown, more = row.options.stream, 0, 0, {"role": "assistant"}
-        head["object"], key = ("chat.completion.chunk", "delta") if stream else ("chat.completion", "message")
+        head = {"id": f"chat-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.server.names[0],
+                "object": "chat.completion.chunk" if row.stream else "chat.completion"}
 
-        def choice(content, more, scores=(), reason=None):
-            entries = [entry for _, entry in scores]
-            logprobs = {"content": entries, "refusal": None} if row.options.logprobs else None
-            message = {"content": content} | more
-            return {"index": 0, key: message, "logprobs": logprobs, "finish_reason": reason}
+        def send(value):
+            self.wfile.write(f"data: {json.dumps(value)}\n\n".encode())
 
-        def send(*choices, **more):
-            self.wfile.write(f"data: {json.dumps(head | {'choices': choices} | more)}\n\n".encode())
-
-        if stream:
+        if row.stream:
             self.send_head(200, "text/event-stream")
-            send(choice("", more))
-            more = {}
-        try:
-            for end, scored in self.watch(row):
-                if stream and end > sent:
-                    send(choice(row.text[sent:end], {}, row.scores[shown:scored]))
-                    sent, shown = end, scored
-        except HTTPError as failed:
-            if not stream:
-                raise
-            # It is too late for a status.
-            return self.wfile.write(f"data: {json.dumps(failed.args[1])}\n\n".encode())
-        content, calls, reason = row.result()
-        scores = [score for score in row.scores[shown:] if score[0] < len(row.text)]  # of what is sent
-        if calls:
-            more["tool_calls"] = calls
-        last = choice(content and content[sent:], more, scores, reason)
+        choice = {"finish_reason": None}
+        while not choice["finish_reason"]:
+            choice = row.events.get()
+            if isinstance(choice, Exception):
+                failed = failure(repr(choice), "server_error")
+                return send(failed) if row.stream else self.send_json(500, failed)
+            if row.stream:
+                send(head | {"choices": [choice]})
         prompt, completion = len(row.ids), len(row.new)
         usage = {"prompt_tokens": prompt, "completion_tokens": completion,
                  "total_tokens": prompt + completion}
-        if not stream:
-            return self.send_json(200, head | {"choices": [last], "usage": usage})
-        send(last)
-        if row.options.include_usage:
-            send(usage=usage)
+        if not row.stream:
+            return self.send_json(200, head | {"choices": [choice], "usage": usage})
+        if row.include_usage:
+            send(head | {"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
-
-    def watch(self, row):
-        """Yields the row's events until it has ended or the client is gone."""
-        while True:
-            try:
-                event = row.events.get(timeout=1)
-            except queue.Empty:
-                silent = not select.select([self.connection], [], [], 0)[0]
-                if not silent and not self.connection.recv(1, socket.MSG_PEEK):
-                    raise ConnectionResetError from None
-                continue
-            require(not row.error, row.error, status=500)
-            if event is None:
-                return
-            yield event
 
 
 def read_chat(body, local, names):
-    """The Row that a request asks for. Special tokens in messages are text. A call that must be made is
-    begun, and kept within the tools' schemas.
+    """What a request asks for, as a row of the engine. Special tokens in messages are text. A call that must
+    be made is begun, and kept within the tools' schemas.
     """
+    tokenizer, context = local.tokenizer, local.model.config.max_seq_len
     require(body.get("model") in names, f"there is no model {short(body.get('model'))}, only {names[0]}",
             "model", 404, "model_not_found")
-    tokenizer, options = local.tokenizer, SimpleNamespace()
+    row = SimpleNamespace(events=queue.SimpleQueue(), new=[], constraint=None)
     for name, (kind, low, high, default) in FIELDS.items():
         value = body.get(name)
         require(value is None or type(value) in (int, kind) and low <= value <= high,
                 f"{name} must be {kind.__name__}, from {low} to {high}, not {short(value)}", name)
-        setattr(options, name, default if value is None else value)
+        setattr(row, name, default if value is None else value)
+    row.random = random.Random(row.seed).random
+    row.include_usage = mapping(body, "stream_options").get("include_usage") is True
+    messages = read_list(body, "messages", read_message, "a role with a text, or texts, as its content")
+    require(messages, "messages must not be empty", "messages")
     tools = read_list(body, "tools", read_tool, "a function with a name and a schema")
-    messages = read_list(body, "messages", read_message,
-                         "a role with a text, or list of texts, as its content")
-    require(messages, "messages must be a list, and not empty", "messages")
-    options.stop = read_list(body, "stop", read_stop, "a string of 1 to 1,000 characters", most=16)
-    stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
-    options.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
-    options.include_usage = mapping(body, "stream_options").get("include_usage") is True
 
     chosen, schema = body.get("tool_choice") or "auto", read_format(body.get("response_format"))
-    named = [tool for tool in tools if mapping(chosen, "function") == {"name": tool["function"]["name"]}]
-    called = tools if chosen == "required" else named
+    called = [tool for tool in tools
+              if chosen == "required" or mapping(chosen, "function") == {"name": tool["function"]["name"]}]
     require(called or chosen in ("auto", "none"),
             f"tool_choice {short(chosen)} is not auto, none, required or one of the tools", "tool_choice")
-    options.tools = [] if chosen == "none" else tools
-    options.single = bool(options.tools) and (bool(named) or not options.parallel_tool_calls)
-    require(schema is None or not options.tools, "response_format does not go with tools", "response_format")
-    begun = [tokenizer.special["<tool_call>"]] * bool(called)
-    options.begun, options.choose = tokenizer.decode(begun), None
+    row.tools, row.most = tools, None  # how many calls count
+    if not tools or chosen == "none":
+        row.tools, row.most = [], 0
+    elif isinstance(chosen, dict) or not row.parallel_tool_calls:
+        row.most = 1
+    row.begun = [tokenizer.special["<tool_call>"]] * bool(called)
+    require(schema is None or not row.tools, "response_format does not go with tools", "response_format")
     for function in (tool["function"] for tool in called):
-        wrong = unsupported(read_schema(function["parameters"]), function.get("strict") is True)
-        require(wrong is None, f"{short(function['name'])} must be called, and its schema's {wrong} is not "
-                "supported", "tools")
+        check_schema(function["parameters"], "tools", function.get("strict") is True)
     if called or schema is not None:
-        constraint = Constraint(tokenizer, [called], schema)
-        options.choose = lambda new, logits: constraint(0, begun + new, logits)
+        row.constraint = Constraint(tokenizer, [called], schema)
 
-    ids, context = tokenizer.render(messages, options.tools, answer=True)[0], local.model.config.max_seq_len
-    ids += begun
-    require(len(ids) <= context, f"a prompt of {len(ids)} tokens exceeds the context length of {context}",
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    require(fits(stop, TEXTS) and all(stop) and len(json.dumps(stop)) <= 2**14,
+            "stop must be one or more strings, none of them empty, of at most 16,000 characters", "stop")
+    row.stop = re.compile("|".join(map(re.escape, stop)) or "(?!)")
+    row.held = max(map(len, [*stop, "<tool_call>"]))  # characters that may become one of these
+    stop_ids = read_list(body, "stop_token_ids", operator.index, "an integer")
+    row.stop_ids = {tokenizer.im_end, tokenizer.end_of_text, *stop_ids}
+
+    row.ids = tokenizer.render(messages, row.tools, answer=True)[0] + row.begun
+    room = context - len(row.ids) + 1  # the last token needs no position
+    require(room > 0, f"a prompt of {len(row.ids)} tokens exceeds the context length of {context}",
             "messages", code="context_length_exceeded")
-    options.limit = min(options.max_completion_tokens or options.max_tokens, context - len(ids) + 1)
-    return Row(tokenizer, ids, options)
+    row.limit = min(row.max_completion_tokens or row.max_tokens, room)
+    row.writing = write_answer(row, tokenizer)
+    next(row.writing)
+    return row
 
 
-def read_list(body, name, read, wanted, most=10**6):
-    """What `read` makes of each value of a list in a request, or of one string instead. Where it raises one
-    of UNREADABLE, the value is not what is wanted.
+def read_list(body, name, read, wanted):
+    """What `read` makes of each value of a list in a request. Where it raises one of UNREADABLE, the value is
+    not what is wanted.
     """
-    values, found = body.get(name) or [], []
-    values = [values] if isinstance(values, str) else values
-    require(isinstance(values, list) and len(values) <= most,
-            f"{name} must be a list of at most {most:,}", name)
-    for n, value in enumerate(values):
+    found = []
+    for n, value in enumerate(body.get(name) or []):
         try:
             found.append(read(value))
         except UNREADABLE:
@@ -3127,45 +3061,26 @@ def read_list(body, name, read, wanted, most=10**6):
     return found
 
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+ROLES = {"developer": "system", "system": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+TEXTS = {"type": "array", "items": {"type": "string"}}
 
 
 def read_message(message):
-    """A message of a chat, with its content as a string."""
+    """A message of a chat, with its content as a string: "" + is a TypeError for what is none."""
     role, content, calls = ROLES[message["role"]], message.get("content"), message.get("tool_calls") or []
     if isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
     if content or role != "assistant":
-        string(content)
-    calls = [{key: string(call["function"][key]) for key in ("name", "arguments")} for call in calls]
+        content = "" + content
+    calls = [{key: "" + call["function"][key] for key in ("name", "arguments")} for call in calls]
     return {"role": role, "content": content, "tool_calls": [{"function": call} for call in calls]}
 
 
 def read_tool(tool):
     """A tool of a chat, with parameters."""
     f = tool["function"]
-    f["parameters"] = f.get("parameters") or {}
-    properties, required = f["parameters"].get("properties", {}), f["parameters"].get("required", [])
-    string(f["name"])
-    string(f.get("description") or "")
-    schemas = all(isinstance(schema, dict) for schema in properties.values())
-    if not schemas or not set(required) <= properties.keys():
-        raise ValueError
+    f |= {"name": "" + f["name"], "parameters": {} | (f.get("parameters") or {})}
     return tool
-
-
-def read_stop(value):
-    """A string that ends an answer. It is short, as each token is compared with it."""
-    if not 0 < len(string(value)) <= 1000:
-        raise ValueError
-    return value
-
-
-def string(value):
-    """A value that must be a string. Raises TypeError."""
-    if not isinstance(value, str):
-        raise TypeError
-    return value
 
 
 def short(value):
@@ -3173,63 +3088,66 @@ def short(value):
     return json.dumps(value)[:100]
 
 
+def read_format(value):
+    """The schema that a request's response_format has; None if an answer is a text."""
+    where = "response_format"
+    formats = {"text": None, "json_object": {"type": "object"},
+               "json_schema": mapping(value, "json_schema").get("schema")}
+    kind = "text" if value is None else mapping(value).get("type")
+    require(kind in formats, f"{where} must have the type {', '.join(formats)}, not {short(value)}", where)
+    if kind == "text":
+        return None
+    require(isinstance(formats[kind], dict), f"{where} has no object as its json_schema.schema", where)
+    return check_schema(formats[kind], where)
+
+
 ANNOTATIONS = set("title description default examples deprecated readOnly writeOnly $schema $id $comment "
                   "$defs definitions".split())
 KEYWORDS = {  # of the schema of an answer, each with the schema of its value; others are refused
     "type": {"anyOf": [{"enum": SCHEMA_TYPES}, {"type": "array", "items": {"enum": SCHEMA_TYPES}}]},
-    "properties": {"type": "object"}, "required": {"type": "array", "items": {"type": "string"}},
+    "properties": {"type": "object"}, "required": TEXTS,
     "additionalProperties": {"type": ["object", "boolean"]}, "items": {"type": ["object", "boolean"]},
     "anyOf": {"type": "array"}, "enum": {"type": "array"}, "const": {}, "nullable": {"type": "boolean"}}
 
 
-def read_format(value):
-    """The schema that a request's response_format has; None if an answer is a text."""
-    where = "response_format"
-    kind = mapping(value).get("type")
-    require(value is None or kind in ("text", "json_object", "json_schema"),
-            f"{where} must have the type text, json_object or json_schema, not {short(value)}", where)
-    if kind != "json_schema":
-        return {"type": "object"} if kind == "json_object" else None
-    given = mapping(value, "json_schema").get("schema")
-    require(isinstance(given, dict), f"{where} has no object as its json_schema.schema", where)
-    size = len(json.dumps(given))
-    require(size <= 2**16, f"{where} has a schema of {size:,} characters, more than 65,536", where)
-    schema = read_schema(given)
-    wrong = unsupported(schema)
+def check_schema(schema, where, strict=True):
+    """A schema as read_schema returns it, if decoding keeps to all that is in it; else the request is
+    refused. Unless it is strict, keywords such as `minimum` are passed over.
+    """
+    size = len(json.dumps(schema))
+    require(size <= 2**16, f"{where}: a schema of {size:,} characters, more than 65,536", where)
+    schema = read_schema(schema)
+    wrong = unsupported(schema, strict, set())
     require(wrong is None, f"{where}: the schema's {wrong} is not supported", where)
     return schema
 
 
-def unsupported(schema, strict=True):
-    """What in a schema, as read_schema returns it, decoding does not keep to; None if all is well. Unless it
-    is strict, keywords such as `minimum` are passed over.
-    """
-    todo, seen = [schema], set()
-    while todo:
-        node = todo.pop()
-        if id(node) in seen or node is True:
-            continue
-        seen.add(id(node))
-        if not isinstance(node, dict):
-            return short(node)
-        stated = sorted(node.keys() - ANNOTATIONS if strict else node.keys() & KEYWORDS.keys())
-        for key in stated:
-            empty = key != "required" and node[key] == []
-            if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
-                return key
-        if strict and "anyOf" in stated and len(stated) > 1:
-            return f"anyOf beside {stated[stated[0] == 'anyOf']}"
-        unknown = set(node.get("required", [])) - set(node.get("properties", {}))
-        if unknown and node.get("additionalProperties") is False:
-            return "required"
-        for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
-            rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
-            values = node[key] if key == "enum" else [node[key]]
-            if not all(may_become(rest, in_json(value), True) for value in values):
-                return key
-        todo += [*node.get("properties", {}).values(), *node.get("anyOf", []),
-                 node.get("items", True), node.get("additionalProperties") or True]
-    return None
+def unsupported(node, strict, seen):
+    """What in a schema decoding does not keep to; None if all is well."""
+    if node is True or id(node) in seen:
+        return None
+    if not isinstance(node, dict):
+        return short(node)
+    seen.add(id(node))
+    stated = sorted(node.keys() - ANNOTATIONS if strict else node.keys() & KEYWORDS.keys())
+    for key in stated:
+        empty = key != "required" and node[key] == []
+        if empty or key not in KEYWORDS or not fits(node[key], KEYWORDS[key]):
+            return key
+    if strict and "anyOf" in stated and len(stated) > 1:
+        return " beside ".join(stated)
+    properties = node.get("properties", {})
+    if node.get("additionalProperties") is False and not properties.keys() >= {*node.get("required", [])}:
+        return "required"
+    for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
+        rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
+        values = node[key] if key == "enum" else [node[key]]
+        if not all(may_become(rest, in_json(value), True) for value in values):
+            return key
+    within = [*properties.values(), *node.get("anyOf", []), node.get("items", True),
+              node.get("additionalProperties") or True]
+    wrong = (unsupported(part, strict, seen) for part in within)
+    return next((key for key in wrong if key is not None), None)
 
 
 if __name__ == "__main__":

@@ -194,14 +194,16 @@ def test_waiting_requests_share_steps(local, monkeypatch):
     steps, step = [], transformer.Batch.step
     monkeypatch.setattr(transformer.Batch, "step", lambda self, ids: (steps.append(len(ids)), time.sleep(0.005), step(self, ids))[2])
     engine = evaluate.Engine(local, 8)
-    options = Namespace(temperature=0.0, top_p=1.0, seed=None, limit=40, stop=[], stop_ids=set(), stream=False,
-                        logprobs=False, tools=None, choose=None, begun="")
-    rows = [evaluate.Row(local.tokenizer, [i + 1, 2], options) for i in range(8)]
+    body = {"model": "tiny", "messages": CALL, "temperature": 0, "max_tokens": 40}
+    rows = [evaluate.read_chat(body, local, ["tiny"]) for _ in range(8)]
+    connection, _ = ends = socket.socketpair()
     for row in rows:
+        row.stop_ids, row.connection = set(), connection
         engine.waiting.put(row)
     for row in rows:
         row.events.get(timeout=20)
-    engine.close()
+    for end in ends:
+        end.close()
     assert len(steps) < 60 and max(steps) == 8
 
 
@@ -339,10 +341,9 @@ def test_a_response_format_does_not_go_with_tools(client):
 @pytest.mark.parametrize("rest", ['\n<tool_call>\n{"name": "f", "argu', "\n<tool_call>", "\n<tool_call>{oops}</tool_call>"])
 def test_a_single_call_is_kept(rest):
     """With a named tool_choice, or without parallel calls, the first call is the answer, whatever comes after it."""
-    options = Namespace(begun='<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' + rest, tools=[{}], single=True, seed=None)
-    row = evaluate.Row(None, [], options)
-    row.finish("length")
-    content, calls, reason = row.result()
+    text = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>' + rest
+    content, calls, reason = evaluate.result(text, Namespace(most=1), "length")
+    calls = calls["tool_calls"]
     assert [c["function"]["name"] for c in calls] == ["f"] and content is None and reason == "tool_calls"
 
 
