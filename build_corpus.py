@@ -40,7 +40,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from functools import cache, lru_cache, partial
-from itertools import chain, count
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -1359,7 +1359,7 @@ def with_chat_tokens(added, ranks):
     if "<|end_of_text|>" in names:
         names.add("<|endoftext|>")
     reserved = [i for i in sorted(tokens) if re.search("reserved|unused|extra", tokens[i]["content"])]
-    free = chain(reserved, count(max([*ranks.values(), *tokens]) + 1))
+    free = chain(reserved, range(max([*ranks.values(), *tokens]) + 1, 2**32))
     for name, i in zip([name for name in SPECIAL_TOKENS if name not in names], free):
         tokens[i] = added_token(name, i)
     return [tokens[i] for i in sorted(tokens)]
