@@ -3314,8 +3314,10 @@ def passes(value, test):
 
 
 def at(value, path):
-    """What stands at a path, such as "steps.0.source". Raises LookupError or TypeError where nothing does."""
-    for key in path.split("."):
+    """What stands at a path, such as "steps.0.source", or at a key with dots. Raises LookupError or TypeError
+    where nothing does.
+    """
+    for key in [path] if path in value else path.split("."):
         value = value[int(key) if key.isdigit() else key]
     return value
 
@@ -3480,20 +3482,21 @@ PARTS = by_word({
 PART_ENDS = {"_call": "call", "_call_output": "result", "_tool_result": "result"}
 # Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
 # messages and tools; where a message has its role. See field().
-NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType"
-GIVEN = "arguments args input parameters kwargs tool.args"
-CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
+NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType tool"
+GIVEN = "arguments args input parameters kwargs tool.args tool_input"
+CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id tool_call_ids.0"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
-MESSAGES = ("messages conversations conversation traj history contents events chat_messages input "
-            "original_input")
+MESSAGES = ("messages prompt input contents original_input conversations conversation traj history events "
+            "chat_messages")
+PROMPTS = ("prompt", "input", "contents", "original_input")
 TOOLS = "tools functions available_tools tool_definitions"
 WRAPPED = ("function", "custom", "toolSpec")
 SCHEMA = ("parameters input_schema inputSchema input_parameters arguments parametersJsonSchema "
           "parameters_json_schema")
 # What may stand around a request and its answer; the answer's fields go before.
-AROUND = ("extra.invocation_params config toolConfig values body input inputs request request.body output "
-          "outputs response response.body response.output").split()
+AROUND = ("kwargs extra.invocation_params config toolConfig values body input inputs request request.body "
+          "output outputs response response.body response.output").split()
 ROLE = "role from sender type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
@@ -3503,6 +3506,7 @@ ROLES = by_word({
 LABELS = {"Question": "user", "Task": "user", "Expert feedback": "user", "Thought": "assistant",
           "Action": "assistant", "Answer": "assistant", "FUNCTION RESPONSE": "tool"}
 KEPT = ("Thought", "Action", "Answer", "Expert feedback", "tool")
+RECIPIENTS = ("all", "assistant", "user")  # of harmony, which are no tools
 REACT = "Question|Thought|Action|Answer|Observation"
 THOUGHT = re.compile(r"(?i)^\s*(?:Thought|Think)(?: \d+)?:[ \t]*")
 ACTION = re.compile(r"(?im)^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*")
@@ -3520,11 +3524,14 @@ def assistant(text, *calls):
     return chat_message("assistant", text) | ({"tool_calls": list(calls)} if calls else {})
 
 
-def field(value, names):
-    """The first of several fields of an object, as "name api_name", that is there and not null, or None."""
-    for name in names.split():
-        if value.get(name) is not None:
-            return value[name]
+def field(value, paths):
+    """What stands at the first of several paths, as "name tool.0.name", that is there and not empty, or None.
+    An empty object, false and 0 are not empty: they may be results.
+    """
+    for path in paths.split():
+        with contextlib.suppress(LookupError, TypeError):
+            if (found := at(value, path)) not in (None, "", []):
+                return found
 
 
 def role_of(message):
@@ -3550,11 +3557,9 @@ def part_text(part):
     """The text of a part; a page that a search found, as JSON without what only its server can read."""
     if part.get("type") == "web_search_result":
         return as_text({key: value for key, value in part.items() if not key.startswith("encrypted")})
-    source = part.get("source")
-    source = source if isinstance(source, dict) and source.get("type") in ("text", "content") else {}
-    text = field(part, "text value content summary_text logs tool_name transcript")
-    text = field(source, "data content") if text is None else text
-    text = text.get("value") if isinstance(text, dict) else text
+    paths = "text.value text refusal value content summary_text logs tool_name transcript source.content"
+    data = " source.data" if field(part, "source.type") == "text" else ""  # and no image's
+    text = field(part, paths + data)
     return joined([part.get("title"), as_text(text)]) if isinstance(text, (str, list)) else ""
 
 
@@ -3949,13 +3954,13 @@ def derive_tools(messages, described={}):
 
 
 def listed(record):
-    """The list of messages or turns of a record, by whichever name; of a mapping of several that name it."""
+    """The list of messages or turns of a record, by whichever name, or the request alone, a text."""
     if isinstance(record, list):
         return record
     for name in MESSAGES.split():
         value = record.get(name)
-        if isinstance(value, str) and value.lstrip()[:2] in ("[{", '["') and name != "input":
-            value = structured(value)
+        if isinstance(value, str) and value:
+            value = [user(value)] if name in PROMPTS else list_or_none(structured, value)
         if isinstance(value, list):
             return value
     return record["messages"]
@@ -4010,41 +4015,26 @@ def messages_record(record, react=False):
 
 def whole(record):
     """A record whose `messages` hold all that was said: the system's prompt, the request and the answer."""
-    match record:
-        case list():
-            return {"messages": record}
-        case {"lc": _, "kwargs": {"messages": messages}}:  # LangChain's prompt
-            return {"messages": messages}
-    for name in AROUND:
-        inner = attempt(streamed, attempt(at, record, name))
+    if isinstance(record, list):
+        return {"messages": record}
+    for path in AROUND:
+        inner = attempt(streamed, field(record, path))
         if isinstance(inner, dict) and isinstance(inner.get("messages"), list) and "messages" in record:
             inner = {"output": inner["messages"]}
         record = record | inner if isinstance(inner, dict) else record
-    prompts = map(record.get, "prompt input contents original_input".split())
-    prompt = next((prompt for prompt in prompts if prompt and not isinstance(prompt, dict)), None)
-    if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
-        asked = [user(prompt)]
-    else:
-        asked = record["prompt"] if isinstance(record.get("prompt"), list) else list_or_none(listed, record)
+    asked = list_or_none(listed, record)
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
-    match record:
-        case ({"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}
-              | {"generations": [{"message": message}, *_]}):
-            answer = [message]
-        case ({"candidates": [{"content": dict(message)}, *_]} | {"content": {"parts": _} as message}
-              | {"message": {"role": _} as message}):
-            answer = [message]  # of Gemini, of ADK, of Ollama
-        case {"role": "assistant", "content": content}:
-            answer = [{"role": "assistant", "content": content}]
-        case {"output": dict(message)} if "choices" not in message and is_turn(message):
-            answer = [message]
+    if record.get("role") == "assistant":
+        record |= {"message": {"role": "assistant", "content": record["content"]}}
+    found = [message for message in map(partial(field, record), ANSWERS) if isinstance(message, dict)]
+    answer = list(filter(is_turn, found))[:1] or answer or []
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
     for action, seen in record.get("intermediate_steps") or ():  # of LangChain's executor
         action = action.get("kwargs") or action
         thought = ACTION.split(THOUGHT.sub("", action.get("log") or ""), maxsplit=1)
-        made = calls_in({"name": action["tool"], "arguments": action["tool_input"]})
-        asked = asked + [assistant(thought[0].strip() if thought[1:] else "", *made), tool(as_text(seen))]
+        said = assistant(thought[0].strip() if thought[1:] else "", *calls_in(action))
+        asked = asked + [said, tool(as_text(seen))]
     if answer and asked[-len(answer):] != answer:
         said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
         repeats = said[:len(asked)] == said[len(asked):2 * len(asked)]
@@ -4066,25 +4056,22 @@ def streamed(value):
         return value
     message, parts = {}, []
     for event in value:
-        match event:
-            case {"response": {"output": [_, *_]} as response}:  # OpenAI's Responses: the last event has all
-                return response
-            case {"choices": [{"delta": dict(delta)}, *_]}:
-                message = with_piece(message, delta)
-            case {"content_block": dict(block)}:  # Anthropic
-                parts.append(dict(block))
-            case {"type": "content_block_delta", "delta": {"partial_json": piece}}:
-                parts[-1]["input"] = (parts[-1]["input"] or "") + piece
-            case {"type": "content_block_delta", "delta": dict(delta)}:
-                parts[-1] = with_piece(parts[-1], delta | {"type": parts[-1]["type"]})
-            case {"candidates": [{"content": {"parts": list(more)}}, *_]}:  # Gemini
-                for part in more:
-                    before = parts.pop() if parts else {}
-                    if "text" in part and "text" in before and part.get("thought") == before.get("thought"):
-                        parts.append(with_piece(before, part))
-                    else:
-                        parts += [*filter(None, [before]), part]
-    answer = message or {"role": "assistant", "content": parts}
+        piece = field(event, "choices.0.delta content_block delta")
+        if field(event, "response.output"):  # OpenAI's Responses: the last event has all
+            return event["response"]
+        if "choices" in event:
+            message = with_piece(message, piece or {})
+        elif "content_block" in event:  # Anthropic
+            parts.append(piece)
+        elif piece and parts:
+            parts[-1] = with_piece(parts[-1], {"input": piece.get("partial_json")} | piece)
+        for part in field(event, "candidates.0.content.parts") or ():  # Gemini
+            same = parts and part.get("thought") == parts[-1].get("thought")
+            if same and "text" in part and "text" in parts[-1]:
+                parts[-1] = with_piece(parts[-1], part)
+            else:
+                parts.append(part)
+    answer = {"role": "assistant", "content": parts} | message
     return {"choices": [{"message": answer}]} if message or parts else value
 
 
@@ -4094,16 +4081,16 @@ def with_piece(value, piece):
     for key, more in piece.items():
         before = value.get(key)
         if key == "tool_calls":
-            value[key] = calls = [] if before is None else before
+            value[key] = calls = before or []
             for made in more or ():
                 i = made.get("index", len(calls))
                 calls[i:i + 1] = [with_piece(calls[i] if i < len(calls) else {}, made)]
         elif isinstance(more, dict):
             value[key] = with_piece(before or {}, more)
-        elif isinstance(before, str) and isinstance(more, str) and key not in ("id", "role", "type", "name"):
-            value[key] = before + more
-        elif more not in (None, ""):
+        elif not before:
             value[key] = more
+        elif isinstance(more, str) and key not in ("id", "role", "type", "name"):
+            value[key] = before + more
     return value
 
 
@@ -4130,6 +4117,14 @@ def unwrapped(message):
             message = inner | {"role": message["type"]}
         case {"content": {"parts": _} as inner}:
             message = inner | {key: message.get(key) for key in ("author", "partial")}
+        case {"action": str(action), "thought": thought} if action.strip() and not message.get("tool_calls"):
+            # SWE-agent
+            message = message | {"content": thought.strip(), "tool_calls": [code_call("bash", action)]}
+        case {"channel": "analysis", "content": said}:  # harmony in JSON
+            message = {"role": "assistant", "reasoning": said}
+        case {"channel": str(), "recipient": str(to), "content": said} if to not in RECIPIENTS:
+            made = {"name": to.removeprefix("functions."), "arguments": as_text(said)}
+            message = {"role": "assistant", "tool_calls": [made]}
     more = message.get("additional_kwargs") or {}
     return more | {key: value for key, value in message.items() if value or key not in more}
 
@@ -4141,42 +4136,29 @@ def parts_of(message, role):
     if is_item(message):
         yield from read_part(message)
         return
-    if role == "assistant" and isinstance(message.get("channel"), str):  # harmony in JSON
-        said, to = as_text(message.get("content")), message.get("recipient")
-        if to not in (None, "all", "assistant", "user"):
-            yield "call", calls_in({"name": to.removeprefix("functions."), "arguments": said})[0]
-            return
-        if message["channel"] == "analysis":
-            yield "thought", said
-            return
     if thought := field(message, "reasoning_content reasoning thinking"):
         yield "thought", as_text(thought)
     for api in message.get("apis") or ():  # ToolTalk
         yield "call", calls_in(api["request"])[0]
         yield "result", (None, as_text(field(api, "exception response")))
-    calls = next(filter(None, map(message.get, ("tool_calls", "function_call", "invalid_tool_calls"))), [])
+    calls = calls_in(field(message, "tool_calls function_call invalid_tool_calls") or [])
     content = field(message, "content contents value parts text")
-    content = [content] if isinstance(message.get("parts"), dict) else content
-    content = None if content == [] else content
-    if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
-        content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
-    kinds = {*map(type, content)} if isinstance(content, list) else set()
-    typed = content if kinds <= {dict, str} and (dict in kinds or "parts" in message) else []
-    calls = calls_in(calls)
-    ids = {made["id"] for made in calls}
-    if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in typed):
-        ids = message.get("tool_call_ids") or [field(message, CALL_ID)]
-        error = message.get("error")  # of Inspect, beside no content
-        error = error.get("message") if isinstance(error, dict) else None
-        yield "result", (ids[0], as_text(content) or as_text(error))
-    elif typed:
-        for kind, value in itertools.chain.from_iterable(map(read_part, uncut(typed))):
+    parts = content if isinstance(content, list) else [content] if "parts" in message else []
+    kinds = {*map(type, parts)}
+    parts = parts if kinds <= {dict, str} and (dict in kinds or "parts" in message) else []
+    if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in parts):
+        error = field(message, "error.message")  # of Inspect, beside no content
+        yield "result", (field(message, CALL_ID), as_text(content) or as_text(error))
+    elif parts:
+        ids = {made["id"] for made in calls}
+        for kind, value in itertools.chain.from_iterable(map(read_part, uncut(parts))):
             if kind != "call" or value["id"] not in ids:  # LangChain has calls in both places
                 yield kind, value
     else:
-        yield "text", as_text(content or "")
-    spoken = message["audio"].get("transcript") if isinstance(message.get("audio"), dict) else None
-    yield from (("text", said) for said in (message.get("refusal"), spoken) if isinstance(said, str))
+        yield "text", as_text(content)
+    for path in ("refusal", "audio.transcript"):
+        if said := field(message, path):
+            yield "text", as_text(said)
     yield from (("call", made) for made in calls)
 
 
@@ -4214,33 +4196,23 @@ def read_part(part):
     inner = part[kind] if isinstance(part.get(kind), dict) else part
     match what_is(kind):
         case "text":
-            said = part_text(part | ({"text": part[kind]} if isinstance(part.get(kind), str) else {}))
-            yield "thought" if part.get("thought") is True else "text", said
+            yield "thought" if part.get("thought") is True else "text", part_text(part)
         case "thought":
             names = "summary" if part.get("redacted") else kind + " text value summary content"
-            said = next(filter(None, map(part.get, names.split())), None)
-            yield "thought", as_text(said)
+            yield "thought", as_text(field(part, names))
         case "call" if "language" in inner:
             yield "call", code_call(inner["language"], inner["code"])
         case "call":
-            if kind.endswith("_call") and not field(inner, NAME):
-                part = built_in(kind, part)
+            if kind.endswith("_call") and not field(inner, NAME):  # one of OpenAI's own tools
+                given = {key: part[key] for key in ("code", "queries", "operation") if part.get(key)}
+                given |= {key: value for key, value in mapping(part, "action").items() if key != "sources"}
+                part = {"name": kind.removesuffix("_call"), "arguments": given} | part
             yield from (("call", made) for made in calls_in(part.get("value") or part))
-            came = field(part, "output outputs result results error")  # of a server's tool: beside its call
-            if came is not None:
+            came = field(part, "output outputs result results error action.sources")
+            if came is not None:  # of a server's tool: beside its call
                 yield "result", (field(part, ID), as_text(came))
         case "result":
             yield "result", (field(inner, ID + " name"), as_text(field(inner, OUTCOME)))
-
-
-def built_in(kind, item):
-    """The call of one of OpenAI's own tools, with a name and arguments as a function's has."""
-    given = field(item, GIVEN + " action") or {
-        key: item[key] for key in ("code", "queries", "operation") if item.get(key)}
-    if isinstance(given, dict) and "sources" in given:  # the pages that a search found
-        item = item | {"results": given["sources"]}
-        given = {key: value for key, value in given.items() if key != "sources"}
-    return item | {"name": kind.removesuffix("_call"), "arguments": given}
 
 
 def say(role, parts, messages, react=False):
@@ -5527,7 +5499,8 @@ REFUSALS = [
     "The tools at hand do not cover this, so I make no call.",
     "No available function fits this request.",
 ]
-ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
+ANSWERS = ("choices.0.message generations.0.0.message generations.0.message candidates.0.content content "
+           "message output").split()
 VERBS = set("""
     accept add adjust align append apply approximate ask assign bind bound build calculate call cast
     change check choose clamp clear clip close collect combine compare compile compose compress compute
