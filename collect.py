@@ -3305,12 +3305,19 @@ def recognise(value):
 
 
 def passes(value, test):
-    """Whether a record passes the test of a format: its paths are there, its pattern is found in the text, or
-    its function says so. Any error says no.
-    """
-    if isinstance(test, str):
-        return bool([at(value, path) for path in test.split(", ")])
-    return bool(test.search(value) if isinstance(test, re.Pattern) else test(value))
+    """Whether a record passes a test of FORMATS, which may also be a function. Any error says no."""
+    if not isinstance(test, str):
+        return bool(test(value))
+    for condition in test.split(", "):
+        path, _, pattern = condition.partition("~")
+        if pattern and path in ("system", "user", "assistant"):
+            turns = [(field(m, "role from"), field(m, "content value")) for m in listed(value)]
+            found = [as_text(text) for role, text in turns if ROLES.get(role, role) == path]
+        else:
+            found = [at(value, path) if path else value]
+        if pattern and not any(re.search(pattern, text) for text in found):
+            return False
+    return True
 
 
 def at(value, path):
@@ -3431,20 +3438,17 @@ def check_conversation(messages, tools):
     made = set()
     for i, message in enumerate(messages):
         role, where = message["role"], f"message {i}:"
-        if role not in ("system", "user", "assistant", "tool") or (role == "system" and i > 0):
+        if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"{where} a {role!r} message here")
         if not isinstance(message["content"], str):
             raise ValueError(f"{where} content is not a string")
         if role == "tool" and message.get("tool_call_id") not in made:
             raise ValueError(f"{where} a result without a call before it")
-        for call in message.get("tool_calls", ()):
-            if not isinstance(json.loads(call["function"]["arguments"]), dict):
-                raise ValueError(f"{where} arguments are not an object")
-            made.add(call["id"])
+        made |= {call["id"] for call in message.get("tool_calls", ())}
     for roles in (("user", "tool"), ("assistant",)):
         if not any(m["role"] in roles and (m["content"].strip() or m.get("tool_calls")) for m in messages):
             raise ValueError(f"no {roles[0]} message that says or calls anything")
-    if not all(t["type"] == "function" and isinstance(t["function"]["name"], str) for t in tools):
+    if not all(isinstance(tool["function"]["name"], str) for tool in tools):
         raise ValueError("tools are not in the OpenAI form")
 
 
@@ -3492,8 +3496,8 @@ MESSAGES = ("messages prompt input contents original_input conversations convers
 PROMPTS = ("prompt", "input", "contents", "original_input")
 TOOLS = "tools functions available_tools tool_definitions"
 WRAPPED = ("function", "custom", "toolSpec")
-SCHEMA = ("parameters input_schema inputSchema input_parameters arguments parametersJsonSchema "
-          "parameters_json_schema")
+SCHEMA = ("parameters.json input_schema.json inputSchema.json parameters input_schema inputSchema "
+          "input_parameters arguments parametersJsonSchema parameters_json_schema")
 # What may stand around a request and its answer; the answer's fields go before.
 AROUND = ("kwargs extra.invocation_params config toolConfig values body input inputs request request.body "
           "output outputs response response.body response.output").split()
@@ -3866,8 +3870,7 @@ def tools_of(value):
     value, tools = structured(value or []), []
     for given in value if isinstance(value, list) else [value]:
         given = structured(given.get("json_schema", given))  # of OpenInference
-        declared = field(given, "functionDeclarations function_declarations")
-        if isinstance(declared, list):  # Gemini's
+        if declared := field(given, "functionDeclarations function_declarations"):  # Gemini's
             tools += tools_of(declared)
             continue
         function = next(filter(lambda f: isinstance(f, dict), map(given.get, WRAPPED)), given)
@@ -3875,8 +3878,6 @@ def tools_of(value):
         if not name:  # built in, such as code_interpreter
             continue
         schema = structured(field(function, SCHEMA) or {})
-        if "json" in schema and isinstance(schema, dict):  # Bedrock's
-            schema = schema["json"]
         if isinstance(schema, list):  # of named arguments, in Docker's registry some `optional`
             marked = any("optional" in entry for entry in schema)
             needs = [e["name"] for e in schema if e.get("required", marked and not e.get("optional")) is True]
@@ -3889,26 +3890,24 @@ def tools_of(value):
                 k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
             schema = stated | {"properties": entries, "required": function.get("required", required)}
         known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
-        schema = schema_types({"type": "object"} | schema | {"properties": known})
-        function = {"name": name, "description": description or "", "parameters": schema}
+        schema = json.dumps({"type": "object"} | schema | {"properties": known})
+        function = {"name": name, "description": description or "",
+                    "parameters": json.loads(schema, object_hook=with_plain_type)}
         tools.append({"type": "function", "function": function})
     return tools
 
 
 def named_schema(entry):
     """The schema of an argument that is listed with its name."""
-    said = {"description": entry["desc"]} if entry.get("desc") else {}
-    flags = ("name", "desc", "optional", *["required"] * isinstance(entry.get("required"), bool))
-    return {key: value for key, value in entry.items() if key not in flags} | said
+    left_out = ("name", "optional", *["required"] * isinstance(entry.get("required"), bool))
+    schema = {key: value for key, value in entry.items() if key not in left_out}
+    if said := schema.pop("desc", None):
+        schema["description"] = said
+    return schema
 
 
-def schema_types(schema):
-    """A schema with JSON Schema's names of types for Python's and others: "str, optional" is "string"."""
-    if isinstance(schema, list):
-        return [schema_types(s) for s in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {key: schema_types(value) for key, value in schema.items()}
+def with_plain_type(schema):
+    """A schema with JSON Schema's name of a type for Python's and others': "str, optional" is "string"."""
     if isinstance(schema.get("type"), str):
         word = re.match(r"\w*", schema["type"].lower())[0]
         schema["type"] = TYPE_NAMES.get(word, word)
@@ -3971,12 +3970,6 @@ def groups(pattern, text):
     if not (match := re.search(pattern, text, re.DOTALL)):
         raise ValueError(f"not of the form expected: {text[:80]!r}")
     return match.groups()
-
-
-def says(record, pattern, role="assistant"):
-    """Whether a text of that role in a record of messages matches."""
-    turns = [(field(m, "role from"), field(m, "content value")) for m in listed(record)]
-    return any(ROLES.get(name, name) == role and re.search(pattern, as_text(text)) for name, text in turns)
 
 
 def messages_record(record, react=False):
@@ -4115,6 +4108,8 @@ def unwrapped(message):
             message = inner
         case {"data": dict(inner)}:
             message = inner | {"role": message["type"]}
+        case {"tool.name": _}:  # of any-agent
+            message = {"role": "assistant", "tool_calls": [message]}
         case {"content": {"parts": _} as inner}:
             message = inner | {key: message.get(key) for key in ("author", "partial")}
         case {"action": str(action), "thought": thought} if action.strip() and not message.get("tool_calls"):
@@ -4365,19 +4360,17 @@ def agent_data_protocol(record):
     """Actions and observations in the Agent Data Protocol."""
     called = False
     for step in record["content"]:
-        kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
-        id = step.get("tool_call_id")
-        if kind == "message_action":
-            message = assistant(joined([thought, text]))
-        elif kind == "api_action":
-            message = assistant(thought, call(step["function"], step.get("kwargs"), id))
-        elif kind.endswith("_action"):
-            message = assistant(thought, code_call(step["language"], text) | {"id": id})
+        kind, id = step["class_"], step.get("tool_call_id")
+        text = field(step, "content axtree html url") or ""
+        answers, called = id or called and step.get("source") != "user", kind in ("api_action", "code_action")
+        if kind == "api_action":
+            made, text = calls_in(step), ""
+        elif kind == "code_action":
+            made, text = [code_call(step["language"], text) | {"id": id}], ""
+        if kind.endswith("_action"):
+            message = assistant(joined([step.get("description"), text]), *(made if called else ()))
         else:
-            text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
-            answers = id or called and step.get("source") != "user"
             message = tool(text) | {"tool_call_id": id} if answers else user(text)
-        called = kind.endswith("_action") and kind != "message_action"
         yield message | thinking(step.get("reasoning_content") or "")
 
 
@@ -4402,9 +4395,8 @@ def api_bank_dialogue(record):
     """Turns of the user, the assistant, and the API: a call with its result."""
     for turn in record["turns"]:
         if turn["role"] == "API":
-            result = turn["result"].get("exception") or turn["result"].get("output")
             yield assistant("", call(turn["api_name"], turn["param_dict"]))
-            yield tool(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
+            yield tool(as_text(field(turn, "result.exception result.output")))
         else:
             yield from converse([(turn["role"], turn["text"])])
 
@@ -4428,8 +4420,7 @@ def intercode(record):
         if action.startswith("submit"):
             made = call("submit", positional("submit", filter(None, [action[7:]])))
         else:
-            wrapped = re.fullmatch(r"(?s)execute\[(.*)\]|cmd (.*)", action)
-            code = wrapped[1] or wrapped[2] if wrapped else action
+            code = re.sub(r"(?s)\A(?:execute\[(.*)\]|cmd (.*))\Z", r"\1\2", action)
             made = code_call(record["environment"].removeprefix("ic_"), code)
         yield assistant(thought, made)
         yield tool(observation)
@@ -4501,35 +4492,32 @@ def attached(value, texts):
     return value
 
 
+
+
 def evaluation_set(record):
     """The cases of an evaluation set of Google's ADK: turns with a request, the tools used, and an answer."""
     alone = record if isinstance(record, dict) else {"data": record}  # of an older version
-    for case in record["eval_cases"] if "eval_cases" in record else [alone]:
+    for case in field(record, "eval_cases") or [alone]:
         said = []
         for turn in field(case, "conversation data"):
-            done = turn.get("intermediate_data") or {}
-            said.append(turn.get("user_content") or user(turn["query"]))
-            said += done.get("invocation_events") or ()
-            for used in field(done | turn, "tool_uses expected_tool_use") or ():
-                made = {"name": field(used, NAME), "args": field(used, GIVEN + " tool_input")}
-                said.append({"role": "model", "parts": [{"functionCall": used | made}]})
-            for came in done.get("tool_responses") or ():
-                said.append({"role": "user", "parts": [{"functionResponse": came}]})
-            for author, parts in done.get("intermediate_responses") or ():
+            calls = field(turn, "intermediate_data.tool_uses expected_tool_use") or ()
+            results = field(turn, "intermediate_data.tool_responses") or ()
+            said.append(field(turn, "user_content query"))
+            said += field(turn, "intermediate_data.invocation_events") or ()
+            said.append({"role": "model", "parts": [{"functionCall": made} for made in calls]})
+            said.append({"role": "user", "parts": [{"functionResponse": came} for came in results]})
+            for author, parts in field(turn, "intermediate_data.intermediate_responses") or ():
                 said.append({"role": "model", "parts": parts})
-            for came in turn.get("expected_intermediate_agent_responses") or ():
-                said.append(assistant(came["text"]))
-            answer = turn.get("final_response") or {"parts": [turn.get("reference") or ""]}
+            said += turn.get("expected_intermediate_agent_responses") or ()
+            answer = turn.get("final_response") or {"content": turn.get("reference")}
             said.append({"role": "model"} | answer)
         yield messages_record(said)
 
 
 def is_event(value):
     """Whether it is an event of OpenHands: an action or what was observed."""
-    match value:
-        case {"action": _} | {"observation": _}:
-            return not {"role", "from"} & value.keys()
-    return is_sdk_event(value)
+    older = {"action", "observation"} & value.keys() and not {"role", "from"} & value.keys()
+    return bool(older) or is_sdk_event(value)
 
 
 def is_sdk_event(value):
@@ -4545,22 +4533,28 @@ def openhands(record):
     for event in listed(record):
         given, made = event.get("args") or event, event.get("tool_call_metadata") or {}
         action, seen = event.get("action"), event.get("observation")
+        thought, said = field(given, "thought") or event.get("thought") or "", field(given, "content") or ""
         if action in ("message", "finish"):
-            text = field(given, "content thought final_thought") or event.get("message") or ""
+            text = said or thought or field(given, "final_thought message") or event.get("message") or ""
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
         elif action == "system":
-            messages.append(chat_message("system", given.get("content") or ""))
+            messages.append(chat_message("system", said))
             tools = given.get("tools")
         elif action and action not in ("change_agent_state", "recall", "condensation", "null"):
-            thought = given.get("thought") or event.get("thought") or ""
-            messages.append(assistant(thought, *event_calls(action, given, made)))
+            written = field(made, "model_response.choices.0.message.tool_calls") or ()
+            written = [c for c in written if c["id"] == made["tool_call_id"]]
+            arguments = {k: given[k] for k in "command code path content url query".split() if given.get(k)}
+            name = made["function_name"] if written else action
+            calls = list_or_none(calls_in, written) or [call(name, arguments)]  # the model's may be broken
+            messages.append(assistant(thought, *calls))
         elif seen and messages and seen not in ("agent_state_changed", "null"):
             messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
     return messages, tools_of(tools)
 
 
+SEEN = "observation.content observation.output observation.result observation error rejection_reason"
 def sdk_messages(events):
-    """The messages and tools of events of OpenHands' newer SDK; actions of one answer are its calls."""
+    """The messages and tools of events of OpenHands' newer SDK."""
     turns, tools = [], []
     for event in events:
         match event:
@@ -4570,43 +4564,25 @@ def sdk_messages(events):
             case {"llm_message": dict(message)}:
                 turns.append(message)
             case {"tool_name": name, "action": action}:
+                given = {key: value for key, value in (action or {}).items() if key != "kind"}
                 made = event.get("tool_call") or {
-                    "name": name, "id": event.get("tool_call_id"),
-                    "arguments": {key: value for key, value in (action or {}).items() if key != "kind"}}
-                answer = event.get("llm_response_id") or event["id"]
-                if turns and turns[-1].get("answer") == answer:
-                    turns[-1]["tool_calls"].append(made)
-                    continue
+                    "name": name, "id": event.get("tool_call_id"), "arguments": given}
                 reasons, said = event.get("reasoning_content"), event.get("thought") or []
                 said = said if reasons else (event.get("thinking_blocks") or []) + said
-                turns.append({"role": "assistant", "content": said, "tool_calls": [made],
-                              "reasoning_content": reasons, "answer": answer})
+                turns.append(assistant(said, made) | {"reasoning_content": reasons})
             case {"tool_call_id": id}:
-                seen = field(event, "observation error rejection_reason")
-                seen = field(seen, "content output result") if isinstance(seen, dict) else seen
-                turns.append({"role": "tool", "content": seen, "tool_call_id": id})
+                content = field(event, SEEN)
+                turns.append(tool(content) | {"tool_call_id": id})
     return messages_record({"messages": turns, "tools": tools})
-
-
-def event_calls(action, given, made):
-    """The calls of an action of OpenHands: as the model wrote them, where its answer was kept."""
-    arguments = {k: given[k] for k in "command code path content url query".split() if given.get(k)}
-    written = list_or_none(at, made, "model_response.choices.0.message.tool_calls")
-    try:
-        return calls_in([c for c in written if c["id"] == made["tool_call_id"]]) or [call(action, arguments)]
-    except ValueError:  # the model's JSON was broken
-        return [call(made["function_name"], arguments)]
 
 
 def trajectory_interchange(record):
     """Steps in the Agent Trajectory Interchange Format (ATIF, of the Harbor framework)."""
     turns = []
     for step in record["steps"]:
-        said = {key: step.get(key) for key in ("reasoning_content", "tool_calls")}
-        turns.append(said | {"role": step["source"], "content": as_text(step.get("message"))})
-        for result in (step.get("observation") or {}).get("results") or []:
-            turns.append(tool(as_text(result.get("content"))) | {"tool_call_id": field(result, ID)})
-    return messages_record(turns)[0], tools_of((record.get("agent") or {}).get("tool_definitions"))
+        turns.append(step | {"role": step["source"], "content": step.get("message")})
+        turns += [result | {"role": "tool"} for result in field(step, "observation.results") or ()]
+    return messages_record({"messages": turns, "tools": field(record, "agent.tool_definitions")})
 
 
 def is_span(value):
@@ -4634,9 +4610,9 @@ def spans_of(record):
 
 def attributes_of(span):
     """The attributes of a span by name, those of its events included; messages that are an event each, as
-    older conventions have them, as one.
+    older conventions have them, or an attribute a leaf, as "llm.input_messages.0.message.role", as lists.
     """
-    found, asked, answered = span.get("attributes", span), [], []
+    found, asked, answered, trees = span.get("attributes", span), [], [], {}
     if isinstance(found, list):
         found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
     listed = found["events"] if isinstance(found.get("events"), str) else span.get("events")
@@ -4650,28 +4626,24 @@ def attributes_of(span):
             asked.append({"role": role[1]} | inner)
         else:
             found = inner | found
+    for key, value in found.items():
+        name, *numbered = re.split(r"\.(?=\d)", key, maxsplit=1)
+        if numbered:
+            node = trees.setdefault(name, {})
+            *path, leaf = numbered[0].split(".")
+            for step in path:
+                node = node.setdefault(step, {})
+            node[leaf] = value
+    trees = {name: pruned(tree) for name, tree in trees.items()}
     messages = {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered}
-    return {key: value for key, value in messages.items() if value} | found
+    return trees | {key: value for key, value in messages.items() if value} | found
 
 
 def traced(attributes, names):
-    """What stands in the first of several attributes that is there: a list, also as JSON or with an attribute
-    a leaf, as "llm.input_messages.0.message.role", or a text.
-    """
-    for name in names.split():
-        if attributes.get(name) is not None:
-            value = attempt(structured, attributes[name])
-            return value if isinstance(value, list) else as_text(attributes[name])
-        tree = {}
-        for key, value in attributes.items():
-            if re.match(rf"{re.escape(name)}\.\d", key):
-                *path, leaf = key[len(name) + 1:].split(".")
-                node = tree
-                for step in path:
-                    node = node.setdefault(step, {})
-                node[leaf] = value
-        if tree:
-            return pruned(tree)
+    """What stands in the first of several attributes that is there: a list, also as JSON, or a text."""
+    found = field(attributes, names)
+    value = attempt(structured, found)
+    return value if isinstance(value, list) else as_text(found)
 
 
 def pruned(node):
@@ -4685,16 +4657,10 @@ def pruned(node):
     return wrapped if isinstance(wrapped, dict) else node
 
 
-def traced_messages(value, role):
-    """The messages of what traced() found."""
-    match value:
-        case [{"role": _}, *_]:
-            return messages_record(value)[0]
-        case [dict(first), *_] if field(first, NAME):
-            return [assistant("", *calls_in(value))]
-        case None | [] | "":
-            return []
-    return [chat_message(role, as_text(value))]
+def is_trace(record):
+    """Whether a record holds spans of what a generative model was asked."""
+    names = {name for span in spans_of(record) for name in attributes_of(span)}
+    return any(name.startswith(("gen_ai.", "llm.input_messages")) for name in names)
 
 
 def trace(record):
@@ -4718,23 +4684,21 @@ def trace(record):
                 if result is not None and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
                     talk.append(tool(as_text(result)) | {"tool_call_id": span.get("gen_ai.tool.call.id")})
                 continue
-            given = traced_messages(traced(span, ASKED), "user")
-            system = traced(span, "gen_ai.system_instructions")
-            if given and system and given[0]["role"] != "system":
-                given.insert(0, chat_message("system", as_text(system)))
-            if talk and given and given[0]["role"] == "tool":  # only what is new
-                while talk[-1]["role"] == "tool":
-                    talk.pop()
-                talk += given
-            elif given:
-                start = len(list(itertools.takewhile(lambda m: m["role"] == "system", given))) + 1
-                same = [t for t in talks if t[:start] == given[:start] and len(t) <= len(given)]
+            offered = traced(span, OFFERED) or offered
+            said = {"input": traced(span, ASKED), "output": traced(span, ANSWERED),
+                    "system": traced(span, "gen_ai.system_instructions")}
+            messages = messages_record(said)[0] if said["input"] or said["output"] else []
+            roles = [message["role"] for message in messages]
+            if {"system", "user"} & {*roles[:1]}:
+                start = roles.index("user") + 1 if "user" in roles else 1
+                same = [t for t in talks if t[:start] == messages[:start] and len(t) < len(messages)]
                 talk = same[-1] if same else []
                 talks += [] if same else [talk]
-                talk[:] = given
-            if talk:
-                talk += traced_messages(traced(span, ANSWERED), "assistant")
-            offered = traced(span, OFFERED) or offered
+                talk[:] = messages
+            elif talk:  # only what is new
+                while roles[:1] == ["tool"] == [talk[-1]["role"]]:
+                    talk.pop()
+                talk += messages
         for talk in talks:
             yield talk, tools_of(offered) or derive_tools(talk, described)
 
@@ -4762,36 +4726,29 @@ def harmony(text):
     return messages, tools
 
 
+# A line of it: comments, and what begins below them.
+HARMONY_LINE = re.compile(r"(?m)^((?://.*\n)*)(?:namespace (\w+) \{|type (\w+) = \(|"
+                          r"(?!_:)(\w+)(\?)?: *([^,/\n\[]*)(\[\])?|)(.*)")
+
+
 def harmony_tools(text):
     """The tools in a prompt of harmony, which writes them as types of TypeScript in namespaces."""
-    tools, space, comment, schema = [], "functions", [], None  # schema: of the tool whose type is open
-    for line in text.splitlines():
-        if line.startswith("//"):
-            comment.append(line[2:].strip())
-            continue
-        said = "\n".join(comment).strip()
-        if found := re.match(r"namespace (\w+) \{", line):
-            space = found[1]
-        elif found := re.match(r"type (\w+) = \(", line):
-            name = found[1] if space == "functions" else f"{space}.{found[1]}"
+    tools, space, schema = [], "", None  # schema: of the tool whose type is open
+    for comment, namespace, name, key, optional, kind, array, rest in HARMONY_LINE.findall(text):
+        said = {"description": re.sub("(?m)^// *", "", comment).strip()}
+        if namespace:
+            space = f"{namespace}.".removeprefix("functions.")
+        elif name:
             schema = {"properties": {}, "required": []}
-            tools.append({"name": name, "description": said, "parameters": schema})
-        elif schema and (found := re.match(r"(?!_:)(\w+)(\?)?: *([^,/]*)", line)):
-            key, optional, kind = found.groups()
-            schema["properties"][key] = harmony_schema(kind) | ({"description": said} if said else {})
+            tools.append(said | {"name": space + name, "parameters": schema})
+        elif key and schema:
+            entry = type_schema(kind)
+            entry = {"type": "array", "items": entry} if array else entry
+            schema["properties"][key] = entry | (said if comment else {})
             schema["required"] += [] if optional else [key]
-        comment, schema = [], None if "=> any;" in line else schema
+        if "=> any;" in rest:
+            schema = None
     return tools_of(tools)
-
-
-def harmony_schema(kind):
-    """The schema of a TypeScript type, as far as it is simple: any other is {}."""
-    if re.fullmatch(r'"[^"]*"(\s*\|\s*"[^"]*")*', kind.strip()):
-        return {"type": "string", "enum": re.findall(r'"([^"]*)"', kind)}
-    known = re.fullmatch(r"(string|number|boolean)(\[\])?", kind.strip())
-    if known and known[2]:
-        return {"type": "array", "items": {"type": known[1]}}
-    return {"type": known[1]} if known else {}
 
 
 TEMPLATED = re.compile(  # of ChatML and Llama 3
@@ -4809,7 +4766,6 @@ def text_of(record):
     return record if isinstance(record, str) else record["text"]
 
 
-LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
 
 
 def labelled_text(record):
@@ -4834,51 +4790,47 @@ def seal_tools(record):
 
 
 # name: (what tells a record of the format, its conversion, where its tools are if not in the system's
-# prompt). It is told by the paths that it has ("a, b | c" is a and b, or c), by a pattern in a text, or by a
-# function. The first that fits is taken; an error means that it does not fit. No tools means: those called.
+# prompt). "a, b | c" means that there are a and b, or c: paths in the record. "a~b" means that what is at the
+# path a matches the pattern b, "user~b" that something the user says does, "~b" that the record does, a text.
+# The first format that fits is taken; an error means that it does not fit. No tools means: those called.
 FORMATS = {
-    "codeact_text": (re.compile(r"(?m)\ATask:\n(.*\n)*?Assistant:"), codeact_text),
-    "alfworld_text": (re.compile(r"(?m)^Your task is to:[^>]*^> ?\w"), alfworld_text),
-    "react_text": (re.compile(r"(?m)^Question:"), react_text),
+    "codeact_text": (r"~(?m)\ATask:\n(.*\n)*?Assistant:", codeact_text),
+    "alfworld_text": (r"~(?m)^Your task is to:[^>]*^> ?\w", alfworld_text),
+    "react_text": ("~(?m)^Question:", react_text),
     "glaive": ("system, chat", glaive_text),
     "xlam": ("query, tools, answers", xlam, "tools"),
     "toolbench_tree": ("tree, answer_generation", toolbench_tree, "answer_generation.function"),
     "tooleval": ("query, available_tools, answer", tooleval, "available_tools"),
     "toolbench_query": ("query, api_list, relevant APIs", toolbench_query),
     "agent_data_protocol": ("content.0.class_", agent_data_protocol),
-    "api_bank": (
-        lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
+    "api_bank": ("input, expected_output | input, output~API-Request", api_bank),
     "api_bank_dialogue": ("turns.0.role", api_bank_dialogue),
     "tau_display": ("messages_display", tau_display),
     "intercode": ("query, turn_history | query, trajectory.0.action", intercode),
-    "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
+    "toolverifier": (r"text~\nTool Choices:", toolverifier),
     "gorilla": ("code, api_call, api_data", gorilla),
     "agentbench_os": ("description, explanation, evaluation", agentbench_os),
     "agentbench_kg": ("question, actions, s_expression", agentbench_kg),
     "alpaca": ("instruction, output", alpaca),
-    "traces": (
-        lambda r: any(key.startswith(("gen_ai.", "llm.input_messages"))
-                      for span in spans_of(r) for key in attributes_of(span)),
-        trace),
+    "traces": (is_trace, trace),
     "atif": ("steps.0.source", trajectory_interchange),
     "samples": ("samples.0.messages | simulations.0.messages", samples),
     "evaluation_set": (
         "eval_cases.0.conversation.0.user_content | data.0.expected_tool_use | 0.expected_tool_use",
         evaluation_set),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
-    "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
-    "templated_text": (lambda r: TEMPLATED.search(text_of(r)), templated_text),
-    "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),
-    "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
+    "harmony": (r"~<\|(start|channel)\|>[^<]+<\|(channel|message)\|>", harmony),
+    "templated_text": (f"~{TEMPLATED.pattern} | text~{TEMPLATED.pattern}", templated_text),
+    "labelled_text": (r"example~(?m)^\W*SYSTEM:[\s\S]*^USER:", labelled_text),
+    "seal_tools": (r"user~(?m)^api_list = \[", seal_tools),
     "toolace": (
         lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
     "swe_agent": (lambda r: any(m["action"].strip() for m in listed(r) if m.get("action")), react_record),
-    "mini_swe_agent": (
-        lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", "system"), react_record),
+    "mini_swe_agent": ("assistant~```mswea_bash_command | system~bash code block", react_record),
     "react": (
-        lambda r: says(r, ACTION) and (
-            says(r, r"(?im)^\s*(?:Thought|Think)(?: \d+)?:") or says(r, RESULT, "user")), react_record),
-    "codeact": (lambda r: says(r, r"(?ms)<execute\w*>.*</execute|^\s*<execute\w*>"), react_record),
+        rf"assistant~{ACTION.pattern}, assistant~(?im)^\s*(?:Thought|Think)(?: \d+)?:"
+        f" | assistant~{ACTION.pattern}, user~{RESULT.pattern}", react_record),
+    "codeact": (r"assistant~(?ms)<execute\w*>.*</execute|^\s*<execute\w*>", react_record),
     "messages": (lambda r: is_turn(whole(r)["messages"][0]), messages_record),
 }
 
