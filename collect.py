@@ -3195,25 +3195,18 @@ def join_sessions(values):
     for where, line in log_lines(values):
         if isinstance(line, dict) and (is_sdk_event(line) or is_span(line)):
             events.append((where, line))
-            continue
-        if not is_log_line(line):
-            known = sessions or events
-            if not known or not isinstance(line, dict) or "role" in line:  # or a summary, a snapshot
-                yield where, line
-            continue
-        side, id, message = None, line.get("uuid"), line.get("message")
-        if line.get("isSidechain") or line.get("parent_tool_use_id"):
-            begun = id if "parentUuid" in line else "side"
-            side = field(line, "agentId parentToolUseID parent_tool_use_id")
-            side = sides[id] = side or sides.get(line.get("parentUuid"), begun)
-        match line.get("attachment"):
-            case {"type": "queued_command", "prompt": prompt}:  # typed while the agent was at work
-                message = user(prompt)
-        if not isinstance(message, dict) or line.get("isApiErrorMessage"):
-            continue
-        if message.get("model") != "<synthetic>":  # what no model wrote
-            key = field(line, "sessionId session_id"), side
-            sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
+        elif is_log_line(line):
+            side, id, prompt = None, line.get("uuid"), field(line, "attachment.prompt")
+            if line.get("isSidechain") or line.get("parent_tool_use_id"):
+                begun = id if "parentUuid" in line else "side"
+                side = field(line, "agentId parentToolUseID parent_tool_use_id")
+                side = sides[id] = side or sides.get(line.get("parentUuid"), begun)
+            message = user(prompt) if prompt else mapping(line, "message")  # a prompt typed while it worked
+            if message and not line.get("isApiErrorMessage") and message.get("model") != "<synthetic>":
+                key = field(line, "sessionId session_id"), side
+                sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
+        elif not sessions and not events or not isinstance(line, dict) or "role" in line:
+            yield where, line  # and no summary or snapshot
     for (_, side), (where, messages) in sessions.items():
         yield f"{where}-side" if side else where, {"messages": messages}
     if events:
@@ -3330,10 +3323,12 @@ def at(value, path):
 
 
 def finish(messages, tools):
-    """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become
+    """Join what is one turn, link calls and results, complete the tools, and check. Lone surrogates become
     question marks.
     """
-    messages = link(map(set_thought_apart, one_system(messages)))
+    turns = joined_turns(messages)
+    link(turns)
+    messages = [{k: v for k, v in turn.items() if v or k == "content"} for turn in turns]
     known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
     for function in functions_called(messages):
         name, arguments = function["name"], function["arguments"]
@@ -3346,27 +3341,37 @@ def finish(messages, tools):
     return messages, tools
 
 
+def joined_turns(messages):
+    """Messages of four fields each, with the thoughts apart that reasoning models write in <think> tags (the
+    first tag may stand in the prompt), and with what the assistant wrote in one turn as one. So is the system
+    prompt; a system message after it becomes the user's. Those that say nothing are left out.
+    """
+    turns = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        thoughts = [message.get("reasoning_content") or ""]
+        if role == "assistant":
+            found, content = split_thoughts(content)
+            thoughts += found
+        if role == "system" and turns and turns[-1]["role"] != "system":
+            role = "user"
+        turn = {"role": role, "content": content, "tool_calls": [*message.get("tool_calls", ())],
+                "reasoning_content": joined(dict.fromkeys(map(str.strip, thoughts)))}
+        if role == "tool":
+            turn["tool_call_id"] = message.get("tool_call_id")
+        elif not content and not turn["tool_calls"] and not turn["reasoning_content"]:
+            continue
+        while turns and is_one_turn(turns[-1], turn):
+            before, mark = turns.pop(), "\n\n" if role == "system" else "\n"
+            turn |= {key: joined([before[key], turn[key]], mark) for key in ("content", "reasoning_content")}
+            turn["tool_calls"] = before["tool_calls"] + turn["tool_calls"]
+        turns.append(turn)
+    return turns
+
+
 def functions_called(messages):
     """The function of each call in messages: {"name", "arguments"}."""
     return [c["function"] for m in messages for c in m.get("tool_calls", ())]
-
-
-def one_system(messages):
-    """Messages with one system message, at the start; one in the middle becomes the user's."""
-    first = list(itertools.takewhile(lambda m: m["role"] == "system", messages))
-    rest = [m | {"role": "user"} if m["role"] == "system" else m for m in messages[len(first):]]
-    return [chat_message("system", "\n\n".join(m["content"] for m in first))] * bool(first) + rest
-
-
-def set_thought_apart(message):
-    """The message with what its content holds in <think> tags, as reasoning models write it, as its
-    `reasoning_content`. The first tag may stand in the prompt instead.
-    """
-    if message["role"] != "assistant":
-        return message
-    thoughts, content = split_thoughts(message["content"])
-    thoughts = dict.fromkeys(text.strip() for text in [message.get("reasoning_content") or "", *thoughts])
-    return message | {"content": content} | thinking(joined(thoughts))
 
 
 def split_thoughts(text):
@@ -3380,57 +3385,35 @@ def split_thoughts(text):
     return thoughts, rest
 
 
-def thinking(text):
-    """The field of an assistant's message that holds its thoughts, which reasoning models write before their
-    answer.
-    """
-    return {"reasoning_content": text.strip()} if text.strip() else {}
-
-
 def joined(texts, mark="\n"):
     """Texts as one; those that are empty or None are left out."""
     return mark.join(filter(None, texts))
 
 
-def link(messages):
-    """Give every call an id, every result the id of its call (by its tool's name or its place where it has
-    none), and join what the assistant wrote in one turn.
+def link(turns):
+    """Give every call an id, and every result the id of its call: by its tool's name or its place where it
+    has none.
     """
-    linked, names, unanswered = [], {}, []  # names: {id of a call: its tool}
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            calls = [c | {"id": c["id"] or f"call_{len(names) + i}"} for i, c in enumerate(calls)]
-            names |= {c["id"]: c["function"]["name"] for c in calls}
-            message = message | {"tool_calls": calls}
-        if message["role"] == "tool":
-            given = message.get("tool_call_id")
+    names, unanswered = {}, []  # names: {id of a call: its tool}
+    for turn in turns:
+        for made in turn["tool_calls"]:
+            made["id"] = made["id"] or f"call_{len(names)}"
+            names[made["id"]] = made["function"]["name"]
+        unanswered = [made["id"] for made in turn["tool_calls"]] or unanswered
+        if turn["role"] == "tool":
+            given = turn["tool_call_id"]
             fits = [id for id in unanswered if given in (id, names[id])] or unanswered or [None]
-            id = given if given in names else fits[0]
-            unanswered = [other for other in unanswered if other != id]
-            linked.append(tool(message["content"]) | {"tool_call_id": id})
-        elif calls or message["content"] or message.get("reasoning_content"):
-            while linked and is_one_turn(linked[-1], message):
-                message = one_turn(linked.pop(), message)
-            linked.append(message)
-            unanswered = [c["id"] for c in message["tool_calls"]] if calls else unanswered
-    return linked
+            turn["tool_call_id"] = given if given in names else fits[0]
+            unanswered = [id for id in unanswered if id != turn["tool_call_id"]]
 
 
 def is_one_turn(first, second):
-    """Whether two messages are of one turn of the assistant: thoughts, text and calls, in this order."""
-    if first["role"] != "assistant" or second["role"] != "assistant":
+    """Whether two are one turn: of the system, or thoughts, text and calls of the assistant, in this order."""
+    if first["role"] != second["role"] or first["role"] not in ("system", "assistant"):
         return False
-    if "tool_calls" in first:
-        return "tool_calls" in second and not second["content"] and "reasoning_content" not in second
-    return "tool_calls" in second or not first["content"]
-
-
-def one_turn(first, second):
-    """Two messages of the assistant as one."""
-    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
-    content = joined([first["content"], second["content"]])
-    thoughts = joined(part.get("reasoning_content") for part in (first, second))
-    return second | {"content": content} | ({"tool_calls": calls} if calls else {}) | thinking(thoughts)
+    if first["tool_calls"]:
+        return bool(second["tool_calls"]) and not second["content"] and not second["reasoning_content"]
+    return bool(second["tool_calls"]) or not first["content"] or first["role"] == "system"
 
 
 def check_conversation(messages, tools):
@@ -3981,27 +3964,23 @@ def messages_record(record, react=False):
     names = {turn.get("author") for turn in turns if turn.get("parts")} - {None, "user"}
     for turn in turns:
         role = role_of(turn)
-        if role == "exit":  # of mini-swe-agent: why the run ended or, after a call, what came of it
-            if not messages or "tool_calls" not in messages[-1]:
-                continue
-            role = "tool"
-        if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
-            continue  # tau2-bench: what the user does with tools is not the agent's
-        if turn.get("partial") is True:
-            continue  # ADK: of a stream, the whole follows
+        if role == "exit" and messages and "tool_calls" in messages[-1]:
+            role = "tool"  # mini-swe-agent: what came of the last call or, without one, why the run ended
+        users = turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls"))
+        if users or role == "exit" or turn.get("partial") is True:
+            continue  # tau2-bench: the user's tools are not the agent's; ADK: of a stream, the whole follows
         parts = list(parts_of(turn, role))
         if is_item(turn) and parts:
             role = "tool" if parts[0][0] == "result" else "assistant"
-        if len(names) > 1 and role == "assistant" and parts and parts[0][0] == "text" and parts[0][1]:
-            label = f"[{turn['author']}]:"
-            parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
+        match parts:
+            case [("text", str(said)), *_] if said and len(names) > 1 and role == "assistant":
+                label = f"[{turn['author']}]:"
+                parts[0] = ("text", f"{label} {said.removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        left_out = {*map(kind_of, (turns or [{}])[0].get("content") or ["text"])}
-        raise ValueError(f"nothing is left without {', '.join(left_out)}")
-    given = itertools.chain.from_iterable(turn.get("tools") or () for turn in turns)  # of an MCP server
-    given = [tool for tool in given if isinstance(tool, dict)]
-    messages, tools = with_tools(messages, [*tools_of(field(record, TOOLS)), *given])
+        raise ValueError(f"nothing is left without {', '.join(map(kind_of, turns[0].get('content') or ()))}")
+    given = [tool for turn in turns for tool in turn.get("tools") or () if isinstance(tool, dict)]
+    messages, tools = with_tools(messages, [*tools_of(field(record, TOOLS)), *given])  # of an MCP server
     names = {tool["function"]["name"] for tool in tools}
     return [bare_calls(message, names) for message in messages], tools
 
@@ -4371,7 +4350,7 @@ def agent_data_protocol(record):
             message = assistant(joined([step.get("description"), text]), *(made if called else ()))
         else:
             message = tool(text) | {"tool_call_id": id} if answers else user(text)
-        yield message | thinking(step.get("reasoning_content") or "")
+        yield message | {"reasoning_content": step.get("reasoning_content")}
 
 
 def api_bank(record):
@@ -4612,7 +4591,7 @@ def attributes_of(span):
     """The attributes of a span by name, those of its events included; messages that are an event each, as
     older conventions have them, or an attribute a leaf, as "llm.input_messages.0.message.role", as lists.
     """
-    found, asked, answered, trees = span.get("attributes", span), [], [], {}
+    found, asked, answered, leaves = span.get("attributes", span), [], [], defaultdict(dict)
     if isinstance(found, list):
         found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
     listed = found["events"] if isinstance(found.get("events"), str) else span.get("events")
@@ -4627,16 +4606,28 @@ def attributes_of(span):
         else:
             found = inner | found
     for key, value in found.items():
-        name, *numbered = re.split(r"\.(?=\d)", key, maxsplit=1)
-        if numbered:
-            node = trees.setdefault(name, {})
-            *path, leaf = numbered[0].split(".")
-            for step in path:
-                node = node.setdefault(step, {})
-            node[leaf] = value
-    trees = {name: pruned(tree) for name, tree in trees.items()}
+        name, *path = re.split(r"\.(?=\d)", key, maxsplit=1)
+        leaves[name] |= {path[0]: value} if path else {}
+    lists = {name: nested(paths) for name, paths in leaves.items() if paths}
     messages = {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered}
-    return trees | {key: value for key, value in messages.items() if value} | found
+    return lists | {key: value for key, value in messages.items() if value} | found
+
+
+def nested(leaves):
+    """Values by their paths, as {"0.message.role": "user"}, as the list or object that has them there,
+    without OpenInference's wrappers.
+    """
+    if "" in leaves:
+        return leaves[""]
+    members = defaultdict(dict)
+    for path, value in leaves.items():
+        key, _, rest = path.partition(".")
+        members[key][rest] = value
+    node = {key: nested(paths) for key, paths in members.items()}
+    if all(map(str.isdigit, node)):
+        return [node[key] for key in sorted(node, key=int)]
+    inner = next(iter(node.values()))
+    return inner if len(node) == 1 and isinstance(inner, dict) else node
 
 
 def traced(attributes, names):
@@ -4644,17 +4635,6 @@ def traced(attributes, names):
     found = field(attributes, names)
     value = attempt(structured, found)
     return value if isinstance(value, list) else as_text(found)
-
-
-def pruned(node):
-    """A tree of attributes with numbered branches as lists, and without OpenInference's wrappers."""
-    if not isinstance(node, dict):
-        return node
-    if all(map(str.isdigit, node)):
-        return [pruned(node[key]) for key in sorted(node, key=int)]
-    node = {key: pruned(value) for key, value in node.items()}
-    wrapped = node.get(next(iter(node))) if len(node) == 1 else None
-    return wrapped if isinstance(wrapped, dict) else node
 
 
 def is_trace(record):
