@@ -2555,11 +2555,10 @@ BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob
                   "timestamp": "string", "long": "integer", "float": "number", "double": "number"}
 ODD_TYPES = {"file": {"type": "string", "format": "binary"}, "any": {}}  # of OpenAPI 2, and of Google's
 KEPT_KEYS = "type format enum default minimum maximum minLength maxLength pattern nullable const".split()
-YAML_TYPES = [  # (name, how such a value begins, what it is): of YAML 1.2, as OpenAPI means it
-    ("null", ["", *"~nN"], r"~|null|Null|NULL|"),
-    ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
-    ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-    ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")]
+# What is no string in YAML 1.2, as OpenAPI means it.
+YAML_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+YAML_NUMBER = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+JSON = json.JSONDecoder(parse_constant=lambda name: None)
 
 
 def openapi_records(path, name, license, args):
@@ -2816,14 +2815,12 @@ def read_spec(path):
 def read_json_file(path):
     """The value in such a file."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read(MAX_SPEC + 1)
         if len(content) > MAX_SPEC:
             raise ValueError(f"over {MAX_SPEC // 10**6} MB")
         text = content.decode("utf-8-sig", errors="replace")
-        if path.suffix in (".yaml", ".yml"):
-            return parse_yaml(text)
-        return json.loads(text, parse_constant=lambda name: None)
+        return parse_yaml(text) if path.suffix in (".yaml", ".yml") else JSON.decode(text)
     except ModuleNotFoundError:
         raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
     except RecursionError:
@@ -2836,29 +2833,27 @@ def parse_yaml(text):
     """The value of a YAML 1.2 text, as OpenAPI means it: `on`, `no`, 2020-01-01 and 12:30:45 are strings, and
     so is every key; but `<<` merges, as YAML 1.1 has it.
     """
-    yaml = importlib.import_module("yaml")
+    yaml, merged = importlib.import_module("yaml"), Counter()
 
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        yaml_implicit_resolvers, merged = {}, 0
+    @lru_cache(None)  # what aliases stand for is read once
+    def value_of(node):
+        if isinstance(node, yaml.SequenceNode):
+            return list(map(value_of, node.value))
+        if isinstance(node, yaml.ScalarNode):
+            if node.style:  # in quotes, or a block
+                return node.value
+            return ast.literal_eval(node.value) if YAML_NUMBER.fullmatch(node.value) else YAML_WORDS.get(
+                node.value.lower(), node.value)
+        value, shared = {key.value: value_of(member) for key, member in node.value}, {}
+        others = value.pop("<<", [])
+        for other in map(mapping, reversed(others) if isinstance(others, list) else [others]):
+            shared |= other
+            merged["keys"] += len(other)
+            if merged["keys"] > MAX_MERGED:
+                raise ValueError(f"over {MAX_MERGED:,} keys merged by `<<`")
+        return shared | value
 
-        def construct_mapping(self, node, deep=False):
-            value, shared = {}, {}
-            for key, member in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
-                value[key.value] = found = self.construct_object(member, deep or key.value == "<<")
-                if key.value == "<<":
-                    for other in map(mapping, reversed(found) if isinstance(found, list) else [found]):
-                        shared.update(other)
-                        self.merged += len(other)
-                        if self.merged > MAX_MERGED:
-                            raise ValueError(f"over {MAX_MERGED:,} keys merged by `<<`")
-            value.pop("<<", None)
-            return shared | value
-
-    for kind, first, pattern in YAML_TYPES:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), first)
-    return yaml.load(text, Loader)
+    return value_of(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def mapping(value, *keys):
@@ -3018,7 +3013,7 @@ def plain(value):
         return value
     try:
         pieces = itertools.islice(json.JSONEncoder(default=str).iterencode(value), MAX_PIECES)
-        return json.loads("".join(pieces), parse_constant=lambda name: None)
+        return JSON.decode("".join(pieces))
     except (ValueError, TypeError, RecursionError):  # cut, in a circle, odd keys, or nested too deep
         return None
 
@@ -3047,7 +3042,7 @@ def read_values(path):
                "jsonl": read_lines, "ndjson": read_lines}
     try:
         yield from readers.get(kind, read_json)(path)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
         yield "end", ValueError(f"cannot be read further: {error}")
 
 
@@ -3080,7 +3075,7 @@ def parse(text):
     is none.
     """
     try:
-        return json.loads(text, parse_constant=lambda name: None) if text is not None else TOO_LONG
+        return TOO_LONG if text is None else JSON.decode(text)
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
 
@@ -3106,14 +3101,8 @@ def read_csv(path):
     """Yield (line number, row as a dict, or ValueError) of a CSV file."""
     csv.field_size_limit(MAX_RECORD)
     rows = csv.DictReader(str(TOO_LONG) if line is None else line + "\n" for line in text_lines(path))
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row = ValueError(f"not CSV: {error}")
-        yield rows.line_num, TOO_LONG if isinstance(row, dict) and str(TOO_LONG) in row.values() else row
+    for row in rows:
+        yield rows.line_num, TOO_LONG if str(TOO_LONG) in row.values() else row
 
 
 def read_json(path):
@@ -3143,14 +3132,14 @@ def read_list(path):
     """Decode the members of a JSON list as they are read. What follows a broken one cannot be told apart: it
     is the last.
     """
-    decoder, chunks = json.JSONDecoder(parse_constant=lambda name: None), text_chunks(path)
+    chunks = text_chunks(path)
     buffer, at, index = next(text for text in chunks if text.strip()).lstrip()[1:], 0, 0
     while True:
         at = re.compile(r"[\s,]*").match(buffer, at).end()
         if buffer[at:at + 1] == "]":
             return
         try:
-            value, end = decoder.raw_decode(buffer, at)
+            value, end = JSON.raw_decode(buffer, at)
             yield index, value
             at, index = end, index + 1
         except (ValueError, RecursionError) as error:
@@ -3408,7 +3397,7 @@ def link(turns):
 
 
 def is_one_turn(first, second):
-    """Whether two are one turn: of the system, or thoughts, text and calls of the assistant, in this order."""
+    """Whether two are one turn: of the system, or thoughts, text and calls of the assistant in order."""
     if first["role"] != second["role"] or first["role"] not in ("system", "assistant"):
         return False
     if first["tool_calls"]:
@@ -3717,7 +3706,9 @@ XML_ARGUMENT = (
 # Calls as models write them in a text: {pattern: what makes calls of its groups}. None holds the tag that
 # opens another, so that many that nothing closes are read once and not once each.
 WRITTEN = {re.compile("(?s)" + pattern): read for pattern, read in {
-    # Hermes, Qwen (JSON proper is read before); Phi, Granite, InternLM; Glaive; Mistral
+    # Hermes, Qwen: JSON, whose strings may hold the tags, or Python; Phi, Granite, InternLM; Glaive; Mistral
+    r'<tool_call>(?=\s*[\[{"])((?:"(?:[^"\\]|\\.)*"|(?!</?tool_call>)[^"])*)'
+    r"(?:</tool_call>|(?<=[\]}])\s*(?=<tool_call>|\Z))": calls_in,
     r"<tool_call>(?=\s*[\[{])((?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)": calls_in,
     r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)": calls_in,
     r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)": calls_in,
@@ -3746,9 +3737,8 @@ def lift(text, react):
     """Split an assistant's text into (what it says, the calls written in it): those of WRITTEN and, with
     `react`, Thought/Action. What it thinks of calling is no call.
     """
-    _, rest = split_thoughts(text)
-    thought = text.removesuffix(rest)
-    text, calls = without_json_calls(rest)
+    _, text = split_thoughts(given := text)
+    thought, calls = given.removesuffix(text), []
     for pattern, read in WRITTEN.items():
         calls += [made for found in pattern.finditer(text) for made in read(*found.groups())]
         text = pattern.sub("", text)
@@ -3784,24 +3774,6 @@ def split_action(text):
     if fence and fence[1] in ("mswea_bash_command", "bash"):
         return text[:fence.start()], [code_call("bash", fence[2])]
     return text, []
-
-
-def without_json_calls(text):
-    """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since
-    its strings may hold the tags. What is not JSON stays.
-    """
-    kept, calls, end = [], [], 0
-    for tag in re.finditer(r"<tool_call>\s*(?=[\[{\"])", text):
-        if tag.start() < end:  # in a string
-            continue
-        try:
-            value, after = json.JSONDecoder().raw_decode(text, tag.end())
-            calls += calls_in(value)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            continue
-        kept.append(text[end:tag.start()])
-        end = re.compile(r"\s*(?:</tool_call>)?").match(text, after).end()
-    return "".join([*kept, text[end:]]), calls
 
 
 def converse(turns, react=False, messages=None):
@@ -4453,24 +4425,12 @@ def samples(record):
     from the messages, and tau2-bench's simulations.
     """
     for sample in field(record, "samples simulations"):
-        sample = attached(sample, sample.get("attachments") or {})
+        texts = sample.get("attachments") or {}
+        sample = json.loads(re.sub(  # the texts that stand apart
+            r'"attachment://(\w+)"', lambda found: json.dumps(texts.get(found[1])), json.dumps(sample)))
         offered = {json.dumps(tool): tool for event in sample.get("events") or ()
                    if event.get("event") == "model" for tool in event.get("tools") or ()}
         yield attempt(messages_record, {"tools": list(offered.values())} | sample)
-
-
-def attached(value, texts):
-    """A value with the texts for which its strings stand, as "attachment://" and a key."""
-    match value:
-        case str() if value.startswith("attachment://"):
-            return texts.get(value.removeprefix("attachment://"), value)
-        case list():
-            return [attached(member, texts) for member in value]
-        case dict():
-            return {key: attached(member, texts) for key, member in value.items()}
-    return value
-
-
 
 
 def evaluation_set(record):
@@ -4751,8 +4711,7 @@ def text_of(record):
 def labelled_text(record):
     """A conversation in one text, whose turns begin with SYSTEM:, USER: and ASSISTANT:."""
     text = re.sub(r"^\s*```\w*\n|\n```\s*$", "", record["example"])
-    turns = split_turns(text, "SYSTEM|USER|ASSISTANT|TOOL")
-    return converse(turns), tools_in(turns[0][1])
+    return converse(split_turns(text, "SYSTEM|USER|ASSISTANT|TOOL"))
 
 
 def seal_tools(record):
