@@ -2561,30 +2561,29 @@ YAML_NUMBER = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[
 JSON = json.JSONDecoder(parse_constant=lambda name: None)
 
 
+SERVER = "server_name serverName name server.name serverInfo.name title server.title serverInfo.title"
 def openapi_records(path, name, license, args):
     """One record an operation of an OpenAPI 2.0, 3.0 or 3.1 file. Raises ValueError if it is none."""
     spec = read_spec(path)
     if not {"swagger", "openapi"} & spec.keys() and next(mcp_tools(spec, ""), None):
         return (yield from mcp_records(path, name, license, args))
-    version = str(spec.get("swagger") or spec.get("openapi"))
-    if not re.match(r"[23]\.", version) or not mapping(spec, "paths"):
+    if not re.match(r"[23]\.", str(field(spec, "swagger openapi"))) or not mapping(spec, "paths"):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
-    info, taken = mapping(spec, "info"), Counter()
-    title, license = info.get("title", name), mapping(info, "license").get("name") or license
-    others = {}  # files that it refers to
+    title, license = field(spec, "info.title") or name, field(spec, "info.license.name") or license
+    taken, others = Counter(), {"": spec}  # others: files that it refers to
     collected = name.count("/") - 1 if path.as_posix().endswith(f"/{name}") else 0  # directories up
-    resolve = partial(follow, spec, others, path.parent, path.parents[max(collected, 0)].resolve())
-    about = resolve, f"{title} {info.get('version', '')}", f"openapi:{name}", license
+    resolve = partial(follow, others, path.parent, path.parents[max(collected, 0)].resolve())
+    about = resolve, f"{title} {mapping(spec, 'info').get('version', '')}", f"openapi:{name}", license
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
         for method in METHODS:
             if operation := resolved(item.get(method), resolve):
                 stated = operation.get("operationId") or f"{method} {place}"
-                called = f"{identifier(title or name)}.{identifier(stated)}"
+                called = f"{identifier(title)}.{identifier(stated)}"
                 taken[called] += 1
                 called += f"_{taken[called]}" * (taken[called] > 1)
-                shared = listing(item, "parameters")
-                operation = operation | {"parameters": shared + listing(operation, "parameters")}
+                parameters = listing(item, "parameters") + listing(operation, "parameters")
+                operation = operation | {"parameters": parameters}
                 yield operation_record(called, f"{method.upper()} {place}", operation, *about)
     for file, content in others.items():
         if content is None:
@@ -2601,7 +2600,7 @@ def discovery_records(path, name, license, args):
     about = mapping(spec, "schemas").get, service, f"discovery:{name}", license
     places = [spec]  # it and its resources, which hold resources in turn
     for place in places:
-        places += [resource for _, resource in mappings(place, "resources")]
+        places += children(mapping(place, "resources"))
         for key, method in mappings(place, "methods"):
             called = str(method.get("id") or f"{spec.get('name')}.{key}")
             called = ".".join(map(identifier, called.split(".")))
@@ -2620,33 +2619,29 @@ def botocore_records(path, name, license, args):
     spec = read_spec(path)
     if not isinstance(spec.get("operations"), dict) or not isinstance(spec.get("shapes"), dict):
         raise ValueError("not a service model: no `operations` and `shapes`")
-    service = mapping(spec, "metadata")
     schemas = {key: botocore_schema(shape) for key, shape in mappings(spec, "shapes")}
-    about = schemas.get, str(service.get("serviceFullName")), f"botocore:{name}", license
-    prefix = identifier(str(service.get("serviceId") or service.get("endpointPrefix"))).lower()
+    service = str(field(spec, "metadata.serviceFullName"))
+    about = schemas.get, service, f"botocore:{name}", license
+    prefix = identifier(str(field(spec, "metadata.serviceId metadata.endpointPrefix"))).lower()
     for key, operation in mappings(spec, "operations"):
-        http, takes = mapping(operation, "http"), botocore_reference(operation.get("input"))
+        takes, gives = (botocore_schema(operation.get(key)) for key in ("input", "output"))
         takes = takes if resolved(takes, schemas.get).get("properties") else None  # many need nothing
-        head = f"{http.get('method')} {http.get('requestUri')}"
+        head = f"{field(operation, 'http.method')} {field(operation, 'http.requestUri')}"
         yield operation_record(f"{prefix}.{identifier(key)}", head, openapi_operation(
-            operation.get("documentation"), [], takes, botocore_reference(operation.get("output")),
-            operation.get("documentationUrl")), *about)
+            operation.get("documentation"), [], takes, gives, operation.get("documentationUrl")), *about)
 
 
-def botocore_schema(shape):
-    """The JSON Schema of a shape."""
-    kind, members = shape.get("type"), mapping(shape, "members")
-    return {"type": BOTOCORE_TYPES.get(str(kind), kind), "description": shape.get("documentation"),
-            "enum": shape.get("enum"), "required": shape.get("required"),
-            "properties": {key: botocore_reference(member) for key, member in members.items()},
-            "items": botocore_reference(shape.get("member")),
-            "additionalProperties": botocore_reference(shape.get("value"))}
-
-
-def botocore_reference(node):
-    """A member of a shape, or what an operation takes or gives, as JSON Schema refers to it."""
-    about = mapping(node)
-    return node and {"$ref": str(about.get("shape")), "description": about.get("documentation")}
+def botocore_schema(node):
+    """The JSON Schema of a shape, or of a reference to one; of nothing, None."""
+    match node:
+        case {"shape": name}:
+            return {"$ref": str(name), "description": node.get("documentation")}
+        case {"type": kind}:
+            return {"type": BOTOCORE_TYPES.get(str(kind), kind), "description": node.get("documentation"),
+                    "enum": node.get("enum"), "required": node.get("required"),
+                    "properties": {key: botocore_schema(member) for key, member in mappings(node, "members")},
+                    "items": botocore_schema(node.get("member")),
+                    "additionalProperties": botocore_schema(node.get("value"))}
 
 
 def openapi_operation(description, parameters, takes, gives, url):
@@ -2683,11 +2678,11 @@ def operation_record(name, head, operation, resolve, service, source, license):
     answers = {str(k): resolved(v, resolve) for k, v in mapping(operation, "responses").items()}
     good = next((answers[k] for k in sorted(answers) if k[:1] == "2"), answers.get("default") or {})
     outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
-    said = "\n\n".join(str(operation[k]) for k in ("summary", "description") if operation.get(k))
+    said = joined(map(as_text, map(operation.get, ("summary", "description"))), "\n\n")
     schema = {"type": "object", "properties": properties, "required": sorted(required)}
     return service_record(name, head, plain_text(said), schema, service, source, str(license), outcomes,
                           json_schema_of(schema_of(good), resolve, "writeOnly"),
-                          mapping(operation, "externalDocs").get("url"))
+                          field(operation, "externalDocs.url"))
 
 
 def service_record(name, head, doc, schema, service, source, license, outcomes="", returns=None, url=None):
@@ -2733,29 +2728,26 @@ def mcp_records(path, name, license, args):
     value = read_json_file(path)
     for server, given in mcp_tools([value] if "inputSchema" in mapping(value) else value, server):
         if not is_mcp_tool(given):
-            place = str(mapping(given).get("name"))
+            place = str(field(given, "name"))
             yield rejection(name, place, "a tool without a description and a schema")
             continue
-        [tool] = tools_of([given])
-        function = tool["function"]
+        function = tools_of([given])[0]["function"]
         called, schema = f"{identifier(server)}.{function['name']}", function["parameters"]
-        if called in taken:
-            continue
-        taken.add(called)
-        doc, title = plain_text(function["description"]), mapping(given, "annotations").get("title")
-        title = str(title or given.get("title") or "a tool of an MCP server")
-        schema["required"] = [key for key in listing(schema, "required") if key in schema["properties"]]
-        yield service_record(called, title, doc, schema, f"MCP server {server}", f"mcp:{name}", license)
-        yield Tool(called, summarise(doc) or title, schema, doc, f"mcp:{name}", license)
+        if called not in taken:
+            taken.add(called)
+            doc = plain_text(function["description"])
+            title = str(field(given, "annotations.title title") or "a tool of an MCP server")
+            schema["required"] = [key for key in listing(schema, "required") if key in schema["properties"]]
+            yield service_record(called, title, doc, schema, f"MCP server {server}", f"mcp:{name}", license)
+            yield Tool(called, summarise(doc) or title, schema, doc, f"mcp:{name}", license)
     if not taken:
         raise ValueError("no list of tools, each with a name and a description or a schema")
 
 
 def mcp_tools(value, server, depth=6):
     """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
-    about = mapping(value, "serverInfo") | mapping(value, "server") | mapping(value)
-    names = [about.get(key) for key in ("server_name", "serverName", "name", "title")]
-    server = next((name for name in names if isinstance(name, str)), server)
+    found = field(value, SERVER)
+    server = found if isinstance(found, str) else server
     tools = value if isinstance(value, list) and depth == 6 else listing(value, "tools")
     tools = tools or [{"name": key} | tool for key, tool in mappings(value, "tools")]
     if tools and (all if tools is value else any)(map(is_mcp_tool, tools)):
@@ -2902,24 +2894,24 @@ def shorten(text, longest=200):
     return line if len(line) <= longest else line[:longest].rpartition(" ")[0] + " ..."
 
 
-def follow(spec, others, folder, root, ref):
+def follow(others, folder, root, ref):
     """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None, which
     `others` then has for it. Other files are read beneath `root` alone, once each; the references in them are
     made relative to `folder`.
     """
     file, _, pointer = ref.partition("#")
-    if file and file not in others:
+    if file not in others:
         others[file], path = None, (folder / urllib.parse.unquote(file)).resolve()
-        if path.is_relative_to(root) and path.is_file() and len(others) < 10_000:
+        if path.is_relative_to(root) and path.is_file():
             with contextlib.suppress(ValueError):
                 others[file] = relative_to(read_spec(path), file)
-    value, pointer = others.get(file) if file else spec, pointer.strip("/")
+    value = others[file]
     with contextlib.suppress(LookupError, TypeError, ValueError):  # what is not there
-        for key in pointer.split("/") if pointer else []:
+        for key in filter(None, pointer.split("/")):
             key = urllib.parse.unquote(key).replace("~1", "/").replace("~0", "~")
             value = value[int(key) if isinstance(value, list) else key]
         return value
-    if len(others) < 10_000 and others.get(file, spec) is not None:
+    if others[file] is not None:
         others[ref] = None
 
 
@@ -2952,10 +2944,10 @@ def schema_of(node):
     """The schema of a parameter, body or response: in place, or of one of its content types, JSON
     preferred.
     """
-    types, json_like = mapping(node, "content"), re.compile(r"application/([\w.-]+\+)?json\b")
-    rank = lambda kind: (kind != "application/json", not json_like.match(str(kind)))
-    best = min(types, key=rank, default=None)
-    return node.get("schema") or mapping(types, best).get("schema")
+    types = mapping(node, "content")
+    kinds = [kind for pattern in (r"application/json$", r"application/([\w.-]+\+)?json\b", "")
+             for kind in types if re.match(pattern, kind)]
+    return node.get("schema") or mapping(types, *kinds[:1]).get("schema")
 
 
 def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
@@ -2965,8 +2957,8 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     """
     budget, beside = budget or [MAX_NODES], {}
     while isinstance(ref := mapping(node).get("$ref"), str):  # perhaps to a reference again
-        stated = {key: node.get(key) for key in ("description", "default", "nullable")}
-        beside = {key: value for key, value in stated.items() if value not in (None, "")} | beside
+        stated = [key for key in ("description", "default", "nullable") if node.get(key) not in (None, "")]
+        beside = {key: node[key] for key in stated} | beside
         if ref in seen:
             return {"type": "object", "description": f"{ref.split('/')[-1]}, as above"}
         seen, node = (*seen, ref), resolve(ref) if len(seen) < 100 else None
