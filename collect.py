@@ -3207,7 +3207,6 @@ def is_log_line(value):
         case ({"uuid": _, "sessionId": _} | {"type": "attachment", "attachment": _}
               | {"type": "user" | "assistant", "message": {"content": _}}):
             return True
-    return False
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
@@ -3310,15 +3309,15 @@ def finish(messages, tools):
     turns = joined_turns(messages)
     link(turns)
     messages = [{k: v for k, v in turn.items() if v or k == "content"} for turn in turns]
-    known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
+    known = {t["function"]["name"]: t["function"]["parameters"]["properties"] for t in tools}
     for function in functions_called(messages):
-        name, arguments = function["name"], function["arguments"]
-        if name in known and "null" in arguments:  # tables fill up what a row lacks with null
-            given = {k: v for k, v in json.loads(arguments).items() if v is not None or k in known[name]}
+        if function["name"] in known:  # tables fill up what a row lacks with null
+            given = json.loads(function["arguments"]).items()
+            given = {k: v for k, v in given if v is not None or k in known[function["name"]]}
             function["arguments"] = json.dumps(given, ensure_ascii=False)
     both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
     messages, tools = json.loads(both.encode("utf-8", "replace"))
-    check_conversation(messages, tools)
+    check_conversation(messages)
     return messages, tools
 
 
@@ -3393,11 +3392,11 @@ def is_one_turn(first, second):
     if first["role"] != second["role"] or first["role"] not in ("system", "assistant"):
         return False
     if first["tool_calls"]:
-        return bool(second["tool_calls"]) and not second["content"] and not second["reasoning_content"]
+        return not second["content"] and not second["reasoning_content"]
     return bool(second["tool_calls"]) or not first["content"] or first["role"] == "system"
 
 
-def check_conversation(messages, tools):
+def check_conversation(messages):
     """Raise ValueError unless it is a conversation in the OpenAI form that an agent can learn from."""
     made = set()
     for i, message in enumerate(messages):
@@ -3412,8 +3411,6 @@ def check_conversation(messages, tools):
     for roles in (("user", "tool"), ("assistant",)):
         if not any(m["role"] in roles and (m["content"].strip() or m.get("tool_calls")) for m in messages):
             raise ValueError(f"no {roles[0]} message that says or calls anything")
-    if not all(isinstance(tool["function"]["name"], str) for tool in tools):
-        raise ValueError("tools are not in the OpenAI form")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3496,10 +3493,14 @@ def field(value, paths):
     """What stands at the first of several paths, as "name tool.0.name", that is there and not empty, or None.
     An empty object, false and 0 are not empty: they may be results.
     """
+    keys = mapping(value)
     for path in paths.split():
-        with contextlib.suppress(LookupError, TypeError):
-            if (found := at(value, path)) not in (None, "", []):
-                return found
+        found = keys.get(path)
+        if found is None and "." in path:
+            with contextlib.suppress(LookupError, TypeError):
+                found = at(value, path)
+        if found not in (None, "", []):
+            return found
 
 
 def role_of(message):
@@ -3527,8 +3528,7 @@ def part_text(part):
         return as_text({key: value for key, value in part.items() if not key.startswith("encrypted")})
     paths = "text.value text refusal value content summary_text logs tool_name transcript source.content"
     data = " source.data" if field(part, "source.type") == "text" else ""  # and no image's
-    text = field(part, paths + data)
-    return joined([part.get("title"), as_text(text)]) if isinstance(text, (str, list)) else ""
+    return joined([part.get("title"), as_text(field(part, paths + data))])
 
 
 def structured(text):
@@ -3812,7 +3812,7 @@ SCHEMA_KEYS = "$ref $defs definitions anyOf oneOf allOf additionalProperties pat
 
 def tools_of(value):
     """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names
-    for types.
+    for types. What has no name, such as code_interpreter, is built in.
     """
     value, tools = structured(value or []), []
     for given in value if isinstance(value, list) else [value]:
@@ -3822,7 +3822,7 @@ def tools_of(value):
             continue
         function = next(filter(lambda f: isinstance(f, dict), map(given.get, WRAPPED)), given)
         name, description = field(function, "name api_name"), field(function, "description api_description")
-        if not name:  # built in, such as code_interpreter
+        if not isinstance(name, str):
             continue
         schema = structured(field(function, SCHEMA) or {})
         if isinstance(schema, list):  # of named arguments, in Docker's registry some `optional`
@@ -3830,13 +3830,14 @@ def tools_of(value):
             needs = [e["name"] for e in schema if e.get("required", marked and not e.get("optional")) is True]
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
             schema |= {"required": needs} if needs else {}
-        if not isinstance(schema.get("properties"), dict):
+        entries = schema.get("properties")
+        if not isinstance(entries, dict):
             stated = {k: v for k, v in schema.items() if k in SCHEMA_KEYS}
             entries = {k: v for k, v in schema.items() if isinstance(v, dict) and k not in stated}
             required = [
                 k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
-            schema = stated | {"properties": entries, "required": function.get("required", required)}
-        known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
+            schema = stated | {"properties": {}, "required": function.get("required", required)}
+        known = {name: entry for name, entry in entries.items() if entry is not None}
         schema = json.dumps({"type": "object"} | schema | {"properties": known})
         function = {"name": name, "description": description or "",
                     "parameters": json.loads(schema, object_hook=with_plain_type)}
@@ -3961,8 +3962,6 @@ def whole(record):
     asked = list_or_none(listed, record)
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
-    if record.get("role") == "assistant":
-        record |= {"message": {"role": "assistant", "content": record["content"]}}
     found = [message for message in map(partial(field, record), ANSWERS) if isinstance(message, dict)]
     answer = list(filter(is_turn, found))[:1] or answer or []
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
@@ -4456,30 +4455,31 @@ def is_sdk_event(value):
     return "source" in value and bool(re.search(r"(Event|Observation)$", str(value.get("kind"))))
 
 
+METADATA = "tool_call_metadata."
 def openhands(record):
     """A list of events: actions of the user and the agent, and observations."""
     messages, tools = [], []
     if is_sdk_event(listed(record)[0]):
         return sdk_messages(listed(record))
     for event in listed(record):
-        given, made = event.get("args") or event, event.get("tool_call_metadata") or {}
+        event |= event.get("args") or {}
         action, seen = event.get("action"), event.get("observation")
-        thought, said = field(given, "thought") or event.get("thought") or "", field(given, "content") or ""
+        id = field(event, METADATA + "tool_call_id")
         if action in ("message", "finish"):
-            text = said or thought or field(given, "final_thought message") or event.get("message") or ""
+            text = field(event, "content thought final_thought message") or ""
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
         elif action == "system":
-            messages.append(chat_message("system", said))
-            tools = given.get("tools")
+            messages.append(chat_message("system", event.get("content") or ""))
+            tools = event.get("tools")
         elif action and action not in ("change_agent_state", "recall", "condensation", "null"):
-            written = field(made, "model_response.choices.0.message.tool_calls") or ()
-            written = [c for c in written if c["id"] == made["tool_call_id"]]
-            arguments = {k: given[k] for k in "command code path content url query".split() if given.get(k)}
-            name = made["function_name"] if written else action
+            written = field(event, METADATA + "model_response.choices.0.message.tool_calls") or ()
+            written = [c for c in written if c["id"] == id]
+            arguments = {k: event[k] for k in "command code path content url query".split() if event.get(k)}
+            name = field(event, METADATA + "function_name") if written else action
             calls = list_or_none(calls_in, written) or [call(name, arguments)]  # the model's may be broken
-            messages.append(assistant(thought, *calls))
+            messages.append(assistant(event.get("thought") or "", *calls))
         elif seen and messages and seen not in ("agent_state_changed", "null"):
-            messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
+            messages.append(tool(event.get("content") or "") | {"tool_call_id": id})
     return messages, tools_of(tools)
 
 
@@ -4491,19 +4491,18 @@ def sdk_messages(events):
         match event:
             case {"system_prompt": prompt}:
                 turns.append(chat_message("system", as_text([prompt])))
-                tools = [given for given in event.get("tools") or [] if field(given, "name function")]
+                tools = event.get("tools")
             case {"llm_message": dict(message)}:
                 turns.append(message)
             case {"tool_name": name, "action": action}:
                 given = {key: value for key, value in (action or {}).items() if key != "kind"}
-                made = event.get("tool_call") or {
-                    "name": name, "id": event.get("tool_call_id"), "arguments": given}
+                made = {"name": name, "id": event.get("tool_call_id"), "arguments": given}
                 reasons, said = event.get("reasoning_content"), event.get("thought") or []
                 said = said if reasons else (event.get("thinking_blocks") or []) + said
+                made = event.get("tool_call") or made
                 turns.append(assistant(said, made) | {"reasoning_content": reasons})
             case {"tool_call_id": id}:
-                content = field(event, SEEN)
-                turns.append(tool(content) | {"tool_call_id": id})
+                turns.append(tool(field(event, SEEN)) | {"tool_call_id": id})
     return messages_record({"messages": turns, "tools": tools})
 
 
