@@ -3571,11 +3571,7 @@ def calls_in(value):
     """The calls of a {"name", "arguments"} object, bare or as OpenAI wraps it, or of a list of such; also as
     text.
     """
-    if isinstance(value, str):
-        # Glaive writes the arguments as JSON between apostrophes, with apostrophes inside.
-        glaive = r"""(?s)\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}\s*"""
-        found = re.fullmatch(glaive, value)
-        value = found.groupdict() if found else structured(value)
+    value = structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
     wrapped = [value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)]
@@ -3674,10 +3670,20 @@ def action_call(action):
     return call("act", {"command": action})
 
 
-def xml_call(name, body):
-    """The call of a tool whose arguments are elements each, or JSON."""
-    given = re.findall(XML_ARGUMENT, body)
-    return [call(name, {key: plain_json(value) for key, value in given} or body)]
+def written_calls(found):
+    """The calls in what a pattern of WRITTEN found, by the names of its groups."""
+    match found.groupdict():
+        case {"name": name, "xml": body}:  # the arguments are elements each, or JSON
+            given = re.findall(XML_ARGUMENT, body)
+            return [call(name, {key: plain_json(value) for key, value in given} or body)]
+        case {"language": language, "code": code}:
+            return [code_call(language or "python", code)]
+        case {"llama": text}:
+            return llama_calls(text)
+        case {"json": text}:
+            return calls_in(text)
+        case made:
+            return calls_in(made)
 
 
 def llama_calls(text):
@@ -3695,31 +3701,32 @@ THINK = re.compile(r"(?s)(?:\s*(?:<think>|\[THINK\]))?((?:(?!<think>).)*?)(?:</t
 XML_ARGUMENT = (
     r'(?s)<(?:arg_key>|(?:｜DSML｜)?parameter(?:=| name="))([^<>"\s]+)(?:</arg_key>\s*<arg_value|"?[^<>]*)>'
     r"\n?((?:(?!<parameter|<arg_key).)*?)\n?</(?:arg_value|(?:｜DSML｜)?parameter)>")
-# Calls as models write them in a text: {pattern: what makes calls of its groups}. None holds the tag that
-# opens another, so that many that nothing closes are read once and not once each.
-WRITTEN = {re.compile("(?s)" + pattern): read for pattern, read in {
-    # Hermes, Qwen: JSON, whose strings may hold the tags, or Python; Phi, Granite, InternLM; Glaive; Mistral
-    r'<tool_call>(?=\s*[\[{"])((?:"(?:[^"\\]|\\.)*"|(?!</?tool_call>)[^"])*)'
-    r"(?:</tool_call>|(?<=[\]}])\s*(?=<tool_call>|\Z))": calls_in,
-    r"<tool_call>(?=\s*[\[{])((?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)": calls_in,
-    r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)": calls_in,
-    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)": calls_in,
-    r"\[TOOL_CALLS\] ?(\[.*\])": calls_in,
-    r"\[TOOL_CALLS\] ?([\w.-]+)(?:\[CALL_ID\](\w+))?\[ARGS\](\{(?:(?!\[TOOL_CALLS\]).)*?\})"
-    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z)": lambda name, id, given: [call(name, given, id)],
+# Calls as models write them in a text. None holds the tag that opens another, so that many that nothing
+# closes are read once and not once each. See written_calls().
+WRITTEN = [re.compile("(?s)" + pattern) for pattern in (
+    # Hermes, Qwen: JSON, whose strings may hold the tags, or Python; Phi, Granite, InternLM; Glaive, whose
+    # arguments stand between apostrophes, with apostrophes inside; Mistral
+    r'<tool_call>(?=\s*[\[{"])(?P<json>(?:"(?:[^"\\]|\\.)*"|(?!</?tool_call>)[^"])*)'
+    r"(?:</tool_call>|(?<=[\]}])\s*(?=<tool_call>|\Z))",
+    r"<tool_call>(?=\s*[\[{])(?P<json>(?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)",
+    r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(?P<json>.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)",
+    r'<functioncall>\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'
+    r"'(?P<arguments>.*?)'\s*\}\s*(?:<\|endoftext\|>|\Z)",
+    r"<functioncall>(?P<json>.*?)(?:<\|endoftext\|>|\Z)",
+    r"\[TOOL_CALLS\] ?(?P<json>\[.*\])",
+    r"\[TOOL_CALLS\] ?(?P<name>[\w.-]+)(?:\[CALL_ID\](?P<id>\w+))?\[ARGS\]"
+    r"(?P<arguments>\{(?:(?!\[TOOL_CALLS\]).)*?\})(?=\[TOOL_CALLS\]|</s>|\s*\Z)",
     # Qwen3-Coder, OpenHands and Llama; Claude, MiniMax and DeepSeek 3.2; GLM
-    r'<(?:｜DSML｜)?(?:function=|invoke name=")([\w.-]+)"?>((?:(?!<function=|invoke name=).)*?)'
-    r"(?:</(?:｜DSML｜)?(?:function|invoke)>|(?<=</parameter>)\s*\Z)": xml_call,
-    r"<tool_call>\s*([\w.-]+)\s*((?:<arg_key>(?:(?!<tool_call>).)*?)?)</tool_call>": xml_call,
+    r'<(?:｜DSML｜)?(?:function=|invoke name=")(?P<name>[\w.-]+)"?>(?P<xml>(?:(?!<function=|invoke name=).)*?)'
+    r"(?:</(?:｜DSML｜)?(?:function|invoke)>|(?<=</parameter>)\s*\Z)",
+    r"<tool_call>\s*(?P<name>[\w.-]+)\s*(?P<xml>(?:<arg_key>(?:(?!<tool_call>).)*?)?)</tool_call>",
     # DeepSeek; Kimi, whose ids are names with numbers; Llama; CodeAct
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\s+```json\s)"
-    r"((?:(?!<｜tool▁call▁begin｜>).)*?)(?:```\s*)?<｜tool▁call▁end｜>": lambda name, given: [call(name, given)],
-    r"<\|tool_call_begin\|>\s*((?:functions\.)?([\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>"
-    r"((?:(?!<\|tool_call_begin\|>).)*?)<\|tool_call_end\|>": lambda id, name, given: [call(name, given, id)],
-    r"<\|python_(?:tag|start)\|>(.*?)(?:<\|(?:eom_id|eot_id|eot|python_end)\|>|\Z)": llama_calls,
-    r"<execute(_bash)?(?:_\w+)?>((?:(?!<execute).)*?)(?:</execute(?:_\w+)?>|(?<=>)\Z)":
-        lambda bash, code: [code_call("bash" if bash else "python", code)],
-}.items()}
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>|\s+```json\s)"
+    r"(?P<arguments>(?:(?!<｜tool▁call▁begin｜>).)*?)(?:```\s*)?<｜tool▁call▁end｜>",
+    r"<\|tool_call_begin\|>\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>"
+    r"(?P<arguments>(?:(?!<\|tool_call_begin\|>).)*?)<\|tool_call_end\|>",
+    r"<\|python_(?:tag|start)\|>(?P<llama>.*?)(?:<\|(?:eom_id|eot_id|eot|python_end)\|>|\Z)",
+    r"<execute(?:_(?P<language>bash)|_\w+)?>(?P<code>(?:(?!<execute).)*?)(?:</execute(?:_\w+)?>|(?<=>)\Z)")]
 AROUND_CALLS = re.compile(  # with nothing inside
     r"</?(?:minimax:)?tool_call>|</?(?:｜DSML｜)?(?:function|tool)_calls>|"
     r"<[｜|](?:tool[▁_]calls(?:[▁_]section)?[▁_](?:begin|end)|end▁of▁sentence|eot)[｜|]>")
@@ -3731,8 +3738,8 @@ def lift(text, react):
     """
     _, text = split_thoughts(given := text)
     thought, calls = given.removesuffix(text), []
-    for pattern, read in WRITTEN.items():
-        calls += [made for found in pattern.finditer(text) for made in read(*found.groups())]
+    for pattern in WRITTEN:
+        calls += itertools.chain.from_iterable(map(written_calls, pattern.finditer(text)))
         text = pattern.sub("", text)
     if calls:
         text = AROUND_CALLS.sub("", text)
