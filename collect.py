@@ -3101,11 +3101,10 @@ def read_json(path):
     """A list of records, a mapping of ids to records, one record (an object, or a list of messages), or JSON
     lines.
     """
-    lines = (line for line in text_lines(path) if line is None or line.strip())
-    first, second = next(lines, None), next(lines, None)
+    begins = [value for _, value in itertools.islice(read_lines(path), 2)]
     start = next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "")
     member = next(read_list(path), (0, None))[1] if start == "[" else None
-    if second and second.startswith("{") and isinstance(parse(first), dict):
+    if len(begins) == 2 and isinstance(begins[0], dict):
         yield from read_lines(path)
     elif start == "[" and not is_message(member):
         yield from read_list(path)
@@ -3977,7 +3976,7 @@ def whole(record):
         thought = ACTION.split(THOUGHT.sub("", action.get("log") or ""), maxsplit=1)
         said = assistant(thought[0].strip() if thought[1:] else "", *calls_in(action))
         asked = asked + [said, tool(as_text(seen))]
-    if answer and asked[-len(answer):] != answer:
+    if asked[-len(answer):] != answer:
         said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
         repeats = said[:len(asked)] == said[len(asked):2 * len(asked)]
         asked = answer if repeats else asked + answer
@@ -4229,8 +4228,8 @@ def alpaca(record):
 
 def xlam(record):
     """A request, or messages, and the calls that answer it."""
-    asked = record["query"] if isinstance(record["query"], list) else [record["query"]]
-    return [*messages_record(asked)[0], assistant("", *calls_in(record["answers"]))]
+    answer = {"role": "assistant", "tool_calls": record["answers"]}
+    return messages_record({"input": record["query"], "output": [answer], "tools": record["tools"]})
 
 
 TOOLACE_CALL = re.compile(r"\s*\[[^\[\]\s(][^(\[\]]*\(")
@@ -4529,6 +4528,7 @@ def is_span(value):
 
 
 SPAN_START = "start_time startTime startTimeUnixNano start_time_unix_nano"
+TRACE_ID = "context.trace_id spanContext.traceId context.traceId spanContext.trace_id trace_id traceId"
 # Where a span has the history that a model was given, its answer, the tools it was offered, and what a tool
 # did: by the conventions, older ones, OpenInference and any-agent.
 ASKED = "gen_ai.input.messages llm.input_messages gen_ai.prompt"
@@ -4552,10 +4552,9 @@ def attributes_of(span):
     found, asked, answered, leaves = span.get("attributes", span), [], [], defaultdict(dict)
     if isinstance(found, list):
         found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
-    listed = found["events"] if isinstance(found.get("events"), str) else span.get("events")
-    for event in structured(listed) or ():
+    for event in structured(found.get("events") or span.get("events") or []):
         inner = attributes_of(event)
-        inner |= structured(inner.get("gen_ai.event.content") or "{}")
+        inner |= structured(inner.get("gen_ai.event.content") or {})
         name = str(field(event, "event.name name"))
         if name == "gen_ai.choice":
             answered.append({"role": "assistant"} | structured(inner.get("message", inner)))
@@ -4565,10 +4564,10 @@ def attributes_of(span):
             found = inner | found
     for key, value in found.items():
         name, *path = re.split(r"\.(?=\d)", key, maxsplit=1)
-        leaves[name] |= {path[0]: value} if path else {}
-    lists = {name: nested(paths) for name, paths in leaves.items() if paths}
-    messages = {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered}
-    return lists | {key: value for key, value in messages.items() if value} | found
+        if path:
+            leaves[name][path[0]] = value
+    lists = {name: nested(paths) for name, paths in leaves.items()}
+    return {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered} | lists | found
 
 
 def nested(leaves):
@@ -4597,8 +4596,8 @@ def traced(attributes, names):
 
 def is_trace(record):
     """Whether a record holds spans of what a generative model was asked."""
-    names = {name for span in spans_of(record) for name in attributes_of(span)}
-    return any(name.startswith(("gen_ai.", "llm.input_messages")) for name in names)
+    found = {name for span in spans_of(record) for name, value in attributes_of(span).items() if value}
+    return any(name.startswith(("gen_ai.", "llm.input_messages")) for name in found)
 
 
 def trace(record):
@@ -4607,16 +4606,15 @@ def trace(record):
     """
     traces = defaultdict(list)
     for span in sorted(spans_of(record), key=lambda span: field(span, SPAN_START) or 0):
-        context = field(span, "context spanContext") or span
-        traces[field(context, "trace_id traceId")].append(attributes_of(span))
+        traces[field(span, TRACE_ID)].append(attributes_of(span))
     for spans in traces.values():
         talks, talk, described, offered = [], [], {}, []
         for span in spans:
             kind = field(span, "gen_ai.operation.name openinference.span.kind traceloop.span.kind")
-            name = field(span, "gen_ai.tool.name tool.name")
-            if str(kind).lower() in ("create_agent", "invoke_agent", "agent", "chain", "workflow", "task"):
+            name, kind = field(span, "gen_ai.tool.name tool.name"), str(kind).lower()
+            if kind in ("create_agent", "invoke_agent", "agent", "chain", "workflow", "task"):
                 continue  # says again what the calls in it say
-            if name or str(kind).lower() == "tool":
+            if name or kind == "tool":
                 described[name] = field(span, "gen_ai.tool.description tool.description")
                 result = field(span, DONE)
                 if result is not None and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
@@ -4735,7 +4733,7 @@ FORMATS = {
     "alfworld_text": (r"~(?m)^Your task is to:[^>]*^> ?\w", alfworld_text),
     "react_text": ("~(?m)^Question:", react_text),
     "glaive": ("system, chat", glaive_text),
-    "xlam": ("query, tools, answers", xlam, "tools"),
+    "xlam": ("query, tools, answers", xlam),
     "toolbench_tree": ("tree, answer_generation", toolbench_tree, "answer_generation.function"),
     "tooleval": ("query, available_tools, answer", tooleval, "available_tools"),
     "toolbench_query": ("query, api_list, relevant APIs", toolbench_query),
