@@ -3172,8 +3172,10 @@ def join_sessions(values):
     events = []
     sessions = {}  # {(session, side agent or None): (where it begins, its messages)}
     sides = {}     # {line of a side agent: the agent}
-    for where, line in log_lines(values):
-        if isinstance(line, dict) and (is_sdk_event(line) or is_span(line)):
+    for where, line in values:
+        if isinstance(line, list) and line and is_log_line(line[0]):
+            yield from join_sessions((f"{where}.{i}", part) for i, part in enumerate(line))
+        elif isinstance(line, dict) and (is_sdk_event(line) or is_span(line)):
             events.append((where, line))
         elif is_log_line(line):
             side, id, prompt = None, line.get("uuid"), field(line, "attachment.prompt")
@@ -3191,13 +3193,6 @@ def join_sessions(values):
         yield f"{where}-side" if side else where, {"messages": messages}
     if events:
         yield events[0][0], [event for _, event in events]
-
-
-def log_lines(values):
-    """The values of a file, those of a list of lines of a session's log one by one."""
-    for where, value in values:
-        log = isinstance(value, list) and value and is_log_line(value[0])
-        yield from ((f"{where}.{i}", line) for i, line in enumerate(value)) if log else [(where, value)]
 
 
 def is_log_line(value):
@@ -4308,17 +4303,18 @@ def agent_data_protocol(record):
     """Actions and observations in the Agent Data Protocol."""
     called = False
     for step in record["content"]:
-        kind, id = step["class_"], step.get("tool_call_id")
-        text = field(step, "content axtree html url") or ""
-        answers, called = id or called and step.get("source") != "user", kind in ("api_action", "code_action")
+        kind, id, made = step["class_"], step.get("tool_call_id"), []
+        said = field(step, "content axtree html url") or ""
+        answers = id or called and step.get("source") != "user"
         if kind == "api_action":
-            made, text = calls_in(step), ""
+            made, said = calls_in(step), ""
         elif kind == "code_action":
-            made, text = [code_call(step["language"], text) | {"id": id}], ""
+            made, said = [code_call(step["language"], said) | {"id": id}], ""
         if kind.endswith("_action"):
-            message = assistant(joined([step.get("description"), text]), *(made if called else ()))
+            message = assistant(joined([step.get("description"), said]), *made)
         else:
-            message = tool(text) | {"tool_call_id": id} if answers else user(text)
+            message = tool(said) | {"tool_call_id": id} if answers else user(said)
+        called = bool(made)
         yield message | {"reasoning_content": step.get("reasoning_content")}
 
 
@@ -4646,20 +4642,16 @@ HARMONY = re.compile(
 
 def harmony(text):
     """OpenAI's harmony format, as its open models write it: channels for thoughts, calls and answers."""
-    messages, tools = [], []
+    turns, tools = [], []
     for head, channel, said in HARMONY.findall(text):
-        said, role = said.strip(), (head or "assistant").split()[0]
-        to = re.search(r"\bto=(?:functions\.)?([\w.-]+)", f"{head} {channel}")
-        if role == "assistant" and to:
-            messages.append(assistant("", *calls_in({"name": to[1], "arguments": said})))
-        elif role == "assistant":
-            messages.append(assistant(f"<think>{said}</think>" if channel.startswith("analysis") else said))
-        elif role in ("system", "developer", "user"):
+        role, to = (head or "assistant").split()[0], re.search(r"\bto=([\w.-]+)", f"{head} {channel}")
+        if role in ("system", "developer", "user"):
             tools += harmony_tools(said)
-            messages.append(chat_message(ROLES.get(role, role), said))
-        else:  # a tool's name
-            messages.append(tool(said))
-    return messages, tools
+        elif role != "assistant":  # a tool's name
+            role = "tool"
+        turns.append({"role": role, "channel": channel.partition(" ")[0], "recipient": to and to[1],
+                      "content": said.strip()})
+    return messages_record({"messages": turns, "tools": tools})
 
 
 # A line of it: comments, and what begins below them.
