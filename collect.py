@@ -3869,19 +3869,14 @@ def tools_in(text):
     """
     tools, end, text, broken = [], 0, text[:2**20], 0
     for mark in re.finditer(r"(?m)(?:^[ \t]*|<tools>\s*|APIs:\s*|-\s*)(?=[\[{])", text):
-        start = mark.end()
-        if start < end or broken > 20:
-            continue
-        try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-        except ValueError:  # or Python's way to write it
-            *_, (_, _, after) = brackets(text, start)
-            value = attempt(structured, text[start:after])
+        if mark.end() >= end and broken <= 20:
+            *_, (_, _, after) = brackets(text, mark.end())
+            value = attempt(structured, text[mark.end():after])
             if isinstance(value, str):
                 broken += 1
-                continue
-            end = after
-        tools += list_or_none(tools_of, value)
+            else:
+                end = after
+                tools += list_or_none(tools_of, value)
     return tools
 
 
@@ -4102,11 +4097,12 @@ def parts_of(message, role):
 
 def uncut(parts):
     """Parts, with a text that was cut where it cites (Anthropic's) as one."""
-    if not any(isinstance(part, dict) and field(part, "citation citations") for part in parts):
+    if not any(field(part, "citation citations") for part in parts):
         return parts
-    runs = [(kind, [*run]) for kind, run in itertools.groupby(parts, kind_of)]
-    return [part for kind, run in runs for part in (
-        ["".join(map(part_text, run))] if kind == "text" else run)]
+    joint = []
+    for kind, run in itertools.groupby(parts, kind_of):
+        joint += ["".join(map(part_text, run))] if kind == "text" else run
+    return joint
 
 
 def is_item(message):
@@ -4350,7 +4346,7 @@ def tau_display(record):
     begins "tool:".
     """
     turns = split_turns(record["messages_display"], "user|assistant|tool")
-    return [chat_message("user" if role == "tool" else role, text) for role, text in turns if text != "None"]
+    return [chat_message(role.replace("tool", "user"), text) for role, text in turns if text != "None"]
 
 
 def intercode(record):
