@@ -2622,7 +2622,7 @@ def botocore_records(path, name, license, args):
     schemas = {key: botocore_schema(shape) for key, shape in mappings(spec, "shapes")}
     service = str(field(spec, "metadata.serviceFullName"))
     about = schemas.get, service, f"botocore:{name}", license
-    prefix = identifier(str(field(spec, "metadata.serviceId metadata.endpointPrefix"))).lower()
+    prefix = identifier(field(spec, "metadata.serviceId metadata.endpointPrefix")).lower()
     for key, operation in mappings(spec, "operations"):
         takes, gives = (botocore_schema(operation.get(key)) for key in ("input", "output"))
         takes = takes if resolved(takes, schemas.get).get("properties") else None  # many need nothing
@@ -2689,7 +2689,7 @@ def service_record(name, head, doc, schema, service, source, license, outcomes="
     """The api_doc record of an API that is not of Python; `doc` says what it does, `outcomes` how it ends."""
     tool = {"description": summarise(doc) or head, "name": name, "parameters": schema}
     tool |= {"returns": returns} if returns else {}
-    doc = "\n\n".join(filter(None, (doc, plain_text(outcomes))))
+    doc = joined([doc, plain_text(outcomes)], "\n\n")
     text = document(name, f": {head}", doc, tool, service, license)
     url = url if isinstance(url, str) else None
     return Record(f"api_doc:{source}:{name}", "api_doc", source, license, [name], text, url=url)
@@ -2700,8 +2700,8 @@ def command_records(path, name, license, args):
     is its path.
     """
     for line, page in read_values(path):
-        place = str(mapping(page).get("source") or line)
-        place, page = (name, page) if isinstance(page, str) else (place, str(mapping(page).get("text")))
+        place = name if isinstance(page, str) else str(field(page, "source") or line)
+        page = page if isinstance(page, str) else str(field(page, "text"))
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
         examples = re.findall(r"^- (.+)[:\uff1a]\n\n`(.+)`", page, re.M)
         if not title or not about or not examples:
@@ -2966,7 +2966,7 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
         return {}
     node, budget[0] = node | beside, budget[0] - 1
     schema = {key: value for key in KEPT_KEYS if (value := plain(node.get(key))) is not None}
-    if isinstance(kind := schema.get("type"), str) and kind in ODD_TYPES:
+    if (kind := str(schema.get("type"))) in ODD_TYPES:
         del schema["type"]
         schema |= ODD_TYPES[kind]
     if about := node.get("description"):
@@ -2974,7 +2974,7 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part, down=1: json_schema_of(part, resolve, hidden, depth + down, seen, budget)
-    properties = {str(key): deeper(part) for key, part in mapping(node, "properties").items()
+    properties = {key: deeper(part) for key, part in mapping(node, "properties").items()
                   if (resolved(part, resolve) | mapping(part)).get(hidden) is not True}
     required, choices = {*map(str, listing(node, "required"))}, []
     for part in listing(node, "allOf"):
@@ -4415,8 +4415,8 @@ def samples(record):
     """
     for sample in field(record, "samples simulations"):
         texts = sample.get("attachments") or {}
-        sample = json.loads(re.sub(  # the texts that stand apart
-            r'"attachment://(\w+)"', lambda found: json.dumps(texts.get(found[1])), json.dumps(sample)))
+        sample = json.loads(re.sub(  # a text that is not there stays as it is
+            r'"(attachment://(\w+))"', lambda m: json.dumps(texts.get(m[2], m[1])), json.dumps(sample)))
         offered = {json.dumps(tool): tool for event in sample.get("events") or ()
                    if event.get("event") == "model" for tool in event.get("tools") or ()}
         yield attempt(messages_record, {"tools": list(offered.values())} | sample)
@@ -4460,7 +4460,7 @@ def openhands(record):
     if is_sdk_event(listed(record)[0]):
         return sdk_messages(listed(record))
     for event in listed(record):
-        event |= event.get("args") or {}
+        event = event | (event.get("args") or {})
         action, seen = event.get("action"), event.get("observation")
         id = field(event, METADATA + "tool_call_id")
         if action in ("message", "finish"):
