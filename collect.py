@@ -3442,12 +3442,12 @@ PART_ENDS = {"_call": "call", "_call_output": "result", "_tool_result": "result"
 # Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
 # messages and tools; where a message has its role. See field().
 NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType tool"
-GIVEN = "arguments args input parameters kwargs tool.args tool_input"
+GIVEN = "arguments args input parameters kwargs tool.args tool_input param_dict"
 CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id tool_call_ids.0"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
 MESSAGES = ("messages prompt input contents original_input conversations conversation traj history events "
-            "chat_messages")
+            "chat_messages turns")
 PROMPTS = ("prompt", "input", "contents", "original_input")
 TOOLS = "tools functions available_tools tool_definitions"
 WRAPPED = ("function", "custom", "toolSpec")
@@ -3574,7 +3574,7 @@ def calls_in(value):
     try:
         return [call(name, arguments, id)]
     except ValueError:
-        if not isinstance(arguments, str) or not isinstance(name, str) or re.match(r"\s*[\[{]", arguments):
+        if not isinstance(arguments, str) or re.match(r"\s*[\[{]", arguments):
             raise
         return [call(name, {"input": arguments}, id)]  # such as code, for a tool that takes text
 
@@ -4046,6 +4046,8 @@ def unwrapped(message):
             message = inner
         case {"data": dict(inner)}:
             message = inner | {"role": message["type"]}
+        case {"api_name": _, "result": dict(result)}:  # API-Bank
+            message = {"role": "assistant", "apis": [{"request": message} | result]}
         case {"tool.name": _}:  # of any-agent
             message = {"role": "assistant", "tool_calls": [message]}
         case {"content": {"parts": _} as inner}:
@@ -4073,7 +4075,7 @@ def parts_of(message, role):
         yield "thought", as_text(thought)
     for api in message.get("apis") or ():  # ToolTalk
         yield "call", calls_in(api["request"])[0]
-        yield "result", (None, as_text(field(api, "exception response")))
+        yield "result", (None, as_text(field(api, "exception response output")))
     calls = calls_in(field(message, "tool_calls function_call invalid_tool_calls") or [])
     content = field(message, "content contents value parts text")
     parts = content if isinstance(content, list) else [content] if "parts" in message else []
@@ -4200,10 +4202,9 @@ def codeact_text(text):
 
 def glaive_text(record):
     """A system prompt with tools, and a dialogue as one text."""
-    turns = [("system", record["system"].removeprefix("SYSTEM:").strip())]
-    for role, text in split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE"):
-        turns.append((role, text.removesuffix("<|endoftext|>").strip()))
-    return converse(turns)
+    system = record["system"].removeprefix("SYSTEM:").strip()
+    turns = split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE")
+    return converse([("system", system), *turns])
 
 
 def alpaca(record):
@@ -4329,16 +4330,6 @@ def api_bank(record):
                     yield tool(result.strip())
         elif role in ("user", "assistant"):
             yield chat_message(role, text)
-
-
-def api_bank_dialogue(record):
-    """Turns of the user, the assistant, and the API: a call with its result."""
-    for turn in record["turns"]:
-        if turn["role"] == "API":
-            yield assistant("", call(turn["api_name"], turn["param_dict"]))
-            yield tool(as_text(field(turn, "result.exception result.output")))
-        else:
-            yield from converse([(turn["role"], turn["text"])])
 
 
 def tau_display(record):
@@ -4727,7 +4718,7 @@ FORMATS = {
     "toolbench_query": ("query, api_list, relevant APIs", toolbench_query),
     "agent_data_protocol": ("content.0.class_", agent_data_protocol),
     "api_bank": ("input, expected_output | input, output~API-Request", api_bank),
-    "api_bank_dialogue": ("turns.0.role", api_bank_dialogue),
+    "api_bank_dialogue": ("turns.0.role", messages_record),
     "tau_display": ("messages_display", tau_display),
     "intercode": ("query, turn_history | query, trajectory.0.action", intercode),
     "toolverifier": (r"text~\nTool Choices:", toolverifier),
