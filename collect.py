@@ -4672,15 +4672,9 @@ TEMPLATED = re.compile(  # of ChatML and Llama 3
 
 
 def templated_text(record):
-    """A conversation in one text, with the marks of a model's chat template."""
-    return converse((role, said.strip()) for role, said in TEMPLATED.findall(text_of(record)))
-
-
-def text_of(record):
-    """A text, or that of a row of a table."""
-    return record if isinstance(record, str) else record["text"]
-
-
+    """A conversation in one text, or that of a row of a table, with the marks of a model's chat template."""
+    text = record if isinstance(record, str) else record["text"]
+    return converse((role, said.strip()) for role, said in TEMPLATED.findall(text))
 
 
 def labelled_text(record):
@@ -4737,8 +4731,7 @@ FORMATS = {
     "templated_text": (f"~{TEMPLATED.pattern} | text~{TEMPLATED.pattern}", templated_text),
     "labelled_text": (r"example~(?m)^\W*SYSTEM:[\s\S]*^USER:", labelled_text),
     "seal_tools": (r"user~(?m)^api_list = \[", seal_tools),
-    "toolace": (
-        lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
+    "toolace": (rf"system, conversations.0.value, assistant~\A{TOOLACE_CALL.pattern}", toolace),
     "swe_agent": (lambda r: any(m["action"].strip() for m in listed(r) if m.get("action")), react_record),
     "mini_swe_agent": ("assistant~```mswea_bash_command | system~bash code block", react_record),
     "react": (
