@@ -2555,13 +2555,14 @@ BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob
                   "timestamp": "string", "long": "integer", "float": "number", "double": "number"}
 ODD_TYPES = {"file": {"type": "string", "format": "binary"}, "any": {}}  # of OpenAPI 2, and of Google's
 KEPT_KEYS = "type format enum default minimum maximum minLength maxLength pattern nullable const".split()
-# What is no string in YAML 1.2, as OpenAPI means it.
+# What a YAML file has that is no string, in YAML 1.2 as OpenAPI means it.
 YAML_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
 YAML_NUMBER = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-JSON = json.JSONDecoder(parse_constant=lambda name: None)
-
-
+JSON = json.JSONDecoder(parse_constant=lambda name: None)  # reads NaN and Infinity as null
+# Where a listing of tools has the name of their server.
 SERVER = "server_name serverName name server.name serverInfo.name title server.title serverInfo.title"
+
+
 def openapi_records(path, name, license, args):
     """One record an operation of an OpenAPI 2.0, 3.0 or 3.1 file. Raises ValueError if it is none."""
     spec = read_spec(path)
@@ -3440,7 +3441,7 @@ PARTS = by_word({
     "": "image_generation_call"})
 PART_ENDS = {"_call": "call", "_call_output": "result", "_tool_result": "result"}
 # Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
-# messages and tools; where a message has its role. See field().
+# messages (or, in one of PROMPTS, the request alone) and tools; where a message has its role. See field().
 NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType tool"
 GIVEN = "arguments args input parameters kwargs tool.args tool_input param_dict"
 CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id tool_call_ids.0"
@@ -3456,6 +3457,9 @@ SCHEMA = ("parameters.json input_schema.json inputSchema.json parameters input_s
 # What may stand around a request and its answer; the answer's fields go before.
 AROUND = ("kwargs extra.invocation_params config toolConfig values body input inputs request request.body "
           "output outputs response response.body response.output").split()
+# Where an answer is one message.
+ANSWER = ("choices.0.message generations.0.0.message generations.0.message candidates.0.content content "
+          "message output response response.body").split()
 ROLE = "role from sender type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
@@ -3958,7 +3962,7 @@ def whole(record):
     asked = list_or_none(listed, record)
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
-    found = [message for message in map(partial(field, record), ANSWERS) if isinstance(message, dict)]
+    found = [message for message in map(partial(field, record), ANSWER) if isinstance(message, dict)]
     answer = list(filter(is_turn, found))[:1] or answer or []
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
     for action, seen in record.get("intermediate_steps") or ():  # of LangChain's executor
@@ -4444,7 +4448,11 @@ def is_sdk_event(value):
     return "source" in value and bool(re.search(r"(Event|Observation)$", str(value.get("kind"))))
 
 
-METADATA = "tool_call_metadata."
+METADATA = "tool_call_metadata."  # what OpenHands keeps of the model's call
+# Where an event of its newer SDK has what came of a call.
+SEEN = "observation.content observation.output observation.result observation error rejection_reason"
+
+
 def openhands(record):
     """A list of events: actions of the user and the agent, and observations."""
     messages, tools = [], []
@@ -4472,7 +4480,6 @@ def openhands(record):
     return messages, tools_of(tools)
 
 
-SEEN = "observation.content observation.output observation.result observation error rejection_reason"
 def sdk_messages(events):
     """The messages and tools of events of OpenHands' newer SDK."""
     turns, tools = [], []
@@ -4510,6 +4517,7 @@ def is_span(value):
         isinstance(value.get("attributes"), (dict, list)) and field(value, SPAN_START))
 
 
+# Where a span has its beginning and its trace.
 SPAN_START = "start_time startTime startTimeUnixNano start_time_unix_nano"
 TRACE_ID = "context.trace_id spanContext.traceId context.traceId spanContext.trace_id trace_id traceId"
 # Where a span has the history that a model was given, its answer, the tools it was offered, and what a tool
@@ -5358,8 +5366,7 @@ REFUSALS = [
     "The tools at hand do not cover this, so I make no call.",
     "No available function fits this request.",
 ]
-ANSWERS = ("choices.0.message generations.0.0.message generations.0.message candidates.0.content content "
-           "message output").split()
+ANSWERS = ["The result is {r}.", "It gives {r}.", "This returns {r}.", "The answer is {r}.", "I get {r}."]
 VERBS = set("""
     accept add adjust align append apply approximate ask assign bind bound build calculate call cast
     change check choose clamp clear clip close collect combine compare compile compose compress compute
