@@ -3279,8 +3279,9 @@ def passes(value, test):
     for condition in test.split(", "):
         path, _, pattern = condition.partition("~")
         if pattern and path in ("system", "user", "assistant"):
-            turns = [(field(m, "role from"), field(m, "content value")) for m in listed(value)]
-            found = [as_text(text) for role, text in turns if ROLES.get(role, role) == path]
+            turns = [(m.get("role") or m.get("from"), m) for m in listed(value)]
+            said = [m for role, m in turns if ROLES.get(role, role) == path]
+            found = [as_text(m.get("content") or m.get("value")) for m in said]
         else:
             found = [at(value, path) if path else value]
         if pattern and not any(re.search(pattern, text) for text in found):
@@ -3491,13 +3492,13 @@ def field(value, paths):
     """What stands at the first of several paths, as "name tool.0.name", that is there and not empty, or None.
     An empty object, false and 0 are not empty: they may be results.
     """
-    keys = mapping(value)
+    keys = value if isinstance(value, dict) else {}
     for path in paths.split():
         found = keys.get(path)
         if found is None and "." in path:
             with contextlib.suppress(LookupError, TypeError):
                 found = at(value, path)
-        if found not in (None, "", []):
+        if found or found is not None and found not in ("", []):
             return found
 
 
@@ -3908,7 +3909,7 @@ def listed(record):
         value = record.get(name)
         if isinstance(value, str) and value:
             value = [user(value)] if name in PROMPTS else list_or_none(structured, value)
-        if isinstance(value, list):
+        if value and isinstance(value, list):
             return value
     return record["messages"]
 
@@ -3962,6 +3963,8 @@ def whole(record):
     asked = list_or_none(listed, record)
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
+    if record.get("role") == "assistant":  # it is the answer itself
+        record = record | {"message": {"role": "assistant", "content": record["content"]}}
     found = [message for message in map(partial(field, record), ANSWER) if isinstance(message, dict)]
     answer = list(filter(is_turn, found))[:1] or answer or []
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
