@@ -3495,7 +3495,7 @@ def field(value, paths):
     keys = value if isinstance(value, dict) else {}
     for path in paths.split():
         found = keys.get(path)
-        if found is None and "." in path:
+        if found is None and path.partition(".")[0] in keys:
             with contextlib.suppress(LookupError, TypeError):
                 found = at(value, path)
         if found or found is not None and found not in ("", []):
@@ -3973,7 +3973,7 @@ def whole(record):
         thought = ACTION.split(THOUGHT.sub("", action.get("log") or ""), maxsplit=1)
         said = assistant(thought[0].strip() if thought[1:] else "", *calls_in(action))
         asked = asked + [said, tool(as_text(seen))]
-    if asked[-len(answer):] != answer:
+    if answer and asked[-len(answer):] != answer:
         said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
         repeats = said[:len(asked)] == said[len(asked):2 * len(asked)]
         asked = answer if repeats else asked + answer
