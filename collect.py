@@ -2314,11 +2314,12 @@ BOTOCORE_TYPES = {"structure": "object", "map": "object", "list": "array", "blob
                   "timestamp": "string", "long": "integer", "float": "number", "double": "number"}
 ODD_TYPES = {"file": {"type": "string", "format": "binary"}, "any": {}}  # of OpenAPI 2, and of Google's
 KEPT_KEYS = "type format enum default minimum maximum minLength maxLength pattern nullable const".split()
-YAML_TYPES = [  # (name, how such a value begins, what it is): of YAML 1.2, as OpenAPI means it
-    ("null", ["", *"~nN"], r"~|null|Null|NULL|"),
-    ("bool", "tTfF", r"true|True|TRUE|false|False|FALSE"),
-    ("int", "-+0123456789", r"[-+]?(0|[1-9][0-9]*)"),
-    ("float", "-+.0123456789", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")]
+# What a YAML file has that is no string, in YAML 1.2 as OpenAPI means it.
+YAML_WORDS = {"": None, "~": None, "null": None, "true": True, "false": False}
+YAML_NUMBER = re.compile(r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+JSON = json.JSONDecoder(parse_constant=lambda name: None)  # reads NaN and Infinity as null
+# Where a listing of tools has the name of their server.
+SERVER = "server_name serverName name server.name serverInfo.name title server.title serverInfo.title"
 
 
 def openapi_records(path, name, license, args):
@@ -2326,25 +2327,23 @@ def openapi_records(path, name, license, args):
     spec = read_spec(path)
     if not {"swagger", "openapi"} & spec.keys() and next(mcp_tools(spec, ""), None):
         return (yield from mcp_records(path, name, license, args))
-    version = str(spec.get("swagger") or spec.get("openapi"))
-    if not re.match(r"[23]\.", version) or not mapping(spec, "paths"):
+    if not re.match(r"[23]\.", str(field(spec, "swagger openapi"))) or not mapping(spec, "paths"):
         raise ValueError("not an OpenAPI 2 or 3 file: no `openapi` or `swagger` version, or no `paths`")
-    info, taken = mapping(spec, "info"), Counter()
-    title, license = info.get("title", name), mapping(info, "license").get("name") or license
-    others = {}  # files that it refers to
+    title, license = field(spec, "info.title") or name, field(spec, "info.license.name") or license
+    taken, others = Counter(), {"": spec}  # others: files that it refers to
     collected = name.count("/") - 1 if path.as_posix().endswith(f"/{name}") else 0  # directories up
-    resolve = partial(follow, spec, others, path.parent, path.parents[max(collected, 0)].resolve())
-    about = resolve, f"{title} {info.get('version', '')}", f"openapi:{name}", license
+    resolve = partial(follow, others, path.parent, path.parents[max(collected, 0)].resolve())
+    about = resolve, f"{title} {mapping(spec, 'info').get('version', '')}", f"openapi:{name}", license
     for place, item in spec["paths"].items():
         item = resolved(item, resolve)
         for method in METHODS:
             if operation := resolved(item.get(method), resolve):
                 stated = operation.get("operationId") or f"{method} {place}"
-                called = f"{identifier(title or name)}.{identifier(stated)}"
+                called = f"{identifier(title)}.{identifier(stated)}"
                 taken[called] += 1
                 called += f"_{taken[called]}" * (taken[called] > 1)
-                shared = listing(item, "parameters")
-                operation = operation | {"parameters": shared + listing(operation, "parameters")}
+                parameters = listing(item, "parameters") + listing(operation, "parameters")
+                operation = operation | {"parameters": parameters}
                 yield operation_record(called, f"{method.upper()} {place}", operation, *about)
     for file, content in others.items():
         if content is None:
@@ -2361,7 +2360,7 @@ def discovery_records(path, name, license, args):
     about = mapping(spec, "schemas").get, service, f"discovery:{name}", license
     places = [spec]  # it and its resources, which hold resources in turn
     for place in places:
-        places += [resource for _, resource in mappings(place, "resources")]
+        places += children(mapping(place, "resources"))
         for key, method in mappings(place, "methods"):
             called = str(method.get("id") or f"{spec.get('name')}.{key}")
             called = ".".join(map(identifier, called.split(".")))
@@ -2380,33 +2379,29 @@ def botocore_records(path, name, license, args):
     spec = read_spec(path)
     if not isinstance(spec.get("operations"), dict) or not isinstance(spec.get("shapes"), dict):
         raise ValueError("not a service model: no `operations` and `shapes`")
-    service = mapping(spec, "metadata")
     schemas = {key: botocore_schema(shape) for key, shape in mappings(spec, "shapes")}
-    about = schemas.get, str(service.get("serviceFullName")), f"botocore:{name}", license
-    prefix = identifier(str(service.get("serviceId") or service.get("endpointPrefix"))).lower()
+    service = str(field(spec, "metadata.serviceFullName"))
+    about = schemas.get, service, f"botocore:{name}", license
+    prefix = identifier(field(spec, "metadata.serviceId metadata.endpointPrefix")).lower()
     for key, operation in mappings(spec, "operations"):
-        http, takes = mapping(operation, "http"), botocore_reference(operation.get("input"))
+        takes, gives = (botocore_schema(operation.get(key)) for key in ("input", "output"))
         takes = takes if resolved(takes, schemas.get).get("properties") else None  # many need nothing
-        head = f"{http.get('method')} {http.get('requestUri')}"
+        head = f"{field(operation, 'http.method')} {field(operation, 'http.requestUri')}"
         yield operation_record(f"{prefix}.{identifier(key)}", head, openapi_operation(
-            operation.get("documentation"), [], takes, botocore_reference(operation.get("output")),
-            operation.get("documentationUrl")), *about)
+            operation.get("documentation"), [], takes, gives, operation.get("documentationUrl")), *about)
 
 
-def botocore_schema(shape):
-    """The JSON Schema of a shape."""
-    kind, members = shape.get("type"), mapping(shape, "members")
-    return {"type": BOTOCORE_TYPES.get(str(kind), kind), "description": shape.get("documentation"),
-            "enum": shape.get("enum"), "required": shape.get("required"),
-            "properties": {key: botocore_reference(member) for key, member in members.items()},
-            "items": botocore_reference(shape.get("member")),
-            "additionalProperties": botocore_reference(shape.get("value"))}
-
-
-def botocore_reference(node):
-    """A member of a shape, or what an operation takes or gives, as JSON Schema refers to it."""
-    about = mapping(node)
-    return node and {"$ref": str(about.get("shape")), "description": about.get("documentation")}
+def botocore_schema(node):
+    """The JSON Schema of a shape, or of a reference to one; of nothing, None."""
+    match node:
+        case {"shape": name}:
+            return {"$ref": str(name), "description": node.get("documentation")}
+        case {"type": kind}:
+            return {"type": BOTOCORE_TYPES.get(str(kind), kind), "description": node.get("documentation"),
+                    "enum": node.get("enum"), "required": node.get("required"),
+                    "properties": {key: botocore_schema(member) for key, member in mappings(node, "members")},
+                    "items": botocore_schema(node.get("member")),
+                    "additionalProperties": botocore_schema(node.get("value"))}
 
 
 def openapi_operation(description, parameters, takes, gives, url):
@@ -2443,18 +2438,18 @@ def operation_record(name, head, operation, resolve, service, source, license):
     answers = {str(k): resolved(v, resolve) for k, v in mapping(operation, "responses").items()}
     good = next((answers[k] for k in sorted(answers) if k[:1] == "2"), answers.get("default") or {})
     outcomes = "\n".join(f"{k}: {v['description']}" for k, v in answers.items() if v.get("description"))
-    said = "\n\n".join(str(operation[k]) for k in ("summary", "description") if operation.get(k))
+    said = joined(map(as_text, map(operation.get, ("summary", "description"))), "\n\n")
     schema = {"type": "object", "properties": properties, "required": sorted(required)}
     return service_record(name, head, plain_text(said), schema, service, source, str(license), outcomes,
                           json_schema_of(schema_of(good), resolve, "writeOnly"),
-                          mapping(operation, "externalDocs").get("url"))
+                          field(operation, "externalDocs.url"))
 
 
 def service_record(name, head, doc, schema, service, source, license, outcomes="", returns=None, url=None):
     """The api_doc record of an API that is not of Python; `doc` says what it does, `outcomes` how it ends."""
     tool = {"description": summarise(doc) or head, "name": name, "parameters": schema}
     tool |= {"returns": returns} if returns else {}
-    doc = "\n\n".join(filter(None, (doc, plain_text(outcomes))))
+    doc = joined([doc, plain_text(outcomes)], "\n\n")
     text = document(name, f": {head}", doc, tool, service, license)
     url = url if isinstance(url, str) else None
     return Record(f"api_doc:{source}:{name}", "api_doc", source, license, [name], text, url=url)
@@ -2465,8 +2460,8 @@ def command_records(path, name, license, args):
     is its path.
     """
     for line, page in read_values(path):
-        place = str(mapping(page).get("source") or line)
-        place, page = (name, page) if isinstance(page, str) else (place, str(mapping(page).get("text")))
+        place = name if isinstance(page, str) else str(field(page, "source") or line)
+        page = page if isinstance(page, str) else str(field(page, "text"))
         title, about = re.match(r"# (.+)", page), re.findall(r"^> (.+)", page, re.M)
         examples = re.findall(r"^- (.+)[:\uff1a]\n\n`(.+)`", page, re.M)
         if not title or not about or not examples:
@@ -2493,29 +2488,26 @@ def mcp_records(path, name, license, args):
     value = read_json_file(path)
     for server, given in mcp_tools([value] if "inputSchema" in mapping(value) else value, server):
         if not is_mcp_tool(given):
-            place = str(mapping(given).get("name"))
+            place = str(field(given, "name"))
             yield rejection(name, place, "a tool without a description and a schema")
             continue
-        [tool] = tools_of([given])
-        function = tool["function"]
+        function = tools_of([given])[0]["function"]
         called, schema = f"{identifier(server)}.{function['name']}", function["parameters"]
-        if called in taken:
-            continue
-        taken.add(called)
-        doc, title = plain_text(function["description"]), mapping(given, "annotations").get("title")
-        title = str(title or given.get("title") or "a tool of an MCP server")
-        schema["required"] = [key for key in listing(schema, "required") if key in schema["properties"]]
-        yield service_record(called, title, doc, schema, f"MCP server {server}", f"mcp:{name}", license)
-        yield Tool(called, summarise(doc) or title, schema, doc, f"mcp:{name}", license)
+        if called not in taken:
+            taken.add(called)
+            doc = plain_text(function["description"])
+            title = str(field(given, "annotations.title title") or "a tool of an MCP server")
+            schema["required"] = [key for key in listing(schema, "required") if key in schema["properties"]]
+            yield service_record(called, title, doc, schema, f"MCP server {server}", f"mcp:{name}", license)
+            yield Tool(called, summarise(doc) or title, schema, doc, f"mcp:{name}", license)
     if not taken:
         raise ValueError("no list of tools, each with a name and a description or a schema")
 
 
 def mcp_tools(value, server, depth=6):
     """(name of the server, tool) of the tools in a JSON value, at whatever depth a listing has them."""
-    about = mapping(value, "serverInfo") | mapping(value, "server") | mapping(value)
-    names = [about.get(key) for key in ("server_name", "serverName", "name", "title")]
-    server = next((name for name in names if isinstance(name, str)), server)
+    found = field(value, SERVER)
+    server = found if isinstance(found, str) else server
     tools = value if isinstance(value, list) and depth == 6 else listing(value, "tools")
     tools = tools or [{"name": key} | tool for key, tool in mappings(value, "tools")]
     if tools and (all if tools is value else any)(map(is_mcp_tool, tools)):
@@ -2575,14 +2567,12 @@ def read_spec(path):
 def read_json_file(path):
     """The value in such a file."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             content = file.read(MAX_SPEC + 1)
         if len(content) > MAX_SPEC:
             raise ValueError(f"over {MAX_SPEC // 10**6} MB")
         text = content.decode("utf-8-sig", errors="replace")
-        if path.suffix in (".yaml", ".yml"):
-            return parse_yaml(text)
-        return json.loads(text, parse_constant=lambda name: None)
+        return parse_yaml(text) if path.suffix in (".yaml", ".yml") else JSON.decode(text)
     except ModuleNotFoundError:
         raise ValueError("a YAML file: `pip install pyyaml` to read it, or convert it to JSON") from None
     except RecursionError:
@@ -2595,29 +2585,27 @@ def parse_yaml(text):
     """The value of a YAML 1.2 text, as OpenAPI means it: `on`, `no`, 2020-01-01 and 12:30:45 are strings, and
     so is every key; but `<<` merges, as YAML 1.1 has it.
     """
-    yaml = importlib.import_module("yaml")
+    yaml, merged = importlib.import_module("yaml"), Counter()
 
-    class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-        yaml_implicit_resolvers, merged = {}, 0
+    @lru_cache(None)  # what aliases stand for is read once
+    def value_of(node):
+        if isinstance(node, yaml.SequenceNode):
+            return list(map(value_of, node.value))
+        if isinstance(node, yaml.ScalarNode):
+            if node.style:  # in quotes, or a block
+                return node.value
+            return ast.literal_eval(node.value) if YAML_NUMBER.fullmatch(node.value) else YAML_WORDS.get(
+                node.value.lower(), node.value)
+        value, shared = {key.value: value_of(member) for key, member in node.value}, {}
+        others = value.pop("<<", [])
+        for other in map(mapping, reversed(others) if isinstance(others, list) else [others]):
+            shared |= other
+            merged["keys"] += len(other)
+            if merged["keys"] > MAX_MERGED:
+                raise ValueError(f"over {MAX_MERGED:,} keys merged by `<<`")
+        return shared | value
 
-        def construct_mapping(self, node, deep=False):
-            value, shared = {}, {}
-            for key, member in node.value:
-                if not isinstance(key, yaml.ScalarNode):
-                    raise yaml.MarkedYAMLError(problem="a key that is no text", problem_mark=key.start_mark)
-                value[key.value] = found = self.construct_object(member, deep or key.value == "<<")
-                if key.value == "<<":
-                    for other in map(mapping, reversed(found) if isinstance(found, list) else [found]):
-                        shared.update(other)
-                        self.merged += len(other)
-                        if self.merged > MAX_MERGED:
-                            raise ValueError(f"over {MAX_MERGED:,} keys merged by `<<`")
-            value.pop("<<", None)
-            return shared | value
-
-    for kind, first, pattern in YAML_TYPES:
-        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(rf"^(?:{pattern})$"), first)
-    return yaml.load(text, Loader)
+    return value_of(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
 
 def mapping(value, *keys):
@@ -2666,24 +2654,24 @@ def shorten(text, longest=200):
     return line if len(line) <= longest else line[:longest].rpartition(" ")[0] + " ..."
 
 
-def follow(spec, others, folder, root, ref):
+def follow(others, folder, root, ref):
     """What a reference such as "#/components/schemas/Pet" or "pets.yaml#/Pet" points to, or None, which
     `others` then has for it. Other files are read beneath `root` alone, once each; the references in them are
     made relative to `folder`.
     """
     file, _, pointer = ref.partition("#")
-    if file and file not in others:
+    if file not in others:
         others[file], path = None, (folder / unquote(file)).resolve()
-        if path.is_relative_to(root) and path.is_file() and len(others) < 10_000:
+        if path.is_relative_to(root) and path.is_file():
             with contextlib.suppress(ValueError):
                 others[file] = relative_to(read_spec(path), file)
-    value, pointer = others.get(file) if file else spec, pointer.strip("/")
+    value = others[file]
     with contextlib.suppress(LookupError, TypeError, ValueError):  # what is not there
-        for key in pointer.split("/") if pointer else []:
+        for key in filter(None, pointer.split("/")):
             key = unquote(key).replace("~1", "/").replace("~0", "~")
             value = value[int(key) if isinstance(value, list) else key]
         return value
-    if len(others) < 10_000 and others.get(file, spec) is not None:
+    if others[file] is not None:
         others[ref] = None
 
 
@@ -2716,10 +2704,10 @@ def schema_of(node):
     """The schema of a parameter, body or response: in place, or of one of its content types, JSON
     preferred.
     """
-    types, json_like = mapping(node, "content"), re.compile(r"application/([\w.-]+\+)?json\b")
-    rank = lambda kind: (kind != "application/json", not json_like.match(str(kind)))
-    best = min(types, key=rank, default=None)
-    return node.get("schema") or mapping(types, best).get("schema")
+    types = mapping(node, "content")
+    kinds = [kind for pattern in (r"application/json$", r"application/([\w.-]+\+)?json\b", "")
+             for kind in types if re.match(pattern, kind)]
+    return node.get("schema") or mapping(types, *kinds[:1]).get("schema")
 
 
 def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
@@ -2729,8 +2717,8 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     """
     budget, beside = budget or [MAX_NODES], {}
     while isinstance(ref := mapping(node).get("$ref"), str):  # perhaps to a reference again
-        stated = {key: node.get(key) for key in ("description", "default", "nullable")}
-        beside = {key: value for key, value in stated.items() if value not in (None, "")} | beside
+        stated = [key for key in ("description", "default", "nullable") if node.get(key) not in (None, "")]
+        beside = {key: node[key] for key in stated} | beside
         if ref in seen:
             return {"type": "object", "description": f"{ref.split('/')[-1]}, as above"}
         seen, node = (*seen, ref), resolve(ref) if len(seen) < 100 else None
@@ -2738,7 +2726,7 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
         return {}
     node, budget[0] = node | beside, budget[0] - 1
     schema = {key: value for key in KEPT_KEYS if (value := plain(node.get(key))) is not None}
-    if isinstance(kind := schema.get("type"), str) and kind in ODD_TYPES:
+    if (kind := str(schema.get("type"))) in ODD_TYPES:
         del schema["type"]
         schema |= ODD_TYPES[kind]
     if about := node.get("description"):
@@ -2746,7 +2734,7 @@ def json_schema_of(node, resolve, hidden="", depth=0, seen=(), budget=None):
     if depth == MAX_DEPTH or budget[0] < 0:
         return schema
     deeper = lambda part, down=1: json_schema_of(part, resolve, hidden, depth + down, seen, budget)
-    properties = {str(key): deeper(part) for key, part in mapping(node, "properties").items()
+    properties = {key: deeper(part) for key, part in mapping(node, "properties").items()
                   if (resolved(part, resolve) | mapping(part)).get(hidden) is not True}
     required, choices = {*map(str, listing(node, "required"))}, []
     for part in listing(node, "allOf"):
@@ -2777,7 +2765,7 @@ def plain(value):
         return value
     try:
         pieces = itertools.islice(json.JSONEncoder(default=str).iterencode(value), MAX_PIECES)
-        return json.loads("".join(pieces), parse_constant=lambda name: None)
+        return JSON.decode("".join(pieces))
     except (ValueError, TypeError, RecursionError):  # cut, in a circle, odd keys, or nested too deep
         return None
 
@@ -2806,7 +2794,7 @@ def read_values(path):
                "jsonl": read_lines, "ndjson": read_lines}
     try:
         yield from readers.get(kind, read_json)(path)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
         yield "end", ValueError(f"cannot be read further: {error}")
 
 
@@ -2839,7 +2827,7 @@ def parse(text):
     is none.
     """
     try:
-        return json.loads(text, parse_constant=lambda name: None) if text is not None else TOO_LONG
+        return TOO_LONG if text is None else JSON.decode(text)
     except (ValueError, RecursionError) as error:
         return ValueError(f"not JSON: {error}")
 
@@ -2865,25 +2853,18 @@ def read_csv(path):
     """Yield (line number, row as a dict, or ValueError) of a CSV file."""
     csv.field_size_limit(MAX_RECORD)
     rows = csv.DictReader(str(TOO_LONG) if line is None else line + "\n" for line in text_lines(path))
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row = ValueError(f"not CSV: {error}")
-        yield rows.line_num, TOO_LONG if isinstance(row, dict) and str(TOO_LONG) in row.values() else row
+    for row in rows:
+        yield rows.line_num, TOO_LONG if str(TOO_LONG) in row.values() else row
 
 
 def read_json(path):
     """A list of records, a mapping of ids to records, one record (an object, or a list of messages), or JSON
     lines.
     """
-    lines = (line for line in text_lines(path) if line is None or line.strip())
-    first, second = next(lines, None), next(lines, None)
+    begins = [value for _, value in itertools.islice(read_lines(path), 2)]
     start = next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "")
     member = next(read_list(path), (0, None))[1] if start == "[" else None
-    if second and second.startswith("{") and isinstance(parse(first), dict):
+    if len(begins) == 2 and isinstance(begins[0], dict):
         yield from read_lines(path)
     elif start == "[" and not is_message(member):
         yield from read_list(path)
@@ -2902,14 +2883,14 @@ def read_list(path):
     """Decode the members of a JSON list as they are read. What follows a broken one cannot be told apart: it
     is the last.
     """
-    decoder, chunks = json.JSONDecoder(parse_constant=lambda name: None), text_chunks(path)
+    chunks = text_chunks(path)
     buffer, at, index = next(text for text in chunks if text.strip()).lstrip()[1:], 0, 0
     while True:
         at = re.compile(r"[\s,]*").match(buffer, at).end()
         if buffer[at:at + 1] == "]":
             return
         try:
-            value, end = decoder.raw_decode(buffer, at)
+            value, end = JSON.raw_decode(buffer, at)
             yield index, value
             at, index = end, index + 1
         except (ValueError, RecursionError) as error:
@@ -2951,39 +2932,27 @@ def join_sessions(values):
     events = []
     sessions = {}  # {(session, side agent or None): (where it begins, its messages)}
     sides = {}     # {line of a side agent: the agent}
-    for where, line in log_lines(values):
-        if isinstance(line, dict) and (is_sdk_event(line) or is_span(line)):
+    for where, line in values:
+        if isinstance(line, list) and line and is_log_line(line[0]):
+            yield from join_sessions((f"{where}.{i}", part) for i, part in enumerate(line))
+        elif isinstance(line, dict) and (is_sdk_event(line) or is_span(line)):
             events.append((where, line))
-            continue
-        if not is_log_line(line):
-            known = sessions or events
-            if not known or not isinstance(line, dict) or "role" in line:  # or a summary, a snapshot
-                yield where, line
-            continue
-        side, id, message = None, line.get("uuid"), line.get("message")
-        if line.get("isSidechain") or line.get("parent_tool_use_id"):
-            begun = id if "parentUuid" in line else "side"
-            side = field(line, "agentId parentToolUseID parent_tool_use_id")
-            side = sides[id] = side or sides.get(line.get("parentUuid"), begun)
-        match line.get("attachment"):
-            case {"type": "queued_command", "prompt": prompt}:  # typed while the agent was at work
-                message = user(prompt)
-        if not isinstance(message, dict) or line.get("isApiErrorMessage"):
-            continue
-        if message.get("model") != "<synthetic>":  # what no model wrote
-            key = field(line, "sessionId session_id"), side
-            sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
+        elif is_log_line(line):
+            side, id, prompt = None, line.get("uuid"), field(line, "attachment.prompt")
+            if line.get("isSidechain") or line.get("parent_tool_use_id"):
+                begun = id if "parentUuid" in line else "side"
+                side = field(line, "agentId parentToolUseID parent_tool_use_id")
+                side = sides[id] = side or sides.get(line.get("parentUuid"), begun)
+            message = user(prompt) if prompt else mapping(line, "message")  # a prompt typed while it worked
+            if message and not line.get("isApiErrorMessage") and message.get("model") != "<synthetic>":
+                key = field(line, "sessionId session_id"), side
+                sessions.setdefault(key, (where, []))[1].append({"role": line.get("type")} | message)
+        elif not sessions and not events or not isinstance(line, dict) or "role" in line:
+            yield where, line  # and no summary or snapshot
     for (_, side), (where, messages) in sessions.items():
         yield f"{where}-side" if side else where, {"messages": messages}
     if events:
         yield events[0][0], [event for _, event in events]
-
-
-def log_lines(values):
-    """The values of a file, those of a list of lines of a session's log one by one."""
-    for where, value in values:
-        log = isinstance(value, list) and value and is_log_line(value[0])
-        yield from ((f"{where}.{i}", line) for i, line in enumerate(value)) if log else [(where, value)]
 
 
 def is_log_line(value):
@@ -2992,7 +2961,6 @@ def is_log_line(value):
         case ({"uuid": _, "sessionId": _} | {"type": "attachment", "attachment": _}
               | {"type": "user" | "assistant", "message": {"content": _}}):
             return True
-    return False
 
 
 def value_records(values, source, license, domain="trajectory", form=None):
@@ -3064,59 +3032,81 @@ def recognise(value):
 
 
 def passes(value, test):
-    """Whether a record passes the test of a format: its paths are there, its pattern is found in the text, or
-    its function says so. Any error says no.
-    """
-    if isinstance(test, str):
-        return bool([at(value, path) for path in test.split(", ")])
-    return bool(test.search(value) if isinstance(test, re.Pattern) else test(value))
+    """Whether a record passes a test of FORMATS, which may also be a function. Any error says no."""
+    if not isinstance(test, str):
+        return bool(test(value))
+    for condition in test.split(", "):
+        path, _, pattern = condition.partition("~")
+        if pattern and path in ("system", "user", "assistant"):
+            turns = [(m.get("role") or m.get("from"), m) for m in listed(value)]
+            said = [m for role, m in turns if ROLES.get(role, role) == path]
+            found = [as_text(m.get("content") or m.get("value")) for m in said]
+        else:
+            found = [at(value, path) if path else value]
+        if pattern and not any(re.search(pattern, text) for text in found):
+            return False
+    return True
 
 
 def at(value, path):
-    """What stands at a path, such as "steps.0.source". Raises LookupError or TypeError where nothing does."""
-    for key in path.split("."):
+    """What stands at a path, such as "steps.0.source", or at a key with dots. Raises LookupError or TypeError
+    where nothing does.
+    """
+    for key in [path] if path in value else path.split("."):
         value = value[int(key) if key.isdigit() else key]
     return value
 
 
 def finish(messages, tools):
-    """Set thoughts apart, link calls and results, complete the tools, and check. Lone surrogates become
+    """Join what is one turn, link calls and results, complete the tools, and check. Lone surrogates become
     question marks.
     """
-    messages = link(map(set_thought_apart, one_system(messages)))
-    known = {t["function"]["name"]: t["function"]["parameters"].get("properties", {}) for t in tools}
+    turns = joined_turns(messages)
+    link(turns)
+    messages = [{k: v for k, v in turn.items() if v or k == "content"} for turn in turns]
+    known = {t["function"]["name"]: t["function"]["parameters"]["properties"] for t in tools}
     for function in functions_called(messages):
-        name, arguments = function["name"], function["arguments"]
-        if name in known and "null" in arguments:  # tables fill up what a row lacks with null
-            given = {k: v for k, v in json.loads(arguments).items() if v is not None or k in known[name]}
+        if function["name"] in known:  # tables fill up what a row lacks with null
+            given = json.loads(function["arguments"]).items()
+            given = {k: v for k, v in given if v is not None or k in known[function["name"]]}
             function["arguments"] = json.dumps(given, ensure_ascii=False)
     both = json.dumps([messages, tools or derive_tools(messages)], ensure_ascii=False, allow_nan=False)
     messages, tools = json.loads(both.encode("utf-8", "replace"))
-    check_conversation(messages, tools)
+    check_conversation(messages)
     return messages, tools
+
+
+def joined_turns(messages):
+    """Messages of four fields each, with the thoughts apart that reasoning models write in <think> tags (the
+    first tag may stand in the prompt), and with what the assistant wrote in one turn as one. So is the system
+    prompt; a system message after it becomes the user's. Those that say nothing are left out.
+    """
+    turns = []
+    for message in messages:
+        role, content = message["role"], message["content"]
+        thoughts = [message.get("reasoning_content") or ""]
+        if role == "assistant":
+            found, content = split_thoughts(content)
+            thoughts += found
+        if role == "system" and turns and turns[-1]["role"] != "system":
+            role = "user"
+        turn = {"role": role, "content": content, "tool_calls": [*message.get("tool_calls", ())],
+                "reasoning_content": joined(dict.fromkeys(map(str.strip, thoughts)))}
+        if role == "tool":
+            turn["tool_call_id"] = message.get("tool_call_id")
+        elif not content and not turn["tool_calls"] and not turn["reasoning_content"]:
+            continue
+        while turns and is_one_turn(turns[-1], turn):
+            before, mark = turns.pop(), "\n\n" if role == "system" else "\n"
+            turn |= {key: joined([before[key], turn[key]], mark) for key in ("content", "reasoning_content")}
+            turn["tool_calls"] = before["tool_calls"] + turn["tool_calls"]
+        turns.append(turn)
+    return turns
 
 
 def functions_called(messages):
     """The function of each call in messages: {"name", "arguments"}."""
     return [c["function"] for m in messages for c in m.get("tool_calls") or ()]
-
-
-def one_system(messages):
-    """Messages with one system message, at the start; one in the middle becomes the user's."""
-    first = list(itertools.takewhile(lambda m: m["role"] == "system", messages))
-    rest = [m | {"role": "user"} if m["role"] == "system" else m for m in messages[len(first):]]
-    return [chat_message("system", "\n\n".join(m["content"] for m in first))] * bool(first) + rest
-
-
-def set_thought_apart(message):
-    """The message with what its content holds in <think> tags, as reasoning models write it, as its
-    `reasoning_content`. The first tag may stand in the prompt instead.
-    """
-    if message["role"] != "assistant":
-        return message
-    thoughts, content = split_thoughts(message["content"])
-    thoughts = dict.fromkeys(text.strip() for text in [message.get("reasoning_content") or "", *thoughts])
-    return message | {"content": content} | thinking(joined(thoughts))
 
 
 def split_thoughts(text):
@@ -3130,79 +3120,52 @@ def split_thoughts(text):
     return thoughts, rest
 
 
-def thinking(text):
-    """The field of an assistant's message that holds its thoughts, which reasoning models write before their
-    answer.
-    """
-    return {"reasoning_content": text.strip()} if text.strip() else {}
-
-
 def joined(texts, mark="\n"):
     """Texts as one; those that are empty or None are left out."""
     return mark.join(filter(None, texts))
 
 
-def link(messages):
-    """Give every call an id, every result the id of its call (by its tool's name or its place where it has
-    none), and join what the assistant wrote in one turn.
+def link(turns):
+    """Give every call an id, and every result the id of its call: by its tool's name or its place where it
+    has none.
     """
-    linked, names, unanswered = [], {}, []  # names: {id of a call: its tool}
-    for message in messages:
-        if calls := message.get("tool_calls"):
-            calls = [c | {"id": c["id"] or f"call_{len(names) + i}"} for i, c in enumerate(calls)]
-            names |= {c["id"]: c["function"]["name"] for c in calls}
-            message = message | {"tool_calls": calls}
-        if message["role"] == "tool":
-            given = message.get("tool_call_id")
+    names, unanswered = {}, []  # names: {id of a call: its tool}
+    for turn in turns:
+        for made in turn["tool_calls"]:
+            made["id"] = made["id"] or f"call_{len(names)}"
+            names[made["id"]] = made["function"]["name"]
+        unanswered = [made["id"] for made in turn["tool_calls"]] or unanswered
+        if turn["role"] == "tool":
+            given = turn["tool_call_id"]
             fits = [id for id in unanswered if given in (id, names[id])] or unanswered or [None]
-            id = given if given in names else fits[0]
-            unanswered = [other for other in unanswered if other != id]
-            linked.append(tool(message["content"]) | {"tool_call_id": id})
-        elif calls or message["content"] or message.get("reasoning_content"):
-            while linked and is_one_turn(linked[-1], message):
-                message = one_turn(linked.pop(), message)
-            linked.append(message)
-            unanswered = [c["id"] for c in message["tool_calls"]] if calls else unanswered
-    return linked
+            turn["tool_call_id"] = given if given in names else fits[0]
+            unanswered = [id for id in unanswered if id != turn["tool_call_id"]]
 
 
 def is_one_turn(first, second):
-    """Whether two messages are of one turn of the assistant: thoughts, text and calls, in this order."""
-    if first["role"] != "assistant" or second["role"] != "assistant":
+    """Whether two are one turn: of the system, or thoughts, text and calls of the assistant in order."""
+    if first["role"] != second["role"] or first["role"] not in ("system", "assistant"):
         return False
-    if "tool_calls" in first:
-        return "tool_calls" in second and not second["content"] and "reasoning_content" not in second
-    return "tool_calls" in second or not first["content"]
+    if first["tool_calls"]:
+        return not second["content"] and not second["reasoning_content"]
+    return bool(second["tool_calls"]) or not first["content"] or first["role"] == "system"
 
 
-def one_turn(first, second):
-    """Two messages of the assistant as one."""
-    calls = [*first.get("tool_calls", ()), *second.get("tool_calls", ())]
-    content = joined([first["content"], second["content"]])
-    thoughts = joined(part.get("reasoning_content") for part in (first, second))
-    return second | {"content": content} | ({"tool_calls": calls} if calls else {}) | thinking(thoughts)
-
-
-def check_conversation(messages, tools):
+def check_conversation(messages):
     """Raise ValueError unless it is a conversation in the OpenAI form that an agent can learn from."""
     made = set()
     for i, message in enumerate(messages):
         role, where = message["role"], f"message {i}:"
-        if role not in ("system", "user", "assistant", "tool") or (role == "system" and i > 0):
+        if role not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"{where} a {role!r} message here")
         if not isinstance(message["content"], str):
             raise ValueError(f"{where} content is not a string")
         if role == "tool" and message.get("tool_call_id") not in made:
             raise ValueError(f"{where} a result without a call before it")
-        for call in message.get("tool_calls", ()):
-            if not isinstance(json.loads(call["function"]["arguments"]), dict):
-                raise ValueError(f"{where} arguments are not an object")
-            made.add(call["id"])
+        made |= {call["id"] for call in message.get("tool_calls", ())}
     for roles in (("user", "tool"), ("assistant",)):
         if not any(m["role"] in roles and (m["content"].strip() or m.get("tool_calls")) for m in messages):
             raise ValueError(f"no {roles[0]} message that says or calls anything")
-    if not all(t["type"] == "function" and isinstance(t["function"]["name"], str) for t in tools):
-        raise ValueError("tools are not in the OpenAI form")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -3238,21 +3201,25 @@ PARTS = by_word({
     "": "image_generation_call"})
 PART_ENDS = {"_call": "call", "_call_output": "result", "_tool_result": "result"}
 # Where a call or a result has its name, its arguments, its id and what came of it; where a record has its
-# messages and tools; where a message has its role. See field().
-NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType"
-GIVEN = "arguments args input parameters kwargs tool.args"
-CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id"
+# messages (or, in one of PROMPTS, the request alone) and tools; where a message has its role. See field().
+NAME = "name tool_name toolName function_name api_name api tool.name function tool_type toolType tool"
+GIVEN = "arguments args input parameters kwargs tool.args tool_input param_dict"
+CALL_ID = "call_id tool_call_id tool_use_id toolCallId toolUseId source_call_id tool_call_ids.0"
 ID = CALL_ID + " id"
 OUTCOME = "output content response result text"
-MESSAGES = ("messages conversations conversation traj history contents events chat_messages input "
-            "original_input")
+MESSAGES = ("messages prompt input contents original_input conversations conversation traj history events "
+            "chat_messages turns")
+PROMPTS = ("prompt", "input", "contents", "original_input")
 TOOLS = "tools functions available_tools tool_definitions"
 WRAPPED = ("function", "custom", "toolSpec")
-SCHEMA = ("parameters input_schema inputSchema input_parameters arguments parametersJsonSchema "
-          "parameters_json_schema")
+SCHEMA = ("parameters.json input_schema.json inputSchema.json parameters input_schema inputSchema "
+          "input_parameters arguments parametersJsonSchema parameters_json_schema")
 # What may stand around a request and its answer; the answer's fields go before.
-AROUND = ("extra.invocation_params config toolConfig values body input inputs request request.body output "
-          "outputs response response.body response.output").split()
+AROUND = ("kwargs extra.invocation_params config toolConfig values body input inputs request request.body "
+          "output outputs response response.body response.output").split()
+# Where an answer is one message.
+ANSWER = ("choices.0.message generations.0.0.message generations.0.message candidates.0.content content "
+          "message output response response.body").split()
 ROLE = "role from sender type"
 ROLES = by_word({
     "user": "human", "assistant": "gpt chatgpt bot model ai agent", "system": "developer",
@@ -3262,6 +3229,7 @@ ROLES = by_word({
 LABELS = {"Question": "user", "Task": "user", "Expert feedback": "user", "Thought": "assistant",
           "Action": "assistant", "Answer": "assistant", "FUNCTION RESPONSE": "tool"}
 KEPT = ("Thought", "Action", "Answer", "Expert feedback", "tool")
+RECIPIENTS = ("all", "assistant", "user")  # of harmony, which are no tools
 REACT = "Question|Thought|Action|Answer|Observation"
 THOUGHT = re.compile(r"(?i)^\s*(?:Thought|Think)(?: \d+)?:[ \t]*")
 ACTION = re.compile(r"(?im)^[ \t]*(?:Action|Act)(?: \d+)?:[ \t]*")
@@ -3279,11 +3247,18 @@ def assistant(text, *calls):
     return chat_message("assistant", text) | ({"tool_calls": list(calls)} if calls else {})
 
 
-def field(value, names):
-    """The first of several fields of an object, as "name api_name", that is there and not null, or None."""
-    for name in names.split():
-        if value.get(name) is not None:
-            return value[name]
+def field(value, paths):
+    """What stands at the first of several paths, as "name tool.0.name", that is there and not empty, or None.
+    An empty object, false and 0 are not empty: they may be results.
+    """
+    keys = value if isinstance(value, dict) else {}
+    for path in paths.split():
+        found = keys.get(path)
+        if found is None and path.partition(".")[0] in keys:
+            with contextlib.suppress(LookupError, TypeError):
+                found = at(value, path)
+        if found or found is not None and found not in ("", []):
+            return found
 
 
 def role_of(message):
@@ -3309,12 +3284,9 @@ def part_text(part):
     """The text of a part; a page that a search found, as JSON without what only its server can read."""
     if part.get("type") == "web_search_result":
         return as_text({key: value for key, value in part.items() if not key.startswith("encrypted")})
-    source = part.get("source")
-    source = source if isinstance(source, dict) and source.get("type") in ("text", "content") else {}
-    text = field(part, "text value content summary_text logs tool_name transcript")
-    text = field(source, "data content") if text is None else text
-    text = text.get("value") if isinstance(text, dict) else text
-    return joined([part.get("title"), as_text(text)]) if isinstance(text, (str, list)) else ""
+    paths = "text.value text refusal value content summary_text logs tool_name transcript source.content"
+    data = " source.data" if field(part, "source.type") == "text" else ""  # and no image's
+    return joined([part.get("title"), as_text(field(part, paths + data))])
 
 
 def structured(text):
@@ -3357,11 +3329,7 @@ def calls_in(value):
     """The calls of a {"name", "arguments"} object, bare or as OpenAI wraps it, or of a list of such; also as
     text.
     """
-    if isinstance(value, str):
-        # Glaive writes the arguments as JSON between apostrophes, with apostrophes inside.
-        glaive = r"""(?s)\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}\s*"""
-        found = re.fullmatch(glaive, value)
-        value = found.groupdict() if found else structured(value)
+    value = structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
     wrapped = [value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)]
@@ -3370,7 +3338,7 @@ def calls_in(value):
     try:
         return [call(name, arguments, id)]
     except ValueError:
-        if not isinstance(arguments, str) or not isinstance(name, str) or re.match(r"\s*[\[{]", arguments):
+        if not isinstance(arguments, str) or re.match(r"\s*[\[{]", arguments):
             raise
         return [call(name, {"input": arguments}, id)]  # such as code, for a tool that takes text
 
@@ -3460,10 +3428,20 @@ def action_call(action):
     return call("act", {"command": action})
 
 
-def xml_call(name, body):
-    """The call of a tool whose arguments are elements each, or JSON."""
-    given = re.findall(XML_ARGUMENT, body)
-    return [call(name, {key: plain_json(value) for key, value in given} or body)]
+def written_calls(found):
+    """The calls in what a pattern of WRITTEN found, by the names of its groups."""
+    match found.groupdict():
+        case {"name": name, "xml": body}:  # the arguments are elements each, or JSON
+            given = re.findall(XML_ARGUMENT, body)
+            return [call(name, {key: plain_json(value) for key, value in given} or body)]
+        case {"language": language, "code": code}:
+            return [code_call(language or "python", code)]
+        case {"llama": text}:
+            return llama_calls(text)
+        case {"json": text}:
+            return calls_in(text)
+        case made:
+            return calls_in(made)
 
 
 def llama_calls(text):
@@ -3481,29 +3459,32 @@ THINK = re.compile(r"(?s)(?:\s*(?:<think>|\[THINK\]))?((?:(?!<think>).)*?)(?:</t
 XML_ARGUMENT = (
     r'(?s)<(?:arg_key>|(?:｜DSML｜)?parameter(?:=| name="))([^<>"\s]+)(?:</arg_key>\s*<arg_value|"?[^<>]*)>'
     r"\n?((?:(?!<parameter|<arg_key).)*?)\n?</(?:arg_value|(?:｜DSML｜)?parameter)>")
-# Calls as models write them in a text: {pattern: what makes calls of its groups}. None holds the tag that
-# opens another, so that many that nothing closes are read once and not once each.
-WRITTEN = {re.compile("(?s)" + pattern): read for pattern, read in {
-    # Hermes, Qwen (JSON proper is read before); Phi, Granite, InternLM; Glaive; Mistral
-    r"<tool_call>(?=\s*[\[{])((?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)": calls_in,
-    r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)": calls_in,
-    r"<functioncall>(.*?)(?:<\|endoftext\|>|\Z)": calls_in,
-    r"\[TOOL_CALLS\] ?(\[.*\])": calls_in,
-    r"\[TOOL_CALLS\] ?([\w.-]+)(?:\[CALL_ID\](\w+))?\[ARGS\](\{(?:(?!\[TOOL_CALLS\]).)*?\})"
-    r"(?=\[TOOL_CALLS\]|</s>|\s*\Z)": lambda name, id, given: [call(name, given, id)],
+# Calls as models write them in a text. None holds the tag that opens another, so that many that nothing
+# closes are read once and not once each. See written_calls().
+WRITTEN = [re.compile("(?s)" + pattern) for pattern in (
+    # Hermes, Qwen: JSON, whose strings may hold the tags, or Python; Phi, Granite, InternLM; Glaive, whose
+    # arguments stand between apostrophes, with apostrophes inside; Mistral
+    r'<tool_call>(?=\s*[\[{"])(?P<json>(?:"(?:[^"\\]|\\.)*"|(?!</?tool_call>)[^"])*)'
+    r"(?:</tool_call>|(?<=[\]}])\s*(?=<tool_call>|\Z))",
+    r"<tool_call>(?=\s*[\[{])(?P<json>(?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)",
+    r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(?P<json>.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)",
+    r'<functioncall>\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'
+    r"'(?P<arguments>.*?)'\s*\}\s*(?:<\|endoftext\|>|\Z)",
+    r"<functioncall>(?P<json>.*?)(?:<\|endoftext\|>|\Z)",
+    r"\[TOOL_CALLS\] ?(?P<json>\[.*\])",
+    r"\[TOOL_CALLS\] ?(?P<name>[\w.-]+)(?:\[CALL_ID\](?P<id>\w+))?\[ARGS\]"
+    r"(?P<arguments>\{(?:(?!\[TOOL_CALLS\]).)*?\})(?=\[TOOL_CALLS\]|</s>|\s*\Z)",
     # Qwen3-Coder, OpenHands and Llama; Claude, MiniMax and DeepSeek 3.2; GLM
-    r'<(?:｜DSML｜)?(?:function=|invoke name=")([\w.-]+)"?>((?:(?!<function=|invoke name=).)*?)'
-    r"(?:</(?:｜DSML｜)?(?:function|invoke)>|(?<=</parameter>)\s*\Z)": xml_call,
-    r"<tool_call>\s*([\w.-]+)\s*((?:<arg_key>(?:(?!<tool_call>).)*?)?)</tool_call>": xml_call,
+    r'<(?:｜DSML｜)?(?:function=|invoke name=")(?P<name>[\w.-]+)"?>(?P<xml>(?:(?!<function=|invoke name=).)*?)'
+    r"(?:</(?:｜DSML｜)?(?:function|invoke)>|(?<=</parameter>)\s*\Z)",
+    r"<tool_call>\s*(?P<name>[\w.-]+)\s*(?P<xml>(?:<arg_key>(?:(?!<tool_call>).)*?)?)</tool_call>",
     # DeepSeek; Kimi, whose ids are names with numbers; Llama; CodeAct
-    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?([\w.-]+)(?:<｜tool▁sep｜>|\s+```json\s)"
-    r"((?:(?!<｜tool▁call▁begin｜>).)*?)(?:```\s*)?<｜tool▁call▁end｜>": lambda name, given: [call(name, given)],
-    r"<\|tool_call_begin\|>\s*((?:functions\.)?([\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>"
-    r"((?:(?!<\|tool_call_begin\|>).)*?)<\|tool_call_end\|>": lambda id, name, given: [call(name, given, id)],
-    r"<\|python_(?:tag|start)\|>(.*?)(?:<\|(?:eom_id|eot_id|eot|python_end)\|>|\Z)": llama_calls,
-    r"<execute(_bash)?(?:_\w+)?>((?:(?!<execute).)*?)(?:</execute(?:_\w+)?>|(?<=>)\Z)":
-        lambda bash, code: [code_call("bash" if bash else "python", code)],
-}.items()}
+    r"<｜tool▁call▁begin｜>(?:function<｜tool▁sep｜>)?(?P<name>[\w.-]+)(?:<｜tool▁sep｜>|\s+```json\s)"
+    r"(?P<arguments>(?:(?!<｜tool▁call▁begin｜>).)*?)(?:```\s*)?<｜tool▁call▁end｜>",
+    r"<\|tool_call_begin\|>\s*(?P<id>(?:functions\.)?(?P<name>[\w.-]+):\d+)\s*<\|tool_call_argument_begin\|>"
+    r"(?P<arguments>(?:(?!<\|tool_call_begin\|>).)*?)<\|tool_call_end\|>",
+    r"<\|python_(?:tag|start)\|>(?P<llama>.*?)(?:<\|(?:eom_id|eot_id|eot|python_end)\|>|\Z)",
+    r"<execute(?:_(?P<language>bash)|_\w+)?>(?P<code>(?:(?!<execute).)*?)(?:</execute(?:_\w+)?>|(?<=>)\Z)")]
 AROUND_CALLS = re.compile(  # with nothing inside
     r"</?(?:minimax:)?tool_call>|</?(?:｜DSML｜)?(?:function|tool)_calls>|"
     r"<[｜|](?:tool[▁_]calls(?:[▁_]section)?[▁_](?:begin|end)|end▁of▁sentence|eot)[｜|]>")
@@ -3513,11 +3494,10 @@ def lift(text, react):
     """Split an assistant's text into (what it says, the calls written in it): those of WRITTEN and, with
     `react`, Thought/Action. What it thinks of calling is no call.
     """
-    _, rest = split_thoughts(text)
-    thought = text.removesuffix(rest)
-    text, calls = without_json_calls(rest)
-    for pattern, read in WRITTEN.items():
-        calls += [made for found in pattern.finditer(text) for made in read(*found.groups())]
+    _, text = split_thoughts(given := text)
+    thought, calls = given.removesuffix(text), []
+    for pattern in WRITTEN:
+        calls += itertools.chain.from_iterable(map(written_calls, pattern.finditer(text)))
         text = pattern.sub("", text)
     if calls:
         text = AROUND_CALLS.sub("", text)
@@ -3551,24 +3531,6 @@ def split_action(text):
     if fence and fence[1] in ("mswea_bash_command", "bash"):
         return text[:fence.start()], [code_call("bash", fence[2])]
     return text, []
-
-
-def without_json_calls(text):
-    """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since
-    its strings may hold the tags. What is not JSON stays.
-    """
-    kept, calls, end = [], [], 0
-    for tag in re.finditer(r"<tool_call>\s*(?=[\[{\"])", text):
-        if tag.start() < end:  # in a string
-            continue
-        try:
-            value, after = json.JSONDecoder().raw_decode(text, tag.end())
-            calls += calls_in(value)
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            continue
-        kept.append(text[end:tag.start()])
-        end = re.compile(r"\s*(?:</tool_call>)?").match(text, after).end()
-    return "".join([*kept, text[end:]]), calls
 
 
 def converse(turns, react=False, messages=None):
@@ -3615,54 +3577,50 @@ SCHEMA_KEYS = "$ref $defs definitions anyOf oneOf allOf additionalProperties pat
 
 def tools_of(value):
     """OpenAI tool definitions from JSON text, bare functions, parameters without a schema, and Python's names
-    for types.
+    for types. What has no name, such as code_interpreter, is built in.
     """
     value, tools = structured(value or []), []
     for given in value if isinstance(value, list) else [value]:
         given = structured(given.get("json_schema", given))  # of OpenInference
-        declared = field(given, "functionDeclarations function_declarations")
-        if isinstance(declared, list):  # Gemini's
+        if declared := field(given, "functionDeclarations function_declarations"):  # Gemini's
             tools += tools_of(declared)
             continue
         function = next(filter(lambda f: isinstance(f, dict), map(given.get, WRAPPED)), given)
         name, description = field(function, "name api_name"), field(function, "description api_description")
-        if not name:  # built in, such as code_interpreter
+        if not isinstance(name, str):
             continue
         schema = structured(field(function, SCHEMA) or {})
-        if "json" in schema and isinstance(schema, dict):  # Bedrock's
-            schema = schema["json"]
         if isinstance(schema, list):  # of named arguments, in Docker's registry some `optional`
             marked = any("optional" in entry for entry in schema)
             needs = [e["name"] for e in schema if e.get("required", marked and not e.get("optional")) is True]
             schema = {"properties": {entry["name"]: named_schema(entry) for entry in schema}}
             schema |= {"required": needs} if needs else {}
-        if not isinstance(schema.get("properties"), dict):
+        entries = schema.get("properties")
+        if not isinstance(entries, dict):
             stated = {k: v for k, v in schema.items() if k in SCHEMA_KEYS}
             entries = {k: v for k, v in schema.items() if isinstance(v, dict) and k not in stated}
             required = [
                 k for k, v in entries.items() if "default" not in v and "optional" not in str(v.get("type"))]
-            schema = stated | {"properties": entries, "required": function.get("required", required)}
-        known = {name: entry for name, entry in schema["properties"].items() if entry is not None}
-        schema = schema_types({"type": "object"} | schema | {"properties": known})
-        function = {"name": name, "description": description or "", "parameters": schema}
+            schema = stated | {"properties": {}, "required": function.get("required", required)}
+        known = {name: entry for name, entry in entries.items() if entry is not None}
+        schema = json.dumps({"type": "object"} | schema | {"properties": known})
+        function = {"name": name, "description": description or "",
+                    "parameters": json.loads(schema, object_hook=with_plain_type)}
         tools.append({"type": "function", "function": function})
     return tools
 
 
 def named_schema(entry):
     """The schema of an argument that is listed with its name."""
-    said = {"description": entry["desc"]} if entry.get("desc") else {}
-    flags = ("name", "desc", "optional", *["required"] * isinstance(entry.get("required"), bool))
-    return {key: value for key, value in entry.items() if key not in flags} | said
+    left_out = ("name", "optional", *["required"] * isinstance(entry.get("required"), bool))
+    schema = {key: value for key, value in entry.items() if key not in left_out}
+    if said := schema.pop("desc", None):
+        schema["description"] = said
+    return schema
 
 
-def schema_types(schema):
-    """A schema with JSON Schema's names of types for Python's and others: "str, optional" is "string"."""
-    if isinstance(schema, list):
-        return [schema_types(s) for s in schema]
-    if not isinstance(schema, dict):
-        return schema
-    schema = {key: schema_types(value) for key, value in schema.items()}
+def with_plain_type(schema):
+    """A schema with JSON Schema's name of a type for Python's and others': "str, optional" is "string"."""
     if isinstance(schema.get("type"), str):
         word = re.match(r"\w*", schema["type"].lower())[0]
         schema["type"] = TYPE_NAMES.get(word, word)
@@ -3675,19 +3633,14 @@ def tools_in(text):
     """
     tools, end, text, broken = [], 0, text[:2**20], 0
     for mark in re.finditer(r"(?m)(?:^[ \t]*|<tools>\s*|APIs:\s*|-\s*)(?=[\[{])", text):
-        start = mark.end()
-        if start < end or broken > 20:
-            continue
-        try:
-            value, end = json.JSONDecoder(strict=False).raw_decode(text, start)
-        except ValueError:  # or Python's way to write it
-            *_, (_, _, after) = brackets(text, start)
-            value = attempt(structured, text[start:after])
+        if mark.end() >= end and broken <= 20:
+            *_, (_, _, after) = brackets(text, mark.end())
+            value = attempt(structured, text[mark.end():after])
             if isinstance(value, str):
                 broken += 1
-                continue
-            end = after
-        tools += list_or_none(tools_of, value)
+            else:
+                end = after
+                tools += list_or_none(tools_of, value)
     return tools
 
 
@@ -3708,14 +3661,14 @@ def derive_tools(messages, described={}):
 
 
 def listed(record):
-    """The list of messages or turns of a record, by whichever name; of a mapping of several that name it."""
+    """The list of messages or turns of a record, by whichever name, or the request alone, a text."""
     if isinstance(record, list):
         return record
     for name in MESSAGES.split():
         value = record.get(name)
-        if isinstance(value, str) and value.lstrip()[:2] in ("[{", '["') and name != "input":
-            value = structured(value)
-        if isinstance(value, list):
+        if isinstance(value, str) and value:
+            value = [user(value)] if name in PROMPTS else list_or_none(structured, value)
+        if value and isinstance(value, list):
             return value
     return record["messages"]
 
@@ -3727,12 +3680,6 @@ def groups(pattern, text):
     return match.groups()
 
 
-def says(record, pattern, role="assistant"):
-    """Whether a text of that role in a record of messages matches."""
-    turns = [(field(m, "role from"), field(m, "content value")) for m in listed(record)]
-    return any(ROLES.get(name, name) == role and re.search(pattern, as_text(text)) for name, text in turns)
-
-
 def messages_record(record, react=False):
     """Messages of OpenAI, Anthropic, Gemini, LangChain, ShareGPT and their relatives, with calls in fields,
     in parts, or in the text.
@@ -3742,68 +3689,49 @@ def messages_record(record, react=False):
     names = {turn.get("author") for turn in turns if turn.get("parts")} - {None, "user"}
     for turn in turns:
         role = role_of(turn)
-        if role == "exit":  # of mini-swe-agent: why the run ended or, after a call, what came of it
-            if not messages or "tool_calls" not in messages[-1]:
-                continue
-            role = "tool"
-        if turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls")):
-            continue  # tau2-bench: what the user does with tools is not the agent's
-        if turn.get("partial") is True:
-            continue  # ADK: of a stream, the whole follows
+        if role == "exit" and messages and "tool_calls" in messages[-1]:
+            role = "tool"  # mini-swe-agent: what came of the last call or, without one, why the run ended
+        users = turn.get("requestor") == "user" and (role == "tool" or turn.get("tool_calls"))
+        if users or role == "exit" or turn.get("partial") is True:
+            continue  # tau2-bench: the user's tools are not the agent's; ADK: of a stream, the whole follows
         parts = list(parts_of(turn, role))
         if is_item(turn) and parts:
             role = "tool" if parts[0][0] == "result" else "assistant"
-        if len(names) > 1 and role == "assistant" and parts and parts[0][0] == "text" and parts[0][1]:
-            label = f"[{turn['author']}]:"
-            parts[0] = ("text", f"{label} {parts[0][1].removeprefix(label).strip()}")
+        match parts:
+            case [("text", str(said)), *_] if said and len(names) > 1 and role == "assistant":
+                label = f"[{turn['author']}]:"
+                parts[0] = ("text", f"{label} {said.removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        left_out = {*map(kind_of, (turns or [{}])[0].get("content") or ["text"])}
-        raise ValueError(f"nothing is left without {', '.join(left_out)}")
-    given = itertools.chain.from_iterable(turn.get("tools") or () for turn in turns)  # of an MCP server
-    given = [tool for tool in given if isinstance(tool, dict)]
-    messages, tools = with_tools(messages, [*tools_of(field(record, TOOLS)), *given])
+        raise ValueError(f"nothing is left without {', '.join(map(kind_of, turns[0].get('content') or ()))}")
+    given = [tool for turn in turns for tool in turn.get("tools") or () if isinstance(tool, dict)]
+    messages, tools = with_tools(messages, [*tools_of(field(record, TOOLS)), *given])  # of an MCP server
     names = {tool["function"]["name"] for tool in tools}
     return [bare_calls(message, names) for message in messages], tools
 
 
 def whole(record):
     """A record whose `messages` hold all that was said: the system's prompt, the request and the answer."""
-    match record:
-        case list():
-            return {"messages": record}
-        case {"lc": _, "kwargs": {"messages": messages}}:  # LangChain's prompt
-            return {"messages": messages}
-    for name in AROUND:
-        inner = attempt(streamed, attempt(at, record, name))
+    if isinstance(record, list):
+        return {"messages": record}
+    for path in AROUND:
+        inner = attempt(streamed, field(record, path))
         if isinstance(inner, dict) and isinstance(inner.get("messages"), list) and "messages" in record:
             inner = {"output": inner["messages"]}
         record = record | inner if isinstance(inner, dict) else record
-    prompts = map(record.get, "prompt input contents original_input".split())
-    prompt = next((prompt for prompt in prompts if prompt and not isinstance(prompt, dict)), None)
-    if isinstance(prompt, str) and not isinstance(record.get("messages"), list):
-        asked = [user(prompt)]
-    else:
-        asked = record["prompt"] if isinstance(record.get("prompt"), list) else list_or_none(listed, record)
+    asked = list_or_none(listed, record)
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
-    match record:
-        case ({"choices": [{"message": message}, *_]} | {"generations": [[{"message": message}, *_], *_]}
-              | {"generations": [{"message": message}, *_]}):
-            answer = [message]
-        case ({"candidates": [{"content": dict(message)}, *_]} | {"content": {"parts": _} as message}
-              | {"message": {"role": _} as message}):
-            answer = [message]  # of Gemini, of ADK, of Ollama
-        case {"role": "assistant", "content": content}:
-            answer = [{"role": "assistant", "content": content}]
-        case {"output": dict(message)} if "choices" not in message and is_turn(message):
-            answer = [message]
+    if record.get("role") == "assistant":  # it is the answer itself
+        record = record | {"message": {"role": "assistant", "content": record["content"]}}
+    found = [message for message in map(partial(field, record), ANSWER) if isinstance(message, dict)]
+    answer = list(filter(is_turn, found))[:1] or answer or []
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
     for action, seen in record.get("intermediate_steps") or ():  # of LangChain's executor
         action = action.get("kwargs") or action
         thought = ACTION.split(THOUGHT.sub("", action.get("log") or ""), maxsplit=1)
-        made = calls_in({"name": action["tool"], "arguments": action["tool_input"]})
-        asked = asked + [assistant(thought[0].strip() if thought[1:] else "", *made), tool(as_text(seen))]
+        said = assistant(thought[0].strip() if thought[1:] else "", *calls_in(action))
+        asked = asked + [said, tool(as_text(seen))]
     if answer and asked[-len(answer):] != answer:
         said = [(role_of(m), m.get("content")) for m in map(unwrapped, asked + answer)]
         repeats = said[:len(asked)] == said[len(asked):2 * len(asked)]
@@ -3825,25 +3753,22 @@ def streamed(value):
         return value
     message, parts = {}, []
     for event in value:
-        match event:
-            case {"response": {"output": [_, *_]} as response}:  # OpenAI's Responses: the last event has all
-                return response
-            case {"choices": [{"delta": dict(delta)}, *_]}:
-                message = with_piece(message, delta)
-            case {"content_block": dict(block)}:  # Anthropic
-                parts.append(dict(block))
-            case {"type": "content_block_delta", "delta": {"partial_json": piece}}:
-                parts[-1]["input"] = (parts[-1]["input"] or "") + piece
-            case {"type": "content_block_delta", "delta": dict(delta)}:
-                parts[-1] = with_piece(parts[-1], delta | {"type": parts[-1]["type"]})
-            case {"candidates": [{"content": {"parts": list(more)}}, *_]}:  # Gemini
-                for part in more:
-                    before = parts.pop() if parts else {}
-                    if "text" in part and "text" in before and part.get("thought") == before.get("thought"):
-                        parts.append(with_piece(before, part))
-                    else:
-                        parts += [*filter(None, [before]), part]
-    answer = message or {"role": "assistant", "content": parts}
+        piece = field(event, "choices.0.delta content_block delta")
+        if field(event, "response.output"):  # OpenAI's Responses: the last event has all
+            return event["response"]
+        if "choices" in event:
+            message = with_piece(message, piece or {})
+        elif "content_block" in event:  # Anthropic
+            parts.append(piece)
+        elif piece and parts:
+            parts[-1] = with_piece(parts[-1], {"input": piece.get("partial_json")} | piece)
+        for part in field(event, "candidates.0.content.parts") or ():  # Gemini
+            same = parts and part.get("thought") == parts[-1].get("thought")
+            if same and "text" in part and "text" in parts[-1]:
+                parts[-1] = with_piece(parts[-1], part)
+            else:
+                parts.append(part)
+    answer = {"role": "assistant", "content": parts} | message
     return {"choices": [{"message": answer}]} if message or parts else value
 
 
@@ -3853,16 +3778,16 @@ def with_piece(value, piece):
     for key, more in piece.items():
         before = value.get(key)
         if key == "tool_calls":
-            value[key] = calls = [] if before is None else before
+            value[key] = calls = before or []
             for made in more or ():
                 i = made.get("index", len(calls))
                 calls[i:i + 1] = [with_piece(calls[i] if i < len(calls) else {}, made)]
         elif isinstance(more, dict):
             value[key] = with_piece(before or {}, more)
-        elif isinstance(before, str) and isinstance(more, str) and key not in ("id", "role", "type", "name"):
-            value[key] = before + more
-        elif more not in (None, ""):
+        elif not before:
             value[key] = more
+        elif isinstance(more, str) and key not in ("id", "role", "type", "name"):
+            value[key] = before + more
     return value
 
 
@@ -3887,8 +3812,20 @@ def unwrapped(message):
             message = inner
         case {"data": dict(inner)}:
             message = inner | {"role": message["type"]}
+        case {"api_name": _, "result": dict(result)}:  # API-Bank
+            message = {"role": "assistant", "apis": [{"request": message} | result]}
+        case {"tool.name": _}:  # of any-agent
+            message = {"role": "assistant", "tool_calls": [message]}
         case {"content": {"parts": _} as inner}:
             message = inner | {key: message.get(key) for key in ("author", "partial")}
+        case {"action": str(action), "thought": thought} if action.strip() and not message.get("tool_calls"):
+            # SWE-agent
+            message = message | {"content": thought.strip(), "tool_calls": [code_call("bash", action)]}
+        case {"channel": "analysis", "content": said}:  # harmony in JSON
+            message = {"role": "assistant", "reasoning": said}
+        case {"channel": str(), "recipient": str(to), "content": said} if to not in RECIPIENTS:
+            made = {"name": to.removeprefix("functions."), "arguments": as_text(said)}
+            message = {"role": "assistant", "tool_calls": [made]}
     more = message.get("additional_kwargs") or {}
     return more | {key: value for key, value in message.items() if value or key not in more}
 
@@ -3900,52 +3837,40 @@ def parts_of(message, role):
     if is_item(message):
         yield from read_part(message)
         return
-    if role == "assistant" and isinstance(message.get("channel"), str):  # harmony in JSON
-        said, to = as_text(message.get("content")), message.get("recipient")
-        if to not in (None, "all", "assistant", "user"):
-            yield "call", calls_in({"name": to.removeprefix("functions."), "arguments": said})[0]
-            return
-        if message["channel"] == "analysis":
-            yield "thought", said
-            return
     if thought := field(message, "reasoning_content reasoning thinking"):
         yield "thought", as_text(thought)
     for api in message.get("apis") or ():  # ToolTalk
         yield "call", calls_in(api["request"])[0]
-        yield "result", (None, as_text(field(api, "exception response")))
-    calls = next(filter(None, map(message.get, ("tool_calls", "function_call", "invalid_tool_calls"))), [])
+        yield "result", (None, as_text(field(api, "exception response output")))
+    calls = calls_in(field(message, "tool_calls function_call invalid_tool_calls") or [])
     content = field(message, "content contents value parts text")
-    content = [content] if isinstance(message.get("parts"), dict) else content
-    content = None if content == [] else content
-    if not calls and isinstance(message.get("action"), str) and message["action"].strip():  # SWE-agent
-        content, calls = message["thought"].strip(), [code_call("bash", message["action"])]
-    kinds = {*map(type, content)} if isinstance(content, list) else set()
-    typed = content if kinds <= {dict, str} and (dict in kinds or "parts" in message) else []
-    calls = calls_in(calls)
-    ids = {made["id"] for made in calls}
-    if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in typed):
-        ids = message.get("tool_call_ids") or [field(message, CALL_ID)]
-        error = message.get("error")  # of Inspect, beside no content
-        error = error.get("message") if isinstance(error, dict) else None
-        yield "result", (ids[0], as_text(content) or as_text(error))
-    elif typed:
-        for kind, value in itertools.chain.from_iterable(map(read_part, uncut(typed))):
+    parts = content if isinstance(content, list) else [content] if "parts" in message else []
+    kinds = {*map(type, parts)}
+    parts = parts if kinds <= {dict, str} and (dict in kinds or "parts" in message) else []
+    if role == "tool" and not any(what_is(kind_of(part)) == "result" for part in parts):
+        error = field(message, "error.message")  # of Inspect, beside no content
+        yield "result", (field(message, CALL_ID), as_text(content) or as_text(error))
+    elif parts:
+        ids = {made["id"] for made in calls}
+        for kind, value in itertools.chain.from_iterable(map(read_part, uncut(parts))):
             if kind != "call" or value["id"] not in ids:  # LangChain has calls in both places
                 yield kind, value
     else:
-        yield "text", as_text(content or "")
-    spoken = message["audio"].get("transcript") if isinstance(message.get("audio"), dict) else None
-    yield from (("text", said) for said in (message.get("refusal"), spoken) if isinstance(said, str))
+        yield "text", as_text(content)
+    for path in ("refusal", "audio.transcript"):
+        if said := field(message, path):
+            yield "text", as_text(said)
     yield from (("call", made) for made in calls)
 
 
 def uncut(parts):
     """Parts, with a text that was cut where it cites (Anthropic's) as one."""
-    if not any(isinstance(part, dict) and field(part, "citation citations") for part in parts):
+    if not any(field(part, "citation citations") for part in parts):
         return parts
-    runs = [(kind, [*run]) for kind, run in itertools.groupby(parts, kind_of)]
-    return [part for kind, run in runs for part in (
-        ["".join(map(part_text, run))] if kind == "text" else run)]
+    joint = []
+    for kind, run in itertools.groupby(parts, kind_of):
+        joint += ["".join(map(part_text, run))] if kind == "text" else run
+    return joint
 
 
 def is_item(message):
@@ -3973,33 +3898,23 @@ def read_part(part):
     inner = part[kind] if isinstance(part.get(kind), dict) else part
     match what_is(kind):
         case "text":
-            said = part_text(part | ({"text": part[kind]} if isinstance(part.get(kind), str) else {}))
-            yield "thought" if part.get("thought") is True else "text", said
+            yield "thought" if part.get("thought") is True else "text", part_text(part)
         case "thought":
             names = "summary" if part.get("redacted") else kind + " text value summary content"
-            said = next(filter(None, map(part.get, names.split())), None)
-            yield "thought", as_text(said)
+            yield "thought", as_text(field(part, names))
         case "call" if "language" in inner:
             yield "call", code_call(inner["language"], inner["code"])
         case "call":
-            if kind.endswith("_call") and not field(inner, NAME):
-                part = built_in(kind, part)
+            if kind.endswith("_call") and not field(inner, NAME):  # one of OpenAI's own tools
+                given = {key: part[key] for key in ("code", "queries", "operation") if part.get(key)}
+                given |= {key: value for key, value in mapping(part, "action").items() if key != "sources"}
+                part = {"name": kind.removesuffix("_call"), "arguments": given} | part
             yield from (("call", made) for made in calls_in(part.get("value") or part))
-            came = field(part, "output outputs result results error")  # of a server's tool: beside its call
-            if came is not None:
+            came = field(part, "output outputs result results error action.sources")
+            if came is not None:  # of a server's tool: beside its call
                 yield "result", (field(part, ID), as_text(came))
         case "result":
             yield "result", (field(inner, ID + " name"), as_text(field(inner, OUTCOME)))
-
-
-def built_in(kind, item):
-    """The call of one of OpenAI's own tools, with a name and arguments as a function's has."""
-    given = field(item, GIVEN + " action") or {
-        key: item[key] for key in ("code", "queries", "operation") if item.get(key)}
-    if isinstance(given, dict) and "sources" in given:  # the pages that a search found
-        item = item | {"results": given["sources"]}
-        given = {key: value for key, value in given.items() if key != "sources"}
-    return item | {"name": kind.removesuffix("_call"), "arguments": given}
 
 
 def say(role, parts, messages, react=False):
@@ -4053,10 +3968,9 @@ def codeact_text(text):
 
 def glaive_text(record):
     """A system prompt with tools, and a dialogue as one text."""
-    turns = [("system", record["system"].removeprefix("SYSTEM:").strip())]
-    for role, text in split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE"):
-        turns.append((role, text.removesuffix("<|endoftext|>").strip()))
-    return converse(turns)
+    system = record["system"].removeprefix("SYSTEM:").strip()
+    turns = split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE")
+    return converse([("system", system), *turns])
 
 
 def alpaca(record):
@@ -4072,8 +3986,8 @@ def alpaca(record):
 
 def xlam(record):
     """A request, or messages, and the calls that answer it."""
-    asked = record["query"] if isinstance(record["query"], list) else [record["query"]]
-    return [*messages_record(asked)[0], assistant("", *calls_in(record["answers"]))]
+    answer = {"role": "assistant", "tool_calls": record["answers"]}
+    return messages_record({"input": record["query"], "output": [answer], "tools": record["tools"]})
 
 
 TOOLACE_CALL = re.compile(r"\s*\[[^\[\]\s(][^(\[\]]*\(")
@@ -4152,20 +4066,19 @@ def agent_data_protocol(record):
     """Actions and observations in the Agent Data Protocol."""
     called = False
     for step in record["content"]:
-        kind, text, thought = step["class_"], step.get("content"), step.get("description") or ""
-        id = step.get("tool_call_id")
-        if kind == "message_action":
-            message = assistant(joined([thought, text]))
-        elif kind == "api_action":
-            message = assistant(thought, call(step["function"], step.get("kwargs"), id))
-        elif kind.endswith("_action"):
-            message = assistant(thought, code_call(step["language"], text) | {"id": id})
+        kind, id, made = step["class_"], step.get("tool_call_id"), []
+        said = field(step, "content axtree html url") or ""
+        answers = id or called and step.get("source") != "user"
+        if kind == "api_action":
+            made, said = calls_in(step), ""
+        elif kind == "code_action":
+            made, said = [code_call(step["language"], said) | {"id": id}], ""
+        if kind.endswith("_action"):
+            message = assistant(joined([step.get("description"), said]), *made)
         else:
-            text = text or step.get("axtree") or step.get("html") or step["url"]  # of a web_observation
-            answers = id or called and step.get("source") != "user"
-            message = tool(text) | {"tool_call_id": id} if answers else user(text)
-        called = kind.endswith("_action") and kind != "message_action"
-        yield message | thinking(step.get("reasoning_content") or "")
+            message = tool(said) | {"tool_call_id": id} if answers else user(said)
+        called = bool(made)
+        yield message | {"reasoning_content": step.get("reasoning_content")}
 
 
 def api_bank(record):
@@ -4185,23 +4098,12 @@ def api_bank(record):
             yield chat_message(role, text)
 
 
-def api_bank_dialogue(record):
-    """Turns of the user, the assistant, and the API: a call with its result."""
-    for turn in record["turns"]:
-        if turn["role"] == "API":
-            result = turn["result"].get("exception") or turn["result"].get("output")
-            yield assistant("", call(turn["api_name"], turn["param_dict"]))
-            yield tool(result if isinstance(result, str) else json.dumps(result, ensure_ascii=False))
-        else:
-            yield from converse([(turn["role"], turn["text"])])
-
-
 def tau_display(record):
     """The display lacks the calls ("assistant: None"). None is made up: a result becomes a user message that
     begins "tool:".
     """
     turns = split_turns(record["messages_display"], "user|assistant|tool")
-    return [chat_message("user" if role == "tool" else role, text) for role, text in turns if text != "None"]
+    return [chat_message(role.replace("tool", "user"), text) for role, text in turns if text != "None"]
 
 
 def intercode(record):
@@ -4215,8 +4117,7 @@ def intercode(record):
         if action.startswith("submit"):
             made = call("submit", positional("submit", filter(None, [action[7:]])))
         else:
-            wrapped = re.fullmatch(r"(?s)execute\[(.*)\]|cmd (.*)", action)
-            code = wrapped[1] or wrapped[2] if wrapped else action
+            code = re.sub(r"(?s)\A(?:execute\[(.*)\]|cmd (.*))\Z", r"\1\2", action)
             made = code_call(record["environment"].removeprefix("ic_"), code)
         yield assistant(thought, made)
         yield tool(observation)
@@ -4270,58 +4171,48 @@ def samples(record):
     from the messages, and tau2-bench's simulations.
     """
     for sample in field(record, "samples simulations"):
-        sample = attached(sample, sample.get("attachments") or {})
+        texts = sample.get("attachments") or {}
+        sample = json.loads(re.sub(  # a text that is not there stays as it is
+            r'"(attachment://(\w+))"', lambda m: json.dumps(texts.get(m[2], m[1])), json.dumps(sample)))
         offered = {json.dumps(tool): tool for event in sample.get("events") or ()
                    if event.get("event") == "model" for tool in event.get("tools") or ()}
         yield attempt(messages_record, {"tools": list(offered.values())} | sample)
 
 
-def attached(value, texts):
-    """A value with the texts for which its strings stand, as "attachment://" and a key."""
-    match value:
-        case str() if value.startswith("attachment://"):
-            return texts.get(value.removeprefix("attachment://"), value)
-        case list():
-            return [attached(member, texts) for member in value]
-        case dict():
-            return {key: attached(member, texts) for key, member in value.items()}
-    return value
-
-
 def evaluation_set(record):
     """The cases of an evaluation set of Google's ADK: turns with a request, the tools used, and an answer."""
     alone = record if isinstance(record, dict) else {"data": record}  # of an older version
-    for case in record["eval_cases"] if "eval_cases" in record else [alone]:
+    for case in field(record, "eval_cases") or [alone]:
         said = []
         for turn in field(case, "conversation data"):
-            done = turn.get("intermediate_data") or {}
-            said.append(turn.get("user_content") or user(turn["query"]))
-            said += done.get("invocation_events") or ()
-            for used in field(done | turn, "tool_uses expected_tool_use") or ():
-                made = {"name": field(used, NAME), "args": field(used, GIVEN + " tool_input")}
-                said.append({"role": "model", "parts": [{"functionCall": used | made}]})
-            for came in done.get("tool_responses") or ():
-                said.append({"role": "user", "parts": [{"functionResponse": came}]})
-            for author, parts in done.get("intermediate_responses") or ():
+            calls = field(turn, "intermediate_data.tool_uses expected_tool_use") or ()
+            results = field(turn, "intermediate_data.tool_responses") or ()
+            said.append(field(turn, "user_content query"))
+            said += field(turn, "intermediate_data.invocation_events") or ()
+            said.append({"role": "model", "parts": [{"functionCall": made} for made in calls]})
+            said.append({"role": "user", "parts": [{"functionResponse": came} for came in results]})
+            for author, parts in field(turn, "intermediate_data.intermediate_responses") or ():
                 said.append({"role": "model", "parts": parts})
-            for came in turn.get("expected_intermediate_agent_responses") or ():
-                said.append(assistant(came["text"]))
-            answer = turn.get("final_response") or {"parts": [turn.get("reference") or ""]}
+            said += turn.get("expected_intermediate_agent_responses") or ()
+            answer = turn.get("final_response") or {"content": turn.get("reference")}
             said.append({"role": "model"} | answer)
         yield messages_record(said)
 
 
 def is_event(value):
     """Whether it is an event of OpenHands: an action or what was observed."""
-    match value:
-        case {"action": _} | {"observation": _}:
-            return not {"role", "from"} & value.keys()
-    return is_sdk_event(value)
+    older = {"action", "observation"} & value.keys() and not {"role", "from"} & value.keys()
+    return bool(older) or is_sdk_event(value)
 
 
 def is_sdk_event(value):
     """Whether it is an event of OpenHands' newer SDK."""
     return "source" in value and bool(re.search(r"(Event|Observation)$", str(value.get("kind"))))
+
+
+METADATA = "tool_call_metadata."  # what OpenHands keeps of the model's call
+# Where an event of its newer SDK has what came of a call.
+SEEN = "observation.content observation.output observation.result observation error rejection_reason"
 
 
 def openhands(record):
@@ -4330,70 +4221,56 @@ def openhands(record):
     if is_sdk_event(listed(record)[0]):
         return sdk_messages(listed(record))
     for event in listed(record):
-        given, made = event.get("args") or event, event.get("tool_call_metadata") or {}
+        event = event | (event.get("args") or {})
         action, seen = event.get("action"), event.get("observation")
+        id = field(event, METADATA + "tool_call_id")
         if action in ("message", "finish"):
-            text = field(given, "content thought final_thought") or event.get("message") or ""
+            text = field(event, "content thought final_thought message") or ""
             messages.append(chat_message("user" if event.get("source") == "user" else "assistant", text))
         elif action == "system":
-            messages.append(chat_message("system", given.get("content") or ""))
-            tools = given.get("tools")
+            messages.append(chat_message("system", event.get("content") or ""))
+            tools = event.get("tools")
         elif action and action not in ("change_agent_state", "recall", "condensation", "null"):
-            thought = given.get("thought") or event.get("thought") or ""
-            messages.append(assistant(thought, *event_calls(action, given, made)))
+            written = field(event, METADATA + "model_response.choices.0.message.tool_calls") or ()
+            written = [c for c in written if c["id"] == id]
+            arguments = {k: event[k] for k in "command code path content url query".split() if event.get(k)}
+            name = field(event, METADATA + "function_name") if written else action
+            calls = list_or_none(calls_in, written) or [call(name, arguments)]  # the model's may be broken
+            messages.append(assistant(event.get("thought") or "", *calls))
         elif seen and messages and seen not in ("agent_state_changed", "null"):
-            messages.append(tool(event.get("content") or "") | {"tool_call_id": made.get("tool_call_id")})
+            messages.append(tool(event.get("content") or "") | {"tool_call_id": id})
     return messages, tools_of(tools)
 
 
 def sdk_messages(events):
-    """The messages and tools of events of OpenHands' newer SDK; actions of one answer are its calls."""
+    """The messages and tools of events of OpenHands' newer SDK."""
     turns, tools = [], []
     for event in events:
         match event:
             case {"system_prompt": prompt}:
                 turns.append(chat_message("system", as_text([prompt])))
-                tools = [given for given in event.get("tools") or [] if field(given, "name function")]
+                tools = event.get("tools")
             case {"llm_message": dict(message)}:
                 turns.append(message)
             case {"tool_name": name, "action": action}:
-                made = event.get("tool_call") or {
-                    "name": name, "id": event.get("tool_call_id"),
-                    "arguments": {key: value for key, value in (action or {}).items() if key != "kind"}}
-                answer = event.get("llm_response_id") or event["id"]
-                if turns and turns[-1].get("answer") == answer:
-                    turns[-1]["tool_calls"].append(made)
-                    continue
+                given = {key: value for key, value in (action or {}).items() if key != "kind"}
+                made = {"name": name, "id": event.get("tool_call_id"), "arguments": given}
                 reasons, said = event.get("reasoning_content"), event.get("thought") or []
                 said = said if reasons else (event.get("thinking_blocks") or []) + said
-                turns.append({"role": "assistant", "content": said, "tool_calls": [made],
-                              "reasoning_content": reasons, "answer": answer})
+                made = event.get("tool_call") or made
+                turns.append(assistant(said, made) | {"reasoning_content": reasons})
             case {"tool_call_id": id}:
-                seen = field(event, "observation error rejection_reason")
-                seen = field(seen, "content output result") if isinstance(seen, dict) else seen
-                turns.append({"role": "tool", "content": seen, "tool_call_id": id})
+                turns.append(tool(field(event, SEEN)) | {"tool_call_id": id})
     return messages_record({"messages": turns, "tools": tools})
-
-
-def event_calls(action, given, made):
-    """The calls of an action of OpenHands: as the model wrote them, where its answer was kept."""
-    arguments = {k: given[k] for k in "command code path content url query".split() if given.get(k)}
-    written = list_or_none(at, made, "model_response.choices.0.message.tool_calls")
-    try:
-        return calls_in([c for c in written if c["id"] == made["tool_call_id"]]) or [call(action, arguments)]
-    except ValueError:  # the model's JSON was broken
-        return [call(made["function_name"], arguments)]
 
 
 def trajectory_interchange(record):
     """Steps in the Agent Trajectory Interchange Format (ATIF, of the Harbor framework)."""
     turns = []
     for step in record["steps"]:
-        said = {key: step.get(key) for key in ("reasoning_content", "tool_calls")}
-        turns.append(said | {"role": step["source"], "content": as_text(step.get("message"))})
-        for result in (step.get("observation") or {}).get("results") or []:
-            turns.append(tool(as_text(result.get("content"))) | {"tool_call_id": field(result, ID)})
-    return messages_record(turns)[0], tools_of((record.get("agent") or {}).get("tool_definitions"))
+        turns.append(step | {"role": step["source"], "content": step.get("message")})
+        turns += [result | {"role": "tool"} for result in field(step, "observation.results") or ()]
+    return messages_record({"messages": turns, "tools": field(record, "agent.tool_definitions")})
 
 
 def is_span(value):
@@ -4402,7 +4279,9 @@ def is_span(value):
         isinstance(value.get("attributes"), (dict, list)) and field(value, SPAN_START))
 
 
+# Where a span has its beginning and its trace.
 SPAN_START = "start_time startTime startTimeUnixNano start_time_unix_nano"
+TRACE_ID = "context.trace_id spanContext.traceId context.traceId spanContext.trace_id trace_id traceId"
 # Where a span has the history that a model was given, its answer, the tools it was offered, and what a tool
 # did: by the conventions, older ones, OpenInference and any-agent.
 ASKED = "gen_ai.input.messages llm.input_messages gen_ai.prompt"
@@ -4421,15 +4300,14 @@ def spans_of(record):
 
 def attributes_of(span):
     """The attributes of a span by name, those of its events included; messages that are an event each, as
-    older conventions have them, as one.
+    older conventions have them, or an attribute a leaf, as "llm.input_messages.0.message.role", as lists.
     """
-    found, asked, answered = span.get("attributes", span), [], []
+    found, asked, answered, leaves = span.get("attributes", span), [], [], defaultdict(dict)
     if isinstance(found, list):
         found = {pair["key"]: next(iter(pair["value"].values()), None) for pair in found}
-    listed = found["events"] if isinstance(found.get("events"), str) else span.get("events")
-    for event in structured(listed) or ():
+    for event in structured(found.get("events") or span.get("events") or []):
         inner = attributes_of(event)
-        inner |= structured(inner.get("gen_ai.event.content") or "{}")
+        inner |= structured(inner.get("gen_ai.event.content") or {})
         name = str(field(event, "event.name name"))
         if name == "gen_ai.choice":
             answered.append({"role": "assistant"} | structured(inner.get("message", inner)))
@@ -4437,51 +4315,42 @@ def attributes_of(span):
             asked.append({"role": role[1]} | inner)
         else:
             found = inner | found
-    messages = {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered}
-    return {key: value for key, value in messages.items() if value} | found
+    for key, value in found.items():
+        name, *path = re.split(r"\.(?=\d)", key, maxsplit=1)
+        if path:
+            leaves[name][path[0]] = value
+    lists = {name: nested(paths) for name, paths in leaves.items()}
+    return {"gen_ai.input.messages": asked, "gen_ai.output.messages": answered} | lists | found
+
+
+def nested(leaves):
+    """Values by their paths, as {"0.message.role": "user"}, as the list or object that has them there,
+    without OpenInference's wrappers.
+    """
+    if "" in leaves:
+        return leaves[""]
+    members = defaultdict(dict)
+    for path, value in leaves.items():
+        key, _, rest = path.partition(".")
+        members[key][rest] = value
+    node = {key: nested(paths) for key, paths in members.items()}
+    if all(map(str.isdigit, node)):
+        return [node[key] for key in sorted(node, key=int)]
+    inner = next(iter(node.values()))
+    return inner if len(node) == 1 and isinstance(inner, dict) else node
 
 
 def traced(attributes, names):
-    """What stands in the first of several attributes that is there: a list, also as JSON or with an attribute
-    a leaf, as "llm.input_messages.0.message.role", or a text.
-    """
-    for name in names.split():
-        if attributes.get(name) is not None:
-            value = attempt(structured, attributes[name])
-            return value if isinstance(value, list) else as_text(attributes[name])
-        tree = {}
-        for key, value in attributes.items():
-            if re.match(rf"{re.escape(name)}\.\d", key):
-                *path, leaf = key[len(name) + 1:].split(".")
-                node = tree
-                for step in path:
-                    node = node.setdefault(step, {})
-                node[leaf] = value
-        if tree:
-            return pruned(tree)
+    """What stands in the first of several attributes that is there: a list, also as JSON, or a text."""
+    found = field(attributes, names)
+    value = attempt(structured, found)
+    return value if isinstance(value, list) else as_text(found)
 
 
-def pruned(node):
-    """A tree of attributes with numbered branches as lists, and without OpenInference's wrappers."""
-    if not isinstance(node, dict):
-        return node
-    if all(map(str.isdigit, node)):
-        return [pruned(node[key]) for key in sorted(node, key=int)]
-    node = {key: pruned(value) for key, value in node.items()}
-    wrapped = node.get(next(iter(node))) if len(node) == 1 else None
-    return wrapped if isinstance(wrapped, dict) else node
-
-
-def traced_messages(value, role):
-    """The messages of what traced() found."""
-    match value:
-        case [{"role": _}, *_]:
-            return messages_record(value)[0]
-        case [dict(first), *_] if field(first, NAME):
-            return [assistant("", *calls_in(value))]
-        case None | [] | "":
-            return []
-    return [chat_message(role, as_text(value))]
+def is_trace(record):
+    """Whether a record holds spans of what a generative model was asked."""
+    found = {name for span in spans_of(record) for name, value in attributes_of(span).items() if value}
+    return any(name.startswith(("gen_ai.", "llm.input_messages")) for name in found)
 
 
 def trace(record):
@@ -4490,38 +4359,35 @@ def trace(record):
     """
     traces = defaultdict(list)
     for span in sorted(spans_of(record), key=lambda span: field(span, SPAN_START) or 0):
-        context = field(span, "context spanContext") or span
-        traces[field(context, "trace_id traceId")].append(attributes_of(span))
+        traces[field(span, TRACE_ID)].append(attributes_of(span))
     for spans in traces.values():
         talks, talk, described, offered = [], [], {}, []
         for span in spans:
             kind = field(span, "gen_ai.operation.name openinference.span.kind traceloop.span.kind")
-            name = field(span, "gen_ai.tool.name tool.name")
-            if str(kind).lower() in ("create_agent", "invoke_agent", "agent", "chain", "workflow", "task"):
+            name, kind = field(span, "gen_ai.tool.name tool.name"), str(kind).lower()
+            if kind in ("create_agent", "invoke_agent", "agent", "chain", "workflow", "task"):
                 continue  # says again what the calls in it say
-            if name or str(kind).lower() == "tool":
+            if name or kind == "tool":
                 described[name] = field(span, "gen_ai.tool.description tool.description")
                 result = field(span, DONE)
                 if result is not None and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
                     talk.append(tool(as_text(result)) | {"tool_call_id": span.get("gen_ai.tool.call.id")})
                 continue
-            given = traced_messages(traced(span, ASKED), "user")
-            system = traced(span, "gen_ai.system_instructions")
-            if given and system and given[0]["role"] != "system":
-                given.insert(0, chat_message("system", as_text(system)))
-            if talk and given and given[0]["role"] == "tool":  # only what is new
-                while talk[-1]["role"] == "tool":
-                    talk.pop()
-                talk += given
-            elif given:
-                start = len(list(itertools.takewhile(lambda m: m["role"] == "system", given))) + 1
-                same = [t for t in talks if t[:start] == given[:start] and len(t) <= len(given)]
+            offered = traced(span, OFFERED) or offered
+            said = {"input": traced(span, ASKED), "output": traced(span, ANSWERED),
+                    "system": traced(span, "gen_ai.system_instructions")}
+            messages = messages_record(said)[0] if said["input"] or said["output"] else []
+            roles = [message["role"] for message in messages]
+            if {"system", "user"} & {*roles[:1]}:
+                start = roles.index("user") + 1 if "user" in roles else 1
+                same = [t for t in talks if t[:start] == messages[:start] and len(t) < len(messages)]
                 talk = same[-1] if same else []
                 talks += [] if same else [talk]
-                talk[:] = given
-            if talk:
-                talk += traced_messages(traced(span, ANSWERED), "assistant")
-            offered = traced(span, OFFERED) or offered
+                talk[:] = messages
+            elif talk:  # only what is new
+                while roles[:1] == ["tool"] == [talk[-1]["role"]]:
+                    talk.pop()
+                talk += messages
         for talk in talks:
             yield talk, tools_of(offered) or derive_tools(talk, described)
 
@@ -4533,52 +4399,41 @@ HARMONY = re.compile(
 
 def harmony(text):
     """OpenAI's harmony format, as its open models write it: channels for thoughts, calls and answers."""
-    messages, tools = [], []
+    turns, tools = [], []
     for head, channel, said in HARMONY.findall(text):
-        said, role = said.strip(), (head or "assistant").split()[0]
-        to = re.search(r"\bto=(?:functions\.)?([\w.-]+)", f"{head} {channel}")
-        if role == "assistant" and to:
-            messages.append(assistant("", *calls_in({"name": to[1], "arguments": said})))
-        elif role == "assistant":
-            messages.append(assistant(f"<think>{said}</think>" if channel.startswith("analysis") else said))
-        elif role in ("system", "developer", "user"):
+        role, to = (head or "assistant").split()[0], re.search(r"\bto=([\w.-]+)", f"{head} {channel}")
+        if role in ("system", "developer", "user"):
             tools += harmony_tools(said)
-            messages.append(chat_message(ROLES.get(role, role), said))
-        else:  # a tool's name
-            messages.append(tool(said))
-    return messages, tools
+        elif role != "assistant":  # a tool's name
+            role = "tool"
+        turns.append({"role": role, "channel": channel.partition(" ")[0], "recipient": to and to[1],
+                      "content": said.strip()})
+    return messages_record({"messages": turns, "tools": tools})
+
+
+# A line of it: comments, and what begins below them.
+HARMONY_LINE = re.compile(r"(?m)^((?://.*\n)*)(?:namespace (\w+) \{|type (\w+) = \(|"
+                          r"(?!_:)(\w+)(\?)?: *([^,/\n\[]*)(\[\])?|)(.*)")
 
 
 def harmony_tools(text):
     """The tools in a prompt of harmony, which writes them as types of TypeScript in namespaces."""
-    tools, space, comment, schema = [], "functions", [], None  # schema: of the tool whose type is open
-    for line in text.splitlines():
-        if line.startswith("//"):
-            comment.append(line[2:].strip())
-            continue
-        said = "\n".join(comment).strip()
-        if found := re.match(r"namespace (\w+) \{", line):
-            space = found[1]
-        elif found := re.match(r"type (\w+) = \(", line):
-            name = found[1] if space == "functions" else f"{space}.{found[1]}"
+    tools, space, schema = [], "", None  # schema: of the tool whose type is open
+    for comment, namespace, name, key, optional, kind, array, rest in HARMONY_LINE.findall(text):
+        said = {"description": re.sub("(?m)^// *", "", comment).strip()}
+        if namespace:
+            space = f"{namespace}.".removeprefix("functions.")
+        elif name:
             schema = {"properties": {}, "required": []}
-            tools.append({"name": name, "description": said, "parameters": schema})
-        elif schema and (found := re.match(r"(?!_:)(\w+)(\?)?: *([^,/]*)", line)):
-            key, optional, kind = found.groups()
-            schema["properties"][key] = harmony_schema(kind) | ({"description": said} if said else {})
+            tools.append(said | {"name": space + name, "parameters": schema})
+        elif key and schema:
+            entry = type_schema(kind)
+            entry = {"type": "array", "items": entry} if array else entry
+            schema["properties"][key] = entry | (said if comment else {})
             schema["required"] += [] if optional else [key]
-        comment, schema = [], None if "=> any;" in line else schema
+        if "=> any;" in rest:
+            schema = None
     return tools_of(tools)
-
-
-def harmony_schema(kind):
-    """The schema of a TypeScript type, as far as it is simple: any other is {}."""
-    if re.fullmatch(r'"[^"]*"(\s*\|\s*"[^"]*")*', kind.strip()):
-        return {"type": "string", "enum": re.findall(r'"([^"]*)"', kind)}
-    known = re.fullmatch(r"(string|number|boolean)(\[\])?", kind.strip())
-    if known and known[2]:
-        return {"type": "array", "items": {"type": known[1]}}
-    return {"type": known[1]} if known else {}
 
 
 TEMPLATED = re.compile(  # of ChatML and Llama 3
@@ -4587,23 +4442,15 @@ TEMPLATED = re.compile(  # of ChatML and Llama 3
 
 
 def templated_text(record):
-    """A conversation in one text, with the marks of a model's chat template."""
-    return converse((role, said.strip()) for role, said in TEMPLATED.findall(text_of(record)))
-
-
-def text_of(record):
-    """A text, or that of a row of a table."""
-    return record if isinstance(record, str) else record["text"]
-
-
-LABELLED = r"(?m)^\W*SYSTEM:[\s\S]*^USER:"
+    """A conversation in one text, or that of a row of a table, with the marks of a model's chat template."""
+    text = record if isinstance(record, str) else record["text"]
+    return converse((role, said.strip()) for role, said in TEMPLATED.findall(text))
 
 
 def labelled_text(record):
     """A conversation in one text, whose turns begin with SYSTEM:, USER: and ASSISTANT:."""
     text = re.sub(r"^\s*```\w*\n|\n```\s*$", "", record["example"])
-    turns = split_turns(text, "SYSTEM|USER|ASSISTANT|TOOL")
-    return converse(turns), tools_in(turns[0][1])
+    return converse(split_turns(text, "SYSTEM|USER|ASSISTANT|TOOL"))
 
 
 def seal_tools(record):
@@ -4621,51 +4468,46 @@ def seal_tools(record):
 
 
 # name: (what tells a record of the format, its conversion, where its tools are if not in the system's
-# prompt). It is told by the paths that it has ("a, b | c" is a and b, or c), by a pattern in a text, or by a
-# function. The first that fits is taken; an error means that it does not fit. No tools means: those called.
+# prompt). "a, b | c" means that there are a and b, or c: paths in the record. "a~b" means that what is at the
+# path a matches the pattern b, "user~b" that something the user says does, "~b" that the record does, a text.
+# The first format that fits is taken; an error means that it does not fit. No tools means: those called.
 FORMATS = {
-    "codeact_text": (re.compile(r"(?m)\ATask:\n(.*\n)*?Assistant:"), codeact_text),
-    "alfworld_text": (re.compile(r"(?m)^Your task is to:[^>]*^> ?\w"), alfworld_text),
-    "react_text": (re.compile(r"(?m)^Question:"), react_text),
+    "codeact_text": (r"~(?m)\ATask:\n(.*\n)*?Assistant:", codeact_text),
+    "alfworld_text": (r"~(?m)^Your task is to:[^>]*^> ?\w", alfworld_text),
+    "react_text": ("~(?m)^Question:", react_text),
     "glaive": ("system, chat", glaive_text),
-    "xlam": ("query, tools, answers", xlam, "tools"),
+    "xlam": ("query, tools, answers", xlam),
     "toolbench_tree": ("tree, answer_generation", toolbench_tree, "answer_generation.function"),
     "tooleval": ("query, available_tools, answer", tooleval, "available_tools"),
     "toolbench_query": ("query, api_list, relevant APIs", toolbench_query),
     "agent_data_protocol": ("content.0.class_", agent_data_protocol),
-    "api_bank": (
-        lambda r: "input" in r and ("expected_output" in r or "API-Request" in r["output"]), api_bank),
-    "api_bank_dialogue": ("turns.0.role", api_bank_dialogue),
+    "api_bank": ("input, expected_output | input, output~API-Request", api_bank),
+    "api_bank_dialogue": ("turns.0.role", messages_record),
     "tau_display": ("messages_display", tau_display),
     "intercode": ("query, turn_history | query, trajectory.0.action", intercode),
-    "toolverifier": (lambda r: "\nTool Choices:" in r["text"], toolverifier),
+    "toolverifier": (r"text~\nTool Choices:", toolverifier),
     "gorilla": ("code, api_call, api_data", gorilla),
     "agentbench_os": ("description, explanation, evaluation", agentbench_os),
     "agentbench_kg": ("question, actions, s_expression", agentbench_kg),
     "alpaca": ("instruction, output", alpaca),
-    "traces": (
-        lambda r: any(key.startswith(("gen_ai.", "llm.input_messages"))
-                      for span in spans_of(r) for key in attributes_of(span)),
-        trace),
+    "traces": (is_trace, trace),
     "atif": ("steps.0.source", trajectory_interchange),
     "samples": ("samples.0.messages | simulations.0.messages", samples),
     "evaluation_set": (
         "eval_cases.0.conversation.0.user_content | data.0.expected_tool_use | 0.expected_tool_use",
         evaluation_set),
     "openhands": (lambda r: is_event(listed(r)[0]), openhands),
-    "harmony": (re.compile(r"<\|(start|channel)\|>[^<]+<\|(channel|message)\|>"), harmony),
-    "templated_text": (lambda r: TEMPLATED.search(text_of(r)), templated_text),
-    "labelled_text": (lambda r: re.search(LABELLED, r["example"]), labelled_text),
-    "seal_tools": (lambda r: says(r, r"(?m)^api_list = \[", "user"), seal_tools),
-    "toolace": (
-        lambda r: "system" in r and any(TOOLACE_CALL.match(t["value"]) for t in r["conversations"]), toolace),
+    "harmony": (r"~<\|(start|channel)\|>[^<]+<\|(channel|message)\|>", harmony),
+    "templated_text": (f"~{TEMPLATED.pattern} | text~{TEMPLATED.pattern}", templated_text),
+    "labelled_text": (r"example~(?m)^\W*SYSTEM:[\s\S]*^USER:", labelled_text),
+    "seal_tools": (r"user~(?m)^api_list = \[", seal_tools),
+    "toolace": (rf"system, conversations.0.value, assistant~\A{TOOLACE_CALL.pattern}", toolace),
     "swe_agent": (lambda r: any(m["action"].strip() for m in listed(r) if m.get("action")), react_record),
-    "mini_swe_agent": (
-        lambda r: says(r, "```mswea_bash_command") or says(r, "bash code block", "system"), react_record),
+    "mini_swe_agent": ("assistant~```mswea_bash_command | system~bash code block", react_record),
     "react": (
-        lambda r: says(r, ACTION) and (
-            says(r, r"(?im)^\s*(?:Thought|Think)(?: \d+)?:") or says(r, RESULT, "user")), react_record),
-    "codeact": (lambda r: says(r, r"(?ms)<execute\w*>.*</execute|^\s*<execute\w*>"), react_record),
+        rf"assistant~{ACTION.pattern}, assistant~(?im)^\s*(?:Thought|Think)(?: \d+)?:"
+        f" | assistant~{ACTION.pattern}, user~{RESULT.pattern}", react_record),
+    "codeact": (r"assistant~(?ms)<execute\w*>.*</execute|^\s*<execute\w*>", react_record),
     "messages": (lambda r: is_turn(whole(r)["messages"][0]), messages_record),
 }
 

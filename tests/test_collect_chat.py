@@ -782,7 +782,7 @@ def test_form_can_be_forced(tmp_path):
     assert "bash(" not in brief(converted(tmp_path, record)[0])[1]
     assert brief(converted(tmp_path, record, form="react")[0])[1] == "assistant: Hm bash(command='ls')"
     with pytest.raises(ValueError):
-        check_conversation([], [])
+        check_conversation([])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
