@@ -64,9 +64,9 @@ import unicodedata
 import uuid
 import warnings
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -82,7 +82,7 @@ from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, print_tokens, read_j
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
                      definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
                      tools_of, unit_hash, visible)
-from pretrain import VALIDATED, load_checkpoint, open_corpus, optional, read_metrics
+from pretrain import VALIDATED, add_flags, load_checkpoint, open_corpus, optional, read_metrics
 
 VERDICTS = "right wrong abstained unparseable error".split()
 HEADLINE = "name and arguments"  # of calls that have arguments: the first metric of the table
@@ -186,17 +186,12 @@ def play_all(suite, episodes, model, identity, directory, args):
         todo = [group for group in groups[rank::world] if unfinished(group)]
         longest = args.max_tokens or (160 if suite in HELDOUT else 1024)
         reply = partial(model.reply, max_tokens=longest, constrained=suite.endswith("-constrained"))
-        writing = threading.Lock()
-        with open(part, "a", encoding="utf-8") as file, ThreadPoolExecutor(model.workers) as pool:
-            def finish(group):
-                lines = json_lines(play(group, reply))
-                with writing:
-                    file.write(lines)
-                    file.flush()
-
-            finished = (map if model.workers == 1 else pool.map)(finish, todo)
-            list(tqdm(finished, f"{directory.name}: {suite}", len(todo), leave=False,
-                      disable=not is_main() or None))
+        with open(part, "a", encoding="utf-8") as file, ThreadPool(model.workers) as pool:
+            played = (map if model.workers == 1 else pool.imap_unordered)(partial(play, reply=reply), todo)
+            for records in tqdm(played, f"{directory.name}: {suite}", len(todo), leave=False,
+                                disable=not is_main() or None):
+                file.write(json_lines(records))
+                file.flush()
     if not is_main():
         return None
     while unfinished(episodes):  # for the other ranks
@@ -309,48 +304,42 @@ def table(suite, results, models, published=()):
 def parse_args():
     """The flags of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--model", nargs="+", metavar="MODEL",
-        help="checkpoint directories, or URLs of OpenAI-compatible endpoints such as "
-        "http://localhost:8000/v1 (the key is taken from OPENAI_API_KEY), with #NAME where one serves "
-        "several models; the first is what the others are compared with (default: control and ours under "
-        "--out)")
-    add("--suite", nargs="+", default=["heldout"], choices=["heldout", *suites()],
-        help="what to measure; heldout: its five parts")
-    add("--data", default="data/benchmarks", metavar="DIR",
-        help="directory that holds, at any depth, the official files of the benchmarks")
-    add("--corpus", default="data/corpus", help="corpus directory")
-    add("--out", default="out", help="directory of the runs; results go to its eval/")
-    add("--limit", type=int, metavar="N",
-        help="items of a category at most (default: all; in heldout 600 calls, 300 constrained ones, "
-        "150 of all else)")
-    add("--mode", default="native", choices=["native", "prompt"],
-        help="of the benchmarks: tools given as such, calls made as the model was trained to; or tools and "
-        "the form of an answer described in words")
-    add("--constrained", action="store_true",
-        help="in the benchmarks too, decode calls within the names and schemas of the tools at hand")
-    add("--max-tokens", type=int, metavar="N",
-        help="tokens of an answer at most; one that is longer is cut off, and counts as such (default: "
-        "1024; 160 in heldout)")
-    add("--seq-len", type=int, default=768,
-        help="of heldout: tokens of a document that are read, and of a conversation that is asked")
-    add("--reference", metavar="FILE",
-        help="JSON list of published scores, objects with model, suite, metric, score (a share) and source, "
-        "which the tables show beside the measured ones")
-    add("--batch-size", type=int, default=32, help="items that a checkpoint works on at once")
-    add("--parallel", type=int, default=16, help="items that an endpoint works on at once")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    add("--plot", action="store_true",
-        help="draw out/eval/report.png with matplotlib: scores and intervals, the models' training as curves")
-    add("--serve", metavar="DIR",
-        help="instead, answer OpenAI's API with the model in this directory, on 127.0.0.1")
-    add("--port", type=int, default=8000, help="of --serve")
-    add("--ask", metavar="TEXT",
-        help="instead, show what the first --model (default: ours under --out) is given for this request, "
-        "what it writes, and the calls in it, of which none is made")
-    add("--tools", metavar="FILE",
-        help="of --ask: a Python file, whose public functions are the tools and which is not run, or a JSON "
-        "list of tools")
+    parser.add_argument("--model", nargs="+", help="checkpoint directories, or URLs of OpenAI-compatible "
+                        "endpoints such as http://localhost:8000/v1 (the key is taken from OPENAI_API_KEY), "
+                        "with #NAME where one serves several models; the first is what the others are "
+                        "compared with (default: control and ours under --out)")
+    parser.add_argument("--suite", nargs="+", default=["heldout"], choices=["heldout", *suites()],
+                        help="what to measure; heldout: its five parts")
+    add_flags(parser, {"what is read and written": {
+        "data": ("data/benchmarks", "directory that holds, at any depth, the official files of the "
+                 "benchmarks"),
+        "corpus": ("data/corpus", "corpus directory"),
+        "out": ("out", "directory of the runs; results go to its eval/"),
+        "reference": (None, "JSON list of published scores, objects with model, suite, metric, score (a "
+                      "share) and source, which the tables show beside the measured ones"),
+        "plot": (False, "draw out/eval/report.png with matplotlib: scores and intervals, the models' "
+                 "training as curves")
+    }, "how it is measured": {
+        "limit": (None, "items of a category at most (default: all; in heldout 600 calls, 300 constrained "
+                  "ones, 150 of all else)", int),
+        "mode": ("native", "of the benchmarks: tools given as such, calls made as the model was trained to; "
+                 "or tools and the form of an answer described in words", ["native", "prompt"]),
+        "constrained": (False, "in the benchmarks too, decode calls within the names and schemas of the "
+                        "tools at hand"),
+        "max-tokens": (None, "tokens of an answer at most; one that is longer is cut off, and counts as such "
+                       "(default: 1024; 160 in heldout)", int),
+        "seq-len": (768, "of heldout: tokens of a document that are read, and of a conversation that is "
+                    "asked"),
+        "batch-size": (32, "items that a checkpoint works on at once"),
+        "parallel": (16, "items that an endpoint works on at once"),
+        "device": ("cuda" if torch.cuda.is_available() else "cpu", "cpu or cuda")
+    }, "instead": {
+        "serve": (None, "answer OpenAI's API with the model in this directory, on 127.0.0.1"),
+        "port": (8000, "of --serve"),
+        "ask": (None, "show what the first --model (default: ours under --out) is given for this request, "
+                "what it writes, and the calls in it, of which none is made"),
+        "tools": (None, "of --ask: a Python file, whose public functions are the tools and which is not run, "
+                  "or a JSON list of tools")}})
     args = parser.parse_args()
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # a GPU a rank
@@ -434,9 +423,8 @@ def json_lines(values):
 
 def listing(directory):
     """A hash of which files a directory holds, their sizes and times."""
-    files = [path for path in sorted(Path(directory).rglob("*")) if path.is_file()]
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return fingerprint(None, files)
+    files = [(str(path), path.stat()) for path in sorted(Path(directory).rglob("*")) if path.is_file()]
+    return fingerprint(None, [(path, about.st_size, about.st_mtime_ns) for path, about in files])
 
 
 def find_data(directory, pattern):
@@ -522,21 +510,22 @@ class Local:
         if other_template(Path(path)):
             tqdm.write(f"{path}: its chat template is not the one used here (ChatML with Hermes calls). To "
                        "measure it in its own, serve it with its own server: --model http://HOST:8000/v1")
-        files = [file for pattern in ("*.json", "*.safetensors") for file in sorted(Path(path).glob(pattern))]
+        files = sorted(Path(path).glob("*.json")) + sorted(Path(path).glob("*.safetensors"))
         code = transformer.__file__, inspect.getfile(Tokenizer)
         self.identity = [args.device, *map(sha256, (*code, *files))]
 
     def reply(self, requests, max_tokens, constrained=False):
-        """What episodes asked: an Answer to each (messages, tools), log-likelihoods for each list of
-        pairs.
+        """What episodes, all of a kind, asked: an Answer to each (messages, tools), or log-likelihoods for
+        each list of pairs.
         """
-        answers = iter(self.answer([r for r in requests if isinstance(r, tuple)], max_tokens, constrained))
-        likelihoods = iter(self.score([pair for r in requests if isinstance(r, list) for pair in r]))
-        return [next(answers) if isinstance(r, tuple) else [next(likelihoods) for _ in r] for r in requests]
+        if isinstance(requests[0], tuple):
+            return self.answer(requests, max_tokens, constrained)
+        likelihoods = iter(self.score(itertools.chain(*requests)))
+        return [[next(likelihoods) for _ in pairs] for pairs in requests]
 
     def answer(self, chats, max_tokens, constrained=False):
         """The Answers to [(messages, tools)], decoded greedily."""
-        prompts = [self.tokenizer.render(messages, tools, answer=True)[0] for messages, tools in chats]
+        prompts = [self.tokenizer.render(*chat, answer=True)[0] for chat in chats]
         window = self.model.config.max_seq_len
         answers = [Answer("", None, False, f"a prompt of {len(p)} tokens, and a window of {window}")
                    for p in prompts]
@@ -560,19 +549,19 @@ class Local:
         """The log-likelihood, in nats, of each continuation after its context, both texts or ids; None where
         they do not fit the window.
         """
-        found = [None] * len(pairs)
-        wanted = {}  # {the tokens that are read: [(which pair, the tokens that are predicted)]}
+        found, places = [], defaultdict(list)  # {the tokens that are read: [(which pair, what is predicted)]}
         for i, pair in enumerate(pairs):
             context, continuation = (p if isinstance(p, list) else self.tokenizer.encode(p) for p in pair)
-            wanted.setdefault((*context, *continuation[:-1]), []).append((i, continuation))
+            places[*context, *continuation[:-1]].append((i, continuation))
+            found.append(None)
         longest = self.model.config.max_seq_len
-        fit = sorted((ids for ids in wanted if len(ids) <= longest), key=len)  # little padding
+        fit = sorted((ids for ids in places if len(ids) <= longest), key=len)  # little padding
         for at in range(0, len(fit), self.args.batch_size):
-            rows = fit[at:at + self.args.batch_size]
-            ids = pad_sequence([torch.tensor(tokens) for tokens in rows], batch_first=True)
-            for x, tokens in zip(self.model.hidden(ids.to(self.args.device)), rows):  # (T, C)
-                for i, continuation in wanted[tokens]:
-                    logits = self.model.lm_head(x[len(tokens) - len(continuation):len(tokens)]).float()
+            rows = [torch.tensor(ids) for ids in fit[at:at + self.args.batch_size]]
+            ids = pad_sequence(rows, batch_first=True).to(self.args.device)
+            for x, row in zip(self.model.hidden(ids), rows):  # (T, C)
+                for i, continuation in places[*row.tolist()]:
+                    logits = self.model.lm_head(x[len(row) - len(continuation):len(row)]).float()
                     targets = torch.tensor(continuation, device=x.device)
                     found[i] = -F.cross_entropy(logits, targets, reduction="sum").item()
         return found
@@ -580,12 +569,11 @@ class Local:
 
 def other_template(directory):
     """Whether a checkpoint directory brings a chat template, and not ours."""
-    file, config = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-        if file.exists():
-            return file.read_text("utf-8") != CHAT_TEMPLATE
-        return json.loads(config.read_text("utf-8"))["chat_template"] != CHAT_TEMPLATE
-    return False
+    file, template = directory / "chat_template.jinja", CHAT_TEMPLATE
+    with contextlib.suppress(OSError, *UNREADABLE):
+        config = directory / "tokenizer_config.json"
+        template = file.read_text("utf-8") if file.exists() else read_json(config)["chat_template"]
+    return template != CHAT_TEMPLATE
 
 
 class Endpoint:
@@ -603,20 +591,20 @@ class Endpoint:
         try:
             self.name = self.name or self.ask("models")["data"][0]["id"]
         except (OSError, LookupError, TypeError) as error:
-            reason = why_failed(error, "it lists no model, URL#NAME names one")
+            reason = error if isinstance(error, OSError) else "it lists no model, URL#NAME names one"
             fail(f"--model {self.url or url}: {reason}")
         self.identity = [self.url, self.name]
 
     def reply(self, requests, max_tokens, constrained=False):
         """What episodes asked: an Answer to each (messages, tools)."""
-        return [self.answer(messages, tools, max_tokens) for messages, tools in requests]
+        return [self.answer(*request, max_tokens) for request in requests]
 
     def answer(self, messages, tools, max_tokens):
         """The Answer to a chat. One that fails after all tries has its `error`."""
-        names = {allowed(tool)["function"]["name"]: tool["function"]["name"] for tool in tools or []}
         body = {"model": self.name, "messages": for_servers(messages)}
         if tools:
             body["tools"] = [allowed(tool) for tool in tools]
+        names = {allowed(tool)["function"]["name"]: tool["function"]["name"] for tool in tools or []}
         try:
             choice = self.complete(body, max_tokens)["choices"][0]
             message, reason = choice["message"], str(choice.get("finish_reason")).lower()
@@ -632,8 +620,10 @@ class Endpoint:
             calls = parse_calls(text)  # those that the server has left in the text have its names, too
             calls = calls and [(names.get(name, name), arguments) for name, arguments in calls]
             return Answer(text, calls, not re.search("length|max_", reason))  # model_length, MAX_TOKENS
-        except (OSError, *UNREADABLE) as error:
-            return Answer("", None, False, why_failed(error, "not a chat completion"))
+        except OSError as error:
+            return Answer("", None, False, str(error))
+        except UNREADABLE:
+            return Answer("", None, False, "not a chat completion")
 
     def complete(self, body, max_tokens):
         """The server's answer to a chat. Where it wants the limit by its newer name, no temperature or no
@@ -643,11 +633,12 @@ class Endpoint:
         try:
             return self.ask("chat/completions", body | options | {limit: max_tokens})
         except OSError as error:
-            refused = [name for name in options if name in str(error)]
-            if limit == "max_tokens" and "max_completion_tokens" in str(error):
-                self.limit = "max_completion_tokens"
-            elif refused:
-                self.options = {name: value for name, value in self.options.items() if name not in refused}
+            said, newer = str(error), "max_completion_tokens"
+            left = {name: value for name, value in options.items() if name not in said}
+            if newer in said and limit != newer:
+                self.limit = newer
+            elif left != options:
+                self.options = left
             else:
                 raise
             return self.complete(body, max_tokens)
@@ -660,11 +651,6 @@ class Endpoint:
         return ask_endpoint(url, body, self.timeout, self.tries - 1, backoff)
 
 
-def why_failed(error, otherwise):
-    """What Endpoint.ask says of a failure, or what else is wrong with an answer."""
-    return str(error) if isinstance(error, OSError) else otherwise
-
-
 def allowed(value):
     """A tool or a call whose name has an underscore for what OpenAI's API refuses, such as a dot."""
     name = re.sub(r"[^a-zA-Z0-9_-]", "_", value["function"]["name"])
@@ -673,16 +659,15 @@ def allowed(value):
 
 def for_servers(messages):
     """The messages in the form that all servers take: allowed names; ids of calls, nine letters and digits,
-    that differ over the whole conversation.
+    that differ over the whole conversation. Every call has its result, in the order of the calls.
     """
-    count, ids, found = itertools.count(), {}, []
+    made, answered, found = itertools.count(), itertools.count(), []
     for message in messages:
         if calls := message.get("tool_calls"):
-            ids = {call["id"]: f"call{next(count):05}" for call in calls}
-            message = message | {"tool_calls": [allowed(call) | {"id": ids[call["id"]]} for call in calls]}
+            calls = [allowed(call) | {"id": f"call{next(made):05}"} for call in calls]
+            message = message | {"tool_calls": calls}
         elif message["role"] == "tool":
-            given = message.get("tool_call_id")
-            message = message | {"tool_call_id": ids.get(given, given)}
+            message = message | {"tool_call_id": f"call{next(answered):05}"}
         found.append(message)
     return found
 
@@ -692,7 +677,7 @@ def hermes_call(name, arguments):
     if isinstance(arguments, dict):
         arguments = in_json(arguments)
     arguments = re.sub(r"\A\s*(null\s*)?\Z", "{}", arguments)  # what servers write for none
-    call = f'{{"name": {in_json(name)}, "arguments": ' + arguments + "}"
+    call = f'{{"name": {in_json(name)}, "arguments": {arguments}}}'
     call = re.sub("<(/?tool_call>)", r"\\u003c\1", call)
     return f"<tool_call>\n{call}\n</tool_call>"
 
@@ -736,42 +721,37 @@ class Constraint:
     its schema. With a schema, as read_schema returns it, an answer is a JSON value that fits this.
     """
 
-    def __init__(self, tokenizer, tools=(), schema=None):
+    def __init__(self, tokenizer, tools, schema=None):
         self.tokenizer, self.schema = tokenizer, schema
-        self.scans = [partial(scan_answer, schema=schema)]  # of each row: what reads its answer
-        if schema is None:
-            rows = [[tool["function"] for tool in row] for row in tools]
-            rows = [{latin1(f["name"]): read_schema(f["parameters"]) for f in row} for row in rows]
-            self.scans = [partial(scan_calls, tools=row) for row in rows]
+        rows = [[tool["function"] for tool in row] for row in tools]
+        self.tools = [{f["name"]: read_schema(f["parameters"]) for f in row} for row in rows]
 
     def __call__(self, row, new_ids, logits):
         start, end = self.tokenizer.special["<tool_call>"], self.tokenizer.im_end
-        for token in logits.argsort(descending=True).tolist():
-            ids = [*new_ids, token]
-            if not self.tokenizer.token_bytes(token):
+        written, logits = b"".join(map(self.tokenizer.token_bytes, new_ids)), logits.clone()
+        for _ in range(len(logits)):
+            token = logits.argmax().item()
+            logits[token] = -torch.inf
+            piece = self.tokenizer.token_bytes(token)
+            if not piece:
                 continue
-            if self.schema is None and start not in ids:
+            if self.schema is None and start not in [*new_ids, token]:
                 return token
-            text = b"".join(self.tokenizer.token_bytes(i) for i in ids if i != end).decode("latin-1")
-            if token != self.tokenizer.end_of_text and may_become(self.scans[row], text, token == end):
+            text = written + piece * (token != end)
+            if token != self.tokenizer.end_of_text and may_become(
+                    text, token == end, self.tools[row], self.schema):
                 return token
         return end
 
     @staticmethod
     def legal(text, tools, finished):
         """Whether a text is the beginning (or, if finished, the whole) of one or more calls of the tools."""
-        return may_become(partial(scan_calls, tools=tools), text, finished)
-
-
-def latin1(text):
-    """The bytes of a text in UTF-8, each as one character."""
-    return text.encode("utf-8").decode("latin-1")
+        return may_become(text.encode(), finished, tools)
 
 
 def read_schema(schema):
-    """A copy of a JSON Schema to compare texts with. A token may end within a character, so bytes are
-    compared, each written as one character (Latin-1). What a "$ref" such as "#/$defs/name" names stands in
-    its place, beside what is stated with it, so that a schema may hold itself.
+    """A copy of a JSON Schema in which what a "$ref" such as "#/$defs/name" names stands in its place, beside
+    what is stated with it, so that a schema may hold itself.
     """
     references = []
 
@@ -780,7 +760,7 @@ def read_schema(schema):
             references.append(part)
         return part
 
-    schema = json.loads(latin1(json.dumps(schema, ensure_ascii=False)), object_hook=note)
+    schema = json.loads(in_json(schema).encode(), object_hook=note)
     whole = schema | {}
     for part in references:
         with contextlib.suppress(LookupError, TypeError, AttributeError):  # what is nowhere stays as it is
@@ -796,76 +776,73 @@ def read_schema(schema):
     return schema
 
 
-class Incomplete(Exception):
-    """The text ends where more is needed: so far it is legal."""
+END = b"\xff"  # stands after a text that is finished; none in UTF-8 holds it
 
 
-END = "\uffff"  # stands after a text that is finished; no byte is written so
-
-
-def may_become(scan_all, text, finished):
-    """Whether a text is the beginning (or, if finished, the whole) of what a function reads up to END."""
+def may_become(text, finished, tools, schema=None):
+    """Whether a text (bytes) is the beginning (or, if finished, the whole) of one or more calls of the tools
+    {name: schema of the parameters} or, if there is a schema, of a value that fits this.
+    """
+    if END in text:  # a token may be any byte
+        return False
+    text += END * finished
     try:
-        scan_all(text + END * finished)
-    except Incomplete:
+        if schema is None:
+            scan_calls(text, tools)
+        else:
+            scan(scan_value(text, schema), [END])
         return True
     except (ValueError, RecursionError):  # brackets in brackets without end
         return False
-    return True
 
 
-def scan(text, at, options):
-    """The position after the longest of the options that stands at `at`. Raises Incomplete or ValueError."""
-    rest = text[at:]
-    if any(o.startswith(rest) and o != rest for o in options):
-        raise Incomplete
-    found = [o for o in options if rest.startswith(o)]
-    if not found:
-        raise ValueError
-    return at + len(max(found, key=len))
+def scan(text, options):
+    """What follows the longest of the options with which a text begins. Raises ValueError if there is none.
 
-
-def scan_answer(text, schema):
-    """Read a text that is one value. Raises Incomplete or ValueError."""
-    scan(text, scan_value(text, 0, schema), [END])
+    Here and below, nothing follows if the text ends within what is read: so far it is legal.
+    """
+    begun = [option for option in options if option.startswith(text[:len(option)])]
+    return text[len(max(begun, key=len)):]
 
 
 def scan_calls(text, tools):
-    """Read a text from its first call on: one or more, each of a tool with its parameters. Raises Incomplete
-    or ValueError.
-    """
-    begin, end = '<tool_call>\n{"name": ', "}\n</tool_call>"
-    schemas = {f'{in_json(name)}, "arguments": {{': schema | {"additionalProperties": False}
+    """Read a text from its first call on: one or more, each of a tool with its parameters."""
+    begin, end = b'<tool_call>\n{"name": ', b"}\n</tool_call>"
+    schemas = {in_json(name).encode() + b', "arguments": {': schema | {"additionalProperties": False}
                for name, schema in tools.items()}
-    at = scan(text, text.index("<tool_call>"), [begin])
-    while not text.endswith(END, 0, at):
-        after = scan(text, at, schemas)
-        after = scan_members(text, after, schemas[text[at:after]])
-        at = scan(text, after, [f"{end}\n{begin}", end + END])
+    text = scan(text[text.index(b"<tool_call>"):], [begin])
+    while text:
+        rest = scan(text, schemas)
+        rest = scan_members(rest, schemas.get(text.removesuffix(rest), {}))
+        text = scan(rest, [end + b"\n" + begin, end + END])
 
 
-def scan_members(text, at, schema):
-    """The position after the members of an object, and its bracket, at `at`: each at most once and all
-    required ones; of other names only where the schema allows others, or states none.
+def scan_members(text, schema):
+    """What follows the members of an object, and its bracket: each at most once and all required ones; of
+    other names only where the schema allows others, or states none.
     """
     required, properties = schema.get("required") or [], schema.get("properties") or {}
     others = schema.get("additionalProperties", not properties)
     known = {name: others or {} for name in required} | properties
-    seen, separator = set(), ""
-    while True:
-        names = ['"'] if others is not False else [in_json(name) for name in known if name not in seen]
-        brackets = ["}"] if seen.issuperset(required) else []
-        after = scan(text, at, [separator + name for name in names] + brackets)
-        if text[after - 1] == "}":
-            return after
-        begin = at + len(separator)
-        after = scan_value(text, begin, {"type": "string"})
-        name = latin1(json.loads(text[begin:after].encode("latin-1").decode(errors="replace")))
+    seen, separator = set(), b""
+    while text:
+        names = [in_json(p).encode() for p in known.keys() - seen] if others is False else [b'"']
+        brackets = [b"}"] * seen.issuperset(required)
+        rest = scan(text, [separator + name for name in names] + brackets)
+        if not rest or text.startswith(b"}"):
+            return rest
+        text = text.removeprefix(separator)
+        rest = scan_value(text, {"type": "string"})
+        try:
+            name = json.loads(text.removesuffix(rest).decode(errors="replace"))
+        except ValueError:  # the text ends within it
+            return rest
         if name in seen:
             raise ValueError
         seen.add(name)
-        at = scan_value(text, scan(text, after, [": "]), known.get(name, others))
-        separator = ", "
+        text = scan_value(scan(rest, [b": "]), known.get(name, others))
+        separator = b", "
+    return text
 
 
 def in_json(value):
@@ -873,25 +850,24 @@ def in_json(value):
     return json.dumps(value, ensure_ascii=False)
 
 
-INTEGER, CHARACTER = r"-?(?:0|[1-9]\d*)", r'(?:[^"\\\x00-\x1f\uffff]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))'
-WHOLE = {
-    "integer": INTEGER, "number": rf"{INTEGER}(?:\.\d+)?(?:[eE][+-]?\d+)?", "string": f'"{CHARACTER}*"'}
-BEGUN = {  # what may go on
-    "integer": rf"-|{INTEGER}", "number": rf"-|{INTEGER}(?:\.\d*)?|{INTEGER}(?:\.\d+)?[eE][+-]?\d*",
-    "string": rf'"{CHARACTER}*(?:\\(?:u[0-9a-fA-F]{{0,3}})?)?'}
+INTEGER = rb"-?(?:\Z|0|[1-9]\d*)"  # \Z: or the text ends there
+PATTERNS = {
+    "integer": INTEGER, "number": INTEGER + rb"(?:\.(?:\Z|\d+))?(?:[eE][+-]?(?:\Z|\d+))?",
+    "string": rb'"(?:[^"\\\x00-\x1f\xff]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*'
+              rb'(?:"|(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z)'}
 FEW = {"boolean": [True, False], "null": [None]}  # types that have these values only
-SCHEMA_TYPES = (*WHOLE, *FEW, "array", "object")
+SCHEMA_TYPES = (*PATTERNS, *FEW, "array", "object")
 
 
-def scan_value(text, at, schema):
-    """The position after the JSON value at `at` that has the schema (or any, where it is True). Of one that
-    has any of several, it is the longest; it is Incomplete if one may go on.
+def scan_value(text, schema):
+    """What follows a JSON value that has the schema (or any, where it is True); if it has any of several, the
+    longest such value.
     """
     if schema is False:
         raise ValueError
-    if at == len(text):
-        raise Incomplete
-    schema = schema if isinstance(schema, dict) else {}
+    if not text:
+        return text
+    schema = mapping(schema)
     kind, choices = schema.get("type"), schema.get("anyOf") or schema.get("oneOf")
     if schema.get("nullable"):
         choices = [schema | {"nullable": False}, {"type": "null"}]
@@ -899,31 +875,29 @@ def scan_value(text, at, schema):
         several = kind if kind and isinstance(kind, list) else SCHEMA_TYPES
         choices = [schema | {"type": one} for one in several]
     if choices:
-        ends = []
+        rests = []
         for choice in choices:
             with contextlib.suppress(ValueError):
-                ends.append(scan_value(text, at, choice))
-        return max(ends)  # a ValueError if there is none
+                rests.append(scan_value(text, choice))
+        return min(rests, key=len)  # a ValueError if there is none
     listed = [schema["const"]] if "const" in schema else schema.get("enum") or FEW.get(kind)
     if listed:
-        return scan(text, at, [in_json(value) for value in listed])
-    if kind in WHOLE:
-        if re.compile(BEGUN[kind]).fullmatch(text, at):  # a number at the end of the text may go on, too
-            raise Incomplete
-        whole = re.compile(WHOLE[kind]).match(text, at)
-        if not whole:
-            raise ValueError
-        return whole.end()
+        return scan(text, [in_json(value).encode() for value in listed])
+    if kind in PATTERNS:
+        if found := re.match(PATTERNS[kind], text):
+            return text[found.end():]
+        raise ValueError
     if kind == "object":
-        return scan_members(text, scan(text, at, ["{"]), schema)
-    at = scan(text, at, ["["])
-    if text.startswith("]", at):
-        return at + 1
-    while True:
-        at = scan_value(text, at, schema.get("items"))
-        at = scan(text, at, [", ", "]"])
-        if text[at - 1] == "]":
-            return at
+        return scan_members(scan(text, [b"{"]), schema)
+    text = scan(text, [b"["])
+    if text.startswith(b"]"):
+        return text[1:]
+    while text:
+        text = scan_value(text, schema.get("items"))
+        if text.startswith(b"]"):
+            return text[1:]
+        text = scan(text, [b", "])
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -953,8 +927,8 @@ def conversations(corpus, args):
     lines = (corpus.directory / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     fit = []
     for record in sorted(map(Record.from_json, lines), key=lambda record: unit_hash(record.id)):
-        called = [i for i, message in enumerate(record.messages, 1) if message.get("tool_calls")]
-        del record.messages[called[-1] if called else len(record.messages):]
+        while calls_in(*record.messages) and not calls_in(record.messages[-1]):
+            record.messages.pop()
         about_heldout = heldout.intersection(record.apis[:1])
         if about_heldout and len(corpus.tokenizer.render(record.messages, record.tools)[0]) <= args.seq_len:
             fit.append(record)
@@ -972,9 +946,8 @@ def tool_choices(corpus, args):
         prompt = render([request], tools, answer=True)[0]
         prompt += [special["<tool_call>"], *encode('\n{"name": "')]
         pairs = [(prompt, encode(f'{name}",')) for name in names]
-        for t in tools:
-            before = render([], [t])[0] + [special["<|im_start|>"], *encode("user\n")]
-            pairs.append((before, encode(request["content"])))
+        asked, begun = encode(request["content"]), [special["<|im_start|>"], *encode("user\n")]
+        pairs += [(render([], [t])[0] + begun, asked) for t in tools]
         likelihoods = np.reshape((yield pairs), (2, -1))  # of each name after the request, and the reverse
         direct, channel = (float(row.argmax() == gold) for row in likelihoods)
         return {"scores": {"direct": direct, "channel": channel}, "tools": names, "gold": gold,
@@ -984,7 +957,7 @@ def tool_choices(corpus, args):
     for record in conversations(corpus, args):
         *before, answer = record.messages
         calls = calls_in(answer)
-        if len(record.tools) >= 4 and len(before) == 1 and len(calls) == 1:
+        if len(record.tools) >= 4 and len(before) == len(calls) == 1:
             episodes.append((record.id, partial(episode, *before, record.tools, calls[0][0])))
     return episodes[:args.limit or 150]
 
@@ -996,7 +969,7 @@ def next_calls(corpus, args):
     """
     begin, end = (corpus.tokenizer.special[tag] for tag in ("<tool_call>", "</tool_call>"))
     name_of = lambda call: corpus.tokenizer.decode(call).partition('", "arguments"')[0]
-    trajectories, by_name = [], {}  # of each: what stands before its first call, and the calls
+    trajectories, by_name = [], defaultdict(list)  # of each: what stands before its first call, and the calls
     for ids in corpus.documents("trajectory", "heldout"):
         ids = ids[:args.seq_len].tolist()
         starts = [i for i, token in enumerate(ids, 1) if token == begin and end in ids[i:]]
@@ -1004,12 +977,12 @@ def next_calls(corpus, args):
         if calls:
             trajectories.append((ids[:starts[0]], calls))
         for call in calls:
-            by_name.setdefault(name_of(call), []).append(call)
+            by_name[name_of(call)].append(call)
 
     def episode(before, options):
         likelihoods = yield [(before, [*call]) for call in options]
-        rates = np.divide(likelihoods, [len(call) for call in options])
-        return {"scores": {"next call": float(np.argmax(rates) == 0)}, "log_likelihoods": likelihoods}
+        rates = np.divide(likelihoods, [*map(len, options)])
+        return {"scores": {"next call": float(rates.argmax() == 0)}, "log_likelihoods": likelihoods}
 
     episodes = []
     for i, (before, (call, *later)) in enumerate(trajectories):
@@ -1037,21 +1010,19 @@ def judge(record, answer):
     """
     *before, expected = record.messages
     tools = [t["function"] for t in record.tools]
-    gold, called = calls_in(expected), calls_in(*before)
+    gold, called, made = calls_in(expected), calls_in(*before), answer.calls or []
     required = {p for t in tools for p in t["parameters"].get("required") or []}
     missing = required.intersection(re.findall(r"`([^`]+)`", expected["content"]))
-    if called:
-        kind = "mended after an error" if called[-1][0] == gold[0][0] else "uses a result"
-    elif not gold:
-        kind = "asks what is missing" if missing else "no tool fits"
-    elif len(before) > 1:
-        kind = "calls once told"
-    else:
-        kind = "two calls" if len(gold) > 1 else "one tool" if len(tools) == 1 else "one of several tools"
+    kinds = {  # the first that holds is the item's
+        "mended after an error": called and called[-1][0] == gold[0][0], "uses a result": called,
+        "asks what is missing": not gold and missing, "no tool fits": not gold,
+        "calls once told": len(before) > 1, "two calls": len(gold) > 1, "one tool": len(tools) == 1,
+        "one of several tools": True}
+    kind = next(kind for kind, holds in kinds.items() if holds)
     if gold:
-        made, wanted = (converted(tools, calls, with_floats) for calls in (answer.calls or [], gold))
-        right, why = check_call(tools, made, as_gold(tools, wanted))
-        right = right or same_json(made, wanted)
+        ours, theirs = (converted(tools, calls, with_floats) for calls in (made, gold))
+        right, why = check_call(tools, ours, as_gold(tools, theirs))
+        right = right or same_json(ours, theirs)
     else:
         right = all(re.search(rf"\b{re.escape(p)}\b", answer.text) for p in missing)
         why = "does not ask for it"
@@ -1062,7 +1033,7 @@ def judge(record, answer):
         if count:
             scores[HEADLINE] = right
         scores[f"arguments: {('none', 'one', 'two', 'three and more')[min(count, 3)]}"] = right
-        scores["name"] = sorted(n for n, _ in answer.calls or []) == sorted(n for n, _ in gold)
+        scores["name"] = sorted(n for n, _ in made) == sorted(n for n, _ in gold)
     scores |= {f"right: {kind}": right,
                "a call or clean words": item["verdict"] not in ("unparseable", "error"),
                "stops by itself": answer.ended and not answer.error}
@@ -1154,8 +1125,7 @@ def stated_types(schema):
     """
     kinds = []
     for _ in range(2):
-        schema = schema if isinstance(schema, dict) else {}
-        kind, schema = schema.get("type"), schema.get("items")
+        kind, schema = mapping(schema).get("type"), mapping(schema).get("items")
         kinds.append(kind if isinstance(kind, str) else None)
     return kinds
 
@@ -1227,8 +1197,6 @@ LITERALS = {
     "java": {"byte": DIGITS, "short": DIGITS, "integer": DIGITS, "long": f"{DIGITS}[lL]",
              "float": f"{NUMBER}[fF]", "double": NUMBER},
     "javascript": {"integer": DIGITS, "Bigint": f"{DIGITS}n", "float": DECIMAL}}
-UNTYPED = {  # quotes of texts, and the types that are tried where none is known
-    "java": ('"', ("boolean", "long", "float")), "javascript": ("\"'", ("boolean",))}
 PARTS = r"(?:^|,)([^,]*)"  # what stands between commas
 JAVA = {  # type: [(pattern, what its parts are in the group)], of which the first that is found counts
     "ArrayList": [
@@ -1241,12 +1209,14 @@ JAVA = {  # type: [(pattern, what its parts are in the group)], of which the fir
         (r"new\s+HashMap<.*?>\s*\(\)()", r'put\("(.*?)",\s*(.*?)\)')]}
 
 
-def literal(text, language, kind):
-    """The number or truth value that a text is in a language, else the text."""
-    if kind in ("boolean", "Boolean") and text in ("true", "false"):
-        return text == "true"
-    found = re.match(LITERALS[language].get(kind, "(?!)") + "$", text)
-    return TYPES[kind](found[1]) if found else text
+def literal(text, language, *kinds):
+    """The number or truth value of one of these types that a text is in a language, else the text."""
+    for kind in kinds:
+        if kind in ("boolean", "Boolean") and text in ("true", "false"):
+            return text == "true"
+        if found := re.match(LITERALS[language].get(kind, "(?!)") + "$", text):
+            return TYPES[kind](found[1])
+    return text
 
 
 def unquoted(text, quotes="\"'"):
@@ -1256,14 +1226,14 @@ def unquoted(text, quotes="\"'"):
 
 def untyped(text, language):
     """The value of a text whose type is not known."""
-    text, (quotes, kinds) = text.strip(), UNTYPED[language]
-    for value in (unquoted(text, quotes), *(literal(text, language, kind) for kind in kinds)):
-        if value is not text:
-            return value
+    text = text.strip()
+    inside = unquoted(text, '"' if language == "java" else "\"'")
+    if inside is not text:
+        return inside
     for convert in (int, float):
         with contextlib.suppress(ValueError):
             return convert(text)
-    return text
+    return literal(text, language, "boolean", "long", "float")
 
 
 def java_value(text, kind, nested=None):
@@ -1386,12 +1356,9 @@ def calculate(node):
     match node:
         case ast.BinOp():
             left, right = calculate(node.left), calculate(node.right)
-            if isinstance(node.op, ast.Pow) and max(abs(left), abs(right)) > 1000:
-                raise ValueError
-            value = getattr(operator, OPERATORS[type(node.op).__name__])(left, right)
-            if isinstance(value, int) and value.bit_length() > 10_000:  # a product of large numbers
-                raise ValueError
-            return value
+            operate = getattr(operator, OPERATORS[type(node.op).__name__])
+            operate(float(left), float(right))  # raises OverflowError where it would take too long
+            return operate(left, right)
         case ast.UnaryOp(op=ast.USub()):
             return -calculate(node.operand)
         case ast.Constant() if type(node.value) in (int, float):
@@ -1487,8 +1454,7 @@ def bfcl(args):
     """
     episodes, docs = [], {}
     for category in SINGLE_TURN + MULTI_TURN:
-        found = find_data(args.data, f"BFCL_v4_{category}.json")
-        path = next(p for p in found if p.parent.name != "possible_answer")
+        path = find_data(args.data, f"BFCL_v4_{category}.json")[0]  # the next has the answers
         entries, gold = read_all(path)[:args.limit], {}
         if not category.endswith("relevance"):
             rows = read_all(path.parent / "possible_answer" / path.name)
@@ -1512,13 +1478,14 @@ def single_turn(entry, gold, category, args):
     apart.
     """
     language, functions = LANGUAGES.get(category, "python"), entry["function"]
-    answer = yield ask(entry["question"][0], [described(f, language) for f in functions], args)
-    calls, wanted = calls_of(answer, language, args), not category.endswith("irrelevance")
+    given = [described(f, language) for f in functions]
+    answer, calls = yield from ask(entry["question"][0], given, args, language)
+    wanted = not category.endswith("irrelevance")
     right, why = bool(calls) == wanted, ""
     if gold is not None:
         right, why = check_call(functions, calls or [], gold, language)
-    scores = {category: float(right and not answer.error)}
     item = verdict(answer, calls, wanted, right, why)
+    scores = {category: float(right and not answer.error)}
     return item | {"scores": scores, "calls": show(calls), "gold": gold}
 
 
@@ -1548,16 +1515,20 @@ def rename_types(schema):
             rename_types(inner)
 
 
-def ask(messages, functions, args):
-    """What an episode yields: messages, and tools in native mode; in prompt mode the functions stand in the
-    system message.
+def ask(messages, functions, args, language="python"):
+    """Part of an episode: returns the Answer and the calls in it, [] if it makes none, None if what it writes
+    as a call is not one. In prompt mode the functions stand in the system message.
     """
     if args.mode == "native":
-        return messages, [{"type": "function", "function": f} for f in functions]
-    system = PROMPT + "\n".join(json.dumps(f, ensure_ascii=False) for f in functions)
+        answer = yield messages, [{"type": "function", "function": f} for f in functions]
+        return answer, answer.calls
+    system = PROMPT + "\n".join(map(in_json, functions))
     if messages[0]["role"] == "system":
         system, messages = f"{system}\n\n{messages[0]['content']}", messages[1:]
-    return [chat_message("system", system), *messages], None
+    answer = yield [chat_message("system", system), *messages], None
+    text = after_thought(answer.text)
+    calls = parse_python_calls(text) if language == "python" else parse_source_calls(text)
+    return answer, [] if calls is None and not holds_call(text) else calls
 
 
 def tool_messages(calls, results, args):
@@ -1565,22 +1536,12 @@ def tool_messages(calls, results, args):
     if args.mode == "native":
         return [chat_message("assistant", "", calls), *result_messages(results)]
     rows = [{"call": call, "result": result} for call, result in zip(show(calls), results)]
-    return [chat_message("assistant", f"[{', '.join(show(calls))}]"),
-            chat_message("user", json.dumps(rows, ensure_ascii=False))]
+    return [chat_message("assistant", f"[{', '.join(show(calls))}]"), chat_message("user", in_json(rows))]
 
 
 def result_messages(results):
     """The results, which are texts, of the calls of a message."""
     return [chat_message("tool", text) | {"tool_call_id": f"call_{i}"} for i, text in enumerate(results)]
-
-
-def calls_of(answer, language, args):
-    """The calls of an answer, [] if it makes none, None if what it writes as a call is not one."""
-    if args.mode == "native":
-        return answer.calls
-    text = after_thought(answer.text)
-    calls = parse_python_calls(text) if language == "python" else parse_source_calls(text)
-    return [] if calls is None and not holds_call(text) else calls
 
 
 def after_thought(text):
@@ -1662,14 +1623,13 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
         made.append([])
         if str(number) in withheld:
             request = [chat_message("user", "There are more functions now. Go on with them.")]
-        hidden = {name for at, names in withheld.items() if int(at) > number for name in names}
+        hidden = [name for at, names in withheld.items() if int(at) > number for name in names]
         known = [f for f in functions if f["name"] not in hidden]
         messages = messages + request
         for _ in range(max_steps + 1):
-            answer = yield ask(messages, known, args)
+            answer, calls = yield from ask(messages, known, args)
             outputs.append(answer.text)
             messages = [*messages, turn(answer, args.mode)]
-            calls = calls_of(answer, "python", args)
             if not calls:
                 break
             made[-1].append(show(calls))
@@ -1688,9 +1648,8 @@ def multi_turn(docs, entry, gold, category, args, max_steps=20):
         calls = made
         if why:
             break
-    item = verdict(answer, calls, True, not why, why)
-    return item | {"scores": {category: float(item["verdict"] == "right")}, "calls": made, "gold": gold,
-                   "output": "\n\n".join(outputs)}
+    item = verdict(answer, calls, True, not why, why) | {"calls": made, "output": "\n\n".join(outputs)}
+    return scored(item, gold, [category])
 
 
 def gold_call(text):
@@ -1722,8 +1681,7 @@ BFCL_TOTALS = {
 # with function calls; the markers of the mode prompt of version 0.2. Metrics of the development split carry
 # its name.
 
-AGENTBENCH_DB_TOTALS = {"overall": ("SELECT", "INSERT", "UPDATE")}  # the mean of their means
-TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": AGENTBENCH_DB_TOTALS}
+TOTALS = {"bfcl": BFCL_TOTALS, "agentbench-db": {"overall": ("SELECT", "INSERT", "UPDATE")}}
 
 
 def run_rounds(environment, task, mode, run, judge):
@@ -2498,7 +2456,7 @@ def bank_dialogue(dialogue, known, args):
         gold, output = (t["api_name"], t["param_dict"]), t["result"].get("exception") or t["result"]["output"]
         functions = [bank_tool(api) for api in tools.values()]
         yield f"{name}:{n}", partial(bank_episode, [*messages], functions, gold, metrics, args)
-        text = output if isinstance(output, str) else json.dumps(output, ensure_ascii=False)
+        text = output if isinstance(output, str) else in_json(output)
         messages += tool_messages([gold], [text], args)
         if t["api_name"] == "ToolSearcher":
             for f in output if isinstance(output, list) else [output]:
@@ -2516,8 +2474,8 @@ def bank_tool(api):
 
 def bank_episode(messages, tools, gold, metrics, args):
     """What is called after these messages?"""
-    answer = yield ask(messages, tools, args)
-    calls, why = calls_of(answer, "python", args), "wrong arguments"
+    answer, calls = yield from ask(messages, tools, args)
+    why = "wrong arguments"
     if len(calls or []) != 1:
         why = "wrong count"
     elif calls[0][0] != gold[0]:
@@ -2655,7 +2613,7 @@ def failures(suite, items, models):
             lines.append(f"- {model}: {', '.join(kinds)}")
     for kind, item in {item["failure"]: item for item in reversed(failed)}.items():
         asked = item["prompt"][0][-1]["content"] if "prompt" in item else item.get("question", "")
-        gold = json.dumps(item.get("gold", ""), ensure_ascii=False)
+        gold = in_json(item.get("gold", ""))
         shown = f"\nasked: {asked[-600:]}\nwritten: {item.get('output', '')[:600]}\nexpected: {gold[:600]}"
         lines.append(f"\n{kind}, {item['id']}\n" + shown.replace("\n", "\n    "))
     heading = [f"## What failed in {suite}\n"] * bool(lines)
@@ -3140,9 +3098,9 @@ def unsupported(node, strict, seen):
     if node.get("additionalProperties") is False and not properties.keys() >= {*node.get("required", [])}:
         return "required"
     for key in sorted({"const", "enum"} & node.keys()):  # what else is stated must allow the values
-        rest = partial(scan_answer, schema={k: node[k] for k in stated if k != key})
+        rest = {k: node[k] for k in stated if k != key}
         values = node[key] if key == "enum" else [node[key]]
-        if not all(may_become(rest, in_json(value), True) for value in values):
+        if not all(may_become(in_json(value).encode(), True, {}, rest) for value in values):
             return key
     within = [*properties.values(), *node.get("anyOf", []), node.get("items", True),
               node.get("additionalProperties") or True]

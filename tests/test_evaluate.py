@@ -219,13 +219,13 @@ def test_schemas_within_schemas(schema, legal, illegal):
         read = evaluate.read_schema(root)
         for value, right in [*((v, True) for v in legal), *((v, False) for v in illegal)]:
             value = value if root is schema else {"x": value}
-            text = evaluate.latin1(json.dumps(value, ensure_ascii=False))
+            text = json.dumps(value, ensure_ascii=False)
             call = '<tool_call>\n{"name": "f", "arguments": ' + text + "}\n</tool_call>"
             if root is not schema:
                 assert evaluate.Constraint.legal(call, {"f": read}, finished=True) is right, value
             if right:
-                assert all(evaluate.may_become(partial(evaluate.scan_answer, schema=read), text[:n], False) for n in range(len(text)))
-            assert evaluate.may_become(partial(evaluate.scan_answer, schema=read), text, True) is right
+                assert all(evaluate.may_become(text.encode()[:n], False, {}, read) for n in range(len(text.encode())))
+            assert evaluate.may_become(text.encode(), True, {}, read) is right
 
 
 INTEGERS, NUMBERS = ({"type": "array", "items": {"type": kind}} for kind in ("integer", "number"))
@@ -350,6 +350,13 @@ def test_brackets_without_end_are_illegal():
     text = '<tool_call>\n{"name": "roll.back", "arguments": {"extra": '
     assert evaluate.Constraint.legal(text + "[" * 50, SCHEMAS, finished=False)
     assert not evaluate.Constraint.legal(text + "[" * 3000, SCHEMAS, finished=False)
+
+
+def test_a_byte_that_no_text_holds_is_illegal():
+    """Nor does it end a value, or a call."""
+    assert evaluate.may_become(b"true", False, {}, {"type": "boolean"})
+    assert not evaluate.may_become(b"true\xff", False, {}, {"type": "boolean"})
+    assert not evaluate.may_become(LEGAL[0].encode() + b"\xff", False, SCHEMAS)
 
 
 def test_ids_that_stand_for_nothing():
