@@ -405,6 +405,9 @@ def shares(kinds):
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The module docstring as it stands, and every default beside its flag."""
 
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
 
 def run_main(main):
     """Run a script's main; Ctrl-C ends it with a line instead of a traceback."""
@@ -5640,7 +5643,7 @@ def clauses(kind, words, left, tool, rng):
     lead, _, item = rng.choice(phrases).partition(" ")
     labels = {p: label(p, schema) for p, schema in tool.properties.items()}
     several = Counter(labels.values())
-    labels = {p: labels[p] if several[labels[p]] == 1 else p for p in left}
+    labels = {p: labels.get(p, p) if several[labels.get(p)] == 1 else p for p in left}
     items = [(item if labels[p] != p else "{l} = {v}").format(l=labels[p], v=in_words(v))
              for p, v in left.items()]
     main, first = next(iter(left.items()))
