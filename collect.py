@@ -6119,7 +6119,7 @@ def value_text(tool, name):
     """What the values of a parameter are chosen by: the words of its name and its description, in small
     letters.
     """
-    description = tool.properties[name].get("description", "")
+    description = tool.properties.get(name, {}).get("description", "")
     return f"{' '.join(words_of(name))}: {'matrix, ' * (name in ('X', 'Y', 'A'))}{description}".lower()
 
 
