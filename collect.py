@@ -1789,7 +1789,8 @@ def literal_value(node, literals):
     inside = list(ast.walk(node))
     functions = {getattr(n.func, "id", None) for n in inside if isinstance(n, ast.Call)}
     used = {n.id for n in inside if isinstance(n, ast.Name)} - functions
-    if used and all(isinstance(literals.get(name), Symbol) for name in used):
+    of_symbols = used and all(isinstance(literals.get(name), Symbol) for name in used)
+    if of_symbols and isinstance(node, (ast.BinOp, ast.UnaryOp, ast.Call)):
         return ast.unparse(node)
     found = ast.literal_eval(node)
     json.dumps(found, allow_nan=False)
