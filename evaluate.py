@@ -81,7 +81,7 @@ import model as transformer
 from build_corpus import CHAT_TEMPLATE, Tokenizer, is_main, print_tokens, read_json, sha256, write
 from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical, chat_message, claim,
                      definition, fail, fingerprint, fits, mapping, read_values, run_main, source_apis,
-                     tools_of, unit_hash, visible)
+                     unit_hash, visible)
 from pretrain import VALIDATED, add_flags, load_checkpoint, open_corpus, optional, read_metrics
 
 VERDICTS = "right wrong abstained unparseable error".split()
@@ -2679,7 +2679,7 @@ def read_tools(path):
             tools = [definition(api, api.name) for api in apis if api.usable]
         else:
             given = json.loads(Path(path).read_text(encoding="utf-8"))
-            tools = [read_tool(tool) for tool in tools_of(given)]
+            tools = [read_tool(t if "function" in t else {"type": "function", "function": t}) for t in given]
     except (OSError, *UNREADABLE):
         fail(f"{path}: not a JSON list of tools, each a function with a name and a schema")
     return tools or fail(f"{path}: no public function in it")
