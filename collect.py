@@ -4607,7 +4607,7 @@ class Web:
         if page.status // 100 == 3 and "location" in page.headers:
             if not hops:
                 raise WebError(f"{target}: more than 5 redirects")
-            place = page.headers["location"].strip()
+            place = page.headers["location"].strip(" ")
             with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
                 place = place.encode("latin-1").decode()
             return self.get(urljoin(target, place), {}, refuse, hops - 1)

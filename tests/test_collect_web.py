@@ -142,6 +142,8 @@ def test_a_redirect_to_a_private_address(site, client, monkeypatch, target):
 def test_redirects(site, client):
     site.pages |= {f"/{i}": moved(f"{i + 1}") for i in range(9)} | {"/9": "end", "/f": moved("file:///etc/passwd")}
     assert client().get(site.url + "/4").url == site.url + "/9"
+    site.pages |= {"/u": moved("/اعزام".encode().decode("latin-1")), "/%D8%A7%D8%B9%D8%B2%D8%A7%D9%85": "raw UTF-8"}
+    assert client().get(site.url + "/u").text == "raw UTF-8"
     for path, reason in (("/3", "more than 5 redirects"), ("/f", "only http and https")):
         with pytest.raises(WebError, match=reason):
             client().get(site.url + path)
