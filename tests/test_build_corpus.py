@@ -577,6 +577,16 @@ def test_only_what_changed_is_done_again(small_raw, tmp_path):
     assert "up to date" in run("build_corpus.py", "--raw", raw, "--out", out, "--vocab-size", 600, "--near-duplicates", 0).stdout
 
 
+def test_of_millions_of_rejected_documents_few_are_held(tmp_path):
+    documents = build_corpus.Documents([], tmp_path)
+    for i in range(250_000):
+        documents.reject({"reason": "rare" if i % 25_000 == 0 else "common", "id": str(i)})
+    assert documents.reasons == {"rare": 10, "common": 249_990} and len(documents.examples) <= 100_000
+    lowest = sorted((str(i) for i in range(250_000) if i % 25_000), key=build_corpus.unit_hash)[:build_corpus.MAX_REJECTED]
+    sample = build_corpus.sample_of(documents.examples)
+    assert [e["id"] for e in sample if e["reason"] == "common"] == lowest and len(sample) == len(lowest) + 10
+
+
 def test_duplicates_and_bad_lines_are_counted(tmp_path):
     same = "The same text, of a length that a document should have."
     write_raw(tmp_path / "raw", [record("b", text=same.upper()), record("a", text=same), record("c", text="Another text, which says what the first one does not.")])
@@ -680,7 +690,7 @@ def test_near_duplicates_against_brute_force(real):
     documents = real
     assert len(documents) > 19_500
     texts = [documents[i].text for i in range(len(documents))]
-    duplicates = {dropped["id"] for dropped in documents.dropped if dropped["reason"] == "duplicate"}
+    duplicates = {dropped["id"] for dropped in documents.examples if dropped["reason"] == "duplicate"}
     for j in np.flatnonzero(~documents.kept):
         i = documents.copy_of[j]
         assert words_jaccard(texts[i], texts[j]) >= 0.8
