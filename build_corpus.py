@@ -274,9 +274,10 @@ def tokenize_piece(n, documents, split, tokenizer):
         tokenizer.lost = 0
         if record.text is None:
             encoded, target = tokenizer.render(record.messages, record.tools)
-            targets.append((start, target))
         else:
-            encoded = tokenizer.encode_to_numpy(record.text)
+            encoded, target = tokenizer.encode_to_numpy(record.text), []
+        if record.messages is not None:  # it may have a text beside them
+            targets.append((start, target))
         ids += [encoded, end]
         entries[row] = start, len(encoded) + 1, name, tokenizer.lost
         start += len(encoded) + 1
@@ -1484,6 +1485,8 @@ def read_vocabulary(model, special):
         raise ValueError("model.merges not in the order of their ids")
     if unknown and unknown not in vocab:
         raise ValueError("a model.unk_token that is not in model.vocab")
+    if model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab):
+        raise ValueError("model.byte_fallback")
     if not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}:  # rarer bytes may be missing
         raise ValueError("a model.vocab without all of ASCII")
     return ranks

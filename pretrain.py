@@ -233,6 +233,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
                     ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
                     data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
+        checkpoints.finish(wait=False)
         if step == start + 5:  # the first step compiles
             tell_duration(run, rate, steps * step_tokens, args)
         if in_a_row == 10:
@@ -844,11 +845,9 @@ class Checkpoints:
         directory = self.directory / f"step-{step}"
         self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, process_group=self.group)
 
-    def finish(self):
-        """Wait for the state that is being saved and remove what is older than the last `keep`; a full disk
-        ends the run.
-        """
-        if not self.saving:
+    def finish(self, wait=True):
+        """Once a state is saved, remove what is older than the last `keep`; a full disk ends the run."""
+        if not self.saving or not wait and not self.saving.done():
             return
         try:
             self.saving.result()

@@ -319,6 +319,14 @@ def test_other_tokenizers_are_refused(small, tmp_path, capsys, change, named):
     assert str(tmp_path / "tokenizer.json") in told and named in told and told.count("\n") == 1
 
 
+def test_bytes_that_fall_back_to_tokens_of_their_own_are_refused():
+    vocabulary = {symbol: i for i, symbol in enumerate(build_corpus.byte_symbols())} | {"<0x00>": 256}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    assert len(build_corpus.read_vocabulary(model, set())) == 257
+    with pytest.raises(ValueError, match="byte_fallback"):
+        build_corpus.read_vocabulary(model | {"byte_fallback": True}, set())
+
+
 @pytest.mark.parametrize("unit", ["a", " ", "^", "\n", "日", "ab1", "a^", "\t x"])
 def test_endless_runs_are_cut_and_come_back(small, unit):
     """A million letters, spaces or signs without a break: tiktoken alone runs out of stack on some."""
@@ -575,6 +583,16 @@ def test_only_what_changed_is_done_again(small_raw, tmp_path):
     made, after = build("--vocab-size", 600, "--near-duplicates", 0)
     assert made[".jsonl"] == 1 and len(after) < 2 * len(files)  # what no corpus needs any more is gone
     assert "up to date" in run("build_corpus.py", "--raw", raw, "--out", out, "--vocab-size", 600, "--near-duplicates", 0).stdout
+
+
+def test_a_conversation_that_has_a_text_too_counts_as_one(tmp_path):
+    turns = [{"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "That way."}]
+    write_raw(tmp_path / "raw", [record("both", "instruction", messages=turns)])
+    run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300)
+    corpus = Corpus(tmp_path / "out")
+    for split in ("train", "heldout"):
+        assert len(corpus.read("instruction", split, "mask")) == len(corpus.read("instruction", split))
+        assert not corpus.read("instruction", split, "mask").any()
 
 
 def test_of_millions_of_rejected_documents_few_are_held(tmp_path):

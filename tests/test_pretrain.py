@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,18 @@ def test_a_rank_without_rows_learns_nothing(small_corpus, tmp_path):
     assert torchrun(ROOT / "pretrain.py", *arguments, "--out", tmp_path / "two").wait() == 0
     for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_full_disk_is_told_before_the_next_save(tmp_path, capsys):
+    checkpoints = pretrain.Checkpoints(tmp_path, 1, None, None)
+    checkpoints.finish(wait=False)
+    checkpoints.saving = saving = Future()
+    checkpoints.finish(wait=False)
+    assert checkpoints.saving is saving
+    saving.set_exception(OSError(28, "No space left on device"))
+    with pytest.raises(SystemExit):
+        checkpoints.finish(wait=False)
+    assert "could not be saved" in capsys.readouterr().err
 
 
 def test_the_last_states_are_kept_and_a_full_disk_leaves_them(twenty, small_corpus, tmp_path):
