@@ -721,6 +721,16 @@ def test_scaling_law_bad_options(options, message, small_corpus, tmp_path):
     assert message in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *options, ok=False).stderr
 
 
+def test_two_bases_of_one_name_are_refused(small_corpus, tmp_path):
+    """The runs of the one would be taken for those of the other."""
+    bases = [tmp_path / parent / "base" for parent in "ab"]
+    for base in bases:
+        base.mkdir(parents=True)
+        (base / "config.json").write_text(json.dumps(transformer.Config().to_hf()))
+    sizes = ",".join(["1x64", *map(str, bases)])
+    assert "the same name" in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, "--sizes", sizes, ok=False).stderr
+
+
 def test_plot_without_matplotlib(tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ImportError\n")
     process = start(sys.executable, ROOT / "tests" / "plot_law.py", "--out", tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
