@@ -515,7 +515,8 @@ def read_records(piece, rejected):
                     raise ValueError("not in the form of a record")
                 yield record
             except ValueError as error:
-                number += before.read(at - before.tell()).count(b"\n")
+                while ahead := at - before.tell():
+                    number += before.read(min(ahead, PIECE)).count(b"\n")
                 print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
                 rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
 
