@@ -40,7 +40,7 @@ import time
 import unicodedata
 from collections import Counter, defaultdict, namedtuple
 from functools import cache, lru_cache, partial
-from itertools import chain
+from itertools import chain, groupby, islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -274,9 +274,10 @@ def tokenize_piece(n, documents, split, tokenizer):
         tokenizer.lost = 0
         if record.text is None:
             encoded, target = tokenizer.render(record.messages, record.tools)
-            targets.append((start, target))
         else:
-            encoded = tokenizer.encode_to_numpy(record.text)
+            encoded, target = tokenizer.encode_to_numpy(record.text), []
+        if record.messages is not None:  # it may have a text beside them
+            targets.append((start, target))
         ids += [encoded, end]
         entries[row] = start, len(encoded) + 1, name, tokenizer.lost
         start += len(encoded) + 1
@@ -514,7 +515,8 @@ def read_records(piece, rejected):
                     raise ValueError("not in the form of a record")
                 yield record
             except ValueError as error:
-                number += before.read(at - before.tell()).count(b"\n")
+                while ahead := at - before.tell():
+                    number += before.read(min(ahead, PIECE)).count(b"\n")
                 print(f"{piece.shard}:{number}: left out: {error}", file=sys.stderr)
                 rejected.append({"reason": "not a record", "id": f"{piece.shard.name}:{number}"})
 
@@ -646,14 +648,19 @@ class Documents:
     def __init__(self, pieces, work):
         self.pieces, self.work = pieces, work
         self.names = [piece.key for piece in pieces]
-        self.reports = [read_json(work / f"{name}.json") for name in self.names]
+        self.reports, self.reasons, self.examples = [], Counter(), []  # examples: for rejected.jsonl
+        for name in self.names:
+            report = read_json(work / f"{name}.json")
+            for example in report.pop("rejected"):
+                self.reject(example)
+            self.reports.append(report)
         parts = [np.load(work / f"{name}.npy") for name in self.names]
         self.first = np.cumsum([0, *map(len, parts)])  # of each piece, and the end
         self.piece = np.repeat(np.arange(len(parts)), np.diff(self.first))  # (N,)
         index = np.concatenate([np.zeros(0, INDEX), *parts])
         vars(self).update({name: index[name] for name in INDEX.names})  # (N,) each: .id, .digest, ...
         self.order = np.lexsort((self.id, self.order))  # (N,) all of them, by the hash of their ids
-        self.kept, self.dropped = np.ones(len(self), bool), []  # (N,); an example for rejected.jsonl of each
+        self.kept = np.ones(len(self), bool)          # (N,)
         self.copy_of = np.arange(len(self))           # (N,) the document that is kept instead, or itself
         self.copies_apis = defaultdict(set)           # {kept document: the APIs of the copies dropped for it}
         self.score = np.zeros(len(self), np.float32)  # (N,) set by retrieve()
@@ -701,7 +708,14 @@ class Documents:
     def drop(self, i, reason, **details):
         """Drop a document; rejected.jsonl may tell the details."""
         self.kept[i] = False
-        self.dropped.append({"reason": reason, "id": self.name(i), **details})
+        self.reject({"reason": reason, "id": self.name(i), **details})
+
+    def reject(self, example):
+        """Count {"reason", "id", ...}, and keep it while few are kept: a large pool has millions."""
+        self.reasons[example["reason"]] += 1
+        self.examples.append(example)
+        if len(self.examples) > 100_000:
+            self.examples = sample_of(self.examples)
 
     def file(self, suffix, *depends):
         """The path in work/ of what depends on all documents."""
@@ -1472,6 +1486,8 @@ def read_vocabulary(model, special):
         raise ValueError("model.merges not in the order of their ids")
     if unknown and unknown not in vocab:
         raise ValueError("a model.unk_token that is not in model.vocab")
+    if model.get("byte_fallback") and any(re.fullmatch("<0x[0-9A-F]{2}>", token) for token in vocab):
+        raise ValueError("model.byte_fallback")
     if not ranks.keys() >= {bytes([b]) for b in [9, 10, *range(32, 127)]}:  # rarer bytes may be missing
         raise ValueError("a model.vocab without all of ASCII")
     return ranks
@@ -1576,10 +1592,11 @@ def assemble(out, documents, heldout_apis, tokenizer):
     for bin in BINS:
         for split in SPLITS:
             files |= write_bin(out, bin, split, documents, tokenizer.dtype)
-    reasons, sample, masked = account(documents)
+    masked = sum((Counter(report["masked"]) for report in documents.reports), Counter())
     write(out / "heldout_apis.json", json.dumps(heldout_apis, indent=0))
     chats = documents.ordered("instruction", split="heldout")
     write(out / "heldout.jsonl", "".join(documents[i].to_json() + "\n" for i in chats))
+    sample = sample_of(documents.examples)
     write(out / "rejected.jsonl", "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in sample))
     for name in ("tokenizer_config.json", "heldout_apis.json", "heldout.jsonl", "rejected.jsonl"):
         files[name] = {"sha256": sha256(out / name)}
@@ -1592,25 +1609,19 @@ def assemble(out, documents, heldout_apis, tokenizer):
         "vocab_size": tokenizer.vocab_size, "lost_bytes": int(documents.tokens["lost"].sum()),
         "tokenizer_sha256": sha256(out / "tokenizer.json"),
         "files": files, "heldout_apis": len(heldout_apis),
-        "dropped": reasons, "masked": dict(sorted(masked.items())),
+        "dropped": dict(sorted(documents.reasons.items())), "masked": dict(sorted(masked.items())),
         "shares": {bin: count / total for bin, count in counts.items()},
         "stages": {stage: [f"{bin}.train.bin" for bin in bins if counts[bin]]
                    for stage, bins in STAGES.items()}}
 
 
-def account(documents):
-    """What was dropped, by reason, examples of it, and what was masked, by kind. The examples of a reason are
-    those whose ids have the lowest hashes, so that it does not matter in which pieces they were found.
+def sample_of(rejected):
+    """Of the examples {"reason", "id", ...} of each reason those whose ids have the lowest hashes, so that it
+    does not matter in which pieces they were found.
     """
-    rejected, masked, reasons, sample = [*documents.dropped], Counter(), Counter(), []
-    for report in documents.reports:
-        masked.update(report["masked"])
-        rejected += report["rejected"]
-    for example in sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"])):
-        reasons[example["reason"]] += 1
-        if reasons[example["reason"]] <= MAX_REJECTED:
-            sample.append(example)
-    return reasons, sample, masked
+    examples = sorted(rejected, key=lambda e: (e["reason"], unit_hash(e["id"]), e["id"]))
+    groups = groupby(examples, operator.itemgetter("reason"))
+    return [example for _, group in groups for example in islice(group, MAX_REJECTED)]
 
 
 def write_bin(out, bin, split, documents, dtype):

@@ -233,6 +233,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
                     ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
                     data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
+        checkpoints.finish(wait=False)
         if step == start + 5:  # the first step compiles
             tell_duration(run, rate, steps * step_tokens, args)
         if in_a_row == 10:
@@ -245,8 +246,8 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     checkpoints.finish()
     if step < steps:
         if is_main():
-            print(f"{run.name}: stopped after step {step} of {steps}, which is saved; the same command goes "
-                  "on")
+            print(f"{run.name}: stopped after step {step} of {steps}" + ", which is saved" * (step > 0)
+                  + "; the same command goes on")
         if dist.is_initialized():
             dist.destroy_process_group()
         sys.exit(0)
@@ -844,11 +845,9 @@ class Checkpoints:
         directory = self.directory / f"step-{step}"
         self.saving = dcp.async_save(self.state(skipped), checkpoint_id=directory, process_group=self.group)
 
-    def finish(self):
-        """Wait for the state that is being saved and remove what is older than the last `keep`; a full disk
-        ends the run.
-        """
-        if not self.saving:
+    def finish(self, wait=True):
+        """Once a state is saved, remove what is older than the last `keep`; a full disk ends the run."""
+        if not self.saving or not wait and not self.saving.done():
             return
         try:
             self.saving.result()
@@ -1018,9 +1017,10 @@ def scaling_law(corpus, args):
     """
     *sizes, largest = args.sizes
     *budgets, longest = args.tokens
-    if len(sizes) < 2 or len(budgets) < 2 or len(args.ratios) < 5 or args.seeds < 1:
+    names = {Path(size).name for size in args.sizes}  # of which the runs have theirs
+    if len(names) < max(3, len(args.sizes)) or len(budgets) < 2 or len(args.ratios) < 5 or args.seeds < 1:
         fail("--scaling-law needs at least three --sizes and --tokens, of which the last are left out of the "
-             "fit, five --ratios and a seed")
+             "fit, five --ratios and a seed; no two directories of --sizes may have the same name")
     out = Path(args.out) / "scaling"
     own = {k: getattr(args, k) for k in ("base_tokens", "mix", "practice", "document_mask", "val_windows")}
     settle_options(out, own | training_options(corpus, args))
@@ -1080,7 +1080,7 @@ def small_run(name, init, size, tokens, ratio, seed, corpus, args):
         weights = wide_mixture(ratio, dict(zip(("code", "text"), args.mix[1:])), corpus, args)
         with contextlib.redirect_stdout(io.StringIO()):  # a line a step is too much; metrics.jsonl has them
             pretrain(f"scaling/{name}", init, weights, tokens, corpus, own)
-        before, *_, after = held_out_losses(run)
+        before, *_, after = held_out_losses(run) or [{}, {}]  # none where metrics.jsonl is gone
         for losses in (before, after):
             if any(losses.get(d) is None for d in VALIDATED):
                 fail(f"{run}: no finite held-out loss of each of {', '.join(VALIDATED)}")

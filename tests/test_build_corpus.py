@@ -319,6 +319,14 @@ def test_other_tokenizers_are_refused(small, tmp_path, capsys, change, named):
     assert str(tmp_path / "tokenizer.json") in told and named in told and told.count("\n") == 1
 
 
+def test_bytes_that_fall_back_to_tokens_of_their_own_are_refused():
+    vocabulary = {symbol: i for i, symbol in enumerate(build_corpus.byte_symbols())} | {"<0x00>": 256}
+    model = {"type": "BPE", "vocab": vocabulary, "merges": []}
+    assert len(build_corpus.read_vocabulary(model, set())) == 257
+    with pytest.raises(ValueError, match="byte_fallback"):
+        build_corpus.read_vocabulary(model | {"byte_fallback": True}, set())
+
+
 @pytest.mark.parametrize("unit", ["a", " ", "^", "\n", "日", "ab1", "a^", "\t x"])
 def test_endless_runs_are_cut_and_come_back(small, unit):
     """A million letters, spaces or signs without a break: tiktoken alone runs out of stack on some."""
@@ -577,6 +585,26 @@ def test_only_what_changed_is_done_again(small_raw, tmp_path):
     assert "up to date" in run("build_corpus.py", "--raw", raw, "--out", out, "--vocab-size", 600, "--near-duplicates", 0).stdout
 
 
+def test_a_conversation_that_has_a_text_too_counts_as_one(tmp_path):
+    turns = [{"role": "user", "content": "Which way?"}, {"role": "assistant", "content": "That way."}]
+    write_raw(tmp_path / "raw", [record("both", "instruction", messages=turns)])
+    run("build_corpus.py", "--raw", tmp_path / "raw", "--out", tmp_path / "out", "--vocab-size", 300)
+    corpus = Corpus(tmp_path / "out")
+    for split in ("train", "heldout"):
+        assert len(corpus.read("instruction", split, "mask")) == len(corpus.read("instruction", split))
+        assert not corpus.read("instruction", split, "mask").any()
+
+
+def test_of_millions_of_rejected_documents_few_are_held(tmp_path):
+    documents = build_corpus.Documents([], tmp_path)
+    for i in range(250_000):
+        documents.reject({"reason": "rare" if i % 25_000 == 0 else "common", "id": str(i)})
+    assert documents.reasons == {"rare": 10, "common": 249_990} and len(documents.examples) <= 100_000
+    lowest = sorted((str(i) for i in range(250_000) if i % 25_000), key=build_corpus.unit_hash)[:build_corpus.MAX_REJECTED]
+    sample = build_corpus.sample_of(documents.examples)
+    assert [e["id"] for e in sample if e["reason"] == "common"] == lowest and len(sample) == len(lowest) + 10
+
+
 def test_duplicates_and_bad_lines_are_counted(tmp_path):
     same = "The same text, of a length that a document should have."
     write_raw(tmp_path / "raw", [record("b", text=same.upper()), record("a", text=same), record("c", text="Another text, which says what the first one does not.")])
@@ -680,7 +708,7 @@ def test_near_duplicates_against_brute_force(real):
     documents = real
     assert len(documents) > 19_500
     texts = [documents[i].text for i in range(len(documents))]
-    duplicates = {dropped["id"] for dropped in documents.dropped if dropped["reason"] == "duplicate"}
+    duplicates = {dropped["id"] for dropped in documents.examples if dropped["reason"] == "duplicate"}
     for j in np.flatnonzero(~documents.kept):
         i = documents.copy_of[j]
         assert words_jaccard(texts[i], texts[j]) >= 0.8

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,18 @@ def test_a_rank_without_rows_learns_nothing(small_corpus, tmp_path):
     assert torchrun(ROOT / "pretrain.py", *arguments, "--out", tmp_path / "two").wait() == 0
     for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_full_disk_is_told_before_the_next_save(tmp_path, capsys):
+    checkpoints = pretrain.Checkpoints(tmp_path, 1, None, None)
+    checkpoints.finish(wait=False)
+    checkpoints.saving = saving = Future()
+    checkpoints.finish(wait=False)
+    assert checkpoints.saving is saving
+    saving.set_exception(OSError(28, "No space left on device"))
+    with pytest.raises(SystemExit):
+        checkpoints.finish(wait=False)
+    assert "could not be saved" in capsys.readouterr().err
 
 
 def test_the_last_states_are_kept_and_a_full_disk_leaves_them(twenty, small_corpus, tmp_path):
@@ -706,6 +719,16 @@ def test_scaling_law(trained, small_corpus, tmp_path):
     (["--tokens", "100,200,300"], "less than a step"), (["--mix", "1:0:0"], "has neither")])
 def test_scaling_law_bad_options(options, message, small_corpus, tmp_path):
     assert message in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, *options, ok=False).stderr
+
+
+def test_two_bases_of_one_name_are_refused(small_corpus, tmp_path):
+    """The runs of the one would be taken for those of the other."""
+    bases = [tmp_path / parent / "base" for parent in "ab"]
+    for base in bases:
+        base.mkdir(parents=True)
+        (base / "config.json").write_text(json.dumps(transformer.Config().to_hf()))
+    sizes = ",".join(["1x64", *map(str, bases)])
+    assert "the same name" in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *LAW, "--sizes", sizes, ok=False).stderr
 
 
 def test_plot_without_matplotlib(tmp_path):
