@@ -1162,6 +1162,8 @@ class Tokenizer:
         BPE such as GPT-2, Llama 3 and Qwen, or Meta's tokenizer.model of Llama 3.
         """
         place = Path(place)
+        if not place.exists():
+            fail(f"{place}: no such file or directory, of a tokenizer")
         path, *_ = *place.glob("tokenizer.json"), *place.glob("tokenizer.model"), place
         tokenizer = attempt(read_tokenizer, path)  # or why it cannot be read
         if not isinstance(tokenizer, cls):
