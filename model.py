@@ -315,6 +315,7 @@ ABSENT = {  # what Hugging Face takes where a key is absent
 }
 
 ALLOWED = {  # values, or what a number stays below; 2**24 for other keys. It is beyond any model.
+    "num_hidden_layers": 2**12,
     "rope_theta": math.inf,
     "rms_norm_eps": math.inf,
     "tie_word_embeddings": [False, True],
