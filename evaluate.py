@@ -2656,7 +2656,10 @@ def draw(results, models, paths, out, pyplot):
             axes[-1].plot(*zip(*points), label=f"{model}, {key}")
     axes[-1].set(title="held-out loss in training (nats a token)", xlabel="step")
     for axis in axes:
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+        else:  # none of the models was trained here
+            axis.remove()
     figure.savefig(out / "report.png", dpi=100)
 
 
