@@ -1885,8 +1885,13 @@ def run_sql(database, sql):
     """What a model sees of a statement: rows in the original's form, cut after 800 characters, or the
     error.
     """
+    rows, shown = [], "[]"
     try:
-        shown = str([*itertools.islice(execute(database, to_sqlite(sql)), 200)])
+        for row in execute(database, to_sqlite(sql)):
+            rows.append(row)
+            shown = str(rows)
+            if len(shown) > 801:
+                break
     except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError) as error:
         return f"Error: {str(error) or 'out of memory'}"
     return shown if len(shown) <= 801 else shown[:800] + "[TRUNCATED]"
@@ -2224,6 +2229,15 @@ class SandboxEnded(Exception):
     """Why there is no sandbox any more."""
 
 
+def readable(file, seconds=0):
+    """Whether a file or socket can be read within some seconds. Its descriptor may be any, where that of
+    select.select is below 1,024.
+    """
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
 class Sandbox:
     """A shell that goes on until close(), or until it breaks a limit: `ended` then says which; and a second
     one, for checks.
@@ -2287,8 +2301,8 @@ class Sandbox:
         """Run a script in a shell, the model's by default, whose directory and variables the next one finds;
         returns its status and what it puts out.
 
-        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox. A script of
-        more than the 64 KiB that a pipe holds is cut off.
+        Raises SandboxEnded where that takes too long, puts out too much, or ends the sandbox, and of a script
+        that is longer than the 64 KiB that a pipe holds.
         """
         mark = "end" + secrets.token_hex(8)
         # The status comes with a line of its own: another shell follows one that the script exits from, and
@@ -2297,11 +2311,13 @@ class Sandbox:
         found = re.compile(rf"{mark} (\d+) {mark}\n".encode())
         commands, results = shell or self.shell
         output, deadline = bytearray(), time.monotonic() + seconds
+        todo = text.replace("\0", "").encode("utf-8", "replace")
         with contextlib.suppress(OSError):  # it has ended, as the results will show
-            commands.write(text.replace("\0", "").encode("utf-8", "replace"))
+            if commands.write(todo) != len(todo):
+                self.fail("a script was too long")
         while not (end := found.search(output, max(0, len(output) - 2 * CHUNK))):
             left = deadline - time.monotonic()
-            if left < 0 or not select.select([results], [], [], left)[0]:
+            if left < 0 or not readable(results, left):
                 self.fail("its time was up")
             chunk = results.read(CHUNK)
             output += chunk
@@ -2327,13 +2343,12 @@ class Sandbox:
         SandboxEnded where that does not help, as the programs that it runs are not the host's any more.
         """
         for _ in range(100):
-            running = [pid for pid, (state, _) in processes(self.first).items()
-                       if pid not in self.trusted and state not in "TtZXD"]  # stopped, dead or in the kernel
-            if not running:
-                break
-            for pid in running:
+            for pid in processes(self.first).keys() - self.trusted:  # all, whatever they wait for now
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGSTOP)
+            if all(state in "TtZXD" for pid, (state, _) in processes(self.first).items()
+                   if pid not in self.trusted):  # stopped, dead or in the kernel
+                break
             time.sleep(0.01)
         else:
             self.fail("its processes cannot be stopped")
@@ -2641,7 +2656,10 @@ def draw(results, models, paths, out, pyplot):
             axes[-1].plot(*zip(*points), label=f"{model}, {key}")
     axes[-1].set(title="held-out loss in training (nats a token)", xlabel="step")
     for axis in axes:
-        axis.legend(fontsize=8)
+        if axis.has_data():
+            axis.legend(fontsize=8)
+        else:  # none of the models was trained here
+            axis.remove()
     figure.savefig(out / "report.png", dpi=100)
 
 
@@ -2830,10 +2848,9 @@ class Engine(threading.Thread):
                 rows = []
 
     def take(self, row, token, logits):
-        """The token that a row takes; None if it has ended (by StopIteration), or its client is gone."""
+        """The token that a row takes; None if it has ended, or its client is gone."""
         try:
-            heard = select.select([row.connection], [], [], 0)[0]
-            if heard and not row.connection.recv(1, socket.MSG_PEEK):
+            if readable(row.connection) and not row.connection.recv(1, socket.MSG_PEEK):
                 raise ConnectionResetError
             return row.writing.send((token, logits))
         except Exception as error:  # also of a schema that cannot be followed

@@ -424,6 +424,16 @@ def test_differences_to_the_first_model_are_paired():
     assert sum(results[0]["verdicts"].values()) == pytest.approx(1)
 
 
+@pytest.mark.filterwarnings("error")
+def test_scores_are_drawn_without_curves_of_training(tmp_path):
+    """A model that was not trained here has none: their part of the figure is left out without a warning."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    row = {"model": "m", "suite": "s", "metric": "x", "n": 2, "score": 0.5, "low": 0.4, "high": 0.6}
+    evaluate.draw([row], ["m"], ["http://localhost:1/v1"], tmp_path, pyplot)
+    assert (tmp_path / "report.png").stat().st_size > 1000 and len(pyplot.gcf().axes) == 1
+    pyplot.close("all")
+
+
 def test_totals_of_unlike_items_are_drawn_apart(monkeypatch):
     """Two parts of as many items in the same order: drawn together, their mean would vary as much as each."""
     monkeypatch.setitem(evaluate.TOTALS, "s", {"mean": ("x", "y")})

@@ -163,6 +163,8 @@ def test_endless_and_greedy_sql_is_stopped(tail, error):
     assert time.time() - started < 15
     assert len(evaluate.run_sql(database, endless.replace(tail, "SELECT x FROM c"))) == 811  # a long result is cut, and read no further
     assert evaluate.run_sql(database, "SELECT count(*) FROM `Big Cities`") == "[(2,)]"
+    fails_later = "SELECT printf('%0500d', x), CASE WHEN x > 5 THEN abs(-9223372036854775808) END FROM c"
+    assert evaluate.run_sql(database, endless.replace(tail, fails_later)).endswith("[TRUNCATED]")
 
 
 def test_sql_as_mysql_has_it():
@@ -327,6 +329,25 @@ def test_no_check_is_forged(kind):
     """Checks run in a process of their own, that nothing disturbs, with the host's programs."""
     finish = call("finish_action", thought="done")
     assert verdict(evaluate.os_episode(NEEDED, "", "native"), call("bash_action", script=FORGERIES[kind]), finish) == "wrong"
+
+
+def test_what_waits_in_the_kernel_is_stopped_too(monkeypatch):
+    """It would go on once it need not wait any more, beside the checks."""
+    sandbox, stopped = evaluate.Sandbox.__new__(evaluate.Sandbox), []
+    sandbox.first, sandbox.trusted = 1, {1, 4}
+    monkeypatch.setattr(evaluate, "processes", lambda pid: {1: ("S", 0), 2: ("D", 0), 3: ("T", 0), 4: ("S", 0)})
+    monkeypatch.setattr(evaluate.os, "kill", lambda pid, _: stopped.append(pid))
+    monkeypatch.setattr(sandbox, "is_changed", lambda: False)
+    sandbox.settle()
+    assert {*stopped} == {2, 3}
+
+
+@needs_sandbox
+def test_a_script_that_is_too_long_ends_the_sandbox_at_once():
+    sandbox, started = evaluate.Sandbox(), time.time()
+    with pytest.raises(evaluate.SandboxEnded, match="too long"):
+        sandbox.run("true " + "x" * 70_000)
+    assert time.time() - started < 5
 
 
 @needs_sandbox

@@ -1,6 +1,9 @@
+import fcntl
 import http.client
 import json
+import queue
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -336,6 +339,22 @@ def test_a_response_format_does_not_go_with_tools(client):
     with pytest.raises(openai.BadRequestError, match="does not go with tools"):
         client.chat.completions.create(**options)
     assert client.chat.completions.create(tool_choice="none", **options).choices[0].message.content.startswith("{")
+
+
+def test_more_connections_than_select_knows():
+    """A descriptor above 1,023 is read like any other."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2000, limits[1]), limits[1]))
+    first, other = socket.socketpair()
+    high = socket.socket(fileno=fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, 1024))
+    row = Namespace(connection=high, writing=Namespace(send=lambda sent: sent[0]), events=queue.SimpleQueue())
+    try:
+        assert evaluate.Engine.take(None, row, 7, None) == 7
+        other.close()
+        assert evaluate.Engine.take(None, row, 7, None) is None and isinstance(row.events.get(), ConnectionResetError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        first.close(), high.close()
 
 
 @pytest.mark.parametrize("rest", ['\n<tool_call>\n{"name": "f", "argu', "\n<tool_call>", "\n<tool_call>{oops}</tool_call>"])
