@@ -3892,7 +3892,7 @@ def parts_of(message, role):
             if kind != "call" or value["id"] not in ids:  # LangChain has calls in both places
                 yield kind, value
     else:
-        yield "text", as_text(content)
+        yield "text", as_text(content or "")
     for path in ("refusal", "audio.transcript"):
         if said := field(message, path):
             yield "text", as_text(said)

@@ -1019,6 +1019,9 @@ UNUSUAL = {
          {"kind": "ActionEvent", "source": "agent", "tool_name": "f", "tool_call_id": "a", "action": {"kind": "F"}},
          {"kind": "ObservationEvent", "source": "environment", "tool_call_id": "a", "observation": {"kind": "F", "output": "", "content": []}}],
         ["user: Rome?", "assistant:  f()", "tool: "]),
+    "an empty object for no text": (
+        [m("user", "Rome?"), m("assistant", {}, tool_calls=ANSWER_OF_CALL["tool_calls"]), m("tool", {}, tool_call_id="a")],
+        ["user: Rome?", "assistant:  f()", "tool: {}"]),
     "a trace that begins with a greeting": (
         [{"start_time": 1, "attributes": {"gen_ai.input.messages": [m("assistant", "Hi!"), m("user", "Rome?")], "gen_ai.output.messages": [m("assistant", "Sun")]}}],
         ["assistant: Hi!", "user: Rome?", "assistant: Sun"]),
