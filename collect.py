@@ -2600,16 +2600,18 @@ def parse_yaml(text):
                 return node.value
             return ast.literal_eval(node.value) if YAML_NUMBER.fullmatch(node.value) else YAML_WORDS.get(
                 node.value.lower(), node.value)
-        value, shared = {key.value: value_of(member) for key, member in node.value}, {}
-        others = value.pop("<<", [])
-        for other in map(mapping, reversed(others) if isinstance(others, list) else [others]):
+        value, shared = {key.value: value_of(member) for key, member in node.value if key.value != "<<"}, {}
+        found = [value_of(member) for key, member in node.value if key.value == "<<"]  # some write several
+        found = (others[::-1] if isinstance(others, list) else [others] for others in found)
+        for other in map(mapping, itertools.chain.from_iterable(found)):
             shared |= other
             merged["keys"] += len(other)
             if merged["keys"] > MAX_MERGED:
                 raise ValueError(f"over {MAX_MERGED:,} keys merged by `<<`")
         return shared | value
 
-    return value_of(yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
+    root = yaml.compose(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return root and value_of(root)  # of an empty file, None
 
 
 def mapping(value, *keys):
@@ -2798,7 +2800,7 @@ def read_values(path):
                "jsonl": read_lines, "ndjson": read_lines}
     try:
         yield from readers.get(kind, read_json)(path)
-    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         yield "end", ValueError(f"cannot be read further: {error}")
 
 
@@ -2857,18 +2859,24 @@ def read_csv(path):
     """Yield (line number, row as a dict, or ValueError) of a CSV file."""
     csv.field_size_limit(MAX_RECORD)
     rows = csv.DictReader(str(TOO_LONG) if line is None else line + "\n" for line in text_lines(path))
-    for row in rows:
-        yield rows.line_num, TOO_LONG if str(TOO_LONG) in row.values() else row
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = ValueError(f"not CSV: {error}")
+        yield rows.line_num, TOO_LONG if isinstance(row, dict) and str(TOO_LONG) in row.values() else row
 
 
 def read_json(path):
     """A list of records, a mapping of ids to records, one record (an object, or a list of messages), or JSON
     lines.
     """
-    begins = [value for _, value in itertools.islice(read_lines(path), 2)]
+    begins = [isinstance(value, dict) for _, value in itertools.islice(read_lines(path), 2)]
     start = next((text.lstrip()[0] for text in text_chunks(path) if text.strip()), "")
     member = next(read_list(path), (0, None))[1] if start == "[" else None
-    if len(begins) == 2 and isinstance(begins[0], dict):
+    if len(begins) == 2 and begins[0]:
         yield from read_lines(path)
     elif start == "[" and not is_message(member):
         yield from read_list(path)
@@ -3094,17 +3102,22 @@ def joined_turns(messages):
             thoughts += found
         if role == "system" and turns and turns[-1]["role"] != "system":
             role = "user"
-        turn = {"role": role, "content": content, "tool_calls": [*message.get("tool_calls", ())],
-                "reasoning_content": joined(dict.fromkeys(map(str.strip, thoughts)))}
+        turn = {"role": role, "content": [content] if content else [],
+                "tool_calls": [*message.get("tool_calls", ())],
+                "reasoning_content": [*filter(None, dict.fromkeys(map(str.strip, thoughts)))]}
         if role == "tool":
             turn["tool_call_id"] = message.get("tool_call_id")
         elif not content and not turn["tool_calls"] and not turn["reasoning_content"]:
             continue
         while turns and is_one_turn(turns[-1], turn):
-            before, mark = turns.pop(), "\n\n" if role == "system" else "\n"
-            turn |= {key: joined([before[key], turn[key]], mark) for key in ("content", "reasoning_content")}
-            turn["tool_calls"] = before["tool_calls"] + turn["tool_calls"]
+            before = turns.pop()
+            for key in ("content", "reasoning_content", "tool_calls"):
+                before[key] += turn[key]
+            turn = before
         turns.append(turn)
+    for turn in turns:  # once: there may be very many
+        turn["content"] = ("\n\n" if turn["role"] == "system" else "\n").join(turn["content"])
+        turn["reasoning_content"] = "\n".join(turn["reasoning_content"])
     return turns
 
 
@@ -3333,7 +3346,10 @@ def calls_in(value):
     """The calls of a {"name", "arguments"} object, bare or as OpenAI wraps it, or of a list of such; also as
     text.
     """
-    value = structured(value)
+    # Glaive writes the arguments as JSON between apostrophes, with apostrophes inside.
+    glaive = r"""(?s)\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'(?P<arguments>.*)'\s*\}\s*"""
+    found = isinstance(value, str) and re.fullmatch(glaive, value)
+    value = found.groupdict() if found else structured(value)
     if isinstance(value, list):
         return [c for member in value for c in calls_in(member)]
     wrapped = [value[key] for key in ("function", *PARTS, "custom") if isinstance(value.get(key), dict)]
@@ -3466,14 +3482,9 @@ XML_ARGUMENT = (
 # Calls as models write them in a text. None holds the tag that opens another, so that many that nothing
 # closes are read once and not once each. See written_calls().
 WRITTEN = [re.compile("(?s)" + pattern) for pattern in (
-    # Hermes, Qwen: JSON, whose strings may hold the tags, or Python; Phi, Granite, InternLM; Glaive, whose
-    # arguments stand between apostrophes, with apostrophes inside; Mistral
-    r'<tool_call>(?=\s*[\[{"])(?P<json>(?:"(?:[^"\\]|\\.)*"|(?!</?tool_call>)[^"])*)'
-    r"(?:</tool_call>|(?<=[\]}])\s*(?=<tool_call>|\Z))",
+    # Hermes, Qwen (JSON proper is read before); Phi, Granite, InternLM; Glaive; Mistral
     r"<tool_call>(?=\s*[\[{])(?P<json>(?:(?!<tool_call>).)*?)(?:</tool_call>|(?<=>)\Z)",
     r"<\|(?:tool_call\||action_start\|>\s*<\|plugin\|)>(?P<json>.*?)(?:<\|(?:/tool_call|action_end)\|>|\Z)",
-    r'<functioncall>\s*\{\s*"name":\s*"(?P<name>[^"]*)",\s*"arguments":\s*'
-    r"'(?P<arguments>.*?)'\s*\}\s*(?:<\|endoftext\|>|\Z)",
     r"<functioncall>(?P<json>.*?)(?:<\|endoftext\|>|\Z)",
     r"\[TOOL_CALLS\] ?(?P<json>\[.*\])",
     r"\[TOOL_CALLS\] ?(?P<name>[\w.-]+)(?:\[CALL_ID\](?P<id>\w+))?\[ARGS\]"
@@ -3499,7 +3510,7 @@ def lift(text, react):
     `react`, Thought/Action. What it thinks of calling is no call.
     """
     _, text = split_thoughts(given := text)
-    thought, calls = given.removesuffix(text), []
+    thought, (text, calls) = given.removesuffix(text), without_json_calls(text)
     for pattern in WRITTEN:
         calls += itertools.chain.from_iterable(map(written_calls, pattern.finditer(text)))
         text = pattern.sub("", text)
@@ -3535,6 +3546,24 @@ def split_action(text):
     if fence and fence[1] in ("mswea_bash_command", "bash"):
         return text[:fence.start()], [code_call("bash", fence[2])]
     return text, []
+
+
+def without_json_calls(text):
+    """(the text without its calls between <tool_call> tags, these calls): JSON says where each ends, since
+    its strings may hold the tags. What is not JSON stays.
+    """
+    kept, calls, end = [], [], 0
+    for tag in re.finditer(r"<tool_call>\s*(?=[\[{\"])", text):
+        if tag.start() < end:  # in a string
+            continue
+        try:
+            value, after = JSON.raw_decode(text, tag.end())
+            calls += calls_in(value)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            continue
+        kept.append(text[end:tag.start()])
+        end = re.compile(r"\s*(?:</tool_call>)?").match(text, after).end()
+    return "".join([*kept, text[end:]]), calls
 
 
 def converse(turns, react=False, messages=None):
@@ -3707,7 +3736,8 @@ def messages_record(record, react=False):
                 parts[0] = ("text", f"{label} {said.removeprefix(label).strip()}")
         say(role, parts, messages, react)
     if not messages:
-        raise ValueError(f"nothing is left without {', '.join(map(kind_of, turns[0].get('content') or ()))}")
+        left_out = {*map(kind_of, turns[0].get("content") or ())}
+        raise ValueError(f"nothing is left without {', '.join(left_out)}")
     given = [tool for turn in turns for tool in turn.get("tools") or () if isinstance(tool, dict)]
     messages, tools = with_tools(messages, [*tools_of(field(record, TOOLS)), *given])  # of an MCP server
     names = {tool["function"]["name"] for tool in tools}
@@ -3727,7 +3757,7 @@ def whole(record):
     asked = asked[0] if asked and isinstance(asked[0], list) else asked  # LangChain's batch of one
     answer = field(record, "output chosen completion preferred_output generated_items")
     if record.get("role") == "assistant":  # it is the answer itself
-        record = record | {"message": {"role": "assistant", "content": record["content"]}}
+        record = record | {"message": {key: record.get(key) for key in ("role", "content", "tool_calls")}}
     found = [message for message in map(partial(field, record), ANSWER) if isinstance(message, dict)]
     answer = list(filter(is_turn, found))[:1] or answer or []
     answer = [assistant(answer)] if isinstance(answer, str) else answer if isinstance(answer, list) else []
@@ -3756,7 +3786,7 @@ def streamed(value):
     if not isinstance(value, list):
         return value
     message, parts = {}, []
-    for event in value:
+    for event in filter(mapping, value):  # the last may be cut
         piece = field(event, "choices.0.delta content_block delta")
         if field(event, "response.output"):  # OpenAI's Responses: the last event has all
             return event["response"]
@@ -3772,7 +3802,7 @@ def streamed(value):
                 parts[-1] = with_piece(parts[-1], part)
             else:
                 parts.append(part)
-    answer = {"role": "assistant", "content": parts} | message
+    answer = {"content": parts} | message | {"role": message.get("role") or "assistant"}
     return {"choices": [{"message": answer}]} if message or parts else value
 
 
@@ -3790,7 +3820,7 @@ def with_piece(value, piece):
             value[key] = with_piece(before or {}, more)
         elif not before:
             value[key] = more
-        elif isinstance(more, str) and key not in ("id", "role", "type", "name"):
+        elif isinstance(before, str) and isinstance(more, str) and key not in ("id", "role", "type", "name"):
             value[key] = before + more
     return value
 
@@ -3825,11 +3855,12 @@ def unwrapped(message):
         case {"action": str(action), "thought": thought} if action.strip() and not message.get("tool_calls"):
             # SWE-agent
             message = message | {"content": thought.strip(), "tool_calls": [code_call("bash", action)]}
-        case {"channel": "analysis", "content": said}:  # harmony in JSON
-            message = {"role": "assistant", "reasoning": said}
-        case {"channel": str(), "recipient": str(to), "content": said} if to not in RECIPIENTS:
+        case {"role": "assistant", "channel": str(), "recipient": str(to), "content": said} if (
+                to not in RECIPIENTS):  # harmony in JSON
             made = {"name": to.removeprefix("functions."), "arguments": as_text(said)}
             message = {"role": "assistant", "tool_calls": [made]}
+        case {"role": "assistant", "channel": "analysis", "content": said}:
+            message = {"role": "assistant", "reasoning": said}
     more = message.get("additional_kwargs") or {}
     return more | {key: value for key, value in message.items() if value or key not in more}
 
@@ -3845,7 +3876,8 @@ def parts_of(message, role):
         yield "thought", as_text(thought)
     for api in message.get("apis") or ():  # ToolTalk
         yield "call", calls_in(api["request"])[0]
-        yield "result", (None, as_text(field(api, "exception response output")))
+        came = [api[key] for key in ("exception", "response", "output") if api.get(key) not in (None, "")]
+        yield "result", (None, as_text(came[0]) if came else "")  # a list may be empty
     calls = calls_in(field(message, "tool_calls function_call invalid_tool_calls") or [])
     content = field(message, "content contents value parts text")
     parts = content if isinstance(content, list) else [content] if "parts" in message else []
@@ -3860,7 +3892,7 @@ def parts_of(message, role):
             if kind != "call" or value["id"] not in ids:  # LangChain has calls in both places
                 yield kind, value
     else:
-        yield "text", as_text(content)
+        yield "text", as_text(content or "")
     for path in ("refusal", "audio.transcript"):
         if said := field(message, path):
             yield "text", as_text(said)
@@ -3915,7 +3947,7 @@ def read_part(part):
                 part = {"name": kind.removesuffix("_call"), "arguments": given} | part
             yield from (("call", made) for made in calls_in(part.get("value") or part))
             came = field(part, "output outputs result results error action.sources")
-            if came is not None:  # of a server's tool: beside its call
+            if came is not None or part.get("output", part.get("outputs")) in ("", []):  # beside its call
                 yield "result", (field(part, ID), as_text(came))
         case "result":
             yield "result", (field(inner, ID + " name"), as_text(field(inner, OUTCOME)))
@@ -3974,7 +4006,8 @@ def glaive_text(record):
     """A system prompt with tools, and a dialogue as one text."""
     system = record["system"].removeprefix("SYSTEM:").strip()
     turns = split_turns(record["chat"], "USER|ASSISTANT|FUNCTION RESPONSE")
-    return converse([("system", system), *turns])
+    return converse([("system", system), *(
+        (role, text.removesuffix("<|endoftext|>").strip()) for role, text in turns)])
 
 
 def alpaca(record):
@@ -4216,7 +4249,7 @@ def is_sdk_event(value):
 
 METADATA = "tool_call_metadata."  # what OpenHands keeps of the model's call
 # Where an event of its newer SDK has what came of a call.
-SEEN = "observation.content observation.output observation.result observation error rejection_reason"
+SEEN = "observation.content observation.output observation.result error rejection_reason"
 
 
 def openhands(record):
@@ -4373,8 +4406,8 @@ def trace(record):
                 continue  # says again what the calls in it say
             if name or kind == "tool":
                 described[name] = field(span, "gen_ai.tool.description tool.description")
-                result = field(span, DONE)
-                if result is not None and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
+                result, done = field(span, DONE), {*DONE.split()} & span.keys()  # perhaps with no output
+                if done and talk and (talk[-1]["role"] == "tool" or "tool_calls" in talk[-1]):
                     talk.append(tool(as_text(result)) | {"tool_call_id": span.get("gen_ai.tool.call.id")})
                 continue
             offered = traced(span, OFFERED) or offered
@@ -4382,9 +4415,10 @@ def trace(record):
                     "system": traced(span, "gen_ai.system_instructions")}
             messages = messages_record(said)[0] if said["input"] or said["output"] else []
             roles = [message["role"] for message in messages]
-            if {"system", "user"} & {*roles[:1]}:
+            if said["input"] and (roles[:1] != ["tool"] or not talk):
                 start = roles.index("user") + 1 if "user" in roles else 1
-                same = [t for t in talks if t[:start] == messages[:start] and len(t) < len(messages)]
+                most = len(messages) - bool(said["output"])
+                same = [t for t in talks if t[:start] == messages[:start] and len(t) <= most]
                 talk = same[-1] if same else []
                 talks += [] if same else [talk]
                 talk[:] = messages

@@ -981,3 +981,76 @@ def test_format_and_domain_from_the_command_line(tmp_path):
     run("collect.py", "--out", tmp_path / "out", f"chat:{path}", "--chat-format", "react", "--chat-domain", "instruction")
     [record] = [json.loads(line) for shard in (tmp_path / "out").glob("*.jsonl") for line in shard.open()]
     assert record["domain"] == "instruction" and record["apis"] == ["bash"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What real files hold that the examples above do not: (record, what it becomes)
+
+ANSWER_OF_CALL = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": "{}"}}]}
+ROME_ASKED = {"gen_ai.input.messages": [m("user", "Rome?")]}
+UNUSUAL = {
+    "an answer that is a call, without content": (
+        {"input": [m("user", "Rome?")], "output": ANSWER_OF_CALL}, ["user: Rome?", "assistant:  f()"]),
+    "a stream that was cut, with a role that says nothing": (
+        {"messages": [m("user", "Rome?")],
+         "response": 'data: {"choices": [{"delta": {"role": "", "content": "S"}}]}\n\ndata: {"choices": [{"delta": {"content": "un"}}]}\n\ndata: {"choi'},
+        ["user: Rome?", "assistant: Sun"]),
+    "more in the tag than the call": (
+        {"messages": [m("user", "Rome?"), m("assistant", '<tool_call>\n{"name": "f", "arguments": {}}}\n</tool_call>'), m("tool", "x")]},
+        ["user: Rome?", "assistant: } f()", "tool: x"]),
+    "text after a tag that nothing closes": (
+        {"messages": [m("user", "Rome?"), m("assistant", '<tool_call>\n{"name": "f", "arguments": {}}\nI wait.'), m("tool", "x")]},
+        ["user: Rome?", "assistant: I wait. f()", "tool: x"]),
+    "Glaive's apostrophes outside its text": (
+        {"conversations": [s("human", "Rome?"), s("function_call", """{"name": "f", "arguments": '{"a": "L'A"}'}"""), s("observation", "x"), s("gpt", "Sun")]},
+        ["user: Rome?", 'assistant:  f(a="L\'A")', "tool: x", "assistant: Sun"]),
+    "harmony's tools that are called while it thinks": (
+        "<|start|>user<|message|>Rome?<|end|><|start|>assistant to=python<|channel|>analysis<|message|>print(1)<|call|>"
+        "<|start|>python to=assistant<|channel|>analysis<|message|>1<|end|><|start|>assistant<|channel|>final<|message|>Sun<|return|>",
+        ["user: Rome?", "assistant:  python(input='print(1)')", "tool: 1", "assistant: Sun"]),
+    "a server's tool that printed nothing": (
+        {"input": "Rome?", "output": [{"type": "mcp_call", "id": "a", "name": "f", "arguments": "{}", "output": ""}, {"type": "message", "role": "assistant", "content": "Sun"}]},
+        ["user: Rome?", "assistant:  f()", "tool: ", "assistant: Sun"]),
+    "an interface that found nothing": (
+        {"turns": [{"role": "User", "text": "Rome?"}, {"role": "API", "api_name": "f", "param_dict": {}, "result": {"output": [], "exception": None}}]},
+        ["user: Rome?", "assistant:  f()", "tool: []"]),
+    "OpenHands' command that printed nothing": (
+        [{"kind": "MessageEvent", "source": "user", "llm_message": m("user", "Rome?")},
+         {"kind": "ActionEvent", "source": "agent", "tool_name": "f", "tool_call_id": "a", "action": {"kind": "F"}},
+         {"kind": "ObservationEvent", "source": "environment", "tool_call_id": "a", "observation": {"kind": "F", "output": "", "content": []}}],
+        ["user: Rome?", "assistant:  f()", "tool: "]),
+    "an empty object for no text": (
+        [m("user", "Rome?"), m("assistant", {}, tool_calls=ANSWER_OF_CALL["tool_calls"]), m("tool", {}, tool_call_id="a")],
+        ["user: Rome?", "assistant:  f()", "tool: {}"]),
+    "a trace that begins with a greeting": (
+        [{"start_time": 1, "attributes": {"gen_ai.input.messages": [m("assistant", "Hi!"), m("user", "Rome?")], "gen_ai.output.messages": [m("assistant", "Sun")]}}],
+        ["assistant: Hi!", "user: Rome?", "assistant: Sun"]),
+    "a trace that ends with a tool that printed nothing": (
+        [{"start_time": 1, "attributes": ROME_ASKED | {"gen_ai.output.messages": [ANSWER_OF_CALL]}}, {"start_time": 2, "attributes": {"gen_ai.tool.name": "f", "gen_ai.tool.call.result": ""}}],
+        ["user: Rome?", "assistant:  f()", "tool: "]),
+    "a trace whose last answer is missing": (
+        [{"start_time": 1, "attributes": ROME_ASKED | {"gen_ai.output.messages": [ANSWER_OF_CALL]}}, {"start_time": 2, "attributes": {"gen_ai.tool.name": "f", "gen_ai.tool.call.result": "x"}},
+         {"start_time": 3, "attributes": {"gen_ai.input.messages": [m("user", "Rome?"), ANSWER_OF_CALL, {"role": "tool", "content": "x", "tool_call_id": "a"}]}}],
+        ["user: Rome?", "assistant:  f()", "tool: x"]),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_unusual_records_are_converted(tmp_path, name):
+    record, expected = UNUSUAL[name]
+    assert brief(converted(tmp_path, record)[0]) == expected
+
+
+def test_csv_goes_on_after_a_broken_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"instruction,output\nA\rB,x\nRome?,Sun\n")
+    broken, kept = [value for _, value in read_values(path)]
+    assert isinstance(broken, ValueError) and kept == {"instruction": "Rome?", "output": "Sun"}
+
+
+@pytest.mark.parametrize("text", ['<functioncall> {"name": "a", "arguments": \'', '<tool_call>{\\"a '])
+def test_calls_that_nothing_closes_take_linear_time(text):
+    messages = [m("user", "x"), m("assistant", text * 4000), m("user", "y")]
+    start = time.process_time()
+    list(value_records([(0, {"messages": messages})], "x", "MIT"))
+    assert time.process_time() - start < 2

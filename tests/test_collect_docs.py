@@ -1285,6 +1285,12 @@ components: {responses: {201: {description: Made., content: {application/json: {
         described(tmp_path, bomb, "bomb.yaml")
 
 
+def test_yaml_merges_each_of_several_and_may_be_empty():
+    pytest.importorskip("yaml")
+    assert collect.parse_yaml("a: &a {x: 1}\nb: {<<: *a, <<: {y: 2}, z: 3}\n")["b"] == {"x": 1, "y": 2, "z": 3}
+    assert collect.parse_yaml("# nothing\n") is None
+
+
 def test_a_specification_without_operations_is_said_to_be_none(tmp_path):
     with pytest.raises(ValueError, match="no `paths`"):
         described(tmp_path, {"openapi": "3.1.0", "info": {}, "paths": {}, "webhooks": {"made": {"post": {}}}})
