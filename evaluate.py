@@ -341,6 +341,8 @@ def parse_args():
         "tools": (None, "of --ask: a Python file, whose public functions are the tools and which is not run, "
                   "or a JSON list of tools")}})
     args = parser.parse_args()
+    if args.constrained and args.mode == "prompt":
+        fail("--constrained keeps to the schemas of tools, which --mode prompt does not give as such")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # a GPU a rank
     return args

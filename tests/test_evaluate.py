@@ -795,6 +795,7 @@ def test_a_model_that_is_not_there(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^2$"):
         evaluate.Endpoint("http://127.0.0.1:1/v1", argparse.Namespace(parallel=1))
     assert "--model http://127.0.0.1:1/v1: " in capsys.readouterr().err
+    assert "--mode prompt" in run("evaluate.py", "--suite", "bfcl", "--mode", "prompt", "--constrained", ok=False).stderr
     assert "there is no BFCL_v4_simple_python.json" in run("evaluate.py", "--suite", "bfcl", "--data", tmp_path, ok=False).stderr
     (tmp_path / "mmlu_val.jsonl").write_text("{\n")
     assert "mmlu_val.jsonl, line 1: not JSON" in run("evaluate.py", "--suite", "mmlu", "--data", tmp_path, ok=False).stderr
