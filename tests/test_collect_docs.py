@@ -1064,6 +1064,9 @@ def test_what_is_stated_in_words_narrows_a_plain_text_alone():
     assert collect.parameter_schema("how", "str", said, "inner")["enum"] == ["inner", "outer"]
     assert "enum" not in collect.parameter_schema("how", "str", said, "left")  # the default shows that there are more
     assert "enum" not in collect.parameter_schema("how", "Any", collect.Documented("", "One of 'a' or 'b'."))
+    assert collect.parameter_schema("axis", "int", said)["type"] == "integer"
+    said = collect.Documented("{'face', 'none'} or color", "")
+    assert "anyOf" in collect.parameter_schema("edges", "Literal['face', 'none'] | Color", said)
 
 
 def test_what_is_required_has_no_default():
