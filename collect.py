@@ -1312,7 +1312,8 @@ def annotation_text(annotation, module=None, depth=0):
             notes = [getattr(node, "value", None) for note in notes for node in ast.walk(note)]
         return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
     if name == "Literal":  # an enumeration of one member is NO_DEFAULT and the like
-        parts = [ast.literal_eval(part) if isinstance(part, ast.UnaryOp) else part for part in parts]
+        signed = [isinstance(getattr(part, "operand", None), ast.Constant) for part in parts]
+        parts = [ast.literal_eval(part) if sign else part for part, sign in zip(parts, signed)]
         values = [part for part in parts if not (isinstance(part, enum.Enum) and len(type(part)) == 1)]
         return literal_text([getattr(value, "value", value) for value in values]), ""
     if name == "|":
@@ -1323,14 +1324,18 @@ def annotation_text(annotation, module=None, depth=0):
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
         if issubclass(annotation, enum.Flag):  # members may be joined
             return "int" if issubclass(annotation, int) else annotation.__name__, ""
-        return literal_text([member.value for member in annotation]) or annotation.__name__, ""
+        values = [member.value for member in annotation]
+        known = literal_text(values) if {*map(type, values)} <= {str, int} else ""
+        return known or annotation.__name__, ""
     if isinstance(annotation, ast.Subscript):  # an alias that takes arguments
         annotation = annotation.value
     if meant := stands_for(annotation, module):
-        return annotation_text(meant, module, depth + 1)[0], ""
+        found = annotation_text(meant, module, depth + 1)
+        return found if isinstance(annotation, ast.Constant) else (found[0], "")
     if written:
         return ast.unparse(annotation), ""
-    return "None" if annotation is type(None) else getattr(annotation, "__qualname__", str(annotation)), ""
+    name = getattr(annotation, "__qualname__", None) or str(annotation)
+    return "None" if annotation is type(None) else name, ""
 
 
 def type_arguments(annotation):

@@ -1378,3 +1378,16 @@ def test_many_parts_that_require_much_take_bounded_time(tmp_path):
     started = time.time()
     described(tmp_path, posting({"allOf": [{"$ref": "#/A"}] * 20_000}, A=part))
     assert time.time() - started < 10
+
+
+def test_annotations_that_are_odd():
+    class Odd(type):
+        def __repr__(cls):
+            raise RuntimeError
+
+    def read(annotation):
+        return collect.annotation_text(annotation, types)
+    assert read(Odd("Shy", (), {}))[0].endswith("Shy")
+    assert read("Literal[-X]") == ("", "") and read("Literal[-1, 'x']") == ("Literal[-1, 'x']", "")
+    assert read("'Annotated[int, \"How many.\"]'") == ("int", "How many.")
+    assert read(enum.Enum("Maybe", {"NO": None, "YES": True})) == ("Maybe", "")
