@@ -1626,17 +1626,17 @@ class Session:
         output = output.replace("<BLANKLINE>", "").rstrip()
         tree = ast.parse(code)
         nodes = list(ast.walk(tree))
-        # What it imports, and which names it needs to be imported.
+        # What it imports and calls, and which names it needs imported. A lazy module has a name only once
+        # it has been looked up.
         imported = imported_names(nodes)
         self.paths |= imported
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
         self.literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
         names = [node for node in nodes if isinstance(node, ast.Name)]
         used, stored = {n.id for n in names}, {n.id for n in names if isinstance(n.ctx, ast.Store)}
         imports = {self.import_of(name) for name in used - self.bound - stored}
         self.bound |= stored | imported.keys()
-        # What it calls.
-        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
-        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
         statement, assigned = tree.body[0] if len(tree.body) == 1 else None, None
         match statement:
             case ast.Assign([ast.Name(name)]):

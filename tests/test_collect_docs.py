@@ -1391,3 +1391,22 @@ def test_annotations_that_are_odd():
     assert read("Literal[-X]") == ("", "") and read("Literal[-1, 'x']") == ("Literal[-1, 'x']", "")
     assert read("'Annotated[int, \"How many.\"]'") == ("int", "How many.")
     assert read(enum.Enum("Maybe", {"NO": None, "YES": True})) == ("Maybe", "")
+
+
+def test_names_of_a_lazy_module_are_imported_in_examples():
+    module = types.ModuleType("lazy_one")
+
+    def load(name):  # as transformers does
+        if name != "Thing":
+            raise AttributeError(name)
+        module.Thing = type(name, (), {"__module__": "lazy_one"})
+        return module.Thing
+    module.__getattr__ = load
+    [[_, [step]]] = collect.sessions(">>> Thing()\n1\n", len, module)
+    assert step["imports"] == ["from lazy_one import Thing"]
+
+
+def test_an_example_without_a_call_asks_a_module_for_nothing():
+    module = types.ModuleType("lazy_two")
+    module.__getattr__ = lambda name: {}[name]
+    assert collect.sessions(">>> 1 + 1\n2\n", len, module)[0][1][0]["call"] is None
