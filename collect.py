@@ -1171,11 +1171,13 @@ def is_narrower(stated, documented, schema, default):
     the annotation's schema says less: it has no such list, and holds the values or is that of an integer.
     """
     values = documented.get("enum", [])
-    listed = schema == {"type": "string"} or re.fullmatch(r"\{((?!\.{3})[^{}])*\}[^{}]*", stated)
+    plain = r"\{((?!\.{3})[^{}:])*\}(,? *(optional|or None|defaults?.*))?"  # no other type beside them
+    listed = schema == {"type": "string"} or re.fullmatch(plain, stated)
     if not values or not listed or "enum" in schema:
         return False
-    holds = schema == {"type": "integer"} or all(fits(value, schema) for value in values)
-    return holds and (type(default) not in PYTHON_TYPES or fits(default, documented))
+    of_integers = schema == {"type": "integer"} and any(type(value) is int for value in values)
+    holds = of_integers or all(fits(value, schema) for value in values)
+    return holds and (not fits(default, schema) or fits(default, documented))
 
 
 def may_be_none(stated):
@@ -1310,7 +1312,8 @@ def annotation_text(annotation, module=None, depth=0):
             notes = [getattr(node, "value", None) for note in notes for node in ast.walk(note)]
         return text(parts[0]), next((note for note in notes if isinstance(note, str)), "")
     if name == "Literal":  # an enumeration of one member is NO_DEFAULT and the like
-        parts = [ast.literal_eval(part) if isinstance(part, ast.UnaryOp) else part for part in parts]
+        signed = [isinstance(getattr(part, "operand", None), ast.Constant) for part in parts]
+        parts = [ast.literal_eval(part) if sign else part for part, sign in zip(parts, signed)]
         values = [part for part in parts if not (isinstance(part, enum.Enum) and len(type(part)) == 1)]
         return literal_text([getattr(value, "value", value) for value in values]), ""
     if name == "|":
@@ -1321,14 +1324,18 @@ def annotation_text(annotation, module=None, depth=0):
     if inspect.isclass(annotation) and issubclass(annotation, enum.Enum):
         if issubclass(annotation, enum.Flag):  # members may be joined
             return "int" if issubclass(annotation, int) else annotation.__name__, ""
-        return literal_text([member.value for member in annotation]) or annotation.__name__, ""
+        values = [member.value for member in annotation]
+        known = literal_text(values) if {*map(type, values)} <= {str, int} else ""
+        return known or annotation.__name__, ""
     if isinstance(annotation, ast.Subscript):  # an alias that takes arguments
         annotation = annotation.value
     if meant := stands_for(annotation, module):
-        return annotation_text(meant, module, depth + 1)[0], ""
+        found = annotation_text(meant, module, depth + 1)
+        return found if isinstance(annotation, ast.Constant) else (found[0], "")
     if written:
         return ast.unparse(annotation), ""
-    return "None" if annotation is type(None) else getattr(annotation, "__qualname__", str(annotation)), ""
+    name = getattr(annotation, "__qualname__", None) or str(annotation)
+    return "None" if annotation is type(None) else name, ""
 
 
 def type_arguments(annotation):
@@ -1415,6 +1422,7 @@ def type_schema(stated):
     aside = rf"({QUOTED})|\( ?defaults?\b[^()]*\)|\((?=or )([^()]*)\)"  # (default 3), (or str)
     stated = re.sub(aside, r"\1\2", stated)
     stated = re.match(rf"(?:{QUOTED}|(?![,;(.]? ?\(?\bdefaults?\b|, with\b).)*", stated)[0]
+    stated = re.sub(r"(?<=int), an? [\w ]*number\b", "", stated)  # "int, an odd prime number"
     stated = re.sub(r"prime number", "integer", stated)
     found, values = [], []
     for schema in alternatives(stated):
@@ -1489,7 +1497,7 @@ INSIDE = re.compile(  # a type whose alternatives stand in its brackets, {"a", "
     r"(?!.*\b(?:like|list|tuple|array|sequence|set|iterable|dict|mapping)s? of \{)"
     r"[\w\s:-]*\{(.*)\}[^}]*", re.S)
 WORDS = [  # (a type in words, its schemas)
-    (r"Any", [{}]),
+    (r"([\w.]+\.)?Any", [{}]),
     (r"(the )?number of\b.*", [{"type": "integer"}]),
     (r"\w+ ?=.*", []),  # dtype=float
     (rf"the (?!(?:{'|'.join(JSON_TYPES)}) )\w+ of\b.*", []),  # not its type
@@ -1618,17 +1626,17 @@ class Session:
         output = output.replace("<BLANKLINE>", "").rstrip()
         tree = ast.parse(code)
         nodes = list(ast.walk(tree))
-        # What it imports, and which names it needs to be imported.
+        # What it imports and calls, and which names it needs imported. A lazy module has a name only once
+        # it has been looked up.
         imported = imported_names(nodes)
         self.paths |= imported
+        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
         self.literals |= {name: Symbol(name) for name, path in imported.items() if is_symbolic(path)}
         names = [node for node in nodes if isinstance(node, ast.Name)]
         used, stored = {n.id for n in names}, {n.id for n in names if isinstance(n.ctx, ast.Store)}
         imports = {self.import_of(name) for name in used - self.bound - stored}
         self.bound |= stored | imported.keys()
-        # What it calls.
-        calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
-        keys = {api_key(found) for found in map(self.look_up, calls) if found is not None}
         statement, assigned = tree.body[0] if len(tree.body) == 1 else None, None
         match statement:
             case ast.Assign([ast.Name(name)]):
@@ -1661,7 +1669,7 @@ class Session:
         """
         function = ast.unparse(call.func) if call else ""
         on, _, name = function.rpartition(".")
-        target, cls, made_by = self.look_up(function), None, None
+        target, cls, made_by = call and self.look_up(function), None, None
         if call and isinstance(call.func, ast.Attribute):
             cls, made_by = self.made(call.func.value)
         key = target and api_key(target)
@@ -4584,7 +4592,7 @@ class Page:
     @property
     def text(self):
         """The body by the charset that Content-Type states, else as UTF-8."""
-        stated = re.search(r"charset=[\s\"']*([\w.:-]+)", self.headers.get("content-type", ""), re.I)
+        stated = re.search(r"\bcharset\s*=[\s\"']*([\w.:-]+)", self.headers.get("content-type", ""), re.I)
         try:
             text = self.body.decode(stated[1] if stated else "utf-8", "replace")
         except (LookupError, ValueError):  # no such charset, or none of text
@@ -4623,28 +4631,29 @@ class Web:
     allow_private: bool = False
     rate: float = 2.0             # requests a second to one host
     timeout: float = 20.0         # seconds that one answer may take in all; all tries may take ten times that
-    max_bytes: int = 10_000_000   # of one answer, unpacked
+    max_bytes: int = 10_000_000   # of one answer, packed or not
     retries: int = 5
     backoff: float = 1.0          # seconds before the second try; then twice that, and so on
     max_age: float = 86400.0      # seconds for which an answer is used without asking whether it has changed
     turns: dict = dataclasses.field(default_factory=dict)  # host: when it may be asked again
 
-    def get(self, url, headers={}, refuse=lambda url: "", hops=5):
-        """The Page at an address, redirects followed. `headers` go to it alone. `refuse` tells why not to
-        visit an address, or "", and is asked at every step. Raises WebError, also for a status other than
-        200.
+    def get(self, url, headers={}, refuse=lambda url: ""):
+        """The Page at an address, redirects (five at most) followed. `headers` go to it alone. `refuse` tells
+        why not to visit an address, or "", and is asked at every step. Raises WebError, also for a status
+        other than 200.
         """
         target = canonical(url)
-        if reason := refuse(target) if target else "only http and https are fetched":
-            raise WebError(f"{target or url}: {reason}")
-        page = self.remember(target, headers)
-        if page.status // 100 == 3 and "location" in page.headers:
-            if not hops:
-                raise WebError(f"{target}: more than 5 redirects")
-            place = page.headers["location"].strip(" ")
+        for hop in itertools.count():
+            reason = refuse(target) if target else "only http and https are fetched"
+            if reason := "more than 5 redirects" if hop > 5 else reason:
+                raise WebError(f"{target or url}: {reason}")
+            page = self.remember(target, {} if hop else headers)
+            if page.status // 100 != 3 or "location" not in page.headers:
+                break
+            place = page.headers["location"]
             with contextlib.suppress(UnicodeError):  # headers are read as Latin-1, and often are UTF-8
                 place = place.encode("latin-1").decode()
-            return self.get(urljoin(target, place), {}, refuse, hops - 1)
+            target = canonical(place, target)
         if page.status != 200:
             said = page.text[:300] if page.body[:1] == b"{" else ""
             raise WebError(f"{url}: status {page.status} {said}".strip(), page.status)
@@ -4684,7 +4693,7 @@ class Web:
             self.turns[host] = time.monotonic() + 1 / self.rate
             try:
                 page, problem = self.request(url, headers, attempt, body), ""
-            except (OSError, urllib3.exceptions.HTTPError) as error:
+            except (OSError, zlib.error, urllib3.exceptions.HTTPError) as error:
                 page, problem = Page(url, 0, {}, b""), f" ({type(root_cause(error)).__name__})"
             if page.status not in RETRIED:
                 return page
@@ -4695,7 +4704,9 @@ class Web:
             time.sleep(pause)
 
     def request(self, url, headers, attempt, sent):
-        """One request. Raises OSError or urllib3's HTTPError where there is no complete answer in time."""
+        """One request. Raises OSError, zlib.error or urllib3's HTTPError where there is no complete answer in
+        time.
+        """
         import requests
         sockets, started = [], time.monotonic()
 
@@ -4734,20 +4745,25 @@ class Web:
         try:
             with Adapter().send(asked.prepare(), timeout=self.timeout, **theirs) as answer:
                 given = {name.lower(): value for name, value in answer.headers.items()}
-                packed, body = given.get("content-encoding", "").lower(), b""
-                if answer.status_code // 100 != 3:  # what else a redirect says is not read
-                    if not re.fullmatch("(x-gzip|gzip|deflate|identity|[, ])*", packed):
-                        raise WebError(f"{url}: packed as {packed}, which was not asked for")
-                    body = answer.raw.read(self.max_bytes + 1, decode_content=True)
+                packed, body = given.get("content-encoding", "").lower(), bytearray()
+                moved = answer.status_code // 100 == 3  # what else a redirect says is not read
+                while not moved and len(body) <= self.max_bytes:
+                    if not (piece := answer.raw.read(2**16, decode_content=False)):
+                        break
+                    body += piece
         finally:
             timer.cancel()
             for sock in sockets:
                 sock.close()
         if time.monotonic() - started > self.timeout:  # the timer's end of a body looks like any other
             raise TimeoutError
+        if body and not re.fullmatch("(x-gzip|gzip|deflate|identity|[, ])*", packed):
+            raise WebError(f"{url}: packed as {packed}, which was not asked for")
+        for encoding in re.findall("gzip|deflate", packed)[::-1]:
+            body = unpacked(body, encoding, self.max_bytes)
         if len(body) > self.max_bytes:
             raise WebError(f"{url}: over {self.max_bytes:,} bytes")
-        return Page(url, answer.status_code, given, body)
+        return Page(url, answer.status_code, given, bytes(body))
 
 
 def addresses(host, private):
@@ -4767,6 +4783,22 @@ class Response(http.client.HTTPResponse):
         return size
 
 
+def unpacked(body, encoding, most):
+    """What gzip (of one or several members) or deflate has packed, up to one byte more than `most`. Raises
+    zlib.error or TimeoutError where it is broken or has no end, which urllib3 takes for the end of the body.
+    """
+    bare = encoding == "deflate" and int.from_bytes(body[:2]) % 31  # some servers leave zlib's header away
+    parts, size = [], 0
+    while body and size <= most:
+        unpack = zlib.decompressobj(-15 if bare else 47)
+        parts.append(unpack.decompress(body, most + 1 - size))
+        size += len(parts[-1])
+        if size <= most and not unpack.eof:
+            raise TimeoutError
+        body = unpack.unused_data if unpack.unused_data[:2] == b"\x1f\x8b" else b""  # the next member
+    return b"".join(parts)
+
+
 def root_cause(error):
     """The first of the errors that led to this one."""
     while error.__context__:
@@ -4778,7 +4810,8 @@ def retry_after(value):
     """Seconds to wait by a Retry-After header, a number or a date: at most 60, and 0 if it makes no sense."""
     import urllib3
     try:
-        return min(60, urllib3.Retry().parse_retry_after(value))
+        stated = float(value) if re.fullmatch(r"[\d.]+", value) else urllib3.Retry().parse_retry_after(value)
+        return min(60, stated)
     except (urllib3.exceptions.HTTPError, ValueError, OverflowError):
         return 0
 
@@ -4988,7 +5021,8 @@ def hf_rows(name, web, host=HF_HOST, token=None):
                 page = ask("rows", config=config, split=split, offset=offset, length=100)
                 rows = page["rows"]
                 total = total if offset else page["num_rows_total"]  # one that grows would never end
-                if total and (not rows or rows[0]["row_idx"] != offset):
+                expected = [*range(offset, offset + len(rows))]
+                if [row["row_idx"] for row in rows] != expected or not rows and offset < total:
                     raise WebError(f"hf:{where}: the server does not give row {offset} of {total}")
                 for row in rows:
                     if cut := ", ".join(row["truncated_cells"]):
@@ -6182,7 +6216,7 @@ def random_value(tool, name, rng, size):
         return rng.choice(LISTS["OBJECTS"])
     if type(default) is int and default > 1 and kind == "integer" and rng.random() < 0.5:
         return rng.choice([2 * default, default + 1, 3 * default])
-    if type(default) is float and 0 < default < 1e6 and rng.random() < 0.5:
+    if type(default) is float and 0 < default < 1e6 and kind == "number" and rng.random() < 0.5:
         return float(f"{default * rng.choice([0.5, 2, 5, 10] if default < 0.1 else [0.5, 0.8, 0.9]):.3g}")
     values = values_of(kind, tool, name)
     if kind != "string" and POSITIVE.search(text):

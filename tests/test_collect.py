@@ -340,6 +340,7 @@ def test_what_examples_call(tmp_path, monkeypatch):
     ("dict[str, int]", {"type": "object"}),
     ("int or list[str]", {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "string"}}]}),
     ("str | bool", {"type": ["string", "boolean"]}),
+    ("int, a positive number", {"type": "integer"}), ("T.Any | int", {}),
     ("Callable[[int], str]", {}), ("Tensor", {"type": "array"}), ("Printer", {}), ("", {})])
 def test_type_schema(stated, schema):
     assert collect.type_schema(stated) == schema

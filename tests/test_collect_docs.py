@@ -1064,6 +1064,9 @@ def test_what_is_stated_in_words_narrows_a_plain_text_alone():
     assert collect.parameter_schema("how", "str", said, "inner")["enum"] == ["inner", "outer"]
     assert "enum" not in collect.parameter_schema("how", "str", said, "left")  # the default shows that there are more
     assert "enum" not in collect.parameter_schema("how", "Any", collect.Documented("", "One of 'a' or 'b'."))
+    assert collect.parameter_schema("axis", "int", said)["type"] == "integer"
+    said = collect.Documented("{'face', 'none'} or color", "")
+    assert "anyOf" in collect.parameter_schema("edges", "Literal['face', 'none'] | Color", said)
 
 
 def test_what_is_required_has_no_default():
@@ -1381,3 +1384,35 @@ def test_many_parts_that_require_much_take_bounded_time(tmp_path):
     started = time.time()
     described(tmp_path, posting({"allOf": [{"$ref": "#/A"}] * 20_000}, A=part))
     assert time.time() - started < 10
+
+
+def test_annotations_that_are_odd():
+    class Odd(type):
+        def __repr__(cls):
+            raise RuntimeError
+
+    def read(annotation):
+        return collect.annotation_text(annotation, types)
+    assert read(Odd("Shy", (), {}))[0].endswith("Shy")
+    assert read("Literal[-X]") == ("", "") and read("Literal[-1, 'x']") == ("Literal[-1, 'x']", "")
+    assert read("'Annotated[int, \"How many.\"]'") == ("int", "How many.")
+    assert read(enum.Enum("Maybe", {"NO": None, "YES": True})) == ("Maybe", "")
+
+
+def test_names_of_a_lazy_module_are_imported_in_examples():
+    module = types.ModuleType("lazy_one")
+
+    def load(name):  # as transformers does
+        if name != "Thing":
+            raise AttributeError(name)
+        module.Thing = type(name, (), {"__module__": "lazy_one"})
+        return module.Thing
+    module.__getattr__ = load
+    [[_, [step]]] = collect.sessions(">>> Thing()\n1\n", len, module)
+    assert step["imports"] == ["from lazy_one import Thing"]
+
+
+def test_an_example_without_a_call_asks_a_module_for_nothing():
+    module = types.ModuleType("lazy_two")
+    module.__getattr__ = lambda name: {}[name]
+    assert collect.sessions(">>> 1 + 1\n2\n", len, module)[0][1][0]["call"] is None

@@ -189,7 +189,7 @@ def test_a_storm_of_refusals(site, client, status):
 def test_retry_after_is_capped():
     assert collect.retry_after("9" * 30) == collect.retry_after("Wed, 21 Oct 2099 07:28:00 GMT") == 60
     soon = email.utils.formatdate(time.time() + 30, usegmt=True)
-    assert collect.retry_after("7") == 7 and 25 < collect.retry_after(soon) <= 30
+    assert collect.retry_after("7") == 7 and collect.retry_after("1.5") == 1.5 and 25 < collect.retry_after(soon) <= 30
     assert collect.retry_after("soon") == collect.retry_after("²") == collect.retry_after("Wed, 21 Oct 1999 07:28:00 GMT") == 0
 
 
@@ -206,10 +206,10 @@ def test_slow_big_and_broken_answers_cost_bounded_time_and_memory(site, client):
     site.pages |= {"/body": drip, "/head": drip, "/long": "x" * 200_001, "/short": (200, {"Content-Length": "99"}, "x"),
                    "/bomb": (200, zipped, zeros), "/twice": (200, {"Content-Encoding": "gzip, gzip"}, gzip.compress(zeros)),
                    "/fit": (200, zipped, gzip.compress(b"y" * 200_000)), "/moved": moved("/fit", zipped, zeros),
-                   "/bad": (200, zipped, "no gzip")}
+                   "/bad": (200, zipped, "no gzip"), "/cut": (200, zipped, gzip.compress(b"y" * 100)[:-8])}
     reasons = dict.fromkeys(("/long", "/bomb", "/twice"), "over 200,000 bytes")
     tracemalloc.start()
-    for path, reason in (reasons | dict.fromkeys(("/body", "/head", "/short", "/bad"), "no complete answer")).items():
+    for path, reason in (reasons | dict.fromkeys(("/body", "/head", "/short", "/bad", "/cut"), "no complete answer")).items():
         started = time.time()
         with pytest.raises(WebError, match=reason):
             client(timeout=9 if path in reasons else 0.5, retries=1, max_bytes=200_000).get(site.url + path)
@@ -381,8 +381,9 @@ def test_hf_errors_are_one_line_with_the_servers_message(site, client):
         with pytest.raises(ValueError, match=reason):
             next(hf_rows(name, client(), site.url))
     same = json.dumps({"rows": [{"row_idx": 0, "row": {}, "truncated_cells": []}], "num_rows_total": 10**9})
+    gap = json.dumps({"rows": [{"row_idx": i, "row": {}, "truncated_cells": []} for i in (0, 2)], "num_rows_total": 2})
     for body, reason in (("[" * 10**5, "not the answer"), ("[]", "not the answer"), ("\xff", "not the answer"), ('{"rows": 1}', "not the answer"),
-                         (same, "does not give row 1 of")):
+                         (same, "does not give row 1 of"), (gap, "does not give row 0 of")):
         site.pages["*"] = lambda request: dataset(request) if "splits" in request.path else body
         with pytest.raises(ValueError, match=reason):
             list(hf_rows("o/d/de", client(max_age=-1), site.url))
@@ -503,10 +504,17 @@ def test_charsets_members_and_encodings(site, client):
         "/latin": (200, {"Content-Type": "text/html; charset=iso-8859-1"}, "<p>caf\u00e9</p>".encode("latin-1")),
         "/odd": (200, {"Content-Type": "text/html; charset=klingon"}, "<p>caf\u00e9</p>"),
         "/members": (200, {"Content-Encoding": "gzip"}, gzip.compress(b"one ") + gzip.compress(b"two")),
+        "/plain": (200, {"Content-Encoding": "gzip, identity"}, gzip.compress(b"one")),
+        "/none": (404, {"Content-Encoding": "br"}, ""), "/lost": moved("/none?secret"),
         "/brotli": (200, {"Content-Encoding": "br"}, b"\x0b\x02\x80"), "/moved": moved("/caf\u00e9".encode().decode("latin-1")),
         "/caf%C3%A9": "here"}
     assert "caf\u00e9" in client().get(site.url + "/latin").text and "caf\u00e9" in client().get(site.url + "/odd").text
     assert client().get(site.url + "/members").body == b"one two" and client().get(site.url + "/moved").body == b"here"
+    assert client().get(site.url + "/plain").body == b"one"
+    with pytest.raises(WebError, match="/none: status 404"):
+        client().get(site.url + "/none")
+    with pytest.raises(WebError, match="/lost: status 404"):
+        client().get(site.url + "/lost")
     with pytest.raises(WebError, match="packed as br"):
         client().get(site.url + "/brotli")
 
