@@ -1,10 +1,8 @@
 import copy
 import hashlib
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 
@@ -15,7 +13,7 @@ import torch
 import finetune
 from build_corpus import Corpus, Tokenizer
 from collect import Record, chat_message
-from conftest import ROOT, run
+from conftest import ROOT, run, two_processes
 from model import Config, Transformer, generate, load, save
 
 SMALL = ["--seq-len", 256, "--batch-tokens", 1024, "--micro-batch", 2, "--val-windows", 4, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
@@ -425,9 +423,7 @@ def test_goes_on_and_in_two_processes(small_corpus, start, tmp_path):
     run(*arguments, "--out", tmp_path)
     assert all(torch.equal(p, q) for p, q in zip(straight.parameters(), load(tmp_path / "tuned").parameters()))
     for option in ([], ["--shard"]):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / arguments[0], *arguments[1:], "--out", tmp_path / "two", *option]
-        done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        two_processes(ROOT / arguments[0], *arguments[1:], "--out", tmp_path / "two", *option)
         for p, q in zip(straight.parameters(), load(tmp_path / "two" / "tuned").parameters()):
             torch.testing.assert_close(p, q, atol=1e-4, rtol=1e-3)
         shutil.rmtree(tmp_path / "two")

@@ -19,7 +19,7 @@ import torch
 import model as transformer
 import pretrain
 from build_corpus import Corpus
-from conftest import ROOT, made_once, run
+from conftest import ROOT, Script, made_once, run, two_processes
 from model import load, read_safetensors
 from pretrain import rank_rows
 
@@ -102,13 +102,13 @@ def twenty(small_corpus, tmp_path_factory):
 
 def test_killed_run_goes_on_bit_for_bit(twenty, small_corpus, tmp_path):
     """kill -9 within a step, in the second epoch of a domain and later; then weights and losses are those of the unbroken run."""
-    command = [sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY]
+    command = [ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY]
     for step in (5, 10, 17):
-        process = start(*command)
+        process = Script(*command)
         wait_for_step(process, tmp_path / "base", step)
         process.kill()
         assert process.wait() == -signal.SIGKILL and not (tmp_path / "base" / "model.safetensors").exists()
-    assert start(*command).wait() == 0
+    assert Script(*command).wait() == 0
     for name in ("base", "stage1", "stage2"):
         assert equal(twenty / name, tmp_path / name) and metrics(twenty / name) == metrics(tmp_path / name), name
 
@@ -146,14 +146,14 @@ def test_torchrun_goes_on_after_a_lost_worker_and_an_order_to_end(number, small_
     if number == signal.SIGKILL:
         os.kill(children(process)[-1], signal.SIGKILL)
         assert process.wait() == 0, process.communicate()[0]
-        assert torchrun(*command, "--out", tmp_path / "unbroken").wait() == 0
+        two_processes(*command, "--out", tmp_path / "unbroken")
         assert equal(tmp_path / "two" / "base", tmp_path / "unbroken" / "base") and equal(tmp_path / "two" / "stage2", tmp_path / "unbroken" / "stage2")
     else:
         process.terminate()
         assert re.search(r"base: stopped after step \d of 8, which is saved", process.communicate()[0])
         command.remove("--shard")
         for out in ("two", "one"):
-            assert start(sys.executable, *command, "--out", tmp_path / out).wait() == 0
+            assert Script(*command, "--out", tmp_path / out).wait() == 0
         for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
             assert a == pytest.approx(b, rel=2e-3)
 
@@ -196,12 +196,11 @@ def test_two_processes_train_what_one_trains(twenty, small_corpus, tmp_path):
     """
     command = [ROOT / "finetune.py", "--corpus", small_corpus, "--init", twenty / "base", "--seq-len", 256, "--batch-tokens", 3072, "--micro-batch", 2,
                "--tokens", 5 * 3072, "--val-windows", 3, "--compile", "no", "--dtype", "float32", "--device", "cpu"]
-    assert start(sys.executable, *command, "--out", tmp_path / "one").wait() == 0
+    assert Script(*command, "--out", tmp_path / "one").wait() == 0
     one, lines = weights(tmp_path / "one" / "tuned"), metrics(tmp_path / "one" / "tuned")
     for option in ([], ["--shard"], ["--shard", "--activation-checkpointing"]):
         out = tmp_path / str(len(option))
-        process = torchrun(*command, "--out", out, *option)
-        assert process.wait() == 0, process.communicate()[0]
+        two_processes(*command, "--out", out, *option)
         two = weights(out / "tuned")
         assert max((one[n] - two[n]).abs().max() for n in one) < 5e-5
         for a, b in zip(lines, metrics(out / "tuned"), strict=True):  # the norm shows a wrong scale, which Adam would hide
@@ -212,7 +211,7 @@ def test_a_rank_without_rows_learns_nothing(small_corpus, tmp_path):
     """A step of one window on two processes."""
     arguments = ["--corpus", small_corpus, *TWENTY, "--batch-tokens", 128, "--base-tokens", 128 * 3, "--stage1-tokens", 128, "--stage2-tokens", 128, "--val-windows", 3]
     run("pretrain.py", *arguments, "--out", tmp_path / "one")
-    assert torchrun(ROOT / "pretrain.py", *arguments, "--out", tmp_path / "two").wait() == 0
+    two_processes(ROOT / "pretrain.py", *arguments, "--out", tmp_path / "two")
     for a, b in zip(metrics(tmp_path / "one" / "base"), metrics(tmp_path / "two" / "base"), strict=True):
         assert a == pytest.approx(b, rel=1e-4)
 
@@ -230,20 +229,20 @@ def test_a_full_disk_is_told_before_the_next_save(tmp_path, capsys):
 
 
 def test_the_last_states_are_kept_and_a_full_disk_leaves_them(twenty, small_corpus, tmp_path):
-    command = [sys.executable, ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY, "--keep", 3, "--save-every", 1]
-    process = start(*command)
+    command = [ROOT / "pretrain.py", "--corpus", small_corpus, "--out", tmp_path, *TWENTY, "--keep", 3, "--save-every", 1]
+    process = Script(*command)
     wait_for_step(process, tmp_path / "base", 8)
     process.kill()
     process.wait()
     states = tmp_path / "base" / "train_state"
     whole = [p.parent for p in states.glob("*/.metadata")]
     assert 3 <= len(whole) <= 4 and len(list(states.glob("step-*"))) <= 5
-    full = start(*command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))  # no file may grow beyond 1 MB
+    full = start(sys.executable, *command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6)))  # no file may grow beyond 1 MB
     output = full.communicate()[0]
     last = max(whole, key=lambda p: int(p.name[5:]))
     assert full.returncode == 2 and "could not be saved" in output and "File too large" in output and f"The last whole one is {last}" in output
     assert "Traceback" not in output.split("error:")[1].split("The last whole")[1]
-    assert start(*command).wait() == 0
+    assert Script(*command).wait() == 0
     assert equal(twenty / "stage2", tmp_path / "stage2") and len(list(states.glob("step-*"))) == 3
 
 
@@ -300,12 +299,12 @@ def test_wandb(small_corpus, tmp_path):
 
 def test_a_second_command_says_that_the_first_is_at_work(small_corpus, tmp_path):
     command = ["--corpus", small_corpus, "--out", tmp_path, *SHORT, "--base-tokens", 512_000, "--no-control"]
-    process = start(sys.executable, ROOT / "pretrain.py", *command)
+    process = Script(ROOT / "pretrain.py", *command)
     wait_for_step(process, tmp_path / "base", 1)
     assert "another pretrain.py is at work in" in run("pretrain.py", *command, ok=False).stderr
     process.kill()
     process.communicate()
-    done = start(sys.executable, ROOT / "pretrain.py", *command)
+    done = Script(ROOT / "pretrain.py", *command)
     wait_for_step(done, tmp_path / "base", 2)
     done.kill()
     done.communicate()
@@ -682,17 +681,16 @@ def test_scaling_law(trained, small_corpus, tmp_path):
     which nothing is touched."""
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*")}
     command = [ROOT / "pretrain.py", "--corpus", small_corpus, *LAW, *FRESH, "--sizes", f"1x64,2x64,{trained / 'stage1'}", "--weights", "agent=1,code=3"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = start(sys.executable, *command, "--out", tmp_path / "one", env=environment)
+    process = Script(*command, "--out", tmp_path / "one")
     while len(done := {p: p.stat().st_mtime_ns for p in tmp_path.glob("one/scaling/*/result.json")}) < 8 and process.poll() is None:
         time.sleep(0.05)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     killed_after = next(path.parent for path in done if path.parent.name.count("-") == 3)  # before its weights were removed
     (killed_after / "model.safetensors").write_bytes(b"")
-    process = start(sys.executable, *command, "--out", tmp_path / "one", env=environment)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    process = Script(*command, "--out", tmp_path / "one")
+    said, errors = process.communicate()
+    assert process.returncode == 0, errors
     assert all(p.stat().st_mtime_ns == then for p, then in done.items())
     runs = [json.loads(line) for line in (tmp_path / "one" / "scaling" / "scaling_law.jsonl").open()]
     assert len(runs) == 2 * 2 * 5 + 3 * 2 and all(set(pretrain.VALIDATED) < run["loss"].keys() for run in runs)
@@ -703,9 +701,7 @@ def test_scaling_law(trained, small_corpus, tmp_path):
     assert (tmp_path / "one" / "scaling" / "scaling_law.png").read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("one/scaling/*-*-*-*/*.safetensors")) and list(tmp_path.glob("one/scaling/base-*/model.safetensors"))
     assert {"power", "D-CPT"} <= set(said.split()) and re.search(r"Trained there, a share of \S+ (beats|loses to|is not to be told from) 1 : 1 : 1", said)
-    process = torchrun(*command, "--out", tmp_path / "two")
-    again = process.communicate()[0]
-    assert process.returncode == 0, again
+    again = two_processes(*command, "--out", tmp_path / "two")
     assert (tmp_path / "two" / "scaling" / "scaling_law.jsonl").read_text() == (tmp_path / "one" / "scaling" / "scaling_law.jsonl").read_text()
     assert said[said.index("Held-out loss"):].strip() in again
     assert "batch_tokens was 512, now 256" in run("pretrain.py", "--corpus", small_corpus, "--out", tmp_path / "two", *LAW, *FRESH, "--batch-tokens", 256, ok=False).stderr

@@ -53,7 +53,7 @@ def test_a_real_base_as_transformers_reads_it(base, tmp_path):
     assert all(reference.convert_tokens_to_ids(token) == tokenizer.special[token] for token in SPECIAL_TOKENS)
 
 
-TRAIN = ["--batch-tokens", 1024, "--seq-len", 512, "--val-windows", 1, "--device", "cpu", "--compile", "no"]
+TRAIN = ["--batch-tokens", 512, "--seq-len", 256, "--val-windows", 1, "--device", "cpu", "--compile", "no"]
 FORECAST = {"type": "function", "function": {
     "name": "forecast", "description": "The weather of the coming days.", "parameters": {
         "type": "object", "properties": {"city": {"type": "string", "enum": ["Paris", "Rome"]}, "days": {"type": "integer", "enum": [1, 2, 3]}},
@@ -66,14 +66,14 @@ def test_the_whole_recipe_with_a_real_base(base, small_raw, tmp_path):
     corpus, out = tmp_path / "corpus", tmp_path / "out"
     run("build_corpus.py", "--raw", small_raw, "--tokenizer", base, "--out", corpus)
     there = ["--corpus", corpus, "--out", out]
-    budget = ["--stage1-tokens", "2e3", "--stage2-tokens", "2e3"]
+    budget = ["--stage1-tokens", "1e3", "--stage2-tokens", "1e3"]
     trained = run("pretrain.py", *there, "--init", base, *budget, *TRAIN, timeout=600).stdout
     assert all(name in trained for name in ("stage1", "stage2", "control-stage1", "control-stage2"))
-    run("finetune.py", *there, "--tokens", "2e3", *TRAIN, timeout=600)
+    run("finetune.py", *there, "--tokens", "1e3", *TRAIN, timeout=600)
     lora = ["--init", out / "stage2", "--name", "lora", "--lora-rank", 4]
-    run("finetune.py", *there, "--tokens", "2e3", *TRAIN, *lora)
+    run("finetune.py", *there, "--tokens", "1e3", *TRAIN, *lora)
     models = ["--model", base, *(out / name for name in ("control", "ours", "lora"))]
-    brief = ["--limit", 2, "--seq-len", 512, "--max-tokens", 8, "--device", "cpu"]
+    brief = ["--suite", "loss", "calls", "--limit", 2, "--seq-len", 256, "--max-tokens", 8, "--device", "cpu"]
     table = run("evaluate.py", *there, *models, *brief, timeout=600).stdout
     assert all(f"| {name} " in table for name in ("control", "ours", "lora"))
     results = json.loads((out / "eval" / "results.json").read_text())
