@@ -1,13 +1,14 @@
 """The default job over several seeds: what of its table depends on the draw, and what does not.
 
     python tests/seeds.py --seeds 6                # pre-training, tuning and evaluation, 20 to 35 minutes a seed
-    python tests/seeds.py --seeds 3 --ablations    # and what each part of the recipe is for: 20 minutes more a seed
+    python tests/seeds.py --seeds 3 --ablations    # and what each part of the recipe is for: 45 minutes more a seed
 
 A seed is that of weights and data order; the corpus (data/corpus, from collect.py and build_corpus.py) is one.
 Everything goes on where it was stopped, in out/seeds/<seed>. Prints, for each metric, the mean difference
 between ours and the control with Student's 95% interval over seeds, beside the interval over the items of the
 first seed's run, and writes tests/seeds.json and, with --plot, tests/seeds.png: the loss of conversations while
-both are tuned. An ablation starts from the seed's base, takes the same tokens as ours, and is measured before tuning.
+both are tuned. An ablation starts from the seed's base and takes the same tokens as ours; what is compared is the
+last validation loss of pre-training.
 """
 import argparse
 import json
@@ -20,8 +21,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-TOKENS = {"--stage1-tokens": 1_600_000, "--stage2-tokens": 2_400_000}  # of the default
-BOTH = sum(TOKENS.values())
+sys.path.insert(0, str(ROOT))
+from pretrain import held_out_losses
+
+BOTH = 1_600_000 + 2_400_000  # tokens of the default's stages
+OURS = "both kinds, both stages"
 ABLATIONS = {  # name: how it differs from the default
     "documentation alone": ["--agent", "api_doc=1"],
     "trajectories alone": ["--agent", "trajectory=1"],
@@ -67,22 +71,17 @@ def run(script, *arguments):
 
 
 def ablate(out, seed, args):
-    """Train the ablations of a seed from its base. Returns the results of evaluate.py's loss and next."""
-    models = [out / "control-stage2", out / "stage2"]
+    """Train the ablations of a seed from its base. Returns {name: {domain: last validation loss}}."""
+    losses = {OURS: held_out_losses(out / "stage2")[-1]}
     for name, flags in ABLATIONS.items():
         own = out / name.replace(" ", "-")
         own.mkdir(exist_ok=True)
         if not (own / "base").exists():
             (own / "base").symlink_to(Path("..") / "base")
         run("pretrain.py", "--corpus", args.corpus, "--out", own, "--seed", seed, "--no-control", *flags)
-        last = own / ("stage1" if "--stage2-tokens" in flags and flags[-1] == 0 else "stage2")
-        named = out / "ablations" / own.name  # evaluate.py calls a model by the name of its directory
-        named.parent.mkdir(exist_ok=True)
-        if not named.exists():
-            named.symlink_to(last.resolve())
-        models.append(named)
-    run("evaluate.py", "--corpus", args.corpus, "--out", out / "ablations", "--model", *models, "--suite", "loss", "next")
-    return json.loads((out / "ablations" / "eval" / "results.json").read_text())
+        last = "stage1" if name == "stage 1 alone" else "stage2"
+        losses[name] = held_out_losses(own / last)[-1]
+    return losses
 
 
 def interval(values):
@@ -112,16 +111,14 @@ def print_differences(seeds):
 
 
 def print_ablations(ablations):
-    """A line for each arm and metric: the mean, and the difference to ours in pairs of one seed."""
-    print(f"\n{'metric':<30}{'arm':<22}{'mean':>8}   minus ours (both kinds, both stages), 95% over {len(ablations)} seeds")
+    """A line for each domain and arm: the mean loss, and the difference to ours in pairs of one seed."""
+    print(f"\n{'validation loss':<17}{'arm':<26}{'mean':>8}   minus ours, 95% over {len(ablations)} seeds")
     first = next(iter(ablations.values()))
-    for suite, metric in dict.fromkeys((row["suite"], row["metric"]) for row in first):
-        for model in dict.fromkeys(row["model"] for row in first):
-            found = [{row["model"]: row["score"] for row in results if (row["suite"], row["metric"]) == (suite, metric)}
-                     for results in ablations.values()]
-            mean, low, high = interval([scores[model] - scores["stage2"] for scores in found])
-            print(f"{suite + ': ' + metric:<30}{model:<22}{np.mean([scores[model] for scores in found]):>8.3f}"
-                  + f"   {mean:+.3f} [{low:+.3f}, {high:+.3f}]" * (model != "stage2"))
+    for domain in first[OURS]:
+        for arm in first:
+            losses = [of_seed[arm][domain] for of_seed in ablations.values()]
+            mean, low, high = interval([of_seed[arm][domain] - of_seed[OURS][domain] for of_seed in ablations.values()])
+            print(f"{domain:<17}{arm:<26}{np.mean(losses):>8.3f}" + f"   {mean:+.3f} [{low:+.3f}, {high:+.3f}]" * (arm != OURS))
 
 
 def draw_tuning(out, seeds, path):

@@ -64,7 +64,8 @@ def local(directory):
 @pytest.fixture(scope="module")
 def url(directory):
     """A server as a user starts it; Ctrl-C must end it with status 0."""
-    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", "--serve", directory, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, ROOT / "evaluate.py", "--serve", directory, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # a shell's `&` has it ignored
     try:
         yield process.stdout.readline().split()[3]
     finally:
