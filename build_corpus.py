@@ -389,16 +389,19 @@ def run_jobs(function, jobs, workers, name, shared=()):
     USED.update(map(key_of, jobs))
     todo, parent = [path for path in [*jobs][rank::world] if not path.exists()], os.getpid()
 
-    def run(paths):
+    def run():
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
-        for path in paths:
-            if os.getppid() == parent:  # else it was killed, and may have been started anew
-                for suffix, content in function(*jobs[path], *shared).items():
-                    write(path.with_suffix(suffix), content)
+        while os.getppid() == parent:  # else it was killed, and may have been started anew
+            with begun.get_lock():
+                n, begun.value = begun.value, begun.value + 1
+            if n >= len(todo):
+                break
+            for suffix, content in function(*jobs[todo[n]], *shared).items():
+                write(todo[n].with_suffix(suffix), content)
 
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=run, args=(todo[k::workers],), daemon=True)
-                 for k in range(min(workers, len(todo)))]
+    begun = fork.Value("q")  # how many jobs: each process takes the next
+    processes = [fork.Process(target=run, daemon=True) for _ in range(min(workers, len(todo)))]
     for process in processes:
         process.start()
     for path in tqdm(jobs, desc=name, disable=None if not rank and len(todo) > 1 else True):
