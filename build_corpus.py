@@ -134,9 +134,9 @@ def minhash(hashes, starts):
 
 
 def drop_duplicates(documents, args):
-    """Keep of equal and of nearly equal documents the best: one of the seed before one of the pool, the
-    longest, the lowest id. Sets documents.copy_of and .copies_apis. Candidates are found by their bands and
-    compared in full, a part by each process; neither needs the texts in memory.
+    """Keep the best of equal and of nearly equal documents: a collected one before one of the pool, then
+    the longest, then the lowest id. Sets documents.copy_of and .copies_apis. Candidates are found by their
+    bands and compared in full, a part by each process; neither needs the texts in memory.
     """
     kept, copy_of, threshold = documents.kept, documents.copy_of, args.near_duplicates
     about_apis = documents.is_in("api_doc", "trajectory", "instruction")
@@ -154,7 +154,7 @@ def drop_duplicates(documents, args):
     jobs = [(documents.file(f"{k}.similar.npy", threshold), part) for k, part in parts]
     run_jobs(compare_pairs, jobs, args.workers, "compare near duplicates", (documents, threshold))
     similar = np.concatenate([np.load(path) for path, _ in jobs])
-    for j, i in similar.tolist():  # from the best j on: what became of i is known
+    for j, i in similar.tolist():  # the best j first: whether the better i was kept is known
         if kept[i] and kept[j]:
             documents.drop(j, "near duplicate", of=documents.name(i))
             copy_of[j] = i
@@ -180,7 +180,7 @@ def drop_contaminated(documents, args):
 
 
 def retrieve(documents, args):
-    """Drop of the pool what is not like the seed, the documentation and trajectories. Sets
+    """Keep only what is like the seed, the documentation and trajectories, of the pool. Sets
     documents.score (N,), the probability of each document of the pool, calibrated on as many of the seed as
     of the pool. Returns the figures for the manifest.
 
@@ -224,11 +224,11 @@ class Split:
     """Tells of a document whether it is for "train" or "heldout", or None where it mentions a held-out
     API.
 
-    Of api_doc, trajectory and instruction, a record that documents or calls a held-out API is held out, and
-    so is one for which such a record was dropped as a near duplicate: what is found to resemble it is not in
-    train. One that only mentions a held-out API by its qualified name, in the text or inside one of its
-    `apis`, is dropped, also of what is retrieved. Code and text, which every compared model learns alike, are
-    split by a hash of their id; they have fewer documents, so a larger share is held out.
+    A record (api_doc, trajectory, instruction) that documents or calls a held-out API is held out. So is one
+    whose near duplicate did, and was dropped. One that only mentions a held-out API by its qualified name, in
+    the text or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, on which all
+    compared models are trained, are split by a hash of their id; they have fewer documents, so a larger share
+    is held out.
     """
 
     def __init__(self, heldout_apis, fold, copies_apis):

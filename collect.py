@@ -18,7 +18,7 @@ In:   any number of SOURCEs; by default `python synthesize:python`: what this Py
         general data
           code:DIR  text:DIR        source files and prose
       A PATH is a file or a directory, which is walked.
-Out:  data/raw/*.jsonl, a Record a line, of the domains api_doc, trajectory, instruction, code and text;
+Out:  data/raw/*.jsonl, one Record per line, of the domains api_doc, trajectory, instruction, code and text;
       data/raw/tools/*.jsonl, what conversations are made from: documented functions and calls of them (Tool);
       data/raw/rejected/*.jsonl, what could not be converted: file, line and reason.
 
@@ -81,7 +81,7 @@ from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
 
 from tqdm import tqdm
 
-DOMAINS = ("api_doc", "trajectory", "code", "text", "instruction")
+DOMAINS = ("api_doc", "trajectory", "code", "text", "instruction")  # the last one for finetune.py alone
 
 
 @dataclasses.dataclass
@@ -94,7 +94,7 @@ class Record:
     domain: str
     source: str
     license: str
-    apis: list          # qualified names of the APIs it documents or calls, or which it offers to be called
+    apis: list          # qualified names of the APIs it documents, calls or offers as tools
     text: str = None
     messages: list = None
     tools: list = None
@@ -223,7 +223,7 @@ def package_records(package, args):
 
 
 def api_documents(apis, package):
-    """One document an API: how it is called, what it does, and the tool definition that an agent is given."""
+    """One document per API: how it is called, what it does, and the tool definition for an agent."""
     for api in distinct(apis):
         version = f"{package.name} {package.version}"
         name, license, tool = api["name"], package.license, api["tool"]["function"]
@@ -232,8 +232,8 @@ def api_documents(apis, package):
 
 
 def trajectories(apis, package):
-    """One conversation a docstring: the prose asks, a call of the API itself or of a Python tool acts, the
-    real output answers.
+    """One conversation per docstring: the prose asks, a call of the API itself or of a Python tool acts, the
+    output printed in the docstring answers.
     """
     for api in distinct(apis):
         rng = random.Random(api["name"])
@@ -260,14 +260,14 @@ def trajectories(apis, package):
 
 
 def synthesise(tools, seed, shares, chosen=lambda tool: True):
-    """Conversations on each chosen tool: one on every call that its documentation shows, and VARIED or
-    MADE_UP ones with values made up. Yields Records.
+    """Conversations on each chosen tool: one on every call that its documentation shows, and VARIED more with
+    other values, or MADE_UP ones where it shows none. Yields Records.
 
     single: one tool; multiple: one of several fits; parallel: two calls at once; irrelevant: no tool fits;
     missing: the request lacks what a required parameter needs, and the assistant asks for it; error: a call
     fails, and another is made as the error message says; chain: the result of a call is an argument of the
     next, as an example in the documentation has it. Half of the other tools are of the same module. They are
-    neighbours in hash order, and so mostly held out together; nothing here knows which are.
+    neighbours in hash order, and so mostly on the same side of the held-out split.
     """
     by_name, modules = {t.name: t for t in tools}, defaultdict(list)
     usable = sorted(filter(can_call, by_name.values()), key=lambda t: unit_hash(t.name))

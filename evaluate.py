@@ -3,8 +3,8 @@
 
 In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints;
       data/corpus for the suite heldout, the benchmarks' own files beneath --data for the others
-Out:  out/eval/results.json, one object a score with its 95% interval; out/eval/report.md, the same as tables,
-      and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record an item
+Out:  out/eval/results.json, one object per score with its 95% interval; out/eval/report.md, the same as tables,
+      and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record per item
 
 Laptop:    python evaluate.py
 Others:    python evaluate.py --model out/stage2 path/to/Qwen3-0.6B --suite bfcl mmlu --data benchmarks/
@@ -15,17 +15,17 @@ Serve:     python evaluate.py --serve out/ours --port 8000
 
 Suites
   heldout        of documents and APIs that no model was trained on:
-                   loss: mean loss of each document, nats a token, by domain, so what was forgotten shows too;
+                   loss: mean loss of each document, nats per token, by domain, so what was forgotten shows too;
                    choice: one tool of four fits; by likelihood: which name is likeliest after the request,
                      direct, and which tool makes the request likeliest, channel, arXiv 2108.04106;
-                   next: which of four calls comes next in a trajectory, for models that cannot chat yet; the
-                     idea of APTBench, arXiv 2510.24397;
+                   next: with which of four calls a trajectory begins, by likelihood, for models that cannot
+                     chat yet; the idea of APTBench, arXiv 2510.24397;
                    calls: the share of right answers, first of calls that have arguments, then by number of
                      arguments and kind of conversation; decoded freely and, as calls-constrained, within
                      the names and schemas of the tools at hand
   bfcl           the Berkeley Function Calling Leaderboard's categories of v1 to v3; multi-turn where the
                  package bfcl-eval is installed
-  agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds an item
+  agentbench-db, agentbench-os    AgentBench: SQL in SQLite, a shell in a sandbox, several rounds per item
   api-bank       API-Bank's calls, by exact match of name and arguments; its own execution is less strict
   mmlu           multiple choice by likelihood, for what is kept of general ability
 
@@ -84,10 +84,10 @@ from collect import (TYPE_NAMES, HelpFormatter, Record, ask_endpoint, canonical,
                      unit_hash, visible)
 from pretrain import VALIDATED, add_flags, load_checkpoint, open_corpus, optional, read_metrics
 
-VERDICTS = "right wrong abstained unparseable error".split()
+VERDICTS = "right wrong abstained unparseable error".split()  # abstained: no call where one was wanted
 HEADLINE = "name and arguments"  # of calls that have arguments: the first metric of the table
 HELDOUT = "loss choice next calls calls-constrained".split()  # what the suite heldout consists of
-LEGEND = "\n\n* the interval excludes 0. Loss: nats a token, lower is better. The rest: higher is better."
+LEGEND = "\n\n* the interval excludes 0. Loss: nats per token, lower is better. The rest: higher is better."
 
 
 def suites():
@@ -145,7 +145,7 @@ def main():
 
 
 def play(episodes, reply):
-    """The records of episodes [(id, function)]; what all ask in a round is answered by one call of reply.
+    """Run episodes [(id, function)] together, with one batched reply per round. Returns their records.
 
     An episode is a generator: it yields (messages, tools) and is sent an Answer, or a list of (context,
     continuation) and is sent their log-likelihoods, and returns its record.
@@ -210,7 +210,7 @@ def check_call(tools, calls, gold, language="python"):
     tools: function definitions, with BFCL's names of types or JSON Schema's; calls: [(name, arguments)];
     gold: [{name: {parameter: [acceptable values]}}], where "" among the values lets the parameter be left
     out. Each gold call in turn takes the first call left that fits; BFCL's simple and multiple categories are
-    the case of one. What makes the original raise an exception is wrong here.
+    the case of one. Where BFCL's checker raises an exception, the answer is wrong.
 
     >>> f = {"name": "f", "parameters": {"properties": {"a": {"type": "integer"}}, "required": ["a"]}}
     >>> gold = [{"f": {"a": [1, 2]}}]
@@ -2656,7 +2656,7 @@ def draw(results, models, paths, out, pyplot):
         for key in (f"loss/{domain}" for domain in VALIDATED):
             points = [(line["step"], line[key]) for line in lines if key in line]
             axes[-1].plot(*zip(*points), label=f"{model}, {key}")
-    axes[-1].set(title="held-out loss in training (nats a token)", xlabel="step")
+    axes[-1].set(title="held-out loss in training (nats per token)", xlabel="step")
     for axis in axes:
         if axis.has_data():
             axis.legend(fontsize=8)

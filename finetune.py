@@ -37,9 +37,9 @@ from pretrain import (ON_CPU, add_flags, add_training_flags, count_parameters, h
 
 ALL = "q,k,v,o,gate,up,down"  # the projections of a layer
 PROJECTIONS = [f"{name}_proj" for name in ALL.split(",")]
-# For models of up to so many parameters only: what has more was trained at length.
+# Models of up to so many parameters, as the default run's, have defaults of their own.
 TINY, FOR_TINY = 5e7, {"lr": 5e-4, "batch_tokens": 1536, "seq_len": 768}
-KEPT_BACK = 0.05  # share of the conversations of --data that are for validation
+KEPT_BACK = 0.05  # share of the conversations of --data that validation takes
 
 
 def main():

@@ -39,7 +39,9 @@ FAMILIES = [
 
 @dataclasses.dataclass
 class Config:
-    """A model's shape, by the field's names (HF_NAMES has Hugging Face's). The default is the preset 124m."""
+    """A model's shape, by the field's names (HF_NAMES has Hugging Face's). The default is the preset 124m,
+    GPT-2 small's depth and width; how many parameters that makes depends on the vocabulary.
+    """
     vocab_size: int = 128_256           # Llama 3's
     dim: int = 768
     n_layers: int = 12
@@ -150,9 +152,8 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """Normal with deviation 1/sqrt(dim).
-
-        What writes to the residual stream starts at zero, so every block does nothing.
+        """Normal with deviation 1/sqrt(dim); output projections are zero, so each block starts as the
+        identity. (For tiny models pretrain.py changes this.)
         """
         for name, p in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", "bias")):
@@ -161,8 +162,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=self.config.dim ** -0.5)
 
     def forward(self, ids, targets=None, doc_ids=None):
-        """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats) where
-        target >= 0.
+        """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats), where
+        -100 is no target.
 
         doc_ids (B, T) number the documents of a packed sequence: no token sees another document. Positions
         need not restart, since rotary attention depends on their differences alone.

@@ -68,7 +68,6 @@ from collect import HelpFormatter, claim, fail, positive, run_main, shares
 
 AGENT = {"api_doc": 0.7, "trajectory": 0.3}  # what the agent share consists of
 RETRIEVED = 0.3  # what was retrieved from a pool, as a part of stage 1's agent share, where the corpus has it
-EQUAL = 0.333  # the share of agent data in 1 : 1 : 1
 VALIDATED = ("api_doc", "trajectory", "code", "text")
 
 
@@ -175,7 +174,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     earlier run stopped.
 
     get_batch(step, rows) gives ids, targets and perhaps doc_ids of those rows of a step's batch; each process
-    takes its own. held_out has, by name, what validation runs over, all rows of it. save(model, run, trained
+    takes its own. held_out: {domain: (ids, targets[, doc_ids])}, for validation. save(model, run, trained
     tensors by name) writes the result.
     """
     if any((run / f"model.safetensors{end}").exists() for end in ("", ".index.json")):
@@ -198,10 +197,10 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
     bar = tqdm(total=steps, initial=start, desc=run.name, disable=None if is_main() else True)
 
     for step in range(start, steps + 1):
-        # ---- once in a while: validation, a checkpoint, the end
+        # ---- once in a while: validation (not again after a resume), a checkpoint, the end
         if (step == 0 or step > start) and (step % args.val_every == 0 or step == steps):
             metrics.log(step=step, **validation(model, held_out, args, autocast))
-        # Any process's, so that all stop at the same step.
+        # If one process was asked to stop, all stop, at the same step.
         stop = all_reduce(torch.tensor(float(STOP.is_set()))).item()
         if step > start and (step % args.save_every == 0 or step == steps or stop):
             checkpoints.save(step, skipped)
@@ -228,14 +227,15 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
 
         # ---- what it was like
         seconds = time.perf_counter() - started
-        rate = step_tokens / seconds
+        speed = step_tokens / seconds
         metrics.log(step=step + 1, tokens=(step + 1) * step_tokens, loss=loss, lr=lr, grad_norm=norm,
-                    ms=1000 * seconds, tokens_per_second=rate, **model_flops_utilization(rate * flops, args),
-                    data_wait=waited / seconds, memory_gb=memory_gb(args.device), skipped=skipped)
+                    ms=1000 * seconds, tokens_per_second=speed,
+                    **model_flops_utilization(speed * flops, args), data_wait=waited / seconds,
+                    memory_gb=memory_gb(args.device), skipped=skipped)
         bar.update()
         checkpoints.finish(wait=False)
         if step == start + 5:  # the first step compiles
-            tell_duration(run, rate, steps * step_tokens, args)
+            tell_duration(run, speed, steps * step_tokens, args)
         if in_a_row == 10:
             checkpoints.finish()
             fail(f"{run}: loss or gradient was not finite in ten steps in a row; the last checkpoint is "
@@ -262,7 +262,7 @@ def train(run, make_model, get_batch, held_out, options, corpus, args, save=tran
 
 
 def forward_and_backward(model, wrapped, batch, n_targets, autocast, args):
-    """Put the clipped gradient of a step's mean loss into the model. Returns the loss (nats a target token)
+    """Put the clipped gradient of a step's mean loss into the model. Returns the loss (nats per target token)
     and the gradient's norm.
 
     The loss is the sum over the target tokens, divided once by their number over all processes and
@@ -794,7 +794,7 @@ def parameter_groups(model, args):
 
 @torch.no_grad()
 def validation(model, held_out, args, autocast):
-    """{"loss/<domain>": mean loss (nats a target token)} of `held_out`, whose windows the processes share
+    """{"loss/<domain>": mean loss (nats per target token)} of `held_out`, whose windows the processes share
     out.
     """
     losses = {}
@@ -957,7 +957,7 @@ def held_out_losses(run):
 
 def report(runs):
     """Print a line for each run: steps, tokens, median speed, the last held-out losses."""
-    print("run               steps       tokens  tokens/s   held-out loss at the end (nats a token)")
+    print("run               steps       tokens  tokens/s   held-out loss at the end (nats per token)")
     for run in runs:
         steps, losses = [line for line in read_metrics(run) if "tokens" in line], held_out_losses(run)
         if not steps or not losses:
@@ -999,6 +999,7 @@ def tell_duration(run, rate, tokens, args):
 # The scaling law of the mixture: small runs, curves of two forms fitted to them, a report
 
 TARGETS = ("agent", "code", "text")
+EQUAL = 0.333  # the share of agent data in 1 : 1 : 1
 FORMS = {  # of the law: how many coefficients are searched, up to what. The others are linear: solved for.
     # c + k·r^alpha of the share of agent data r, the paper's: fitted to the runs of one size and budget.
     "power": (1, 8),
@@ -1230,7 +1231,7 @@ def best_share(law, r, n, d, weights):
 
 def report_losses(runs, weights):
     """Print the mean losses of each size and budget by the share of agent data."""
-    print("\nHeld-out loss (nats a token) by share of agent data. Relative: the mean of loss / base's, "
+    print("\nHeld-out loss (nats per token) by share of agent data. Relative: the mean of loss / base's, "
           + ", ".join(f"{t} counted {w:g}" for t, w in weights.items()))
     for inside in by_cell(runs):
         ratios = sorted({run["ratio"] for run in inside})

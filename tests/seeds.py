@@ -135,7 +135,7 @@ def draw_tuning(out, seeds, path):
         [drawn] = axis.plot(25 + 50 * np.arange(len(curve)), curve, label=f"{model}, in training")
         dots = [(line["step"], line["loss/instruction"]) for run in runs for line in run if "loss/instruction" in line]
         axis.plot(*zip(*dots), "o", color=drawn.get_color(), markersize=4, label=f"{model}, held-out APIs")
-    axis.set(yscale="log", xlabel="steps of tuning", ylabel="loss of conversations (nats a token)")
+    axis.set(yscale="log", xlabel="steps of tuning", ylabel="loss of conversations (nats per token)")
     axis.set_yticks([0.1, 0.2, 0.5, 1, 2, 4], labels=["0.1", "0.2", "0.5", "1", "2", "4"])
     axis.legend()
     figure.savefig(path, dpi=100)
