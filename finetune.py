@@ -35,11 +35,11 @@ from pretrain import (ON_CPU, add_flags, add_training_flags, count_parameters, h
                       load_checkpoint, meta_model, number, open_corpus, plan_windows, rates_for, report,
                       settle_options, setup, train, training_options, weights_of, with_defaults)
 
-ALL = "q,k,v,o,gate,up,down"  # the projections of a layer
-PROJECTIONS = [f"{name}_proj" for name in ALL.split(",")]
+LORA_TARGETS = "q,k,v,o,gate,up,down"  # the projections of a layer
+PROJECTIONS = [f"{name}_proj" for name in LORA_TARGETS.split(",")]
 # Models of up to so many parameters, as the default run's, have defaults of their own.
 TINY, FOR_TINY = 5e7, {"lr": 5e-4, "batch_tokens": 1536, "seq_len": 768}
-KEPT_BACK = 0.05  # share of the conversations of --data that validation takes
+VALIDATION_SHARE = 0.05  # of the conversations of --data
 
 
 def main():
@@ -198,7 +198,7 @@ def parse_args():
         "thoughts": (True, "learn what the assistant writes between <think> and </think> too"),
         "lora-rank": (0, "train only a low-rank update of this rank for each projection (LoRA), which is "
                       "added to the weights at the end; 0: train all weights"),
-        "lora-projections": (ALL, "which have an update", projections),
+        "lora-projections": (LORA_TARGETS, "which have an update", projections),
         "keep-adapter": (False, "write the updates to adapter/ of the run too, in PEFT's format"),
         "show": (None, "print so many conversations with what is learned marked, and end", number)})
     add_flags(parser.add_mutually_exclusive_group(), {
@@ -224,7 +224,7 @@ def projections(text):
     """'q,up' as the names of the projections in a layer, for argparse."""
     names = [f"{part}_proj" for part in text.split(",")]
     if not {*names} <= {*PROJECTIONS}:
-        raise argparse.ArgumentTypeError(f"some of {ALL}")
+        raise argparse.ArgumentTypeError(f"some of {LORA_TARGETS}")
     return names
 
 
@@ -245,7 +245,7 @@ class ChatFiles:
                 ids, mask = self.tokenizer.render(record.messages, record.tools)
                 # By the first request: a log may hold a conversation again with its next turn.
                 asked = next((m["content"] or "" for m in record.messages if m["role"] == "user"), "")
-                split = "heldout" if unit_hash(asked) < KEPT_BACK else "train"
+                split = "heldout" if unit_hash(asked) < VALIDATION_SHARE else "train"
                 parts[split].append(np.array([[*ids, self.tokenizer.end_of_text], [*mask, 0]], np.uint32))
         self.arrays = {}
         for split, pairs in parts.items():
