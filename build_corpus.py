@@ -180,7 +180,7 @@ def drop_contaminated(documents, args):
 
 
 def retrieve(documents, args):
-    """Keep only what is like the seed, the documentation and trajectories, of the pool. Sets
+    """Drop the pool's documents that are not like the seed, the documentation and trajectories. Sets
     documents.score (N,), the probability of each document of the pool, calibrated on as many of the seed as
     of the pool. Returns the figures for the manifest.
 
@@ -225,10 +225,10 @@ class Split:
     API.
 
     A record (api_doc, trajectory, instruction) that documents or calls a held-out API is held out. So is one
-    whose near duplicate did, and was dropped. One that only mentions a held-out API by its qualified name, in
-    the text or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, on which all
-    compared models are trained, are split by a hash of their id; they have fewer documents, so a larger share
-    is held out.
+    whose dropped near duplicate did. One that only mentions a held-out API by its qualified name, in the text
+    or inside one of its `apis`, is dropped, also of what is retrieved. Code and text, on which all compared
+    models are trained, are split by a hash of their id; they have fewer documents, so a larger share is held
+    out.
     """
 
     def __init__(self, heldout_apis, fold, copies_apis):

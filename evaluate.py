@@ -3,8 +3,8 @@
 
 In:   checkpoint directories (out/control and out/ours, or --model), or URLs of OpenAI-compatible endpoints;
       data/corpus for the suite heldout, the benchmarks' own files beneath --data for the others
-Out:  out/eval/results.json, one object per score with its 95% interval; out/eval/report.md, the same as tables,
-      and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record per item
+Out:  out/eval/results.json, one object per score with its 95% interval; out/eval/report.md, the same as
+      tables, and what failed, with examples; out/eval/items/<model>/<suite>.jsonl, one record per item
 
 Laptop:    python evaluate.py
 Others:    python evaluate.py --model out/stage2 path/to/Qwen3-0.6B --suite bfcl mmlu --data benchmarks/
@@ -15,7 +15,7 @@ Serve:     python evaluate.py --serve out/ours --port 8000
 
 Suites
   heldout        of documents and APIs that no model was trained on:
-                   loss: mean loss of each document, nats per token, by domain, so what was forgotten shows too;
+                   loss: mean loss of each document, nats per token, by domain: what was forgotten shows too;
                    choice: one tool of four fits; by likelihood: which name is likeliest after the request,
                      direct, and which tool makes the request likeliest, channel, arXiv 2108.04106;
                    next: with which of four calls a trajectory begins, by likelihood, for models that cannot

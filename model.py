@@ -162,8 +162,8 @@ class Transformer(nn.Module):
                 nn.init.normal_(p, std=self.config.dim ** -0.5)
 
     def forward(self, ids, targets=None, doc_ids=None):
-        """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats), where
-        -100 is no target.
+        """Logits (B, T, V) of ids (B, T); with targets (B, T), the sum of the cross-entropies (nats).
+        Targets of -100 do not count.
 
         doc_ids (B, T) number the documents of a packed sequence: no token sees another document. Positions
         need not restart, since rotary attention depends on their differences alone.

@@ -21,7 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # threads of several processes on the same cores wait for each other
 
 
-# To import torch takes three seconds, so scripts that do run in copies of a process that has imported it.
+# Importing torch takes three seconds. Scripts that do run in copies of a process that has done it once.
 COPIES = multiprocessing.get_context("forkserver")
 COPIES.set_forkserver_preload(["pytest", "filelock", "torch._dynamo", "torch.distributed.checkpoint"])
 

@@ -10,7 +10,7 @@ from conftest import ROOT, Script, made_once, run
 TRAIN = ["--batch-tokens", 1536, "--compile", "no", "--dtype", "float32", "--device", "cpu", "--save-every", 2, "--val-windows", 4]
 STAGES = {  # script: (flags, directory that stands in the run's directory)
     "pretrain.py": ["--base-tokens", 6144, "--stage1-tokens", 6144, "--stage2-tokens", 6144, *TRAIN],
-    "finetune.py": ["--tokens", 6144, *TRAIN],
+    "finetune.py": ["--tokens", 9216, *TRAIN],
     "evaluate.py": ["--limit", 10, "--device", "cpu", "--batch-size", 8, "--plot"]}
 
 
